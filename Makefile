@@ -1,0 +1,31 @@
+# Every target sets the environment up first; a second time that takes no time at all.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help setup demo test lint base-model bench clean-demo
+
+help: ## Show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: ## Make .venv and install everything for a machine without a GPU
+	@$(PYTHON) launcher/bootstrap.py cpu dev
+
+demo: setup ## A small model instructs itself, end to end, with real parts (minutes)
+	@$(BIN)/tunesmith run recipes/demo.yaml
+
+test: setup ## Run the tests
+	@$(BIN)/python -m pytest
+
+lint: setup ## Check style
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+bench: setup ## Measure the pool against raw vLLM, side by side
+	@$(BIN)/python -m tests.benchmarks.synthesis
+
+base-model: setup ## Train the embedded base model again from nothing (under an hour on 2 cores)
+	@$(BIN)/python -m generation.world.build data --out runs/base-model/world --seed 0
+	@$(BIN)/tunesmith train recipes/base_model.yaml
+	@$(BIN)/tunesmith export recipes/base_model.yaml
+
+clean-demo: ## Remove the demo's run folder, to start it from nothing
+	rm -rf runs/demo
