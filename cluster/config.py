@@ -1,0 +1,16 @@
+"""The base of every config model a user writes: unknown keys are errors, values never change after validation."""
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class StrictModel(BaseModel):
+    """A pydantic model that forbids unknown keys and is frozen. Config models do no I/O."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class ModelConfig(StrictModel):
+    """Which model: a folder, or a name on the hub."""
+
+    path: str = Field(min_length=1, description="a folder in Hugging Face's form, or org/name on the hub")
+    revision: str | None = Field(None, description="commit or tag of a model on the hub; none: its main branch")

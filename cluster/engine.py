@@ -1,0 +1,119 @@
+"""One vLLM engine. The pool runs it inside a Ray actor; nothing here knows about Ray.
+
+A backend is any class with this constructor, `describe` and `generate`; `EngineConfig.backend` names it.
+"""
+
+import os
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+
+from cluster.config import ModelConfig
+from cluster.engine_config import Completion, EngineConfig, GenerationRequest, Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What an engine says of itself when it is up."""
+
+    model: str
+    max_model_len: int  # tokens of prompt and completion
+
+
+class VLLMEngine:
+    """vLLM's asynchronous engine with final outputs only."""
+
+    def __init__(self, config: EngineConfig, model: ModelConfig, num_gpus: int) -> None:
+        """Load the model: half a minute on a CPU, minutes for a large one. `num_gpus` 0 means a CPU build of vLLM."""
+        set_environment(config, model, num_gpus)
+        from vllm import AsyncEngineArgs, TokensPrompt  # after the environment, which vLLM reads when imported
+        from vllm.v1.engine.async_llm import AsyncLLM
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        optional = {
+            name: value
+            for name in ("max_model_len", "max_num_batched_tokens")
+            if (value := getattr(config, name)) is not None
+        }
+        arguments = AsyncEngineArgs(
+            model=model.path,
+            revision=model.revision,
+            trust_remote_code=False,
+            tensor_parallel_size=config.tensor_parallel_size,
+            pipeline_parallel_size=config.pipeline_parallel_size,
+            distributed_executor_backend=executor_backend(config, num_gpus),
+            dtype=config.dtype,
+            gpu_memory_utilization=config.gpu_memory_utilization,
+            max_num_seqs=config.max_num_seqs,
+            enforce_eager=config.enforce_eager,
+            enable_prefix_caching=config.enable_prefix_caching,
+            seed=config.seed,
+            generation_config="vllm",  # sampling is what the request says, never a file beside the weights
+            disable_log_stats=True,
+            **optional,
+        )
+        self._engine = AsyncLLM.from_engine_args(arguments)
+        self._tokens_prompt = TokensPrompt
+        self._engine_dead_error = EngineDeadError
+        self._numbers = count()
+        self._model = model.path
+
+    def describe(self) -> EngineInfo:
+        return EngineInfo(self._model, self._engine.model_config.max_model_len)
+
+    async def generate(self, request: GenerationRequest) -> Completion:
+        """Continue one prompt. A prompt the model cannot hold comes back as "prompt_too_long"."""
+        token_ids = request.prompt if isinstance(request.prompt, list) else self._encode(request.prompt)
+        if len(token_ids) + 1 > self._engine.model_config.max_model_len:
+            return Completion.failed(request, "prompt_too_long")
+        prompt = self._tokens_prompt(prompt_token_ids=token_ids)
+        final = None
+        try:
+            async for output in self._engine.generate(
+                prompt, vllm_sampling(request.sampling), f"{request.request_id}-{next(self._numbers)}"
+            ):
+                final = output
+        except self._engine_dead_error:
+            os._exit(1)  # the core process is gone: die too, so that the pool sees a death and not a bad request
+        answer = final.outputs[0]
+        return Completion(
+            request_id=request.request_id,
+            text=answer.text,
+            token_ids=tuple(answer.token_ids),
+            num_prompt_tokens=len(token_ids),
+            num_completion_tokens=len(answer.token_ids),
+            finish_reason=answer.finish_reason,
+        )
+
+    def _encode(self, text: str) -> list[int]:
+        return self._engine.get_tokenizer().encode(text)
+
+
+def executor_backend(config: EngineConfig, num_gpus: int) -> str | None:
+    """What runs the ranks of one engine: on GPUs Ray, so that it may span nodes; on CPUs processes of this machine."""
+    if config.gpus_per_engine == 1:
+        return None
+    return "ray" if num_gpus else "mp"
+
+
+def vllm_sampling(sampling: Sampling):
+    """vLLM's SamplingParams for ours."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    fields = sampling.model_dump()
+    return SamplingParams(**{**fields, "stop": list(sampling.stop)}, output_kind=RequestOutputKind.FINAL_ONLY)
+
+
+def set_environment(config: EngineConfig, model: ModelConfig, num_gpus: int) -> None:
+    """Set what vLLM reads from the environment. Nothing is reported anywhere; a local model needs no hub."""
+    os.environ.update(VLLM_LOGGING_LEVEL="WARNING", VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1")
+    if Path(model.path).is_dir():
+        os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
+    if num_gpus == 0:
+        num_threads = str(max(1, round(config.cpus_per_engine)))
+        os.environ.update(
+            VLLM_CPU_KVCACHE_SPACE=str(config.kv_cache_gib),
+            VLLM_CPU_OMP_THREADS_BIND="nobind",
+            OMP_NUM_THREADS=num_threads,
+        )

@@ -1,0 +1,83 @@
+"""What a user says about the engines, and the request and completion that pass through the pool."""
+
+from dataclasses import dataclass
+
+from pydantic import Field
+
+from cluster.config import StrictModel
+
+
+class EngineConfig(StrictModel):
+    """The vLLM engines of a pool. Results depend on none of these but the model and `max_model_len`."""
+
+    num_replicas: int = Field(1, ge=1, description="engines, each with a whole copy of the model")
+    tensor_parallel_size: int = Field(1, ge=1, description="GPUs that share each layer of one engine")
+    pipeline_parallel_size: int = Field(1, ge=1, description="groups of layers of one engine, each on its own GPUs")
+    cpus_per_engine: float = Field(1, gt=0, description="CPUs that Ray reserves for an engine")
+    gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="share of a GPU's memory for weights and cache")
+    kv_cache_gib: int = Field(1, ge=1, description="cache for keys and values on a machine without GPUs")
+    dtype: str = Field("auto", description="number format of the weights; auto: as stored")
+    max_model_len: int | None = Field(None, ge=1, description="tokens of prompt and completion; none: the model's own")
+    max_num_seqs: int = Field(256, ge=1, description="sequences an engine decodes at once")
+    max_num_batched_tokens: int | None = Field(None, ge=1, description="tokens an engine computes in one step")
+    enforce_eager: bool = Field(False, description="no compilation: starts sooner, runs slower on GPUs")
+    enable_prefix_caching: bool = Field(True, description="keep keys and values of prompt beginnings seen before")
+    seed: int = Field(0, ge=0, description="seed of the engine; every request also carries its own")
+    chunk_size: int = Field(8, ge=1, description="requests that go to an engine in one message at most")
+    start_timeout_seconds: float = Field(600, gt=0, description="an engine not up by then has failed")
+    stall_timeout_seconds: float = Field(600, gt=0, description="an engine that finishes nothing for so long is dead")
+    max_restarts: int = Field(3, ge=0, description="restarts of an engine in a row with no finished request between")
+    max_request_deaths: int = Field(3, ge=2, description="engine deaths after which a request is set aside")
+    backend: str = Field("cluster.engine:VLLMEngine", pattern=r"^[\w.]+:\w+$", description="the engine, module:Class")
+
+    @property
+    def max_in_flight(self) -> int:
+        """Requests sent to one engine and not yet back: twice what it decodes at once, so that it never runs dry."""
+        return 2 * self.max_num_seqs
+
+    @property
+    def gpus_per_engine(self) -> int:
+        """GPUs of one engine on a cluster that has any."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
+
+class Sampling(StrictModel):
+    """How one completion is sampled. Temperature 0 is greedy."""
+
+    temperature: float = Field(1.0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    max_tokens: int = Field(512, ge=1)
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One prompt, as text or as token ids, and how to continue it."""
+
+    request_id: str
+    prompt: str | list[int]
+    sampling: Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What became of a request. Every request gets one.
+
+    finish_reason: "stop" (end of text or a stop string), "length" (cut at max_tokens), or, with an empty text,
+    "prompt_too_long" (the model cannot hold it) and "engine_died" (it took several engines down with it).
+    """
+
+    request_id: str
+    text: str
+    token_ids: tuple[int, ...]
+    num_prompt_tokens: int
+    num_completion_tokens: int
+    finish_reason: str
+
+    @classmethod
+    def failed(cls, request: GenerationRequest, finish_reason: str) -> "Completion":
+        """The completion of a request that no engine could answer."""
+        return cls(request.request_id, "", (), 0, 0, finish_reason)

@@ -1,0 +1,53 @@
+"""The manifest of a finished folder: written last, it names every file with its size and SHA-256.
+
+A folder without a valid manifest is unfinished work, whatever else lies in it. Datasets and exports both use this.
+"""
+
+import json
+from pathlib import Path
+
+from cluster.errors import InputError
+from cluster.files import sha256_file, write_json
+
+MANIFEST = "manifest.json"
+SCHEMA_VERSION = 1
+
+
+def write_manifest(folder: Path, files: list[str], **fields: object) -> dict:
+    """Seal `folder`: record bytes and SHA-256 of `files` (names relative to it) and `fields`, atomically."""
+    entries = [
+        {"name": name, "bytes": (folder / name).stat().st_size, "sha256": sha256_file(folder / name)} for name in files
+    ]
+    manifest = {"schema_version": SCHEMA_VERSION, **fields, "files": entries}
+    write_json(folder / MANIFEST, manifest)
+    return manifest
+
+
+def is_sealed(folder: Path) -> bool:
+    """True if `folder` has a manifest. Says nothing about its files: `verify_manifest` does."""
+    return (folder / MANIFEST).is_file()
+
+
+def verify_manifest(folder: Path) -> dict:
+    """Check every file of `folder` against its manifest and return it.
+
+    Raises InputError naming the first file that is missing or differs.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise InputError(f"{folder}: no {MANIFEST}, so what lies there is unfinished. Run the stage that makes it.")
+    try:
+        manifest = json.loads(path.read_text())
+        entries = [(entry["name"], entry["bytes"], entry["sha256"]) for entry in manifest["files"]]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: not a manifest ({error}). Remove {folder} and run the stage again.") from error
+    for name, num_bytes, sha256 in entries:
+        file = folder / name
+        if not file.is_file():
+            raise InputError(f"{file}: missing, though {path} lists it. Restore it, or remove {folder} and run again.")
+        if file.stat().st_size != num_bytes or sha256_file(file) != sha256:
+            raise InputError(
+                f"{file}: corrupt, its bytes differ from the SHA-256 in {path}. "
+                f"Restore it, or remove {folder} and run the stage that makes it again."
+            )
+    return manifest

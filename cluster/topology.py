@@ -1,0 +1,86 @@
+"""Which nodes a job has and which of them this one is, read from the environment alone.
+
+topology = read_topology(os.environ)    # the SLURM_* variables of one task per node; nothing: one local node
+"""
+
+import re
+import socket
+import subprocess
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.errors import InputError
+
+_HOST_LIST = re.compile(r"[A-Za-z0-9][A-Za-z0-9._,\[\]-]*")
+_HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+@dataclass(frozen=True)
+class Topology:
+    """The nodes of a job as one of them sees it. `job_id` is "local" outside Slurm."""
+
+    hosts: tuple[str, ...]
+    node_rank: int
+    procs_per_node: int
+    job_id: str
+    step_id: int
+    restart_count: int
+
+    @property
+    def num_nodes(self) -> int:
+        return len(self.hosts)
+
+    @property
+    def rendezvous_id(self) -> str:
+        return f"{self.job_id}-{self.restart_count}"
+
+    def generation_dir(self, run_dir: Path) -> Path:
+        """Where the nodes of this attempt of this job leave word for each other."""
+        return run_dir / f"gen-{self.rendezvous_id}"
+
+
+def _integer(environ: Mapping[str, str], key: str, default: int | None = None) -> int:
+    text = environ.get(key, "" if default is None else str(default))
+    if not re.fullmatch(r"[0-9]+", text):
+        raise InputError(f"environment variable {key}={text!r}: expected a number. Start this with srun inside a job.")
+    return int(text)
+
+
+def expand_host_list(host_list: str) -> list[str]:
+    """Expand Slurm's compressed list, as in `gpu[01-03,7],login`, with `scontrol`."""
+    command = ["scontrol", "show", "hostnames", host_list]
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout.split()
+    except (FileNotFoundError, subprocess.SubprocessError) as error:
+        reason = (getattr(error, "stderr", None) or str(error)).strip()
+        raise InputError(f"expanding the job's node list {host_list!r} with scontrol failed: {reason}") from error
+
+
+def read_topology(
+    environ: Mapping[str, str],
+    procs_per_node: int | None = None,
+    expand: Callable[[str], list[str]] = expand_host_list,
+) -> Topology:
+    """The job's nodes, from the environment of one Slurm task per node; one local node where there is no job.
+
+    `procs_per_node` defaults to SLURM_GPUS_ON_NODE, and to 1 where the job has no GPUs.
+    Raises InputError for an environment that no such task has.
+    """
+    procs = procs_per_node or _integer(environ, "SLURM_GPUS_ON_NODE", default=1)
+    if procs < 1:
+        raise InputError(f"procs_per_node is {procs}; expected 1 or more.")
+    if "SLURM_JOB_NODELIST" not in environ:
+        return Topology((socket.gethostname(),), 0, procs, "local", 0, 0)
+    host_list = environ.get("SLURM_STEP_NODELIST", environ["SLURM_JOB_NODELIST"])
+    if not _HOST_LIST.fullmatch(host_list):
+        raise InputError(f"the job's node list {host_list!r} is not one of Slurm's.")
+    hosts = tuple(expand(host_list))
+    node_rank = _integer(environ, "SLURM_NODEID")
+    if not all(_HOST.fullmatch(host) for host in hosts) or len(set(hosts)) != len(hosts) or node_rank >= len(hosts):
+        raise InputError(f"node list {host_list!r} expands to {list(hosts)}, which has no node number {node_rank}.")
+    if _integer(environ, "SLURM_LOCALID", default=0) != 0:
+        raise InputError("srun started several tasks on this node; expected one (--ntasks-per-node=1).")
+    job_id = str(_integer(environ, "SLURM_JOB_ID"))
+    restart_count = _integer(environ, "SLURM_RESTART_COUNT", default=0)
+    return Topology(hosts, node_rank, procs, job_id, _integer(environ, "SLURM_STEP_ID", default=0), restart_count)

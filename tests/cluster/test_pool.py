@@ -1,0 +1,169 @@
+"""The pool's promises, on scripted engines in real Ray actors."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from cluster.config import ModelConfig
+from cluster.engine_config import Completion, EngineConfig, GenerationRequest, Sampling
+from cluster.errors import InputError, TunesmithError
+from cluster.pool import EnginePool
+from tests.fakes import continue_prompt, generated_ids, scripted, write_script
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+SAMPLING = Sampling()
+
+
+def prompts(num: int) -> list[GenerationRequest]:
+    return [GenerationRequest(f"request-{i}", f"prompt {i} ", SAMPLING) for i in range(num)]
+
+
+def in_pool(config: EngineConfig, model: ModelConfig, use: Callable[[EnginePool], Awaitable]):
+    async def main():
+        async with EnginePool.start(config, model) as pool:
+            return await use(pool)
+
+    return asyncio.run(main())
+
+
+def complete_all(config: EngineConfig, model: ModelConfig, requests: list[GenerationRequest]):
+    """Completions and statistics of one pool that gets all requests at once."""
+
+    async def use(pool: EnginePool):
+        return await asyncio.gather(*map(pool.generate, requests)), pool.stats
+
+    return in_pool(config, model, use)
+
+
+def assert_each_has_its_own_answer(requests: list[GenerationRequest], completions: list[Completion]) -> None:
+    for request, completion in zip(requests, completions, strict=True):
+        assert completion.request_id == request.request_id
+        assert completion.text == continue_prompt(request.prompt, SAMPLING.model_dump_json())
+
+
+def test_each_caller_gets_its_own_answer_in_any_order(tmp_path):
+    requests = prompts(200)
+    model = write_script(tmp_path / "model", latency_ms=20)
+    completions, stats = complete_all(scripted(num_replicas=3, max_num_seqs=8), model, requests)
+    assert_each_has_its_own_answer(requests, completions)
+    assert stats.num_requests == 200
+    assert stats.num_completion_tokens == sum(completion.num_completion_tokens for completion in completions)
+    assert sorted(generated_ids(tmp_path / "model")) == sorted(request.request_id for request in requests)
+
+
+def test_an_engine_holds_no_more_requests_than_its_window(tmp_path):
+    model = write_script(tmp_path / "model", latency_ms=5)
+    config = scripted(num_replicas=2, max_num_seqs=5)
+    _, stats = complete_all(config, model, prompts(100))
+    assert stats.max_in_flight == config.max_in_flight == 10
+
+
+def test_a_slow_request_holds_back_none_of_its_chunk(tmp_path):
+    model = write_script(tmp_path / "model", stall="prompt 3 ")
+    requests = prompts(8)
+
+    async def use(pool: EnginePool):
+        calls = [asyncio.create_task(pool.generate(request)) for request in requests]
+        done = await asyncio.gather(*(call for i, call in enumerate(calls) if i != 3))
+        return done, calls[3].done()
+
+    done, slow_is_done = in_pool(scripted(chunk_size=8), model, use)
+    assert [completion.request_id for completion in done] == [f"request-{i}" for i in range(8) if i != 3]
+    assert not slow_is_done
+
+
+def test_requests_of_a_dead_engine_are_answered_by_others(tmp_path):
+    requests = prompts(150)
+    model = write_script(tmp_path / "model", latency_ms=10, die_at=[20, 60, 90])
+    completions, stats = complete_all(scripted(num_replicas=2, max_num_seqs=8), model, requests)
+    assert_each_has_its_own_answer(requests, completions)
+    assert stats.num_restarts == 3
+    assert stats.num_quarantined == 0
+
+
+def test_a_request_that_kills_engines_is_set_aside_and_no_other(tmp_path):
+    model = write_script(tmp_path / "model", poison="prompt 17 ")
+    config = scripted(num_replicas=2, max_num_seqs=16)
+    requests = prompts(100)
+    completions, stats = complete_all(config, model, requests)
+    poisoned = completions.pop(17)
+    assert (poisoned.request_id, poisoned.finish_reason, poisoned.text) == ("request-17", "engine_died", "")
+    del requests[17]
+    assert_each_has_its_own_answer(requests, completions)
+    assert (stats.num_quarantined, stats.num_restarts) == (1, config.max_request_deaths)
+
+
+def test_an_engine_that_finishes_nothing_is_replaced(tmp_path):
+    model = write_script(tmp_path / "model", stall="prompt 2 ")
+    config = scripted(max_num_seqs=4, stall_timeout_seconds=1)
+    completions, stats = complete_all(config, model, prompts(6))
+    assert [completion.finish_reason for completion in completions] == ["stop"] * 2 + ["engine_died"] + ["stop"] * 3
+    assert "finished nothing" in stats.last_death
+
+
+def test_a_prompt_too_long_is_an_outcome(tmp_path):
+    model = write_script(tmp_path / "model")
+    requests = [GenerationRequest("long", "word " * 11, SAMPLING), GenerationRequest("short", "word " * 10, SAMPLING)]
+    (long, short), _ = complete_all(scripted(max_model_len=10), model, requests)
+    assert (long.finish_reason, short.finish_reason) == ("prompt_too_long", "stop")
+
+
+def test_an_error_of_the_engine_reaches_the_one_caller(tmp_path):
+    model = write_script(tmp_path / "model", refuse="prompt 1 ")
+
+    async def use(pool: EnginePool):
+        return await asyncio.gather(*map(pool.generate, prompts(3)), return_exceptions=True)
+
+    first, refused, last = in_pool(scripted(), model, use)
+    assert isinstance(refused, TunesmithError)
+    assert "request-1" in str(refused) and "no such thing" in str(refused)
+    assert first.finish_reason == last.finish_reason == "stop"
+
+
+def test_a_caller_that_gives_up_leaves_the_pool_working(tmp_path):
+    model = write_script(tmp_path / "model", stall="prompt 0 ")
+    requests = prompts(5)
+
+    async def use(pool: EnginePool):
+        stalled = [asyncio.create_task(pool.generate(requests[0])) for _ in range(2)]
+        answered = await pool.generate(requests[1])  # so the stalled ones are on the engine by now
+        for call in stalled:
+            call.cancel()
+        await asyncio.gather(*stalled, return_exceptions=True)
+        return [answered, *await asyncio.gather(*map(pool.generate, requests[2:]))]
+
+    completions = in_pool(scripted(max_num_seqs=2, stall_timeout_seconds=60), model, use)
+    assert_each_has_its_own_answer(requests[1:], completions)
+
+
+def test_without_any_engine_the_start_fails_with_the_cause(tmp_path):
+    model = write_script(tmp_path / "model", fail_start="not enough memory for the cache")
+    with pytest.raises(TunesmithError, match=r"no engine came up: ValueError: not enough memory for the cache\. Check"):
+        complete_all(scripted(num_replicas=2), model, prompts(1))
+
+
+def test_when_the_last_engine_is_given_up_every_caller_hears_of_it(tmp_path):
+    model = write_script(tmp_path / "model", poison="prompt")
+
+    async def use(pool: EnginePool):
+        return await asyncio.gather(*map(pool.generate, prompts(20)), return_exceptions=True)
+
+    results = in_pool(scripted(max_restarts=0, max_request_deaths=2), model, use)
+    assert all(isinstance(result, TunesmithError) and "no engine is left" in str(result) for result in results)
+
+
+def test_a_pool_larger_than_the_cluster_is_bad_input(tmp_path):
+    model = write_script(tmp_path / "model")
+    with pytest.raises(InputError, match=r"engine\.num_replicas=500 with 1 CPU each needs 500 CPUs, and this Ray has"):
+        complete_all(scripted(num_replicas=500, cpus_per_engine=1), model, [])
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [("./nowhere", "there is no folder"), ("a/b/c", "org/name"), ("{empty}", "holds no config.json")],
+)
+def test_a_missing_model_is_bad_input(tmp_path: Path, path: str, message: str):
+    with pytest.raises(InputError, match=message):
+        EnginePool(scripted(), ModelConfig(path=path.format(empty=tmp_path)))

@@ -1,0 +1,128 @@
+"""A scripted engine: a pure function of prompt and sampling, with faults on order.
+
+It stands where VLLMEngine stands (`backend="tests.fakes:ScriptedEngine"`). The model folder's file `script` (JSON)
+says how it behaves, so that each test scripts its own engines though all share one Ray:
+
+    latency_ms    up to so many milliseconds per request, drawn anew each time
+    die_at        numbers of requests, counted over all engines, at which the engine dies
+    poison        a prompt with this text kills the engine
+    stall         a prompt with this text is never answered
+    refuse        a prompt with this text is an error
+    fail_start    the engine raises this when it starts
+"""
+
+import asyncio
+import hashlib
+import json
+import os
+import random
+from pathlib import Path
+
+from cluster.config import ModelConfig
+from cluster.engine import EngineInfo
+from cluster.engine_config import Completion, EngineConfig, GenerationRequest
+
+LOG_LINE_BYTES = 65
+VERBS = ("List", "Describe", "Explain", "Compare", "Rewrite", "Sort", "Count", "Translate", "Classify", "Summarize")
+THINGS = (
+    *("amber", "basil", "candle", "dune", "ember", "fjord", "glacier", "harbor"),
+    *("island", "jasmine", "kettle", "lantern", "meadow", "needle", "orchard", "pebble"),
+    *("quartz", "river", "saddle", "timber", "umbrella", "valley", "walnut", "yarn"),
+    *("zephyr", "anchor", "bridge", "copper", "drum", "engine", "feather", "garden"),
+)
+
+
+def write_script(model_folder: Path, **script: object) -> ModelConfig:
+    """Make a model folder for ScriptedEngine, or change its script."""
+    model_folder.mkdir(parents=True, exist_ok=True)
+    (model_folder / "config.json").write_text('{"model_type": "scripted"}')
+    (model_folder / "script").write_text(json.dumps(script))
+    return ModelConfig(path=str(model_folder))
+
+
+def scripted(**fields: object) -> EngineConfig:
+    """A config of scripted engines, small enough for several on any machine."""
+    return EngineConfig(**{"backend": "tests.fakes:ScriptedEngine", "cpus_per_engine": 0.1, **fields})
+
+
+def generated_ids(model_folder: Path) -> list[str]:
+    """Ids of all requests that any engine of this model finished, in order."""
+    log = model_folder / "generated"
+    return log.read_text().split() if log.exists() else []
+
+
+class ScriptedEngine:
+    def __init__(self, config: EngineConfig, model: ModelConfig, num_gpus: int) -> None:
+        self._folder = Path(model.path)
+        self._script = json.loads((self._folder / "script").read_text())
+        if "fail_start" in self._script:
+            raise ValueError(self._script["fail_start"])
+        self._max_model_len = config.max_model_len or 100_000
+        self._clock = random.Random()
+
+    def describe(self) -> EngineInfo:
+        return EngineInfo(str(self._folder), self._max_model_len)
+
+    async def generate(self, request: GenerationRequest) -> Completion:
+        prompt = request.prompt
+        if self._script.get("poison", "\0") in prompt:
+            os._exit(1)
+        if self._script.get("stall", "\0") in prompt:
+            await asyncio.Event().wait()
+        if self._script.get("refuse", "\0") in prompt:
+            raise ValueError("no such thing")
+        num_prompt_tokens = len(prompt.split())
+        if num_prompt_tokens > self._max_model_len:
+            return Completion.failed(request, "prompt_too_long")
+        await asyncio.sleep(self._clock.random() * self._script.get("latency_ms", 0) / 1000)
+        if self._log(request.request_id) in self._script.get("die_at", ()):
+            os._exit(1)
+        text = continue_prompt(prompt, request.sampling.model_dump_json())
+        tokens = text.split()
+        finish_reason = "length" if len(tokens) > request.sampling.max_tokens else "stop"
+        token_ids = tuple(range(len(tokens)))
+        return Completion(request.request_id, text, token_ids, num_prompt_tokens, len(tokens), finish_reason)
+
+    def _log(self, request_id: str) -> int:
+        """Append the id to the file `generated`; returns how many it now holds, over all engines."""
+        descriptor = os.open(self._folder / "generated", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        os.write(descriptor, f"{request_id:{LOG_LINE_BYTES - 1}}\n".encode())
+        position = os.lseek(descriptor, 0, os.SEEK_CUR)
+        os.close(descriptor)
+        return position // LOG_LINE_BYTES
+
+
+def continue_prompt(prompt: str, sampling: str) -> str:
+    """What the pseudo-model says: a function of its two arguments and nothing else."""
+    draw = random.Random(hashlib.sha256(f"{sampling}\0{prompt}".encode()).digest())
+    if prompt.endswith("9."):
+        return "".join(f"{number}. {item}\n" for number, item in enumerate(map(_instruction, [draw] * 7), 9))[2:]
+    if prompt.endswith("Is it classification?"):
+        return draw.choice((" Yes", " No", " No"))
+    if prompt.endswith("Class label:"):
+        return "Class label:".join(f" {label}\nInput: {_words(draw, 3)}\n" for label in ("warm", "cold", "mild"))
+    if prompt.endswith("\n"):
+        if draw.random() < 0.3:
+            return f"Output: {_words(draw, 4)}\n"
+        return "".join(_example(draw, number) for number in (1, 2, 3))
+    return " " + _words(draw, 5)
+
+
+def _instruction(draw: random.Random) -> str:
+    kind = draw.random()
+    if kind < 0.1:
+        return "Do it."  # too short
+    if kind < 0.2:
+        return f"Draw a picture of {_words(draw, 3)}."  # asks for what a text model cannot do
+    if kind < 0.3:
+        return "Name the best way to walk a very long way home."  # the same every time
+    return f"{draw.choice(VERBS)} {_words(draw, draw.randint(3, 9))}."
+
+
+def _example(draw: random.Random, number: int) -> str:
+    output = "" if draw.random() < 0.1 else _words(draw, 3)
+    return f"Example {number}\nInput: {_words(draw, 3)}\nOutput: {output}\n"
+
+
+def _words(draw: random.Random, num_words: int) -> str:
+    return " ".join(draw.choices(THINGS, k=num_words))
