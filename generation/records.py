@@ -1,0 +1,184 @@
+"""A row of a dataset and a row of its rejects: the columns, and how they are stored.
+
+Instruction, input and output are a view of `messages`: the user's text is the instruction, or the instruction, an
+empty line and the input; the assistant's text is the output.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+
+import pyarrow as pa
+
+from cluster.engine_config import Completion, Sampling
+from cluster.files import sha256_json
+from generation.filters import Instance, Rejection
+from generation.novelty import Neighbor
+
+MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string())])
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("messages", pa.list_(MESSAGE)),
+        ("method", pa.string()),
+        ("task", pa.string()),
+        ("round", pa.int32()),
+        ("parent_ids", pa.list_(pa.string())),
+        ("seed_ids", pa.list_(pa.string())),
+        ("model", pa.string()),
+        ("model_revision", pa.string()),
+        ("prompt_name", pa.string()),
+        ("prompt_sha", pa.string()),
+        ("sampling", pa.string()),
+        ("num_prompt_tokens", pa.int64()),
+        ("num_completion_tokens", pa.int64()),
+        ("finish_reason", pa.string()),
+        ("license", pa.string()),
+    ]
+)
+NEIGHBOR = pa.struct([("id", pa.string()), ("score", pa.float64())])
+REJECTED_SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("stage", pa.string()),
+        ("reason", pa.string()),
+        ("detail", pa.string()),
+        ("instruction", pa.string()),
+        ("input", pa.string()),
+        ("output", pa.string()),
+        ("request_id", pa.string()),
+        ("nearest", pa.list_(NEIGHBOR)),
+    ]
+)
+
+
+NO_INSTANCE = Instance("", "")
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What a row comes from, the same for all rows of one instruction.
+
+    task: id of the seed task or of the machine's instruction; parent_ids: machine instructions among the
+    demonstrations it was drawn from, each the `task` of its own rows; seed_ids: the seed tasks among them.
+    """
+
+    method: str
+    task: str
+    round: int = 0
+    parent_ids: tuple[str, ...] = ()
+    seed_ids: tuple[str, ...] = ()
+    license: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Production:
+    """Which request wrote a row."""
+
+    request_id: str
+    model: str
+    model_revision: str
+    prompt_name: str
+    prompt_sha: str
+    sampling: Sampling
+    completion: Completion
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A row of a dataset. The columns of a row that no model wrote are null where they speak of the model."""
+
+    id: str
+    messages: list[dict[str, str]]
+    method: str
+    task: str
+    round: int
+    parent_ids: tuple[str, ...]
+    seed_ids: tuple[str, ...]
+    model: str | None
+    model_revision: str | None
+    prompt_name: str | None
+    prompt_sha: str | None
+    sampling: str | None  # JSON
+    num_prompt_tokens: int | None
+    num_completion_tokens: int | None
+    finish_reason: str | None
+    license: str | None
+
+    def to_row(self) -> dict:
+        return {name: getattr(self, name) for name in SCHEMA.names}
+
+
+@dataclass(frozen=True, slots=True)
+class RejectedRecord:
+    """Something a model wrote that did not pass. stage: response, instruction, classification or instance."""
+
+    stage: str
+    rejection: Rejection
+    request_id: str
+    position: int  # among what came of the same request
+    instruction: str = ""
+    instance: Instance = NO_INSTANCE
+    nearest: tuple[Neighbor, ...] = ()
+
+    def to_row(self) -> dict:
+        return {
+            "id": sha256_json([self.request_id, self.stage, self.position]),
+            "stage": self.stage,
+            "reason": self.rejection.reason,
+            "detail": self.rejection.detail,
+            "instruction": self.instruction,
+            "input": self.instance.input,
+            "output": self.instance.output,
+            "request_id": self.request_id,
+            "nearest": [asdict(neighbor) for neighbor in self.nearest],
+        }
+
+
+def make_messages(instruction: str, instance: Instance) -> list[dict[str, str]]:
+    """One turn of a user and one of an assistant."""
+    user = f"{instruction}\n\n{instance.input}" if instance.input else instruction
+    return [{"role": "user", "content": user}, {"role": "assistant", "content": instance.output}]
+
+
+def human_record(origin: Origin, instruction: str, instance: Instance, position: int) -> Record:
+    """The row of an instance that a person wrote."""
+    return Record(
+        id=sha256_json([origin.method, origin.task, position, instruction, instance.input, instance.output]),
+        messages=make_messages(instruction, instance),
+        method=origin.method,
+        task=origin.task,
+        round=origin.round,
+        parent_ids=origin.parent_ids,
+        seed_ids=origin.seed_ids,
+        model=None,
+        model_revision=None,
+        prompt_name=None,
+        prompt_sha=None,
+        sampling=None,
+        num_prompt_tokens=None,
+        num_completion_tokens=None,
+        finish_reason=None,
+        license=origin.license,
+    )
+
+
+def machine_record(origin: Origin, made_by: Production, instruction: str, instance: Instance, position: int) -> Record:
+    """The row of the instance at `position` of what a request wrote. Token counts are the whole request's."""
+    return Record(
+        id=sha256_json([made_by.request_id, position]),
+        messages=make_messages(instruction, instance),
+        method=origin.method,
+        task=origin.task,
+        round=origin.round,
+        parent_ids=origin.parent_ids,
+        seed_ids=origin.seed_ids,
+        model=made_by.model,
+        model_revision=made_by.model_revision,
+        prompt_name=made_by.prompt_name,
+        prompt_sha=made_by.prompt_sha,
+        sampling=json.dumps(made_by.sampling.model_dump(), sort_keys=True),
+        num_prompt_tokens=made_by.completion.num_prompt_tokens,
+        num_completion_tokens=made_by.completion.num_completion_tokens,
+        finish_reason=made_by.completion.finish_reason,
+        license=origin.license,
+    )

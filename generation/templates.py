@@ -1,0 +1,60 @@
+"""Prompt templates: Jinja files in a sandbox, each with the hash of its text.
+
+prompts = PromptFolder(Path("generation/prompts/self_instruct"), {"classify": ("instruction",)})
+prompts["classify"].render(instruction="Sort the words.")
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+from jinja2 import meta
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+
+from cluster.errors import InputError
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One template. name: `folder/file` without the ending. sha: of the file's text, 16 hex digits."""
+
+    name: str
+    sha: str
+    path: Path
+    template: jinja2.Template
+
+    def render(self, **variables: object) -> str:
+        """Fill in the template. Raises InputError if the template asks for what it may not have."""
+        try:
+            return self.template.render(**variables)
+        except (jinja2.UndefinedError, SecurityError, TypeError, ValueError, OverflowError) as error:
+            raise InputError(f"{self.path}: cannot be rendered: {error}. Fix the template.") from error
+
+
+def load_prompts(folder: Path, variables: Mapping[str, tuple[str, ...]]) -> dict[str, Prompt]:
+    """Load the templates that a method needs: their names, and the variables each one gets.
+
+    Raises InputError for a missing file, a syntax error (with its line), or a variable that will not be there.
+    """
+    # Blocks on lines of their own leave no blank lines, and a file's last line break is not part of the prompt.
+    environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.globals.clear()
+    return {name: _load(folder / f"{name}.jinja", environment, known) for name, known in variables.items()}
+
+
+def _load(path: Path, environment: jinja2.Environment, known: tuple[str, ...]) -> Prompt:
+    if not path.is_file():
+        found = ", ".join(sorted(file.name for file in path.parent.glob("*.jinja"))) or "no .jinja file"
+        raise InputError(f"{path}: no such prompt. `synthesize.prompts` is a folder that holds it; there is {found}.")
+    text = path.read_text(encoding="utf-8")
+    try:
+        unknown = meta.find_undeclared_variables(environment.parse(text)) - set(known)
+        template = environment.from_string(text)
+    except jinja2.TemplateSyntaxError as error:
+        raise InputError(f"{path}:{error.lineno}: {error.message}. Fix the template.") from error
+    if unknown:
+        raise InputError(f"{path}: uses {', '.join(sorted(unknown))}, but it gets only {', '.join(known)}.")
+    sha = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return Prompt(f"{path.parent.name}/{path.stem}", sha, path, template)
