@@ -1,0 +1,139 @@
+"""Conversations to tokens and labels: only what the assistant says, and its end of turn, is trained.
+
+The mask is not read off the template's markers, and nothing is searched for in the text: each assistant turn is the
+difference between two renderings, one that stops before it and one that stops after it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerFast
+
+from cluster.errors import InputError
+
+CHATML_TEMPLATE = Path(__file__).with_name("chatml.jinja")
+CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
+IGNORE = -100  # the label that cross-entropy passes over
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One document. `labels[t]` is the token that position t has to predict, or IGNORE; both have shape [T]."""
+
+    input_ids: np.ndarray  # int32 [T]
+    labels: np.ndarray  # int32 [T]
+
+
+class Unmaskable(Exception):
+    """This conversation cannot be masked right; the message is the reason under which it is counted."""
+
+
+def set_chat_template(tokenizer: PreTrainedTokenizerFast, template_file: str | None) -> int:
+    """Give `tokenizer` the template of the recipe, else its own, else ChatML. Returns how many tokens were added."""
+    if template_file is not None:
+        path = Path(template_file)
+        if not path.is_file():
+            raise InputError(f"train.chat_template: {path} does not exist. Give the path of a Jinja file.")
+        tokenizer.chat_template = path.read_text()
+        return 0
+    if tokenizer.chat_template:
+        return 0
+    tokenizer.chat_template = CHATML_TEMPLATE.read_text()
+    missing = [token for token in CHATML_TOKENS if token not in tokenizer.get_vocab()]
+    return tokenizer.add_special_tokens({"additional_special_tokens": missing}) if missing else 0
+
+
+def end_of_turn_ids(tokenizer: PreTrainedTokenizerFast) -> set[int]:
+    """Ids of the tokens that may end an assistant turn: eos, and the special token the template closes a turn with."""
+    probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    rendered = tokenizer.apply_chat_template(probe, tokenize=False)
+    last = tokenizer(rendered.rstrip(), add_special_tokens=False)["input_ids"][-1]
+    if last not in set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder):
+        raise InputError(
+            "the chat template closes an assistant turn with no special token, so the model could not learn to stop. "
+            "Give another one by train.chat_template."
+        )
+    return {last} | ({tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set())
+
+
+def encode_chat(
+    tokenizer: PreTrainedTokenizerFast, messages: Sequence[dict], max_seq_len: int, terminators: set[int]
+) -> Encoded:
+    """Tokens and labels of one conversation, cut at `max_seq_len` tokens.
+
+    Raises Unmaskable if the template refuses the conversation or rewrites earlier turns, a token straddles the border of
+    an assistant turn, the end of a turn would not be trained, or nothing of an assistant turn is left after the cut.
+    """
+    check_messages(messages)
+    text = _render(tokenizer, messages)
+    spans = [
+        _assistant_span(tokenizer, messages, turn, text)
+        for turn, message in enumerate(messages)
+        if message["role"] == "assistant"
+    ]
+    if not spans:
+        raise Unmaskable("no assistant turn")
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids = np.asarray(encoding["input_ids"], dtype=np.int32)
+    starts, ends = np.asarray(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2).T
+    trained = np.zeros(len(ids), dtype=bool)
+    for begin, end in spans:
+        overlapping = (starts < end) & (ends > begin)
+        inside = overlapping & (starts >= begin) & (ends <= end)
+        if (inside != overlapping).any():
+            raise Unmaskable("a token straddles the border of an assistant turn")
+        if not inside.any() or int(ids[np.flatnonzero(inside)[-1]]) not in terminators:
+            raise Unmaskable("the end of an assistant turn would not be trained")
+        trained |= inside
+    ids, trained = ids[:max_seq_len], trained[:max_seq_len]
+    return _shifted(ids, trained)
+
+
+def encode_text(ids: Sequence[int], end_id: int, max_seq_len: int) -> Encoded:
+    """Tokens and labels of plain text: every token is trained, and the end too unless the text had to be cut."""
+    whole = np.asarray([*ids, end_id], dtype=np.int32)[:max_seq_len]
+    return _shifted(whole, np.ones(len(whole), dtype=bool))
+
+
+def check_messages(messages: object) -> None:
+    """Raise Unmaskable unless `messages` is a list of {role, content} with texts for both."""
+    if not isinstance(messages, list | tuple) or not messages:
+        raise Unmaskable("`messages` is not a list of turns")
+    for message in messages:
+        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
+            raise Unmaskable("a turn has no role or no text")
+    if messages[0]["role"] == "assistant":
+        raise Unmaskable("the assistant opens the conversation")
+
+
+def _assistant_span(
+    tokenizer: PreTrainedTokenizerFast, messages: Sequence[dict], turn: int, text: str
+) -> tuple[int, int]:
+    """Character range of an assistant turn in the rendered `text`, its end-of-turn token included."""
+    before = _render(tokenizer, messages[:turn], add_generation_prompt=True)
+    through = _render(tokenizer, messages[: turn + 1])
+    if not (text.startswith(through) and through.startswith(before)):
+        raise Unmaskable("the chat template rewrites earlier turns")
+    return len(before), len(through.rstrip())
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerFast, messages: Sequence[dict], add_generation_prompt: bool = False
+) -> str:
+    try:
+        return tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    except TemplateError as error:
+        raise Unmaskable(f"the chat template refuses it: {error}") from error
+
+
+def _shifted(ids: np.ndarray, trained: np.ndarray) -> Encoded:
+    labels = np.full(len(ids), IGNORE, dtype=np.int32)
+    labels[:-1] = np.where(trained[1:], ids[1:], IGNORE)
+    if (labels == IGNORE).all():
+        raise Unmaskable("nothing to train within max_seq_len")
+    return Encoded(ids, labels)

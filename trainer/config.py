@@ -1,0 +1,111 @@
+"""What a recipe's `train:`, `export:` and `evaluate:` sections may say. Imports pydantic alone and does no I/O."""
+
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from cluster.config import StrictModel
+from cluster.engine_config import Sampling
+
+
+class LoraConfig(StrictModel):
+    """Low-rank adaptation (Hu et al. 2021, arXiv 2106.09685)."""
+
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(32.0, gt=0, description="updates are scaled by alpha / rank (section 4.1)")
+    dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: str | tuple[str, ...] = "all-linear"
+
+
+class PrefixConfig(StrictModel):
+    """Prefix tuning (Li and Liang 2021, arXiv 2101.00190)."""
+
+    num_virtual_tokens: int = Field(16, ge=1)
+
+
+class CheckpointConfig(StrictModel):
+    every_steps: int = Field(200, ge=1)
+    keep_last: int = Field(2, ge=1, description="older complete checkpoints are removed")
+
+
+class TrainConfig(StrictModel):
+    """One tuning job. Defaults are Alpaca's for 7B (Taori et al. 2023, train.py) where it has a value."""
+
+    data: tuple[str, ...] = Field((), description="datasets; empty means the run's own synthesized dataset")
+    objective: Literal["chat", "text"] = Field(
+        "chat", description="chat: loss on assistant turns of `messages`; text: loss on every token of `text`"
+    )
+    tuning: Literal["full", "lora", "prefix"] = "full"
+    lora: LoraConfig = LoraConfig()
+    prefix: PrefixConfig = PrefixConfig()
+    chat_template: str | None = Field(None, description="a Jinja file; default: the tokenizer's own, else ChatML")
+
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    precision: Literal["bf16", "fp32"] = "bf16"
+    attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "sdpa"
+    gradient_checkpointing: bool = False
+    num_processes: int = Field(1, ge=1, description="ranks on this machine when started here; one per GPU on a cluster")
+
+    max_seq_len: int = Field(512, ge=8, description="tokens in a row; longer documents are cut, without an end label")
+    packing: bool = True
+    micro_batch_size: int = Field(4, ge=1, description="rows in one forward pass of one rank")
+    global_batch_size: int = Field(128, ge=1, description="rows in one optimizer step over all ranks")
+
+    num_epochs: int = Field(3, ge=1)
+    max_steps: int | None = Field(None, ge=1, description="stop here, however many epochs that is")
+    learning_rate: float = Field(2e-5, gt=0)
+    min_learning_rate_ratio: float = Field(0.0, ge=0, le=1, description="the cosine ends at this share of the peak")
+    warmup_ratio: float = Field(0.03, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    adam_epsilon: float = Field(1e-8, gt=0)
+    max_grad_norm: float = Field(1.0, ge=0, description="0 turns clipping off")
+
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    process_group_timeout_seconds: int = Field(3600, ge=30)
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _one_path_is_a_list_too(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _combinations_that_work(self) -> "TrainConfig":
+        if self.tuning == "prefix" and self.packing:
+            raise ValueError(
+                "packing does not work with tuning=prefix: the prefix lives in the attention cache, which rules out "
+                "the isolation of packed documents. Set train.packing=false"
+            )
+        if self.tuning == "prefix" and self.gradient_checkpointing:
+            raise ValueError(
+                "gradient_checkpointing does not work with tuning=prefix: checkpointing turns off the attention cache "
+                "that holds the prefix. Set train.gradient_checkpointing=false"
+            )
+        if self.attention.startswith("flash") and self.packing and self.micro_batch_size != 1:
+            raise ValueError(
+                "packed rows with flash attention need train.micro_batch_size=1: document boundaries are read from "
+                "position_ids of a single row. Use a longer train.max_seq_len instead"
+            )
+        return self
+
+
+class ExportConfig(StrictModel):
+    form: Literal["merged", "adapter"] = Field("merged", description="adapter: only the PEFT weights")
+    dtype: Literal["same", "bf16", "fp32"] = "same"
+    max_shard_size: str = "4GB"
+    to: str | None = Field(
+        None, description="hub:<org>/<name> uploads the folder as well; HF_TOKEN is read from the environment"
+    )
+
+
+class EvaluateConfig(StrictModel):
+    sets: tuple[str, ...] = Field(
+        (), description="JSON-lines files; empty: those beside the model, else the packaged ones"
+    )
+    sampling: Sampling = Sampling(temperature=0.0, max_tokens=128)
+    compare_base: bool = Field(True, description="evaluate the model before tuning as well")
+
+    @field_validator("sets", mode="before")
+    @classmethod
+    def _one_path_is_a_list_too(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) else value

@@ -1,0 +1,193 @@
+"""A checkpoint to a folder that transformers, peft and vLLM load: weights, tokenizer, template, settings, card.
+
+Needs no DeepSpeed: every checkpoint holds the weights, or the adapter, in Hugging Face form. The folder is built beside
+its place, loaded again, compared with the trained weights on logits, and only then renamed into place.
+"""
+
+import copy
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
+
+from cluster.config import ModelConfig
+from cluster.errors import InputError, TunesmithError
+from cluster.files import explain_full_disk, sha256_json, write_json
+from cluster.manifest import is_sealed, verify_manifest, write_manifest
+from cluster.rundir import RunDir
+from trainer.chat import end_of_turn_ids
+from trainer.config import ExportConfig, TrainConfig
+from trainer.model import DTYPES, load_tokenizer
+from trainer.state import newest, read_state
+
+CARD_TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
+CHECK_TEXT = "The quick brown fox jumps over the lazy dog. 1 2 3"
+# float32 has to come back as it was; rounding weights to bf16 moves logits by up to a few percent of the largest.
+LOGIT_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
+
+
+@dataclass(frozen=True)
+class ExportJob:
+    run: RunDir
+    name: str
+    model: ModelConfig
+    train: TrainConfig
+    config: ExportConfig
+
+
+def run(job: ExportJob) -> dict:
+    """Export the newest checkpoint of a run. Returns the verdict. Does nothing if the same is there already.
+
+    Raises InputError if there is no finished checkpoint, TunesmithError if the export does not load back equal.
+    """
+    source = newest(job.run.checkpoints)
+    if source is None:
+        raise InputError(f"{job.run.checkpoints}: no complete checkpoint. Run `tunesmith train` first.")
+    if not read_state(source).finished:
+        say(f"{source} is not the end of its training; exporting it as it is")
+    verify_manifest(source)
+    key = sha256_json(
+        [(source / "manifest.json").read_text(), job.config.model_dump(mode="json", exclude={"to"}), job.name]
+    )
+    if is_sealed(job.run.export) and verify_manifest(job.run.export).get("key") == key:
+        verdict = json.loads(job.run.verdict("export").read_text())
+    else:
+        verdict = _build(job, source, key)
+    if job.config.to is not None:
+        verdict["uploaded_to"] = upload(job.run.export, job.config.to)
+    write_json(job.run.verdict("export"), verdict)
+    job.run.event("export", "done", folder=str(job.run.export))
+    return verdict
+
+
+def say(text: str) -> None:
+    print(f"[export] {text}", flush=True)
+
+
+def _build(job: ExportJob, source: Path, key: str) -> dict:
+    partial = job.run.export.with_name(f".{job.run.export.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    tokenizer, _ = load_tokenizer(job.model, job.train.chat_template)
+    with explain_full_disk(job.run.root):
+        trained = load_trained(job, source, tokenizer)
+        save_form(job, source, trained, tokenizer, partial)
+        error = compare_with(trained, partial, job, tokenizer)
+        card(job, source, error).save(partial / "README.md")
+        files = sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file())
+        write_manifest(partial, files, key=key, checkpoint=source.name)
+        shutil.rmtree(job.run.export, ignore_errors=True)
+        partial.rename(job.run.export)
+    num_bytes = sum(path.stat().st_size for path in job.run.export.rglob("*.safetensors"))
+    return {
+        "status": "done", "form": job.config.form, "folder": str(job.run.export), "checkpoint": str(source),
+        "weights_bytes": num_bytes, "max_logit_error": error,
+    }  # fmt: skip
+
+
+def load_trained(job: ExportJob, source: Path, tokenizer: PreTrainedTokenizerFast) -> torch.nn.Module:
+    """The trained model of a checkpoint, on the CPU, in its training precision."""
+    if job.train.tuning == "full":
+        return _load(ModelConfig(path=str(source / "weights")), DTYPES[job.train.precision])
+    return _load_adapted(job.model, source / "weights", tokenizer, DTYPES[job.train.precision])
+
+
+def _load(model: ModelConfig, dtype: torch.dtype) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(
+        model.path, revision=model.revision, dtype=dtype, use_safetensors=True, trust_remote_code=False
+    ).eval()
+
+
+def _load_adapted(
+    model: ModelConfig, adapter: Path, tokenizer: PreTrainedTokenizerFast, dtype: torch.dtype
+) -> PeftModel:
+    base = _load(model, dtype)
+    if len(tokenizer) > base.get_input_embeddings().num_embeddings:
+        base.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64, mean_resizing=True)
+    return PeftModel.from_pretrained(base, adapter).eval()
+
+
+def save_form(
+    job: ExportJob, source: Path, trained: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, folder: Path
+) -> None:
+    """Write the weights in the form that was asked for, and everything that goes with them."""
+    folder.mkdir(parents=True)
+    tokenizer.save_pretrained(folder)
+    if job.config.form == "adapter":
+        if job.train.tuning == "full":
+            raise InputError("export.form=adapter, but train.tuning=full has no adapter. Set export.form=merged.")
+        for file in ("adapter_config.json", "adapter_model.safetensors"):
+            shutil.copy2(source / "weights" / file, folder / file)
+        return
+    if job.train.tuning == "prefix":
+        raise InputError("export.form=merged, but a prefix cannot be merged into weights. Set export.form=adapter.")
+    # Copies, so that the model as trained stays there to compare with.
+    merged = copy.deepcopy(trained).merge_and_unload() if isinstance(trained, PeftModel) else copy.deepcopy(trained)
+    merged = merged.to(DTYPES[job.train.precision if job.config.dtype == "same" else job.config.dtype])
+    ends = sorted(end_of_turn_ids(tokenizer)) if job.train.objective == "chat" else [tokenizer.eos_token_id]
+    merged.generation_config = GenerationConfig(
+        bos_token_id=merged.generation_config.bos_token_id, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id
+    )
+    merged.config.use_cache = True
+    merged.save_pretrained(folder, safe_serialization=True, max_shard_size=job.config.max_shard_size)
+
+
+def compare_with(trained: torch.nn.Module, folder: Path, job: ExportJob, tokenizer: PreTrainedTokenizerFast) -> float:
+    """Load `folder` as a user would and compare its logits with the trained model's, both in float32.
+
+    Returns the largest difference as a share of the largest logit; raises TunesmithError beyond the tolerance.
+    """
+    if job.config.form == "adapter":
+        loaded = _load_adapted(job.model, folder, tokenizer, torch.float32)
+    else:
+        loaded = _load(ModelConfig(path=str(folder)), torch.float32)
+    ids = tokenizer(CHECK_TEXT, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        expected = trained.float()(input_ids=ids).logits
+        found = loaded(input_ids=ids).logits
+    error = float((expected - found).abs().max() / expected.abs().max())
+    lossless = job.train.precision == "fp32" and job.config.dtype in ("same", "fp32")
+    if error > LOGIT_TOLERANCE["fp32" if lossless else "bf16"]:
+        raise TunesmithError(
+            f"{folder}: the exported model gives other logits than the trained one (by {error:.2%} of the largest). "
+            "Nothing was put in place; the checkpoint is untouched."
+        )
+    return error
+
+
+def card(job: ExportJob, source: Path, error: float) -> ModelCard:
+    """The model card: what the model was made of, from the verdicts of the run."""
+    state = read_state(source)
+    synthesis = job.run.verdict("synthesize")
+    return ModelCard.from_template(
+        ModelCardData(
+            base_model=None if Path(job.model.path).exists() else job.model.path,
+            library_name="peft" if job.config.form == "adapter" else "transformers",
+            pipeline_tag="text-generation",
+            tags=["instruction-tuning", "tunesmith"],
+        ),
+        template_path=str(CARD_TEMPLATE),
+        name=job.name,
+        base=Path(job.model.path).name if Path(job.model.path).exists() else job.model.path,
+        revision=job.model.revision,
+        train=job.train,
+        state=state,
+        form=job.config.form,
+        data=[Path(path).name for path in job.train.data],
+        synthesis=json.loads(synthesis.read_text()) if synthesis.is_file() and not job.train.data else None,
+        error=error,
+    )
+
+
+def upload(folder: Path, target: str) -> str:
+    """Upload an export to `hub:<org>/<name>`, private at first. The library finds the token in the environment."""
+    scheme, _, repo_id = target.partition(":")
+    if scheme != "hub" or repo_id.count("/") != 1:
+        raise InputError(f"export.to: {target!r} is not hub:<org>/<name>.")
+    api = HfApi()
+    api.create_repo(repo_id, private=True, exist_ok=True)
+    return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Export of a tunesmith run"))

@@ -1,0 +1,104 @@
+"""Load a causal language model, wrap it with adapters if asked, and give it the loss that training needs."""
+
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import PeftModel, PrefixTuningConfig, TaskType, get_peft_model
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from cluster.config import ModelConfig
+from cluster.errors import InputError
+from trainer.chat import IGNORE, set_chat_template
+from trainer.config import TrainConfig
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+class CausalLMWithLoss(nn.Module):
+    """A causal LM whose forward pass returns the summed cross-entropy of the labelled positions.
+
+    The head runs on labelled positions alone, so logits of prompts are never made. Submodules are called as modules, so
+    that the hooks by which ZeRO-3 gathers parameters fire.
+    """
+
+    def __init__(self, lm: nn.Module):
+        super().__init__()
+        self.lm = lm
+
+    def forward(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, labels: torch.Tensor, return_logits: bool = False
+    ) -> torch.Tensor:
+        """Arguments [B, S]; returns a float32 scalar: the sum over the L positions whose label is not IGNORE.
+
+        With `return_logits`, their logits [L, V] instead.
+        """
+        wanted = labels != IGNORE  # [B, S]
+        if not wanted.any():
+            # Padding alone, when rows run out. Every parameter still takes part, once, so that ranks stay in step.
+            wanted[:, 0] = True
+            return self._logits(input_ids, position_ids, wanted).float().sum() * 0.0
+        logits = self._logits(input_ids, position_ids, wanted).float()
+        return logits if return_logits else F.cross_entropy(logits, labels[wanted], reduction="sum")
+
+    def _logits(self, input_ids: torch.Tensor, position_ids: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        """Logits [L, V] at the L positions where `wanted` [B, S] is true."""
+        if isinstance(self.lm, PeftModel) and self.lm.active_peft_config.is_prompt_learning:
+            # The prefix enters through PeftModel.forward, as attention cache.
+            return self.lm(input_ids=input_ids, attention_mask=torch.ones_like(input_ids)).logits[wanted]
+        lm = self.lm.get_base_model() if isinstance(self.lm, PeftModel) else self.lm
+        # No attention mask and no cache: with either, transformers stops isolating packed documents.
+        hidden = lm.get_decoder()(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+        return lm.get_output_embeddings()(hidden[wanted])
+
+
+def load_tokenizer(model: ModelConfig, template_file: str | None) -> tuple[PreTrainedTokenizerFast, int]:
+    """The tokenizer with its chat template, and how many tokens had to be added for it."""
+    tokenizer = AutoTokenizer.from_pretrained(model.path, revision=model.revision, trust_remote_code=False)
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise InputError(f"model.path: {model.path} has no fast tokenizer; the assistant mask needs character offsets.")
+    return tokenizer, set_chat_template(tokenizer, template_file)
+
+
+def load_model(
+    model: ModelConfig, config: TrainConfig, tokenizer: PreTrainedTokenizerFast, num_added: int
+) -> nn.Module:
+    """The model in the precision of the recipe, with embeddings for added tokens and with adapters.
+
+    Under ZeRO-3 an `HfDeepSpeedConfig` must be alive, so that weights are partitioned as they are read.
+    """
+    lm = AutoModelForCausalLM.from_pretrained(
+        model.path,
+        revision=model.revision,
+        dtype=DTYPES[config.precision],
+        attn_implementation=config.attention,
+        use_safetensors=True,
+        trust_remote_code=False,
+    )
+    if len(tokenizer) > lm.get_input_embeddings().num_embeddings:
+        lm.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64, mean_resizing=True)
+    lm.config.use_cache = config.tuning == "prefix"
+    if config.gradient_checkpointing:
+        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if config.tuning != "full":
+            lm.enable_input_require_grads()
+    if config.tuning == "lora":
+        added = list(range(len(tokenizer) - num_added, len(tokenizer)))
+        lm = get_peft_model(lm, _lora(config, added))
+    elif config.tuning == "prefix":
+        settings = PrefixTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=config.prefix.num_virtual_tokens)
+        lm = get_peft_model(lm, settings)
+    return lm
+
+
+def _lora(config: TrainConfig, added_token_ids: list[int]) -> PeftLoraConfig:
+    lora = config.lora
+    targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
+    return PeftLoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        trainable_token_indices=added_token_ids or None,
+    )

@@ -1,0 +1,282 @@
+"""The training loop: one process of it runs on every rank, under torchrun.
+
+    torchrun --standalone --nproc-per-node 2 -m trainer.train runs/demo
+
+reads `runs/demo/recipe.yaml` (the resolved recipe) and writes checkpoints, metrics.jsonl and verdict-train.json there.
+The exit code is 0 when the job is done and 75 when it was asked to stop and has saved.
+"""
+
+import datetime
+import logging
+import os
+import signal
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import torch
+
+if not torch.cuda.is_available():  # said outright, or DeepSpeed warns on every rank that it found none
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import datasets
+import deepspeed
+import torch.distributed as dist
+import transformers
+from torch.nn.utils import get_total_norm
+from transformers.integrations import HfDeepSpeedConfig
+
+from cluster.errors import EXIT_DONE, EXIT_PREEMPTED, InputError, TunesmithError
+from cluster.files import write_json
+from cluster.orphans import die_with_parent
+from cluster.rundir import append_jsonl
+from trainer import checkpoint
+from trainer.batches import Batches, MicroBatch
+from trainer.data import Tokens, load_tokens, prepare_tokens
+from trainer.job import TrainJob, read_job
+from trainer.metrics import StepLine
+from trainer.model import CausalLMWithLoss, load_model, load_tokenizer
+from trainer.schedule import learning_rate
+from trainer.state import TrainState, newest
+from trainer.zero import deepspeed_config
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+ISOLATION_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}  # of the largest logit; a leak between documents shows as 0.1 to 1
+
+
+class StopRequest:
+    """Set by a signal, read at step boundaries. A second signal changes nothing, and children of ours do not react."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        owner = os.getpid()
+
+        def note(signum: int, frame: object) -> None:
+            if os.getpid() == owner:
+                self.requested = True
+
+        for signum in STOP_SIGNALS:
+            signal.signal(signum, note)
+
+
+def train(job: TrainJob, stop: StopRequest) -> dict:
+    """Train to the end, or to the step at which any rank was asked to stop. Returns the verdict."""
+    config, run = job.config, job.run
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    tokenizer, num_added = load_tokenizer(job.model, config.chat_template)
+    tokens, job_hash = shared_tokens(job, tokenizer)
+    batches = make_batches(tokens, job, rank, world_size)
+    if rank == 0:
+        announce(job, tokens, batches, world_size)
+    torch.manual_seed(job.seed + rank)
+    engine = make_engine(job, tokenizer, num_added, batches.grad_accum_steps, world_size)
+    if config.packing:
+        check_isolation(engine, batches, config.precision)
+
+    state = TrainState(0, 0, 0, 0, world_size, job_hash)
+    if (last := newest(run.checkpoints)) is not None:
+        state = checkpoint.load(engine, last, job_hash, world_size)
+        if rank == 0:
+            say(f"going on from {last}, step {state.step} of {batches.num_steps}")
+
+    line = StepLine(run, batches.num_steps, state.step, rank == 0)
+    saved_step = state.step
+    while state.step < batches.num_steps:
+        micro_batches = batches.micro_batches(state.step)
+        num_labels, num_tokens, stop_votes = all_sum(
+            sum(batch.num_labels for batch in micro_batches),
+            sum(tokens.lengths[d] for row in batches.rows_of_step(state.step) for d in row) if rank == 0 else 0,
+            int(stop.requested),
+        )
+        if stop_votes:
+            break
+        lr = learning_rate(config, state.step, batches.num_steps)
+        loss, grad_norm = train_step(engine, micro_batches, int(num_labels), lr)
+        num_rows = len(batches.rows_of_step(state.step))
+        state = TrainState(
+            state.step + 1, state.num_rows + num_rows, state.num_tokens + int(num_tokens),
+            state.num_trained_tokens + int(num_labels), world_size, job_hash, state.step + 1 == batches.num_steps,
+        )  # fmt: skip
+        line.step(state, loss, lr, grad_norm, int(num_tokens))
+        if state.finished or state.step % config.checkpoint.every_steps == 0:
+            checkpoint.save(engine, run.checkpoints, state, config.checkpoint.keep_last)
+            saved_step = state.step
+    if saved_step < state.step:
+        checkpoint.save(engine, run.checkpoints, state, config.checkpoint.keep_last)
+    return verdict(job, state, batches, tokens, line)
+
+
+def train_step(
+    engine: deepspeed.DeepSpeedEngine, micro_batches: list[MicroBatch], num_labels: int, lr: float
+) -> tuple[float, float]:
+    """One optimizer step. Returns the mean loss a label over all ranks, and the gradients' norm before clipping.
+
+    Gradients are those of (sum of token losses) / (labels of the step over all micro-batches and ranks): DeepSpeed
+    averages over ranks, so the sum is multiplied by their number; `scale_wrt_gas=False` makes accumulation a plain sum.
+    """
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
+    total = torch.zeros((), device=engine.device)
+    for batch in micro_batches:
+        loss_sum = engine(
+            batch.input_ids.to(engine.device), batch.position_ids.to(engine.device), batch.labels.to(engine.device)
+        )
+        engine.backward(loss_sum * (dist.get_world_size() / num_labels), scale_wrt_gas=False)
+        total += loss_sum.detach()
+        if engine.is_gradient_accumulation_boundary() and keeps_no_norm(engine):
+            norm = get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+        engine.step()
+    if not keeps_no_norm(engine):
+        norm = engine.get_global_grad_norm()
+    dist.all_reduce(total)
+    return float(total) / num_labels, float(norm)
+
+
+def keeps_no_norm(engine: deepspeed.DeepSpeedEngine) -> bool:
+    """True for plain data parallelism in float32: DeepSpeed clips there without recording the norm."""
+    return engine.zero_optimization_stage() == 0 and not engine.bfloat16_enabled()
+
+
+def make_engine(
+    job: TrainJob, tokenizer: object, num_added: int, grad_accum_steps: int, world_size: int
+) -> deepspeed.DeepSpeedEngine:
+    """The model under DeepSpeed with torch's AdamW; norms and biases are not decayed."""
+    config = job.config
+    settings = deepspeed_config(config, grad_accum_steps, world_size)
+    # Must stay alive while the model is read: with ZeRO-3 transformers then partitions weights as they arrive.
+    partitioner = HfDeepSpeedConfig(settings) if config.zero_stage == 3 else None
+    module = CausalLMWithLoss(load_model(job.model, config, tokenizer, num_added))
+    del partitioner
+    trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    matrices = [p for _, p in trained if len(getattr(p, "ds_shape", p.shape)) >= 2]
+    vectors = [p for _, p in trained if len(getattr(p, "ds_shape", p.shape)) < 2]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.learning_rate, betas=config.betas, eps=config.adam_epsilon, fused=True,
+    )  # fmt: skip
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings, dist_init_required=False)
+    engine.train()
+    return engine
+
+
+def check_isolation(engine: deepspeed.DeepSpeedEngine, batches: Batches, precision: str) -> None:
+    """Refuse to train if a packed row gives other logits than its documents alone. Every rank runs the same row."""
+    packed = next((row for row in batches.rows if len(row) > 1), None)
+    if packed is None:
+        return
+    engine.eval()
+    with torch.no_grad():
+        together = _logits(engine, batches.collate([packed]))
+        apart = torch.cat([_logits(engine, batches.collate([[document]])) for document in packed])
+    engine.train()
+    error = float((together - apart).abs().max() / apart.abs().max())
+    if error > ISOLATION_TOLERANCE[precision]:
+        raise InputError(
+            f"packed documents see each other in this model with train.attention={batches.config.attention} "
+            f"(logits differ by {error:.3f} of the largest). Set train.packing=false or another train.attention."
+        )
+
+
+def _logits(engine: deepspeed.DeepSpeedEngine, batch: MicroBatch) -> torch.Tensor:
+    device = engine.device
+    return engine(
+        batch.input_ids.to(device), batch.position_ids.to(device), batch.labels.to(device), return_logits=True
+    )
+
+
+def shared_tokens(job: TrainJob, tokenizer: object) -> tuple[Tokens, str]:
+    """Rank 0 encodes the dataset, the others map its files. Also returns the hash of the whole job."""
+    folder: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        folder = [str(prepare_tokens(job.config, tokenizer, job.data_paths, job.run.root / "tokens"))]
+    dist.broadcast_object_list(folder, src=0)
+    path = Path(str(folder[0]))
+    return load_tokens(path), job.fingerprint(path.name)
+
+
+def make_batches(tokens: Tokens, job: TrainJob, rank: int, world_size: int) -> Batches:
+    try:
+        return Batches(tokens, job.config, job.seed, rank, world_size)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def announce(job: TrainJob, tokens: Tokens, batches: Batches, world_size: int) -> None:
+    """Print the arithmetic of the job before it starts."""
+    config = job.config
+    dropped = ", ".join(f"{count} {reason}" for reason, count in tokens.dropped.items()) or "none"
+    rows = f"{len(batches.rows):,} {'packed ' if config.packing else ''}rows of up to {config.max_seq_len} tokens"
+    say(f"{tokens.num_documents:,} documents ({dropped} dropped) in {rows}")
+    say(f"{len(tokens.input_ids):,} tokens an epoch, {tokens.num_trained:,} of them with a loss")
+    say(
+        f"{config.tuning}, ZeRO-{config.zero_stage}, {config.precision}; {config.global_batch_size} rows a step = "
+        f"{config.micro_batch_size} micro x {batches.grad_accum_steps} accumulated x {world_size} ranks; "
+        f"{batches.num_steps} steps"
+    )
+
+
+def all_sum(*values: float) -> list[float]:
+    """Sums over all ranks, in float64 so that counts stay exact."""
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor)
+    return tensor.tolist()
+
+
+def verdict(job: TrainJob, state: TrainState, batches: Batches, tokens: Tokens, line: StepLine) -> dict:
+    return {
+        "status": "done" if state.finished or state.step >= batches.num_steps else "preempted",
+        "step": state.step,
+        "num_steps": batches.num_steps,
+        "tuning": job.config.tuning,
+        "num_rows": tokens.num_documents,
+        "dropped": tokens.dropped,
+        "num_tokens": state.num_tokens,
+        "num_trained_tokens": state.num_trained_tokens,
+        "tokens_per_second": line.tokens_per_second,
+        "final_loss": line.loss,
+        "checkpoint": str(newest(job.run.checkpoints)),
+    }
+
+
+def say(text: str) -> None:
+    print(f"[train] {text}", flush=True)
+
+
+def quieten_libraries() -> None:
+    """Leave the terminal to the step lines; warnings that a user can act on still come through."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+def main() -> int:
+    die_with_parent()
+    stop = StopRequest()
+    job = read_job(Path(sys.argv[1]))
+    quieten_libraries()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    timeout = datetime.timedelta(seconds=job.config.process_group_timeout_seconds)
+    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)
+    started = time.time()
+    try:
+        answer = train(job, stop)
+    except TunesmithError as error:
+        answer = {"status": "failed", "exit_code": error.exit_code, "message": str(error)}
+        write_json(job.run.verdict("train"), answer)
+        raise SystemExit(error.exit_code) from error
+    if dist.get_rank() == 0:
+        answer["seconds"] = round(time.time() - started, 1)
+        write_json(job.run.verdict("train"), answer)
+        append_jsonl(job.run.events, {"time": round(time.time(), 3), "stage": "train", "event": answer["status"]})
+    dist.barrier()
+    dist.destroy_process_group()
+    return EXIT_PREEMPTED if answer["status"] == "preempted" else EXIT_DONE
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

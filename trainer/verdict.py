@@ -1,0 +1,24 @@
+"""What the training stage left in its run folder, read without loading torch."""
+
+import json
+
+from cluster.rundir import RunDir
+from trainer.state import newest, read_state
+
+
+def read_verdict(run: RunDir, stage: str) -> dict | None:
+    """The verdict of a stage's last attempt, or None."""
+    file = run.verdict(stage)
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
+def is_trained(run: RunDir) -> bool:
+    """True if the newest checkpoint is the last one of its job."""
+    last = newest(run.checkpoints)
+    return last is not None and read_state(last).finished
+
+
+def read_failure(run: RunDir) -> str | None:
+    """What the ranks gave as the reason of their failure, if they could."""
+    verdict = read_verdict(run, "train")
+    return verdict["message"] if verdict and verdict["status"] == "failed" else None
