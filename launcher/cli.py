@@ -1,0 +1,103 @@
+"""The command line: `tunesmith run | synthesize | train | export | evaluate | plan RECIPE [key.sub=value ...]`.
+
+Nothing heavy is imported here, so that `--help` answers at once; each stage imports what it needs.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from cluster.errors import TunesmithError
+
+app = typer.Typer(
+    help="Instruction tuning, end to end: a model writes and answers instructions, and learns from them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="a YAML file; see recipes/", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="values that replace the recipe's, such as train.num_epochs=1"),
+]
+RunDirOption = Annotated[Path | None, typer.Option("--run-dir", help="where the run lives; default: runs/<name>")]
+
+
+def read(path: Path, overrides: list[str] | None, run_dir: Path | None):
+    from launcher.recipe import load
+
+    values = list(overrides or [])
+    if run_dir is not None:
+        values.append(f"run_dir={run_dir}")
+    return load(path, values)
+
+
+@app.command()
+def run(recipe: RecipePath, overrides: Overrides = None, run_dir: RunDirOption = None) -> None:
+    """Run every stage of a recipe here, skipping what is done. Interrupted, the same command goes on."""
+    from launcher.plan import stages_of
+    from launcher.stages import run_stage
+    from launcher.summary import print_summary
+
+    resolved = read(recipe, overrides, run_dir)
+    stages = [stage for stage, _, _ in stages_of(resolved)]
+    for number, stage in enumerate(stages, 1):
+        typer.echo(f"[{stage}] stage {number} of {len(stages)}")
+        run_stage(stage, resolved)
+    print_summary(resolved, Console())
+
+
+@app.command()
+def synthesize(recipe: RecipePath, overrides: Overrides = None, run_dir: RunDirOption = None) -> None:
+    """Let the model write and answer instructions; the result is a dataset folder."""
+    _one_stage("synthesize", recipe, overrides, run_dir)
+
+
+@app.command()
+def train(recipe: RecipePath, overrides: Overrides = None, run_dir: RunDirOption = None) -> None:
+    """Tune the model on a dataset with DeepSpeed, from the newest checkpoint if there is one."""
+    _one_stage("train", recipe, overrides, run_dir)
+
+
+@app.command()
+def export(recipe: RecipePath, overrides: Overrides = None, run_dir: RunDirOption = None) -> None:
+    """Turn the newest checkpoint into a folder that transformers, peft and vLLM load."""
+    _one_stage("export", recipe, overrides, run_dir)
+
+
+@app.command()
+def evaluate(recipe: RecipePath, overrides: Overrides = None, run_dir: RunDirOption = None) -> None:
+    """Measure the base and the exported model on held-out tasks."""
+    _one_stage("evaluate", recipe, overrides, run_dir)
+
+
+@app.command()
+def plan(recipe: RecipePath, overrides: Overrides = None, run_dir: RunDirOption = None) -> None:
+    """Show what a recipe would do. Starts nothing and writes nothing."""
+    from launcher.plan import print_plan
+
+    print_plan(read(recipe, overrides, run_dir), recipe, Console())
+
+
+def _one_stage(stage: str, recipe: Path, overrides: list[str] | None, run_dir: Path | None) -> None:
+    from launcher.stages import run_stage
+
+    run_stage(stage, read(recipe, overrides, run_dir))
+
+
+def main() -> None:
+    """Entry point: errors meant for the user are one line each, and decide the exit code."""
+    try:
+        app()
+    except TunesmithError as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""What a recipe would do, without doing it."""
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from launcher.recipe import Recipe
+
+
+def stages_of(recipe: Recipe) -> list[tuple[str, str, str]]:
+    """(stage, what it does, what it leaves) in the order in which `tunesmith run` runs them."""
+    run, train, engine = recipe.run, recipe.train, recipe.engine
+    stages = []
+    if not train.data:
+        stages.append(
+            (
+                "synthesize",
+                f"Self-Instruct to {recipe.synthesize.num_instructions:,} new instructions; {recipe.model.path} on "
+                f"{engine.num_replicas} vLLM engine{'s' if engine.num_replicas > 1 else ''}",
+                str(run.data / "synthesized"),
+            )
+        )
+    accumulated = train.global_batch_size // (train.micro_batch_size * train.num_processes)
+    stages += [
+        (
+            "train",
+            f"{train.tuning} tuning, ZeRO-{train.zero_stage}, {train.precision}, {train.num_processes} ranks here; "
+            f"{train.global_batch_size} rows a step = {train.micro_batch_size} micro x {accumulated} accumulated x "
+            f"{train.num_processes} ranks; up to {train.global_batch_size * train.max_seq_len:,} tokens a step; "
+            + (f"{train.max_steps} steps" if train.max_steps else f"{train.num_epochs} epochs"),
+            str(run.checkpoints),
+        ),
+        ("export", f"{recipe.export.form} model as safetensors{_to(recipe)}", str(run.export)),
+    ]
+    if train.objective == "chat" and recipe.export.form == "merged":
+        models = "base and tuned model" if recipe.evaluate.compare_base else "tuned model"
+        stages.append(("evaluate", f"{models} on held-out tasks: exact match, ROUGE-L", str(run.root / "evaluation")))
+    return stages
+
+
+def _to(recipe: Recipe) -> str:
+    return f", uploaded to {recipe.export.to}" if recipe.export.to else ""
+
+
+def print_plan(recipe: Recipe, path: Path, console: Console) -> None:
+    table = Table(title=f"{recipe.name}: {path}", title_justify="left", show_lines=True)
+    for heading in ("stage", "what", "result"):
+        table.add_column(heading, overflow="fold")
+    for row in stages_of(recipe):
+        table.add_row(*row)
+    console.print(table)
+    console.print(f"Nothing was started. To run it: tunesmith run {path}", markup=False, highlight=False)

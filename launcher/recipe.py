@@ -1,0 +1,146 @@
+"""One recipe, one run: YAML validated against the config models of the packages, with `key.sub=value` overrides.
+
+recipe = load(Path("recipes/demo.yaml"), ["train.learning_rate=1e-3"])
+"""
+
+import difflib
+from pathlib import Path
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, Field, ValidationError
+
+from cluster.config import ModelConfig, StrictModel
+from cluster.engine_config import EngineConfig
+from cluster.errors import InputError
+from cluster.files import write_atomic
+from cluster.rundir import RunDir
+from generation.config import SynthesizeConfig
+from trainer.config import EvaluateConfig, ExportConfig, TrainConfig
+
+
+class Recipe(StrictModel):
+    """Everything a run needs to know. Sections are named by the verbs of the command line."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: int = Field(0, ge=0)
+    run_dir: Path = Field(Path(), validate_default=False, description="default: runs/<name>")
+    model: ModelConfig
+    engine: EngineConfig = EngineConfig()
+    synthesize: SynthesizeConfig = SynthesizeConfig()
+    train: TrainConfig = TrainConfig()
+    export: ExportConfig = ExportConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+    @property
+    def run(self) -> RunDir:
+        return RunDir(self.run_dir)
+
+    def save(self, run: RunDir) -> None:
+        """Write the resolved recipe into the run folder.
+
+        Raises InputError if the folder belongs to another recipe, that is, if results there would not be this one's.
+        """
+        resolved = self.model_dump(mode="json")
+        if run.recipe.is_file():
+            refuse_changes(yaml.safe_load(run.recipe.read_text()), resolved, run)
+        write_atomic(run.recipe, yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
+
+
+def load(path: Path, overrides: list[str]) -> Recipe:
+    """Read and validate a recipe. Raises InputError naming the key, its line, and the nearest right key."""
+    if not path.is_file():
+        raise InputError(f"{path}: there is no such recipe. See recipes/ for some.")
+    text = path.read_text()
+    try:
+        written = OmegaConf.create(text) if text.strip() else OmegaConf.create({})
+        for override in overrides:
+            if "=" not in override:
+                raise InputError(f"{override!r} is not of the form key.sub=value.")
+        merged = OmegaConf.merge(written, OmegaConf.from_dotlist(overrides))
+        values = OmegaConf.to_container(merged, resolve=True)
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not YAML: {str(error).replace(chr(10), ' ')}") from error
+    except OmegaConfBaseException as error:
+        raise InputError(f"{path}: {str(error).splitlines()[0]}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: a recipe is a mapping of keys to values.")
+    try:
+        recipe = Recipe(**values)
+    except ValidationError as error:
+        raise InputError(explain(error, path, text, overrides)) from error
+    if recipe.run_dir == Path():
+        recipe = recipe.model_copy(update={"run_dir": Path("runs") / recipe.name})
+    return recipe
+
+
+def explain(error: ValidationError, path: Path, text: str, overrides: list[str]) -> str:
+    """Every complaint of pydantic as one line: where, what, and the nearest right key for a wrong one."""
+    lines = []
+    for complaint in error.errors():
+        keys = [str(part) for part in complaint["loc"] if not str(part).startswith("function-")]
+        dotted = ".".join(keys) or "the recipe"
+        message = complaint["msg"].removeprefix("Value error, ")
+        if complaint["type"] == "extra_forbidden":
+            known = known_keys(keys[:-1])
+            near = difflib.get_close_matches(keys[-1], known, n=1)
+            hint = f"did you mean `{near[0]}`?" if near else f"known: {', '.join(known)}"
+            message = f"unknown key; {hint}"
+        lines.append(f"{place(keys, path, text, overrides)}: {dotted}: {message}")
+    return "\n".join(lines)
+
+
+def place(keys: list[str], path: Path, text: str, overrides: list[str]) -> str:
+    """`file:line` of a key, or the command line if an override set it."""
+    dotted = ".".join(keys)
+    if any(override.split("=")[0] == dotted or override.startswith(dotted + ".") for override in overrides):
+        return "command line"
+    node, line = yaml.compose(text), 1
+    for key in keys:
+        if not isinstance(node, yaml.MappingNode):
+            break
+        found = [(k, v) for k, v in node.value if k.value == key]
+        if not found:
+            break
+        line, node = found[0][0].start_mark.line + 1, found[0][1]
+    return f"{path}:{line}"
+
+
+def known_keys(keys: list[str]) -> list[str]:
+    """Keys of the section at `keys`."""
+    model: type[BaseModel] = Recipe
+    for key in keys:
+        inner = model.model_fields[key].annotation
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            return []
+        model = inner
+    return list(model.model_fields)
+
+
+def refuse_changes(old: dict, new: dict, run: RunDir) -> None:
+    """Raise InputError if what differs between two resolved recipes has already shaped results in the run folder."""
+    shaped = []
+    if any(run.data.glob("*")):
+        shaped += ["seed", "model", "synthesize"]
+    if any(run.checkpoints.glob("step_*")):
+        shaped += ["seed", "model", "train"]
+    was, now = flatten(old), flatten(new)
+    changed = sorted(key for key in was.keys() | now.keys() if was.get(key) != now.get(key))
+    clashes = [key for key in changed if key.split(".")[0] in shaped and not key.startswith("train.checkpoint.")]
+    if clashes:
+        listed = ", ".join(f"{key} (was {was.get(key)}, now {now.get(key)})" for key in clashes[:5])
+        raise InputError(
+            f"{run.root} holds results of another recipe: {listed}. "
+            "Give another folder with `--run-dir`, or remove this one."
+        )
+
+
+def flatten(values: object, prefix: str = "") -> dict[str, object]:
+    """{"train": {"seed": 1}} -> {"train.seed": 1}."""
+    if not isinstance(values, dict):
+        return {prefix: values}
+    pairs: dict[str, object] = {}
+    for key, value in values.items():
+        pairs |= flatten(value, f"{prefix}.{key}" if prefix else key)
+    return pairs

@@ -1,0 +1,95 @@
+"""Run one stage of a recipe here, or all of them in order. What is already done is skipped, and said so."""
+
+import os
+import shutil
+from pathlib import Path
+
+import typer
+
+from cluster.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_PREEMPTED, InputError, Preempted, TunesmithError
+from cluster.files import exclusive_lock
+from cluster.rundir import RunDir
+from launcher.recipe import Recipe
+
+BESIDE_MODEL = "tunesmith"  # a model folder may bring seeds, prompts and evaluation sets of its own in this subfolder
+PACKAGED = Path(__file__).parents[1] / "generation"
+
+
+def say(text: str) -> None:
+    typer.echo(text)
+
+
+def run_stage(stage: str, recipe: Recipe) -> None:
+    """Run one stage to its end, under the run folder's lock. Raises TunesmithError, or Preempted if asked to stop."""
+    run = recipe.run.create()
+    with exclusive_lock(run.root / ".lock", f"run folder {run.root}"):
+        recipe.save(run)
+        try:
+            RUNNERS[stage](recipe, run)
+        except KeyboardInterrupt:
+            raise Preempted(f"{stage} was stopped; the same command goes on from what is saved.") from None
+
+
+def synthesize(recipe: Recipe, run: RunDir) -> None:
+    from generation import synthesize as stage
+
+    stage.run(recipe.synthesize, recipe.model, recipe.engine, run, recipe.seed)
+
+
+def train(recipe: Recipe, run: RunDir) -> None:
+    """Start the ranks of this machine under torchrun and wait for them."""
+    from cluster.topology import read_topology
+    from launcher.node import run_node, train_command
+    from trainer.verdict import is_trained, read_failure
+
+    if is_trained(run):
+        say(f"[train] done already: {run.checkpoints}")
+        return
+    require_compiler()
+    run.verdict("train").unlink(missing_ok=True)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // recipe.train.num_processes)))
+    local = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    code = run_node(read_topology(local, recipe.train.num_processes), run.root.resolve(), train_command(run.root))
+    if code == EXIT_PREEMPTED:
+        raise Preempted(f"training stopped; the last step is saved in {run.checkpoints}. The same command goes on.")
+    if code != EXIT_DONE:
+        message = read_failure(run) or f"training ended with exit code {code}; what its ranks printed is above."
+        raise (InputError if code == EXIT_BAD_INPUT else TunesmithError)(message)
+
+
+def export(recipe: Recipe, run: RunDir) -> None:
+    from trainer import export as stage
+
+    job = stage.ExportJob(run, recipe.name, recipe.model, recipe.train, recipe.export)
+    verdict = stage.run(job)
+    say(f"[export] {verdict['form']} model in {verdict['folder']}, {verdict['weights_bytes'] / 1e6:,.1f} MB")
+
+
+def evaluate(recipe: Recipe, run: RunDir) -> None:
+    from trainer import evaluate as stage
+
+    own = Path(recipe.model.path) / BESIDE_MODEL
+    sets = tuple(Path(path) for path in recipe.evaluate.sets)
+    if not sets:
+        sets = (own / "eval.jsonl" if own.is_dir() else PACKAGED / "seeds" / "eval_tasks.jsonl",)
+    prompts = own / "prompts" if own.is_dir() else PACKAGED / "prompts" / "self_instruct"
+    stage.run(
+        stage.EvaluateJob(
+            run,
+            recipe.model,
+            recipe.engine,
+            recipe.evaluate,
+            sets,
+            prompts / "answer.jinja",
+            recipe.train.chat_template,
+        )
+    )
+
+
+def require_compiler() -> None:
+    """DeepSpeed compiles its CPU communication kernel when it first starts."""
+    if shutil.which("g++") is None:
+        raise InputError("g++ is missing: DeepSpeed compiles a kernel with it. Install it (Debian: apt install g++).")
+
+
+RUNNERS = {"synthesize": synthesize, "train": train, "export": export, "evaluate": evaluate}

@@ -1,0 +1,88 @@
+"""The tables at the end of a run: every number is read from the verdicts that the stages wrote."""
+
+from rich.console import Console
+from rich.table import Table
+
+from launcher.recipe import Recipe
+from trainer.verdict import read_verdict
+
+
+def print_summary(recipe: Recipe, console: Console) -> None:
+    """Data, training, accuracy, and what to type next."""
+    run = recipe.run
+    synthesis, training, export, evaluation = (
+        read_verdict(run, stage) for stage in ("synthesize", "train", "export", "evaluate")
+    )
+    if synthesis and not recipe.train.data:
+        console.print(synthesis_table(synthesis))
+    if training:
+        console.print(training_table(training))
+    if evaluation:
+        console.print(accuracy_table(evaluation))
+    console.print("\nMade:")
+    for label, path, verdict in (
+        ("dataset", run.data / "synthesized", synthesis),
+        ("checkpoints", run.checkpoints, training),
+        ("model", run.export, export),
+        ("answers", run.root / "evaluation", evaluation),
+    ):
+        if verdict and path.exists():
+            console.print(f"  {label:<12} {path}", markup=False, highlight=False)
+    if export:
+        console.print("\nNext:")
+        for line in next_steps(recipe):
+            console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
+
+
+def synthesis_table(verdict: dict) -> Table:
+    table = _table("Synthesis", "", "count")
+    table.add_row("requests to the model", f"{verdict['num_requests']:,}")
+    table.add_row("instructions generated", f"{verdict['num_generated']:,}")
+    table.add_row("instructions kept", f"{verdict['num_kept']:,}")
+    for reason, count in sorted(verdict["rejected"].items(), key=lambda item: -item[1]):
+        table.add_row(f"  rejected: {reason}", f"{count:,}")
+    table.add_row("rows in the dataset", f"{verdict['num_rows']:,}")
+    if "tokens_per_second" in verdict:  # not known if the process was killed just after the dataset was sealed
+        table.add_row("output tokens per second", f"{verdict['tokens_per_second']:,.0f}")
+    return table
+
+
+def training_table(verdict: dict) -> Table:
+    table = _table("Training", "", verdict["tuning"])
+    table.add_row("steps", f"{verdict['step']:,}")
+    table.add_row("tokens", f"{verdict['num_tokens']:,}")
+    table.add_row("  of them with a loss", f"{verdict['num_trained_tokens']:,}")
+    table.add_row("tokens per second", f"{verdict['tokens_per_second']:,.0f}")
+    table.add_row("final loss", "-" if verdict["final_loss"] is None else f"{verdict['final_loss']:.3f}")
+    return table
+
+
+def accuracy_table(verdict: dict) -> Table:
+    """Exact match (and ROUGE-L) by group, one column a contender."""
+    contenders = verdict["contenders"]
+    table = _table("Held-out tasks: exact match (ROUGE-L)", "", *contenders)
+    groups = list(dict.fromkeys(group for figures in contenders.values() for group in figures))
+    for group in groups:
+        num_rows = next(figures[group]["num_rows"] for figures in contenders.values() if group in figures)
+        cells = [
+            f"{figures[group]['exact_match']:.1%} ({figures[group]['rouge_l']:.2f})" for figures in contenders.values()
+        ]
+        table.add_row(f"{group} ({num_rows} rows)", *cells)
+    return table
+
+
+def next_steps(recipe: Recipe) -> list[str]:
+    run = recipe.run
+    steps = [f"tunesmith plan recipes/{recipe.name}.yaml    # what a recipe does, before it does it"]
+    if recipe.export.form == "merged":
+        steps.append(f"vllm serve {run.export}    # or AutoModelForCausalLM.from_pretrained({str(run.export)!r})")
+    steps.append(f"python -c \"import datasets; print(datasets.load_from_disk('{run.data / 'synthesized'}')[0])\"")
+    return steps
+
+
+def _table(title: str, first: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column(first, overflow="fold")
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
