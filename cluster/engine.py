@@ -50,6 +50,9 @@ class VLLMEngine:
             seed=config.seed,
             generation_config="vllm",  # sampling is what the request says, never a file beside the weights
             disable_log_stats=True,
+            # On a CPU a seeded request whose prompt is computed in parts kills the engine ("CPU Generator does not use
+            # offset", vLLM 0.32.0): there every prompt is computed at once.
+            enable_chunked_prefill=num_gpus > 0,
             **optional,
         )
         self._engine = AsyncLLM.from_engine_args(arguments)

@@ -193,16 +193,17 @@ def agree_on_end(topology: Topology, run_dir: Path) -> int:
     folder = topology.generation_dir(run_dir)
     deadline = time.monotonic() + AGREE_SECONDS
     for rank in range(topology.num_nodes):
-        while (word := _read_word(folder, rank)).get("step_id") != topology.step_id and time.monotonic() < deadline:
+        path = folder / f"node-{rank}.exit.json"
+        while (code := _read_exit_code(path, topology.step_id)) is None and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)
-        if word.get("exit_code", EXIT_PREEMPTED) not in (EXIT_DONE, EXIT_PREEMPTED):
-            return word["exit_code"]
+        if code not in (EXIT_DONE, EXIT_PREEMPTED, None):
+            return code
     return EXIT_PREEMPTED
 
 
-def _read_word(folder: Path, node_rank: int) -> dict:
-    path = folder / f"node-{node_rank}.exit.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+def _read_exit_code(path: Path, step_id: int) -> int | None:
+    word = json.loads(path.read_text()) if path.exists() else {}
+    return word["exit_code"] if word.get("step_id") == step_id else None  # else it is of an earlier srun
 
 
 def run_node(topology: Topology, run_dir: Path, command: list[str]) -> int:

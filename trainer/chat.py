@@ -64,8 +64,8 @@ def encode_chat(
 ) -> Encoded:
     """Tokens and labels of one conversation, cut at `max_seq_len` tokens.
 
-    Raises Unmaskable if the template refuses the conversation or rewrites earlier turns, a token straddles the border of
-    an assistant turn, the end of a turn would not be trained, or nothing of an assistant turn is left after the cut.
+    Raises Unmaskable if the template refuses the conversation or rewrites earlier turns, a token straddles the border
+    of an assistant turn, the end of a turn would not be trained, or nothing of an assistant turn is left after the cut.
     """
     check_messages(messages)
     text = _render(tokenizer, messages)
@@ -120,9 +120,7 @@ def _assistant_span(
     return len(before), len(through.rstrip())
 
 
-def _render(
-    tokenizer: PreTrainedTokenizerFast, messages: Sequence[dict], add_generation_prompt: bool = False
-) -> str:
+def _render(tokenizer: PreTrainedTokenizerFast, messages: Sequence[dict], add_generation_prompt: bool = False) -> str:
     try:
         return tokenizer.apply_chat_template(
             list(messages), tokenize=False, add_generation_prompt=add_generation_prompt

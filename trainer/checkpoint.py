@@ -18,41 +18,54 @@ import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 from safetensors.torch import load_file, save_file
 
-from cluster.errors import InputError
-from cluster.files import explain_full_disk, fsync_folder, write_json
+from cluster.errors import InputError, TunesmithError
+from cluster.files import fsync_folder, write_json
 from cluster.manifest import verify_manifest, write_manifest
+from trainer.disk import explain_failed_write
 from trainer.state import TrainState, read_state, step_folder
 from trainer.weights import save_weights
 
 
 def save(engine: DeepSpeedEngine, checkpoints: Path, state: TrainState, keep_last: int) -> Path:
-    """Save a complete checkpoint. A collective: every rank has to call it at the same step."""
+    """Save a complete checkpoint. A collective: every rank has to call it at the same step.
+
+    Raises InputError if the disk is full; what was written of this checkpoint is then removed.
+    """
     folder = step_folder(checkpoints, state.step)
     partial = checkpoints / f".saving_{folder.name}"
     rank = dist.get_rank()
-    if rank == 0:
+    try:
+        with explain_failed_write(checkpoints.parent):
+            if rank == 0:
+                for leftover in checkpoints.glob(".saving_*"):
+                    shutil.rmtree(leftover)
+                partial.mkdir(parents=True)
+            dist.barrier()
+            engine.save_checkpoint(str(checkpoints), tag=partial.name, save_latest=False)
+            save_file(_rng_state(), partial / f"rng-rank{rank}.safetensors")
+            save_weights(engine.module.lm, partial / "weights", max_shard_size="4GB")
+            dist.barrier()
+            if rank == 0:
+                write_json(partial / "state.json", asdict(state))
+                _put_in_place(partial, folder, state.step)
+    except Exception:
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    with explain_full_disk(checkpoints):
-        engine.save_checkpoint(str(checkpoints), tag=partial.name, save_latest=False)
-        save_file(_rng_state(), partial / f"rng-rank{rank}.safetensors")
-        save_weights(engine.module.lm, partial / "weights", max_shard_size="4GB")
-        dist.barrier()
-        if rank == 0:
-            write_json(partial / "state.json", asdict(state))
-            files = sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file())
-            write_manifest(partial, files, step=state.step)
-            for path in partial.rglob("*"):
-                if path.is_dir():
-                    fsync_folder(path)
-            shutil.rmtree(folder, ignore_errors=True)
-            os.rename(partial, folder)
-            fsync_folder(checkpoints)
-            for old in sorted(checkpoints.glob("step_*"))[:-keep_last]:
-                shutil.rmtree(old)
+        raise
+    if rank == 0:
+        for old in sorted(checkpoints.glob("step_*"))[:-keep_last]:
+            shutil.rmtree(old)
     dist.barrier()
     return folder
+
+
+def _put_in_place(partial: Path, folder: Path, step: int) -> None:
+    files = sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file())
+    write_manifest(partial, files, step=step)
+    for path in (partial, *partial.rglob("*")):
+        fsync_folder(path)  # files as well: none of this may be lost once older checkpoints are removed
+    shutil.rmtree(folder, ignore_errors=True)
+    os.rename(partial, folder)
+    fsync_folder(folder.parent)
 
 
 def load(engine: DeepSpeedEngine, folder: Path, job: str, world_size: int) -> TrainState:
@@ -62,6 +75,7 @@ def load(engine: DeepSpeedEngine, folder: Path, job: str, world_size: int) -> Tr
     """
     if dist.get_rank() == 0:
         verify_manifest(folder)
+    dist.barrier()
     state = read_state(folder)
     if state.job != job:
         raise InputError(
@@ -72,11 +86,13 @@ def load(engine: DeepSpeedEngine, folder: Path, job: str, world_size: int) -> Tr
         raise InputError(
             f"{folder}: made by {state.world_size} ranks, started with {world_size}. Start it with {state.world_size}."
         )
-    dist.barrier()
-    engine.load_checkpoint(str(folder.parent), tag=folder.name)
-    torch.set_rng_state(load_file(folder / f"rng-rank{dist.get_rank()}.safetensors")["cpu"])
+    loaded_from, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
+    if loaded_from is None:
+        raise TunesmithError(f"{folder}: DeepSpeed could not load this checkpoint; its message is above.")
+    random_state = load_file(folder / f"rng-rank{dist.get_rank()}.safetensors")
+    torch.set_rng_state(random_state["cpu"])
     if torch.cuda.is_available():
-        torch.cuda.set_rng_state(load_file(folder / f"rng-rank{dist.get_rank()}.safetensors")["cuda"])
+        torch.cuda.set_rng_state(random_state["cuda"])
     return state
 
 

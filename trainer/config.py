@@ -71,6 +71,11 @@ class TrainConfig(StrictModel):
 
     @model_validator(mode="after")
     def _combinations_that_work(self) -> "TrainConfig":
+        if self.zero_stage == 0 and self.precision == "bf16":
+            raise ValueError(
+                "zero_stage=0 works with precision=fp32 alone: DeepSpeed sums bf16 gradients there in bf16. "
+                "Set train.zero_stage=1, which sums them in float32 and takes less memory"
+            )
         if self.tuning == "prefix" and self.packing:
             raise ValueError(
                 "packing does not work with tuning=prefix: the prefix lives in the attention cache, which rules out "

@@ -4,6 +4,7 @@ tokens = prepare_tokens(config, tokenizer, paths, cache_folder)
 tokens.input_ids[tokens.offsets[d]:tokens.offsets[d + 1]]     # document d
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -15,11 +16,11 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from datasets import Dataset, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from transformers import PreTrainedTokenizerFast
 
 from cluster.errors import InputError
-from cluster.files import explain_full_disk, sha256_file, sha256_json, write_json
+from cluster.files import explain_full_disk, read_jsonl, sha256_file, sha256_json, write_json
 from cluster.manifest import is_sealed, verify_manifest
 from trainer.chat import Encoded, Unmaskable, encode_chat, encode_text, end_of_turn_ids
 from trainer.config import TrainConfig
@@ -67,7 +68,7 @@ def open_dataset(path: Path, column: str) -> Dataset:
             verify_manifest(path)
         elif not (path / "state.json").is_file():
             raise InputError(f"{path}: not a dataset folder (no manifest.json and no state.json). Give one, or a file.")
-        dataset = load_from_disk(str(path))
+        dataset = _open_folder(path)
         if not isinstance(dataset, Dataset):
             raise InputError(f"{path}: holds several splits ({', '.join(dataset)}). Give the folder of one of them.")
     else:
@@ -83,6 +84,14 @@ def open_dataset(path: Path, column: str) -> Dataset:
     return dataset.select_columns([column])
 
 
+def _open_folder(path: Path) -> Dataset | DatasetDict:
+    try:
+        return load_from_disk(str(path))
+    except (OSError, ValueError, KeyError) as error:  # ArrowInvalid and JSONDecodeError are ValueErrors
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{path}: cannot be read as a dataset folder ({reason}). Fix or replace it.") from error
+
+
 def _open_file(path: Path) -> Dataset:
     loader = LOADERS.get(path.suffix)
     if loader is None:
@@ -92,6 +101,9 @@ def _open_file(path: Path) -> Dataset:
     try:
         return load_dataset(loader, data_files=str(path), split="train")
     except Exception as error:
+        if path.suffix == ".jsonl":
+            with contextlib.suppress(UnicodeDecodeError):
+                read_jsonl(path)  # names the line that is broken
         cause = error.__cause__ or error
         raise InputError(
             f"{path}: cannot be read as {loader} ({str(cause).splitlines()[0]}). Fix or replace it."
@@ -109,7 +121,8 @@ def cache_key(config: TrainConfig, tokenizer: PreTrainedTokenizerFast, paths: Se
             files = sorted(path.rglob("*")) if path.is_dir() else [path]
             sources.append([[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files if f.is_file()])
     tokenizer_state = sha256_json(json.loads(tokenizer.backend_tokenizer.to_str()))
-    return sha256_json([sources, tokenizer_state, tokenizer.chat_template, config.max_seq_len, config.objective])[:16]
+    ends = [tokenizer.eos_token, tokenizer.chat_template]
+    return sha256_json([sources, tokenizer_state, ends, config.max_seq_len, config.objective])[:16]
 
 
 def prepare_tokens(
@@ -123,10 +136,11 @@ def prepare_tokens(
     if (folder / "tokens.json").is_file():
         return folder
     partial = cache_folder / f".{folder.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     dropped: Counter[str] = Counter()
-    lengths, num_tokens = [0], 0
+    offsets, num_tokens = [0], 0
+    with explain_full_disk(cache_folder.parent):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
     with (
         explain_full_disk(partial),
         open(partial / "input_ids.bin", "wb") as ids,
@@ -137,8 +151,8 @@ def prepare_tokens(
                 ids.write(encoded.input_ids.tobytes())
                 labels.write(encoded.labels.tobytes())
                 num_tokens += len(encoded.input_ids)
-                lengths.append(num_tokens)
-        np.save(partial / "offsets.npy", np.asarray(lengths, dtype=np.int64))
+                offsets.append(num_tokens)
+        (partial / "offsets.bin").write_bytes(np.asarray(offsets, dtype=np.int64).tobytes())
     if num_tokens == 0:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in dropped.most_common())
         raise InputError(f"no row of {', '.join(map(str, paths))} can be trained ({reasons}).")
@@ -153,7 +167,7 @@ def load_tokens(folder: Path) -> Tokens:
     return Tokens(
         np.memmap(folder / "input_ids.bin", dtype=np.int32, mode="r"),
         np.memmap(folder / "labels.bin", dtype=np.int32, mode="r"),
-        np.load(folder / "offsets.npy"),
+        np.fromfile(folder / "offsets.bin", dtype=np.int64),
         facts["dropped"],
     )
 
@@ -162,12 +176,7 @@ def _encode_rows(
     config: TrainConfig, tokenizer: PreTrainedTokenizerFast, dataset: Dataset, dropped: Counter
 ) -> Iterator[Encoded]:
     if config.objective == "text":
-        for batch in dataset.iter(batch_size=1000):
-            for ids in tokenizer(batch["text"], add_special_tokens=False)["input_ids"]:
-                if len(ids) < 1:
-                    dropped["empty text"] += 1
-                    continue
-                yield encode_text(ids, tokenizer.eos_token_id, config.max_seq_len)
+        yield from _encode_texts(config, tokenizer, dataset, dropped)
         return
     terminators = end_of_turn_ids(tokenizer)
     for row in dataset:
@@ -175,3 +184,18 @@ def _encode_rows(
             yield encode_chat(tokenizer, row["messages"], config.max_seq_len, terminators)
         except Unmaskable as reason:
             dropped[str(reason)] += 1
+
+
+def _encode_texts(
+    config: TrainConfig, tokenizer: PreTrainedTokenizerFast, dataset: Dataset, dropped: Counter
+) -> Iterator[Encoded]:
+    if tokenizer.eos_token_id is None:
+        raise InputError(
+            "train.objective=text: the tokenizer has no eos token, so no text would ever end. Give it one."
+        )
+    for batch in dataset.iter(batch_size=1000):
+        texts = [text for text in batch["text"] if isinstance(text, str) and text]
+        if missing := len(batch["text"]) - len(texts):
+            dropped["no text"] += missing
+        for ids in tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else ():
+            yield encode_text(ids, tokenizer.eos_token_id, config.max_seq_len)

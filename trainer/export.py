@@ -17,11 +17,12 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedToken
 
 from cluster.config import ModelConfig
 from cluster.errors import InputError, TunesmithError
-from cluster.files import explain_full_disk, sha256_json, write_json
+from cluster.files import sha256_json, write_json
 from cluster.manifest import is_sealed, verify_manifest, write_manifest
 from cluster.rundir import RunDir
 from trainer.chat import end_of_turn_ids
 from trainer.config import ExportConfig, TrainConfig
+from trainer.disk import explain_failed_write
 from trainer.model import DTYPES, load_tokenizer
 from trainer.state import newest, read_state
 
@@ -43,7 +44,7 @@ class ExportJob:
 def run(job: ExportJob) -> dict:
     """Export the newest checkpoint of a run. Returns the verdict. Does nothing if the same is there already.
 
-    Raises InputError if there is no finished checkpoint, TunesmithError if the export does not load back equal.
+    Raises InputError if there is no complete checkpoint, TunesmithError if the export does not load back equal.
     """
     source = newest(job.run.checkpoints)
     if source is None:
@@ -73,7 +74,7 @@ def _build(job: ExportJob, source: Path, key: str) -> dict:
     partial = job.run.export.with_name(f".{job.run.export.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     tokenizer, _ = load_tokenizer(job.model, job.train.chat_template)
-    with explain_full_disk(job.run.root):
+    with explain_failed_write(job.run.root):
         trained = load_trained(job, source, tokenizer)
         save_form(job, source, trained, tokenizer, partial)
         error = compare_with(trained, partial, job, tokenizer)

@@ -27,7 +27,7 @@ class TrainJob:
         return [Path(path) for path in self.config.data] or [self.run.data / SYNTHESIZED]
 
     def fingerprint(self, tokens_key: str) -> str:
-        """Hash of all that shapes the result. How often to save, and for how long to train, are not part of it."""
+        """Hash of all that shapes the result. How often to save and how long to wait for ranks are not part of it."""
         settings = self.config.model_dump(mode="json", exclude={"checkpoint", "data", "process_group_timeout_seconds"})
         return sha256_json([settings, model_revision(self.model), tokens_key, self.seed])
 

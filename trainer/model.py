@@ -66,7 +66,14 @@ def load_model(
     """The model in the precision of the recipe, with embeddings for added tokens and with adapters.
 
     Under ZeRO-3 an `HfDeepSpeedConfig` must be alive, so that weights are partitioned as they are read.
+    Raises InputError if added tokens could not be trained: a model must learn to write the one that ends its turn.
     """
+    if num_added and (config.tuning == "prefix" or (config.tuning == "lora" and config.zero_stage == 3)):
+        raise InputError(
+            f"{model.path}: its vocabulary lacks {num_added} tokens of the chat template, which tuning={config.tuning} "
+            f"with zero_stage={config.zero_stage} cannot train. Set train.tuning=full, or lora with a lower "
+            "train.zero_stage, or a train.chat_template made of tokens that the model has."
+        )
     lm = AutoModelForCausalLM.from_pretrained(
         model.path,
         revision=model.revision,
@@ -84,14 +91,20 @@ def load_model(
             lm.enable_input_require_grads()
     if config.tuning == "lora":
         added = list(range(len(tokenizer) - num_added, len(tokenizer)))
-        lm = get_peft_model(lm, _lora(config, added))
+        lm = get_peft_model(lm, _lora(config, _vocabulary_layers(lm), added))
     elif config.tuning == "prefix":
         settings = PrefixTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=config.prefix.num_virtual_tokens)
         lm = get_peft_model(lm, settings)
     return lm
 
 
-def _lora(config: TrainConfig, added_token_ids: list[int]) -> PeftLoraConfig:
+def _vocabulary_layers(lm: nn.Module) -> list[str]:
+    """Names of the input embedding and the head. Where they are not tied, rows of both have to be trained."""
+    layers = (lm.get_input_embeddings(), lm.get_output_embeddings())
+    return [name.rpartition(".")[2] for name, module in lm.named_modules() if module in layers]
+
+
+def _lora(config: TrainConfig, vocabulary_layers: list[str], added_token_ids: list[int]) -> PeftLoraConfig:
     lora = config.lora
     targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
     return PeftLoraConfig(
@@ -100,5 +113,5 @@ def _lora(config: TrainConfig, added_token_ids: list[int]) -> PeftLoraConfig:
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=targets,
-        trainable_token_indices=added_token_ids or None,
+        trainable_token_indices={name: added_token_ids for name in vocabulary_layers} if added_token_ids else None,
     )

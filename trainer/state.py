@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from cluster.errors import InputError
 from cluster.manifest import is_sealed
 
 
@@ -31,4 +32,9 @@ def newest(checkpoints: Path) -> Path | None:
 
 
 def read_state(folder: Path) -> TrainState:
-    return TrainState(**json.loads((folder / "state.json").read_text()))
+    """The state of a checkpoint. Raises InputError if its file is missing or corrupt."""
+    file = folder / "state.json"
+    try:
+        return TrainState(**json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{file}: corrupt ({error}). Remove {folder}: the run goes on from the one before.") from error

@@ -30,15 +30,17 @@ from transformers.integrations import HfDeepSpeedConfig
 from cluster.errors import EXIT_DONE, EXIT_PREEMPTED, InputError, TunesmithError
 from cluster.files import write_json
 from cluster.orphans import die_with_parent
-from cluster.rundir import append_jsonl
+from cluster.rundir import RunDir, append_jsonl
 from trainer import checkpoint
 from trainer.batches import Batches, MicroBatch
+from trainer.chat import IGNORE
 from trainer.data import Tokens, load_tokens, prepare_tokens
 from trainer.job import TrainJob, read_job
 from trainer.metrics import StepLine
 from trainer.model import CausalLMWithLoss, load_model, load_tokenizer
 from trainer.schedule import learning_rate
 from trainer.state import TrainState, newest
+from trainer.verdict import read_verdict
 from trainer.zero import deepspeed_config
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
@@ -71,6 +73,7 @@ def train(job: TrainJob, stop: StopRequest) -> dict:
         announce(job, tokens, batches, world_size)
     torch.manual_seed(job.seed + rank)
     engine = make_engine(job, tokenizer, num_added, batches.grad_accum_steps, world_size)
+    check_head(engine, batches, config.precision)
     if config.packing:
         check_isolation(engine, batches, config.precision)
 
@@ -134,8 +137,8 @@ def train_step(
 
 
 def keeps_no_norm(engine: deepspeed.DeepSpeedEngine) -> bool:
-    """True for plain data parallelism in float32: DeepSpeed clips there without recording the norm."""
-    return engine.zero_optimization_stage() == 0 and not engine.bfloat16_enabled()
+    """True for plain data parallelism: DeepSpeed clips there without recording the norm."""
+    return engine.zero_optimization_stage() == 0
 
 
 def make_engine(
@@ -159,6 +162,23 @@ def make_engine(
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings, dist_init_required=False)
     engine.train()
     return engine
+
+
+def check_head(engine: deepspeed.DeepSpeedEngine, batches: Batches, precision: str) -> None:
+    """Refuse to train if the model's own logits are not those the loss is taken on, as where it scales or caps them."""
+    batch = batches.collate([batches.rows[0][:1]])
+    engine.eval()
+    with torch.no_grad():
+        ours = _logits(engine, batch)
+        own = engine.module.lm(input_ids=batch.input_ids.to(engine.device)).logits
+    engine.train()
+    expected = own[(batch.labels != IGNORE).to(own.device)].float()
+    error = float((ours - expected).abs().max() / expected.abs().max())
+    if error > ISOLATION_TOLERANCE[precision]:
+        raise InputError(
+            f"this model changes its logits after the output embedding (they differ by {error:.3f} of the largest), so "
+            "its loss would be wrong here. Tune a model whose logits are its output embedding alone, such as Llama's."
+        )
 
 
 def check_isolation(engine: deepspeed.DeepSpeedEngine, batches: Batches, precision: str) -> None:
@@ -237,7 +257,7 @@ def verdict(job: TrainJob, state: TrainState, batches: Batches, tokens: Tokens, 
         "num_trained_tokens": state.num_trained_tokens,
         "tokens_per_second": line.tokens_per_second,
         "final_loss": line.loss,
-        "checkpoint": str(newest(job.run.checkpoints)),
+        "checkpoint": str(last) if (last := newest(job.run.checkpoints)) else None,
     }
 
 
@@ -253,11 +273,21 @@ def quieten_libraries() -> None:
     datasets.disable_progress_bars()
 
 
+def leave_word(run: RunDir, error: TunesmithError) -> None:
+    """Write why training failed where the launcher reads it; on a disk too full for that, print it."""
+    try:
+        write_json(run.verdict("train"), {"status": "failed", "exit_code": error.exit_code, "message": str(error)})
+    except (OSError, TunesmithError):
+        print(f"error: {error}", file=sys.stderr, flush=True)
+
+
 def main() -> int:
     die_with_parent()
     stop = StopRequest()
     job = read_job(Path(sys.argv[1]))
     quieten_libraries()
+    if os.environ["RANK"] == "0":
+        job.run.verdict("train").unlink(missing_ok=True)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     timeout = datetime.timedelta(seconds=job.config.process_group_timeout_seconds)
@@ -266,9 +296,14 @@ def main() -> int:
     try:
         answer = train(job, stop)
     except TunesmithError as error:
-        answer = {"status": "failed", "exit_code": error.exit_code, "message": str(error)}
-        write_json(job.run.verdict("train"), answer)
+        leave_word(job.run, error)
         raise SystemExit(error.exit_code) from error
+    except Exception as error:
+        # What a rank sees when another one gives up is a broken connection; the other one has said why.
+        word = read_verdict(job.run, "train")
+        if word is None or word["status"] != "failed":
+            raise
+        raise SystemExit(word["exit_code"]) from error
     if dist.get_rank() == 0:
         answer["seconds"] = round(time.time() - started, 1)
         write_json(job.run.verdict("train"), answer)

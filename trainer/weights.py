@@ -22,7 +22,8 @@ def save_weights(lm: nn.Module, folder: Path, max_shard_size: str) -> None:
         trained = [parameter for parameter in lm.parameters() if parameter.requires_grad]
         with deepspeed.zero.GatheredParameters(trained, modifier_rank=None):
             if dist.get_rank() == 0:
-                lm.save_pretrained(folder, safe_serialization=True)
+                # Rows of added tokens are in the adapter as it is; whole embeddings would make it many times larger.
+                lm.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
     else:
         shards = ShardedWeights(folder, parse_size(max_shard_size)) if dist.get_rank() == 0 else None
         for name, tensor in _gathered(lm):
