@@ -52,27 +52,41 @@ def load(path: Path, overrides: list[str]) -> Recipe:
     """Read and validate a recipe. Raises InputError naming the key, its line, and the nearest right key."""
     if not path.is_file():
         raise InputError(f"{path}: there is no such recipe. See recipes/ for some.")
-    text = path.read_text()
+    text, written = read_mapping(path)
+    for override in overrides:
+        if "=" not in override:
+            raise InputError(f"{override!r} is not of the form key.sub=value.")
     try:
-        written = OmegaConf.create(text) if text.strip() else OmegaConf.create({})
-        for override in overrides:
-            if "=" not in override:
-                raise InputError(f"{override!r} is not of the form key.sub=value.")
-        merged = OmegaConf.merge(written, OmegaConf.from_dotlist(overrides))
+        merged = OmegaConf.merge(OmegaConf.create(written), OmegaConf.from_dotlist(overrides))
         values = OmegaConf.to_container(merged, resolve=True)
-    except yaml.YAMLError as error:
-        raise InputError(f"{path}: not YAML: {str(error).replace(chr(10), ' ')}") from error
-    except OmegaConfBaseException as error:
-        raise InputError(f"{path}: {str(error).splitlines()[0]}") from error
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: a recipe is a mapping of keys to values.")
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise InputError(
+            f"{path} with {' '.join(overrides) or 'no overrides'}: {str(error).splitlines()[0]}"
+        ) from error
     try:
         recipe = Recipe(**values)
     except ValidationError as error:
         raise InputError(explain(error, path, text, overrides)) from error
     if recipe.run_dir == Path():
-        recipe = recipe.model_copy(update={"run_dir": Path("runs") / recipe.name})
-    return recipe
+        return recipe.model_copy(update={"run_dir": Path("runs") / recipe.name})
+    return recipe.model_copy(update={"run_dir": recipe.run_dir.expanduser()})
+
+
+def read_mapping(path: Path) -> tuple[str, dict]:
+    """Text and content of a YAML file that holds a mapping with names as keys. Raises InputError if it does not."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = yaml.safe_load(text) if text.strip() else {}
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 (byte {error.start}).") from error
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: a recipe is a mapping of keys to values, found {type(content).__name__}.")
+    for key in content:
+        if not isinstance(key, str):
+            raise InputError(f"{path}: {key!r} is not a key; keys are names.")
+    return text, content
 
 
 def explain(error: ValidationError, path: Path, text: str, overrides: list[str]) -> str:

@@ -38,6 +38,7 @@ def synthesize(recipe: Recipe, run: RunDir) -> None:
 
 def train(recipe: Recipe, run: RunDir) -> None:
     """Start the ranks of this machine under torchrun and wait for them."""
+    from cluster.model_source import locate_model, model_revision
     from cluster.topology import read_topology
     from launcher.node import run_node, train_command
     from trainer.verdict import is_trained, read_failure
@@ -46,6 +47,7 @@ def train(recipe: Recipe, run: RunDir) -> None:
         say(f"[train] done already: {run.checkpoints}")
         return
     require_compiler()
+    model_revision(locate_model(recipe.model))  # a missing model is said here, before any process is started
     run.verdict("train").unlink(missing_ok=True)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // recipe.train.num_processes)))
     local = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
@@ -58,6 +60,10 @@ def train(recipe: Recipe, run: RunDir) -> None:
 
 
 def export(recipe: Recipe, run: RunDir) -> None:
+    from trainer.quiet import name_accelerator, quieten_libraries
+
+    name_accelerator()
+    quieten_libraries()
     from trainer import export as stage
 
     job = stage.ExportJob(run, recipe.name, recipe.model, recipe.train, recipe.export)
@@ -66,6 +72,10 @@ def export(recipe: Recipe, run: RunDir) -> None:
 
 
 def evaluate(recipe: Recipe, run: RunDir) -> None:
+    from trainer.quiet import name_accelerator, quieten_libraries
+
+    name_accelerator()
+    quieten_libraries()
     from trainer import evaluate as stage
 
     own = Path(recipe.model.path) / BESIDE_MODEL

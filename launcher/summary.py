@@ -1,10 +1,19 @@
 """The tables at the end of a run: every number is read from the verdicts that the stages wrote."""
 
+import json
+import sys
+from pathlib import Path
+
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from cluster.rundir import RunDir
 from launcher.recipe import Recipe
 from trainer.verdict import read_verdict
+
+NUM_EXAMPLES = 5
+MAX_ANSWER_CHARS = 120  # an untuned model may ramble
 
 
 def print_summary(recipe: Recipe, console: Console) -> None:
@@ -19,6 +28,7 @@ def print_summary(recipe: Recipe, console: Console) -> None:
         console.print(training_table(training))
     if evaluation:
         console.print(accuracy_table(evaluation))
+        console.print(examples_table(run))
     console.print("\nMade:")
     for label, path, verdict in (
         ("dataset", run.data / "synthesized", synthesis),
@@ -71,12 +81,36 @@ def accuracy_table(verdict: dict) -> Table:
     return table
 
 
+def examples_table(run: RunDir) -> Table:
+    """Some held-out questions, evenly spread over the set, with what each model answers in chat form."""
+    table = _table("Some of the questions", "question")
+    columns = []
+    for name, title in (("base", "base, chat"), ("tuned", "tuned")):
+        file = run.root / "evaluation" / f"{name}.json"
+        if file.is_file():
+            columns.append(json.loads(file.read_text())["rows"])
+            table.add_column(title, overflow="fold", max_width=30)
+    table.add_column("right answer", overflow="fold", max_width=30)
+    rows = columns[-1]
+    for number in range(NUM_EXAMPLES):
+        place = (2 * number + 1) * len(rows) // (2 * NUM_EXAMPLES)
+        answers = [Text(" ".join(column[place]["answer"].split())[:MAX_ANSWER_CHARS]) for column in columns]
+        table.add_row(Text(rows[place]["question"]), *answers, Text(rows[place]["references"][0]))
+    return table
+
+
 def next_steps(recipe: Recipe) -> list[str]:
-    run = recipe.run
-    steps = [f"tunesmith plan recipes/{recipe.name}.yaml    # what a recipe does, before it does it"]
+    """Commands to type next, with the path of this environment's programs."""
+    run, programs = recipe.run, Path(sys.executable).parent
+    if programs.is_relative_to(Path.cwd()):
+        programs = programs.relative_to(Path.cwd())
+    steps = []
     if recipe.export.form == "merged":
-        steps.append(f"vllm serve {run.export}    # or AutoModelForCausalLM.from_pretrained({str(run.export)!r})")
-    steps.append(f"python -c \"import datasets; print(datasets.load_from_disk('{run.data / 'synthesized'}')[0])\"")
+        steps.append(f"{programs}/vllm serve {run.export}    # or load it with transformers")
+    if not recipe.train.data:
+        rows = f"datasets.load_from_disk('{run.data / 'synthesized'}')"
+        steps.append(f'{programs}/python -c "import datasets; print({rows}[-1])"')
+    steps.append(f"{programs}/tunesmith plan recipes/self_instruct.yaml    # the same at full size")
     return steps
 
 

@@ -19,6 +19,7 @@ from cluster.config import ModelConfig
 from cluster.engine_config import EngineConfig, GenerationRequest, Sampling
 from cluster.errors import InputError
 from cluster.files import read_jsonl, sha256_json, write_json
+from cluster.manifest import is_sealed
 from cluster.model_source import model_revision
 from cluster.pool import EnginePool
 from cluster.progress import Progress
@@ -54,6 +55,8 @@ class EvaluateJob:
 def run(job: EvaluateJob) -> dict:
     """Evaluate and return the verdict: figures by contender and group. Finished contenders are not generated again."""
     rows = [row for path in job.sets for row in read_set(path)]
+    if not is_sealed(job.run.export):
+        raise InputError(f"{job.run.export}: there is no exported model. Run `tunesmith export` first.")
     tuned = ModelConfig(path=str(job.run.export))
     contenders = [Contender("tuned", "tuned", tuned, plain=False)]
     if job.config.compare_base:
@@ -143,10 +146,14 @@ def render(tokenizer: PreTrainedTokenizerFast, row: dict, plain_prompt: Path | N
         template = environment.from_string(plain_prompt.read_text())
         text = template.render(instruction=row["instruction"], input=row["input"])
         return tokenizer(text, add_special_tokens=False)["input_ids"]
-    question = f"{row['instruction']}\n\n{row['input']}" if row["input"] else row["instruction"]
-    messages = [{"role": "user", "content": question}]
+    messages = [{"role": "user", "content": question_of(row)}]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def question_of(row: dict) -> str:
+    """What the user says: the instruction, and below it the input if there is one."""
+    return f"{row['instruction']}\n\n{row['input']}" if row["input"] else row["instruction"]
 
 
 def score(row: dict, answer: str) -> dict:
@@ -158,7 +165,8 @@ def score(row: dict, answer: str) -> dict:
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
     squeezed = " ".join(answer.split())
     return {
-        "id": row["id"], "task": row["task"], "group": row["group"], "answer": answer, "references": row["references"],
+        "id": row["id"], "task": row["task"], "group": row["group"],
+        "question": question_of(row), "answer": answer, "references": row["references"],
         "exact_match": any(squeezed == " ".join(reference.split()) for reference in row["references"]),
         "rouge_l": max(scorer.score(reference, answer)["rougeL"].fmeasure for reference in row["references"]),
     }  # fmt: skip

@@ -6,24 +6,23 @@ reads `runs/demo/recipe.yaml` (the resolved recipe) and writes checkpoints, metr
 The exit code is 0 when the job is done and 75 when it was asked to stop and has saved.
 """
 
+import contextlib
 import datetime
-import logging
+import io
 import os
 import signal
 import sys
 import time
-import warnings
 from pathlib import Path
 
 import torch
 
-if not torch.cuda.is_available():  # said outright, or DeepSpeed warns on every rank that it found none
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+from trainer.quiet import name_accelerator, quieten_libraries
 
-import datasets
+name_accelerator()
+
 import deepspeed
 import torch.distributed as dist
-import transformers
 from torch.nn.utils import get_total_norm
 from transformers.integrations import HfDeepSpeedConfig
 
@@ -265,14 +264,6 @@ def say(text: str) -> None:
     print(f"[train] {text}", flush=True)
 
 
-def quieten_libraries() -> None:
-    """Leave the terminal to the step lines; warnings that a user can act on still come through."""
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-
-
 def leave_word(run: RunDir, error: TunesmithError) -> None:
     """Write why training failed where the launcher reads it; on a disk too full for that, print it."""
     try:
@@ -291,7 +282,8 @@ def main() -> int:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     timeout = datetime.timedelta(seconds=job.config.process_group_timeout_seconds)
-    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)
+    with contextlib.redirect_stdout(io.StringIO()):  # every rank tells that it built its communication kernel
+        deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)
     started = time.time()
     try:
         answer = train(job, stop)

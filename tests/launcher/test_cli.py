@@ -1,0 +1,101 @@
+"""The command line answers at once, starts nothing it need not, and ends with the exit code that says what happened."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+RECIPE = "name: test\nmodel: {path: some/model}\ntrain: {data: chats.jsonl}\n"
+HEAVY = ("torch", "ray", "vllm", "deepspeed", "transformers", "datasets", "peft", "pyarrow", "numpy")
+
+
+def tunesmith(*arguments: object, cwd: Path) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-P", "-m", "launcher.cli", *map(str, arguments)],
+        cwd=cwd, capture_output=True, text=True, timeout=300, env={**os.environ, "TERM": "dumb", "COLUMNS": "200"},
+    )  # fmt: skip
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    return tmp_path / "recipe.yaml"
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["train", "--help"], ["plan", "recipe.yaml"], ["run", "absent.yaml"]]
+)
+def test_answering_loads_no_heavy_library(recipe: Path, arguments: list[str]) -> None:
+    code = f"""
+import sys
+sys.argv = ["tunesmith", *{arguments}]
+from launcher.cli import main
+try:
+    main()
+except SystemExit:
+    pass
+loaded = sorted(set({HEAVY}) & set(sys.modules))
+assert not loaded, loaded
+"""
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], cwd=recipe.parent, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", ["run", "synthesize", "train", "export", "evaluate", "plan"])
+def test_help_lists_every_command(tmp_path: Path, command: str) -> None:
+    done = tunesmith("--help", cwd=tmp_path)
+    assert done.returncode == 0
+    assert f" {command} " in done.stdout
+
+
+def test_plan_shows_the_stages_and_their_arithmetic_and_writes_nothing(recipe: Path) -> None:
+    arguments = ("train.num_processes=2", "train.global_batch_size=32", "train.micro_batch_size=4", "train.max_steps=9")
+    done = tunesmith("plan", recipe, *arguments, "--run-dir", "somewhere", cwd=recipe.parent)
+    assert done.returncode == 0
+    for words in (
+        "4 micro x 4 accumulated x 2",
+        "9 steps",
+        "somewhere/checkpoints",
+        "merged model",
+        "Nothing was started",
+    ):
+        assert words in " ".join(done.stdout.split()), words
+    assert "synthesize" not in done.stdout
+    assert sorted(path.name for path in recipe.parent.iterdir()) == ["recipe.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["plan", "absent.yaml"], "error: absent.yaml: there is no such recipe. See recipes/ for some."),
+        (
+            ["train", "recipe.yaml", "train.pakcing=false"],
+            "error: command line: train.pakcing: unknown key; did you mean",
+        ),
+        (["train", "recipe.yaml", "train.num_epochs=0"], "error: command line: train.num_epochs: Input should be"),
+        (["export", "recipe.yaml"], "no complete checkpoint. Run `tunesmith train` first."),
+    ],
+)
+def test_bad_input_ends_with_exit_code_2_and_one_line(recipe: Path, arguments: list[str], expected: str) -> None:
+    done = tunesmith(*arguments, cwd=recipe.parent)
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    assert expected in errors[0]
+    assert "Traceback" not in done.stderr + done.stdout
+
+
+def test_a_run_folder_in_use_is_refused(recipe: Path) -> None:
+    from cluster.files import exclusive_lock
+
+    run = recipe.parent / "run"
+    run.mkdir()
+    with exclusive_lock(run / ".lock", "test"):
+        done = tunesmith("train", recipe, "--run-dir", run, cwd=recipe.parent)
+    assert done.returncode == 2
+    assert f"run folder {run} is in use by another process (pid {os.getpid()}" in done.stderr
+    assert not (run / "recipe.yaml").exists()

@@ -1,0 +1,196 @@
+"""A recipe is checked as a whole before anything starts; an error names the place and the nearest right key."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cluster.errors import InputError
+from cluster.rundir import RunDir
+from launcher import recipe as recipes
+from launcher.recipe import Recipe
+
+ROOT = Path(__file__).parents[2]
+GOOD = """\
+name: test
+model:
+  path: some/model
+train:
+  data: chats.jsonl
+  learning_rate: 1e-3
+  checkpoint:
+    every_steps: 5
+"""
+
+
+@pytest.fixture
+def write(tmp_path: Path):
+    def write(text: str) -> Path:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def complaint(path: Path, *overrides: str) -> str:
+    with pytest.raises(InputError) as raised:
+        recipes.load(path, list(overrides))
+    return str(raised.value)
+
+
+def test_a_recipe_is_its_file_over_the_defaults(write) -> None:
+    recipe = recipes.load(write(GOOD), [])
+    assert recipe.train.learning_rate == 1e-3
+    assert recipe.train.data == ("chats.jsonl",)
+    assert recipe.train.checkpoint.every_steps == 5
+    assert recipe.train.num_epochs == Recipe.model_fields["train"].default.num_epochs
+    assert recipe.run_dir == Path("runs/test")
+
+
+def test_the_command_line_comes_before_the_file(write) -> None:
+    overrides = [
+        "train.learning_rate=0.5",
+        "train.data=[a.jsonl,b.jsonl]",
+        "seed=3",
+        "run_dir=/x",
+        "train.packing=false",
+    ]
+    recipe = recipes.load(write(GOOD), overrides)
+    assert recipe.train.learning_rate == 0.5
+    assert recipe.train.data == ("a.jsonl", "b.jsonl")
+    assert recipe.seed == 3
+    assert recipe.run_dir == Path("/x")
+    assert recipe.train.packing is False
+    assert recipe.train.checkpoint.every_steps == 5
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "expected"),
+    [
+        ("  learning_rate", "  learning_rte", 6, "train.learning_rte: unknown key; did you mean `learning_rate`?"),
+        (
+            "    every_steps",
+            "    every_step",
+            8,
+            "train.checkpoint.every_step: unknown key; did you mean `every_steps`?",
+        ),
+        ("train:", "trian:", 4, "trian: unknown key; did you mean `train`?"),
+        ("    every_steps", "    qqqqqq", 8, "train.checkpoint.qqqqqq: unknown key; known: every_steps, keep_last"),
+        ("1e-3", "fast", 6, "train.learning_rate: Input should be a valid number"),
+        ("1e-3", "-1", 6, "train.learning_rate: Input should be greater than 0"),
+        (
+            "every_steps: 5",
+            "every_steps: 0",
+            8,
+            "train.checkpoint.every_steps: Input should be greater than or equal to 1",
+        ),
+        ("name: test", "name: ../test", 1, "name: String should match pattern"),
+        ("  data: chats.jsonl", "  zero_stage: 4", 5, "train.zero_stage: Input should be 0, 1, 2 or 3"),
+        ("  data: chats.jsonl", "  tuning: prefix", 4, "train: packing does not work with tuning=prefix"),
+        ("  data: chats.jsonl", "  zero_stage: 0", 4, "train: zero_stage=0 works with precision=fp32 alone"),
+        ("  data: chats.jsonl", "  attention: flash_attention_2", 4, "train: packed rows with flash attention need"),
+    ],
+)
+def test_an_error_names_the_file_the_line_the_key_and_the_fix(
+    write, old: str, new: str, line: int, expected: str
+) -> None:
+    path = write(GOOD.replace(old, new))
+    assert complaint(path).startswith(f"{path}:{line}: {expected}")
+
+
+def test_all_errors_are_told_at_once(write) -> None:
+    path = write(GOOD.replace("learning_rate", "learning_rte").replace("every_steps", "every_step"))
+    assert sorted(line.split(": ")[0] for line in complaint(path).splitlines()) == [f"{path}:6", f"{path}:8"]
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.learning_rte=1", "command line: train.learning_rte: unknown key; did you mean `learning_rate`?"),
+        ("train.learning_rate=fast", "command line: train.learning_rate: Input should be a valid number"),
+        ("train.learning_rate", "'train.learning_rate' is not of the form key.sub=value."),
+        ("traim.seed=1", "command line: traim: unknown key; did you mean `train`?"),
+    ],
+)
+def test_an_error_of_an_override_is_put_down_to_the_command_line(write, override: str, expected: str) -> None:
+    assert complaint(write(GOOD), override).startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("name: [", "not YAML"),
+        ("- a\n- b\n", "a recipe is a mapping of keys to values"),
+        ("", ": name: Field required"),
+        ("name: test\n", ": model: Field required"),
+        ("name: ${nowhere}\nmodel: {path: a}\n", "Interpolation key 'nowhere' not found"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_named(write, text: str, expected: str) -> None:
+    path = write(text)
+    assert expected in complaint(path)
+    assert str(path) in complaint(path)
+
+
+def test_a_missing_recipe_is_an_error(tmp_path: Path) -> None:
+    assert complaint(tmp_path / "absent.yaml").startswith(f"{tmp_path}/absent.yaml: there is no such recipe")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_of_the_project_is_valid(path: Path) -> None:
+    recipe = recipes.load(path, [])
+    again = Recipe(**yaml.safe_load(yaml.safe_dump(recipe.model_dump(mode="json"))))
+    assert again == recipe, "a resolved recipe does not read back as it was"
+
+
+def saved(write, tmp_path: Path, *overrides: str) -> RunDir:
+    recipe = recipes.load(write(GOOD), [f"run_dir={tmp_path / 'run'}", *overrides])
+    run = recipe.run.create()
+    recipe.save(run)
+    return run
+
+
+def test_the_run_folder_gets_the_resolved_recipe(write, tmp_path: Path) -> None:
+    run = saved(write, tmp_path, "train.num_epochs=7")
+    values = yaml.safe_load(run.recipe.read_text())
+    assert values["train"]["num_epochs"] == 7
+    assert values["train"]["betas"] == [0.9, 0.999]
+    assert Recipe(**values).train.num_epochs == 7
+
+
+def test_before_there_are_results_a_recipe_may_change(write, tmp_path: Path) -> None:
+    saved(write, tmp_path)
+    run = saved(write, tmp_path, "train.learning_rate=0.5", "seed=9")
+    assert yaml.safe_load(run.recipe.read_text())["seed"] == 9
+
+
+@pytest.mark.parametrize(
+    ("made", "override", "allowed"),
+    [
+        ("checkpoints/step_000001", "train.learning_rate=0.5", False),
+        ("checkpoints/step_000001", "model.path=other/model", False),
+        ("checkpoints/step_000001", "seed=1", False),
+        ("checkpoints/step_000001", "train.checkpoint.every_steps=9", True),
+        ("checkpoints/step_000001", "synthesize.num_instructions=7", True),
+        ("checkpoints/step_000001", "export.form=adapter", True),
+        ("checkpoints/step_000001", "engine.num_replicas=3", True),
+        ("checkpoints/.saving_step_000001", "train.learning_rate=0.5", True),
+        ("data/synthesized", "synthesize.num_instructions=7", False),
+        ("data/synthesized", "seed=1", False),
+        ("data/synthesized", "train.learning_rate=0.5", True),
+        ("data/synthesized", "engine.num_replicas=3", True),
+    ],
+)
+def test_what_has_shaped_results_may_not_change(write, tmp_path: Path, made: str, override: str, allowed: bool) -> None:
+    run = saved(write, tmp_path)
+    (run.root / made).mkdir(parents=True)
+    before = run.recipe.read_text()
+    if allowed:
+        saved(write, tmp_path, override)
+        assert run.recipe.read_text() != before
+        return
+    key, value = override.split("=")
+    with pytest.raises(InputError, match=rf"{key} \(was .*, now {value}\).*--run-dir"):
+        saved(write, tmp_path, override)
+    assert run.recipe.read_text() == before

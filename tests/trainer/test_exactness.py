@@ -1,0 +1,178 @@
+"""Training over several ranks gives what plain PyTorch gives in one process, for every ZeRO stage.
+
+All jobs run in one torchrun of two ranks. The reference knows nothing of packing, accumulation or DeepSpeed: it feeds
+the documents of a step one by one, and divides the sum of their token losses by the number of their labels.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn import functional as F
+
+from tests.trainer.tools import DEADLINE_SECONDS, chat_documents, trace, weights, write_chats, write_job
+from trainer.batches import Batches
+from trainer.chat import IGNORE
+from trainer.data import load_tokens
+from trainer.job import TrainJob, read_job
+from trainer.model import load_model, load_tokenizer
+from trainer.schedule import learning_rate
+
+TOLERANCE = 1e-4  # relative; float32 sums in another order give about 1e-6
+# A large epsilon keeps AdamW from turning rounding noise of near-zero gradients into whole steps.
+COMMON = {
+    "adam_epsilon": 1e-3, "learning_rate": 3e-3, "weight_decay": 0.1, "warmup_ratio": 0.2, "max_grad_norm": 0.5,
+    "micro_batch_size": 2,
+}  # fmt: skip
+# Accumulated micro-batches -> rows a step (for two ranks with micro-batches of two rows), and epochs.
+ACCUMULATION = {
+    1: {"global_batch_size": 4, "num_epochs": 1},
+    4: {"global_batch_size": 16, "num_epochs": 2},
+}
+FULL = {
+    f"zero{stage}-{'packed' if packing else 'plain'}-accum{accum}": {"zero_stage": stage, "packing": packing, **rows}
+    for stage in range(4) for packing in (True, False) for accum, rows in ACCUMULATION.items()
+}  # fmt: skip
+UNCLIPPED = {
+    f"zero{stage}-unclipped": {"zero_stage": stage, "max_grad_norm": 0.0, **ACCUMULATION[4]} for stage in (0, 2, 3)
+}
+CHECKPOINTED = {"zero3-recomputed": {"zero_stage": 3, "gradient_checkpointing": True, **ACCUMULATION[4]}}
+ADAPTER = {"tuning": "lora", "lora": {"rank": 4, "alpha": 16}}
+LORA = {f"lora-zero{stage}": {"zero_stage": stage, **ADAPTER, **ACCUMULATION[4]} for stage in (2, 3)}
+BF16 = {f"bf16-zero{stage}": {"zero_stage": stage, "precision": "bf16", **ACCUMULATION[4]} for stage in (1, 2, 3)}
+JOBS = FULL | UNCLIPPED | CHECKPOINTED | LORA | BF16
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, chat_model: Path) -> dict[str, Path]:
+    """Every job's run folder, after training on two ranks."""
+    root = tmp_path_factory.mktemp("exact")
+    data = write_chats(root / "chats.jsonl", chat_documents(37))
+    runs = {name: write_job(root / name, chat_model, data, **COMMON | settings) for name, settings in JOBS.items()}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*torchrun, "-m", "tests.trainer.exact_worker", *map(str, runs.values())]
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    log = root / "output.txt"
+    with open(log, "w") as output:
+        code = subprocess.run(
+            command, env=environ, stdout=output, stderr=subprocess.STDOUT, timeout=DEADLINE_SECONDS
+        ).returncode
+    assert code == 0, log.read_text()[-4000:]
+    return runs
+
+
+def document_loss(lm: torch.nn.Module, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Sum of token losses of one document, alone in its batch, over the whole vocabulary and sequence."""
+    logits = lm(input_ids=ids[None], use_cache=False).logits[0].float()
+    return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
+
+
+def reference(job: TrainJob) -> tuple[dict[int, tuple[float, float]], torch.nn.Module]:
+    """Loss and gradient norm of every step, and the model afterwards, by a plain loop in this process."""
+    config = job.config
+    tokenizer, num_added = load_tokenizer(job.model, None)
+    (cache,) = (job.run.root / "tokens").iterdir()
+    tokens = load_tokens(cache)
+    batches = Batches(tokens, config, job.seed, 0, 1)
+    torch.manual_seed(job.seed)
+    lm = load_model(job.model, config, tokenizer, num_added).train()
+    trained = [parameter for parameter in lm.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=1.0, betas=config.betas, eps=config.adam_epsilon)
+    found = {}
+    for step in range(batches.num_steps):
+        documents = [document for row in batches.rows_of_step(step) for document in row]
+        spans = [slice(int(tokens.offsets[d]), int(tokens.offsets[d + 1])) for d in documents]
+        num_labels = sum(int((tokens.labels[span] != IGNORE).sum()) for span in spans)
+        total = 0.0
+        for span in spans:
+            ids, labels = (torch.tensor(array[span].astype("int64")) for array in (tokens.input_ids, tokens.labels))
+            loss = document_loss(lm, ids, labels) / num_labels
+            loss.backward()
+            total += float(loss.detach())
+        norm = torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm or float("inf"))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config, step, batches.num_steps)
+        optimizer.step()
+        optimizer.zero_grad()
+        found[step + 1] = (total, float(norm))
+    return found, lm
+
+
+_references: dict[str, tuple] = {}
+
+
+def reference_of(run: Path) -> tuple[dict[int, tuple[float, float]], torch.nn.Module]:
+    """The reference of a job. Jobs that differ in nothing it depends on share one."""
+    job = read_job(run)
+    irrelevant = {"zero_stage", "gradient_checkpointing", "precision"}
+    key = job.config.model_dump_json(exclude=irrelevant)
+    if key not in _references:
+        _references[key] = reference(job)
+    return _references[key]
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+def assert_same_trace(run: Path, expected: dict[int, tuple[float, float]], tolerance: float) -> None:
+    found = trace(run)
+    assert found.keys() == expected.keys()
+    for step, (loss, norm) in expected.items():
+        assert found[step][0] == pytest.approx(loss, rel=tolerance), f"loss of step {step}"
+        assert found[step][1] == pytest.approx(norm, rel=tolerance), f"gradient norm of step {step}"
+
+
+@pytest.mark.parametrize("name", FULL | UNCLIPPED | CHECKPOINTED)
+def test_two_ranks_train_as_plain_pytorch_does(trained: dict[str, Path], name: str) -> None:
+    expected, lm = reference_of(trained[name])
+    assert_same_trace(trained[name], expected, TOLERANCE)
+    found, wanted = weights(trained[name]), dict(lm.named_parameters())
+    assert found.keys() == wanted.keys()
+    for key, tensor in found.items():
+        assert relative(tensor, wanted[key].detach()) < TOLERANCE, key
+
+
+def test_the_jobs_have_what_makes_them_hard(trained: dict[str, Path]) -> None:
+    """Unequal labels per rank, micro-batches of padding alone, and clipping that clips."""
+    for name in FULL:
+        job = read_job(trained[name])
+        (cache,) = (job.run.root / "tokens").iterdir()
+        ranks = [Batches(load_tokens(cache), job.config, job.seed, rank, 2) for rank in range(2)]
+        labels = [[b.num_labels for b in rank.micro_batches(ranks[0].steps_per_epoch - 1)] for rank in ranks]
+        assert sum(labels[0]) != sum(labels[1])
+        if job.config.global_batch_size == 16:
+            assert 0 in labels[1], name
+        assert any(norm > job.config.max_grad_norm for _, norm in trace(trained[name]).values())
+
+
+@pytest.mark.parametrize("name", LORA)
+def test_an_adapter_trains_as_in_plain_pytorch(trained: dict[str, Path], name: str) -> None:
+    from peft import get_peft_model_state_dict
+
+    expected, lm = reference_of(trained[name])
+    assert_same_trace(trained[name], expected, TOLERANCE)
+    found, wanted = weights(trained[name]), get_peft_model_state_dict(lm)
+    assert found.keys() == wanted.keys()
+    for key, tensor in found.items():
+        assert relative(tensor, wanted[key]) < TOLERANCE, key
+
+
+@pytest.mark.parametrize("name", BF16)
+def test_bf16_stays_near_float32(trained: dict[str, Path], name: str) -> None:
+    """Weights are rounded to 8 bits; beyond that they may differ by a fifth of how far training moved them."""
+    expected, lm = reference_of(trained[name])
+    assert_same_trace(trained[name], expected, 0.03)
+    for key, start in load_file(read_job(trained[name]).model.path + "/model.safetensors").items():
+        found, wanted = weights(trained[name])[key], lm.get_parameter(key).detach()
+        assert found.dtype == torch.bfloat16
+        moved = float((wanted - start).norm() / wanted.norm())
+        assert relative(found, wanted) < 2**-8 + 0.2 * moved, key

@@ -1,0 +1,139 @@
+"""A disk that fills up ends a stage with one clear error, spoils nothing, and the same command goes on afterwards."""
+
+import os
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cluster.errors import EXIT_BAD_INPUT, EXIT_DONE, InputError
+from cluster.manifest import verify_manifest
+from tests.trainer.tools import chat_documents, command, train_here, write_chats, write_job
+from trainer import export
+from trainer.config import ExportConfig, TrainConfig
+from trainer.data import load_tokens, prepare_tokens
+from trainer.export import ExportJob
+from trainer.job import read_job
+from trainer.state import newest, read_state
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class SmallDisk:
+    """A file system of a few MiB at `path`."""
+
+    path: Path
+
+    def resize(self, num_bytes: int) -> None:
+        subprocess.run(["mount", "-o", f"remount,size={num_bytes}", str(self.path)], check=True)
+
+    def fill(self, leave_bytes: int) -> None:
+        """Take up all space but so many bytes."""
+        state = os.statvfs(self.path)
+        with open(self.path / "ballast", "wb") as file:
+            file.write(b"\0" * (state.f_bavail * state.f_frsize - leave_bytes))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to mount a file system of its own")
+    path = tmp_path / "small-disk"
+    path.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(path)], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"this machine does not let us mount a file system: {mounted.stderr.strip()}")
+    yield SmallDisk(path)
+    subprocess.run(["umount", "--lazy", str(path)], check=True)
+
+
+@pytest.fixture(scope="module")
+def four_mib_model(tmp_path_factory, tokenizer) -> Path:
+    """A model whose checkpoints are some 16 MiB: weights twice, and two moments."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("four-mib-model")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    LlamaForCausalLM(config).to(torch.float32).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_training_survives_a_full_disk(
+    tmp_path: Path, four_mib_model: Path, chat_data: Path, small_disk: SmallDisk
+) -> None:
+    run = small_disk.path / "run"
+    train = {
+        "data": str(chat_data), "precision": "fp32", "zero_stage": 1, "max_seq_len": 128, "micro_batch_size": 2,
+        "global_batch_size": 8, "max_steps": 2, "checkpoint": {"every_steps": 1, "keep_last": 1},
+    }  # fmt: skip
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({"name": "full-disk", "model": {"path": str(four_mib_model)}, "train": train}))
+
+    def tunesmith(*arguments: object) -> tuple[int, str]:
+        return command(*arguments, "--run-dir", run, cwd=tmp_path)
+
+    small_disk.resize(36 * MIB)  # the first checkpoint, and half of the second beside it
+    code, output = tunesmith("train", recipe)
+    assert code == EXIT_BAD_INPUT, output
+    assert one_error(output).startswith(f"error: {run}"), output
+    assert "the disk is full" in output
+    assert "Traceback" not in output
+    first = newest(run / "checkpoints")
+    assert read_state(first).step == 1
+    verify_manifest(first)
+
+    small_disk.resize(100 * MIB)
+    code, output = tunesmith("train", recipe)
+    assert code == EXIT_DONE, output
+    assert "step 1 of 2" in output
+    assert read_state(newest(run / "checkpoints")).step == 2
+
+
+def test_export_survives_a_full_disk(
+    tmp_path: Path, one_rank, four_mib_model: Path, chat_data: Path, small_disk: SmallDisk
+) -> None:
+    small_disk.resize(100 * MIB)
+    run = write_job(small_disk.path / "run", four_mib_model, chat_data, max_steps=1)
+    train_here(run)
+    job = read_job(run)
+
+    def export_as(dtype: str) -> None:
+        export.run(ExportJob(job.run, "full-disk", job.model, job.config, ExportConfig(dtype=dtype)))
+
+    export_as("same")
+    earlier = (run / "export" / "manifest.json").read_text()
+    small_disk.fill(leave_bytes=MIB)
+    with pytest.raises(InputError, match=f"{run}: the disk is full"):
+        export_as("bf16")
+    assert (run / "export" / "manifest.json").read_text() == earlier
+    verify_manifest(run / "export")
+    small_disk.resize(200 * MIB)
+    export_as("bf16")
+    assert (run / "export" / "manifest.json").read_text() != earlier
+
+
+def one_error(output: str) -> str:
+    """The line of `output` that is an error; there has to be one and no more."""
+    (line,) = [line for line in output.splitlines() if line.startswith("error:")]
+    return line
+
+
+def test_encoding_survives_a_full_disk(chatml, tmp_path: Path, small_disk: SmallDisk) -> None:
+    data = write_chats(tmp_path / "chats.jsonl", chat_documents(600))
+    cache = small_disk.path / "tokens"
+    with pytest.raises(InputError, match=f"{small_disk.path}.*: the disk is full"):
+        prepare_tokens(TrainConfig(), chatml, [data], cache)
+    small_disk.resize(8 * MIB)
+    assert load_tokens(prepare_tokens(TrainConfig(), chatml, [data], cache)).num_documents == 600

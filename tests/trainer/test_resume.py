@@ -1,0 +1,241 @@
+"""Killed or asked to stop, a training goes on where it was, bit for bit. By the command line, on two ranks."""
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from cluster.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_PREEMPTED, InputError, TunesmithError
+from tests.trainer.tools import (
+    DEADLINE_SECONDS,
+    chat_documents,
+    command,
+    end_tree,
+    num_steps_shown,
+    start_command,
+    trace,
+    train_here,
+    wait_until,
+    weights,
+    write_chats,
+    write_job,
+)
+from trainer.state import newest, read_state
+
+EVERY_STEPS = 4
+NUM_STEPS = 60
+KILLED_AT = 10  # between two checkpoints
+SETTINGS = {
+    "tuning": "lora", "lora": {"rank": 4, "dropout": 0.2},  # dropout: the random state has to come back too
+    "zero_stage": 2, "precision": "fp32", "learning_rate": 3e-3, "max_seq_len": 128, "num_processes": 2,
+    "micro_batch_size": 1, "global_batch_size": 4, "num_epochs": 12, "max_steps": NUM_STEPS,
+    "checkpoint": {"every_steps": EVERY_STEPS},
+}  # fmt: skip
+
+
+def write_recipe(folder: Path, model: Path, data: Path, **train: object) -> Path:
+    folder.mkdir(exist_ok=True)
+    recipe = {"name": "resume", "model": {"path": str(model)}, "train": {"data": str(data), **SETTINGS, **train}}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return folder / "recipe.yaml"
+
+
+def stop_at_step(recipe: Path, run: Path, step: int, stop) -> int:
+    """Start training, call `stop` with the process as soon as `step` is in metrics.jsonl, and return the exit code."""
+    process = start_command("train", recipe, "--run-dir", run, cwd=recipe.parent)
+    try:
+        wait_until(lambda: num_steps_shown(run) >= step, process, f"step {step}")
+        stop(process)
+        return process.wait(DEADLINE_SECONDS)
+    finally:
+        end_tree(process)
+
+
+def assert_same(run: Path, expected: Path) -> None:
+    assert trace(run) == trace(expected)
+    found, wanted = weights(run), weights(expected)
+    assert found.keys() == wanted.keys()
+    for key in wanted:
+        assert torch.equal(found[key], wanted[key]), key
+    figures = [json.loads((folder / "verdict-train.json").read_text()) for folder in (run, expected)]
+    for key in ("status", "step", "num_tokens", "num_trained_tokens", "final_loss"):
+        assert figures[0][key] == figures[1][key], key
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, chat_model: Path, chat_data: Path) -> Path:
+    root = tmp_path_factory.mktemp("undisturbed")
+    recipe = write_recipe(root, chat_model, chat_data)
+    code, output = command("train", recipe, "--run-dir", root / "run", cwd=root)
+    assert code == EXIT_DONE, output
+    return root / "run"
+
+
+def test_killed_training_goes_on_bit_for_bit(tmp_path: Path, chat_model: Path, chat_data: Path, undisturbed) -> None:
+    recipe, run = write_recipe(tmp_path, chat_model, chat_data), tmp_path / "run"
+    stop_at_step(recipe, run, KILLED_AT, end_tree)
+    state = read_state(newest(run / "checkpoints"))
+    assert EVERY_STEPS <= state.step < NUM_STEPS
+    half = run / "checkpoints" / ".saving_step_000777"  # as if it had been killed while saving
+    half.mkdir()
+    (half / "state.json").write_text("{")
+    code, output = command("train", recipe, "--run-dir", run, cwd=tmp_path)
+    assert code == EXIT_DONE, output
+    assert f"going on from {run}/checkpoints/step_{state.step:06d}, step {state.step} of {NUM_STEPS}" in output
+    assert_same(run, undisturbed)
+    assert not half.exists()
+
+
+def test_asked_to_stop_it_saves_that_step_and_goes_on_bit_for_bit(
+    tmp_path: Path, chat_model: Path, chat_data: Path, undisturbed
+) -> None:
+    recipe, run = write_recipe(tmp_path, chat_model, chat_data, checkpoint={"every_steps": 1000}), tmp_path / "run"
+    code = stop_at_step(recipe, run, KILLED_AT, lambda process: os.kill(process.pid, signal.SIGTERM))
+    output = (tmp_path / "output.txt").read_text()
+    assert code == EXIT_PREEMPTED, output
+    assert "The same command goes on" in output
+    step = read_state(newest(run / "checkpoints")).step
+    assert step == max(trace(run)) < NUM_STEPS
+    assert json.loads((run / "verdict-train.json").read_text())["status"] == "preempted"
+    code, output = command("train", recipe, "--run-dir", run, cwd=tmp_path)
+    assert code == EXIT_DONE, output
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == NUM_STEPS, "a step was done twice"
+    assert_same(run, undisturbed)
+
+
+@pytest.fixture
+def unfinished(tmp_path: Path, one_rank, chat_model: Path, chat_data: Path) -> Path:
+    """A run folder of one rank whose training is not at its end."""
+    run = write_job(tmp_path / "run", chat_model, chat_data, checkpoint={"every_steps": 2}, global_batch_size=2)
+
+    class StopsInTime:
+        @property
+        def requested(self) -> bool:
+            return num_steps_shown(run) >= 3
+
+    from trainer.job import read_job
+    from trainer.train import train
+
+    assert train(read_job(run), StopsInTime())["status"] == "preempted"
+    assert read_state(newest(run / "checkpoints")).step == 3
+    return run
+
+
+def rewrite(run: Path, **changes: object) -> None:
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    for section, values in changes.items():
+        recipe[section] = {**recipe[section], **values} if isinstance(values, dict) else values
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+
+
+def test_every_file_of_a_checkpoint_is_checked_before_it_is_loaded(unfinished: Path) -> None:
+    folder = newest(unfinished / "checkpoints")
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json"]
+    assert len(files) >= 5
+    for file in files:
+        content = file.read_bytes()
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(InputError, match=f"{file}: corrupt"):
+            train_here(unfinished)
+        file.write_bytes(content)
+    assert train_here(unfinished)["status"] == "done"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"train": {"learning_rate": 0.5}}, {"train": {"packing": False}}, {"seed": 1}, {"train": {"zero_stage": 3}}],
+)
+def test_a_checkpoint_of_other_settings_is_refused(unfinished: Path, changes: dict) -> None:
+    rewrite(unfinished, **changes)
+    with pytest.raises(InputError, match=r"step_000003: made by other data, model or settings.*--run-dir"):
+        train_here(unfinished)
+
+
+def test_a_checkpoint_of_other_data_is_refused(unfinished: Path, tmp_path: Path) -> None:
+    other = write_chats(tmp_path / "other.jsonl", chat_documents(36, seed=1))
+    rewrite(unfinished, train={"data": [str(other)]})
+    with pytest.raises(InputError, match="made by other data"):
+        train_here(unfinished)
+
+
+def test_a_checkpoint_of_another_base_model_is_refused(unfinished: Path, tmp_path: Path, chat_model: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    other = shutil.copytree(chat_model, tmp_path / "other-model")
+    tensors = {name: tensor + 1 for name, tensor in load_file(other / "model.safetensors").items()}
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    rewrite(unfinished, model={"path": str(other)})
+    with pytest.raises(InputError, match="made by other data, model"):
+        train_here(unfinished)
+
+
+def test_a_checkpoint_of_another_number_of_ranks_is_refused(unfinished: Path) -> None:
+    from trainer import checkpoint
+
+    folder = newest(unfinished / "checkpoints")
+    with pytest.raises(InputError, match=r"made by 1 ranks, started with 2\. Start it with 1"):
+        checkpoint.load(None, folder, read_state(folder).job, world_size=2)
+
+
+def test_saving_more_often_is_no_other_job_and_older_checkpoints_are_removed(unfinished: Path) -> None:
+    rewrite(unfinished, train={"checkpoint": {"every_steps": 1, "keep_last": 2}})
+    last = train_here(unfinished)["step"]
+    left = sorted(path.name for path in (unfinished / "checkpoints").glob("step_*"))
+    assert left == [f"step_{last - 1:06d}", f"step_{last:06d}"]
+    assert not list((unfinished / "checkpoints").glob(".saving_*"))
+
+
+def test_when_deepspeed_loads_nothing_training_does_not_begin_anew(unfinished: Path, monkeypatch) -> None:
+    from deepspeed import DeepSpeedEngine
+
+    monkeypatch.setattr(DeepSpeedEngine, "load_checkpoint", lambda *_, **__: (None, None))
+    with pytest.raises(TunesmithError, match="could not load this checkpoint"):
+        train_here(unfinished)
+
+
+def test_a_corrupt_checkpoint_ends_the_command_with_exit_code_2(
+    tmp_path: Path, chat_model: Path, chat_data: Path, undisturbed: Path
+) -> None:
+    run = shutil.copytree(undisturbed, tmp_path / "run")
+    folder = newest(run / "checkpoints")
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps(state | {"finished": False}))
+    recipe = write_recipe(tmp_path, chat_model, chat_data)
+    code, output = command("train", recipe, "--run-dir", run, cwd=tmp_path)
+    assert code == EXIT_BAD_INPUT, output
+    assert output.count(f"error: {folder}/state.json: corrupt") == 1
+    assert "Traceback" not in output
+
+
+def test_changed_settings_end_the_command_with_exit_code_2_before_anything_starts(
+    tmp_path: Path, chat_model: Path, chat_data: Path, undisturbed: Path
+) -> None:
+    run = shutil.copytree(undisturbed, tmp_path / "run")
+    recipe = write_recipe(tmp_path, chat_model, chat_data, learning_rate=0.5)
+    before = (run / "recipe.yaml").read_text()
+    code, output = command("train", recipe, "--run-dir", run, cwd=tmp_path)
+    assert code == EXIT_BAD_INPUT
+    assert "train.learning_rate (was 0.003, now 0.5)" in output
+    assert (run / "recipe.yaml").read_text() == before
+
+
+def test_ranks_stop_on_every_signal_that_their_supervisor_passes_on() -> None:
+    from launcher import node
+    from trainer.train import STOP_SIGNALS, StopRequest
+
+    assert set(node.STOP_SIGNALS) <= set(STOP_SIGNALS)
+    before = {signum: signal.getsignal(signum) for signum in STOP_SIGNALS}
+    try:
+        for signum in STOP_SIGNALS:
+            stop = StopRequest()
+            assert not stop.requested
+            signal.raise_signal(signum)
+            assert stop.requested, signum
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)

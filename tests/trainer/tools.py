@@ -1,0 +1,158 @@
+"""What the trainer's tests share: a tiny tokenizer and Llama, conversations, run folders, and the real command line."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import psutil
+import yaml
+
+IM_START, IM_END, END = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
+WORDS = ["apple", "brook", "cedar", "dune", "ember", "fjord", "grove", "heron", "inlet", "jetty", "knoll", "larch"]
+DEADLINE_SECONDS = 300  # for machines that are busy with other work
+
+
+class NoStop:
+    """Nobody asks to stop."""
+
+    requested = False
+
+
+def make_tokenizer(*special_tokens: str):
+    """A byte-level BPE tokenizer with a few merges; `special_tokens` come after the end-of-text token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=[END, *special_tokens], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )  # fmt: skip
+    bpe.train_from_iterator([" ".join(WORDS), "user\nassistant\nsystem\nSay the words"], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END, pad_token=END)
+
+
+def save_llama(folder: Path, tokenizer, tied: bool) -> Path:
+    """A folder with a random float32 Llama of two layers and `tokenizer`."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=512, tie_word_embeddings=tied, bos_token_id=0, eos_token_id=0,
+        initializer_range=0.1,
+    )  # fmt: skip
+    LlamaForCausalLM(config).to(torch.float32).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def chat_documents(count: int, seed: int = 0) -> list[list[dict]]:
+    """Conversations of one to three rounds, from a few words to a hundred."""
+    rng = random.Random(seed)
+    chats = []
+    for _ in range(count):
+        chat = []
+        for _ in range(rng.choice((1, 1, 2, 3))):
+            words = rng.choices(WORDS, k=rng.choice((1, 2, 5, 30)))
+            chat.append({"role": "user", "content": "Say the words " + " ".join(words)})
+            chat.append({"role": "assistant", "content": " ".join(reversed(words))})
+        chats.append(chat)
+    return chats
+
+
+def write_chats(path: Path, chats: Iterable[list[dict]]) -> Path:
+    path.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    return path
+
+
+def write_job(run: Path, model: Path, data: Path | None, seed: int = 0, **train: object) -> Path:
+    """A run folder as the launcher leaves it for the ranks: `recipe.yaml` with the sections that they read."""
+    settings = {
+        "data": [str(data)] if data else [], "max_seq_len": 128, "precision": "fp32", "learning_rate": 1e-3,
+        "micro_batch_size": 2, "global_batch_size": 8, "num_epochs": 1, **train,
+    }  # fmt: skip
+    run.mkdir(parents=True, exist_ok=True)
+    recipe = {"name": "test", "seed": seed, "model": {"path": str(model)}, "train": settings}
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return run
+
+
+def train_here(run: Path) -> dict:
+    """Train a run folder in this process. Needs the fixture `one_rank`."""
+    from trainer.job import read_job
+    from trainer.train import train
+
+    return train(read_job(run), NoStop())
+
+
+def trace(run: Path) -> dict[int, tuple[float, float]]:
+    """Step -> (loss, gradient norm). A step that was done twice counts as it was done last."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: (row["loss"], row["grad_norm"]) for row in rows if row["stage"] == "train"}
+
+
+def weights(run: Path) -> dict:
+    """The tensors of the newest checkpoint, or of its adapter."""
+    from safetensors.torch import load_file
+
+    from trainer.state import newest
+
+    tensors: dict = {}
+    for file in sorted((newest(run / "checkpoints") / "weights").glob("*.safetensors")):
+        tensors |= load_file(file)
+    return tensors
+
+
+def start_command(*arguments: object, cwd: Path) -> subprocess.Popen:
+    """Start `tunesmith ...` as a user would, its output into `cwd`/output.txt."""
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "LOCAL_RANK"))}
+    environ |= {"OMP_NUM_THREADS": "1", "TERM": "dumb"}
+    command = [sys.executable, "-m", "launcher.cli", *map(str, arguments)]
+    environ["PYTHONPATH"] = str(Path(__file__).parents[2])
+    with open(cwd / "output.txt", "w") as output:
+        return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environ, cwd=cwd)
+
+
+def command(*arguments: object, cwd: Path) -> tuple[int, str]:
+    """Run `tunesmith ...` to its end. Returns its exit code, and what it and its ranks printed."""
+    process = start_command(*arguments, cwd=cwd)
+    try:
+        code = process.wait(DEADLINE_SECONDS)
+    finally:
+        end_tree(process)
+    return code, (cwd / "output.txt").read_text()
+
+
+def end_tree(process: subprocess.Popen) -> None:
+    """SIGKILL a command and all that it started."""
+    if process.poll() is not None:
+        return
+    tree = [*psutil.Process(process.pid).children(recursive=True), process]
+    for member in tree:
+        member.kill()
+    psutil.wait_procs(tree[:-1], timeout=DEADLINE_SECONDS)
+    process.wait()
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen, what: str) -> None:
+    """Poll until `condition` holds; fail at once if the process ends before."""
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while not condition():
+        assert process.poll() is None, f"the command ended before {what}"
+        assert time.monotonic() < deadline, f"waited in vain for {what}"
+        time.sleep(0.01)
+
+
+def num_steps_shown(run: Path) -> int:
+    """How many whole lines metrics.jsonl has."""
+    file = run / "metrics.jsonl"
+    return file.read_text().count("\n") if file.is_file() else 0

@@ -1,0 +1,24 @@
+"""Keep the libraries' own talk off the terminal, which belongs to the stage's lines."""
+
+import logging
+import os
+import warnings
+
+import torch
+
+
+def name_accelerator() -> None:
+    """Tell DeepSpeed that there is no GPU, before it is imported: it warns on every rank that it found none."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def quieten_libraries() -> None:
+    """No progress bars, and no warnings that a user cannot act on; the others still come through."""
+    import datasets
+    import transformers
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
