@@ -1,0 +1,93 @@
+"""slurm/train.sbatch under a real Slurm, with a real model and DeepSpeed."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.slurm.bed import SlurmBed
+from tests.slurm.machine import PROJECT
+
+pytestmark = pytest.mark.slurm
+
+SCRIPT = PROJECT / "slurm" / "train.sbatch"
+# The two ranks share a small machine with the rest of the tests.
+ENV = {"TUNESMITH_PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+
+
+@pytest.fixture
+def recipe(slurm_cluster: SlurmBed, tiny_model: Path, request: pytest.FixtureRequest) -> Path:
+    """A recipe of four steps over eight conversations, in a folder of its own below the shared one."""
+    folder = slurm_cluster.shared / request.node.name
+    shutil.copytree(tiny_model, folder / "model")
+    rows = [
+        {"messages": [{"role": "user", "content": f"Say {word}"}, {"role": "assistant", "content": word}]}
+        for word in ("fig", "pear", "plum", "lime", "kiwi", "date", "sloe", "quince")
+    ]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train = {
+        "data": ["rows.jsonl"],  # relative: the job runs where it was submitted
+        "zero_stage": 2,
+        "precision": "fp32",
+        "packing": False,
+        "max_seq_len": 64,
+        "micro_batch_size": 1,
+        "global_batch_size": 4,
+        "num_epochs": 2,
+        "process_group_timeout_seconds": 120,
+    }
+    values = {"name": "tiny", "run_dir": "run", "model": {"path": "model"}, "train": train}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
+    return folder / "recipe.yaml"
+
+
+def read_rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def exit_words(run: Path, job: int) -> list[dict]:
+    """What each of two nodes left about its end."""
+    return [json.loads((run / f"gen-{job}-0" / f"node-{node}.exit.json").read_text()) for node in (0, 1)]
+
+
+def test_two_nodes_train_one_model(slurm_cluster: SlurmBed, recipe: Path) -> None:
+    folder = recipe.parent
+    job = slurm_cluster.sbatch(SCRIPT, "recipe.yaml", options=["--nodes=2"], cwd=folder, env=ENV)
+    slurm_cluster.wait_state(job, {"COMPLETED"}, 300)
+    run = folder / "run"
+    steps = [row["step"] for row in read_rows(run / "metrics.jsonl") if row["stage"] == "train"]
+    assert steps == [1, 2, 3, 4], slurm_cluster.output(job)
+    verdict = json.loads((run / "verdict-train.json").read_text())
+    assert (verdict["status"], verdict["step"], verdict["num_rows"]) == ("done", 4, 8)
+    assert "x 2 ranks; 4 steps" in slurm_cluster.output(job)
+    assert [path.name for path in (run / "checkpoints").glob("step_*")] == ["step_000004"]
+    assert [(word["host"], word["exit_code"]) for word in exit_words(run, job)] == [("n1", 0), ("n2", 0)]
+
+
+def test_bad_input_arrives_as_exit_code_2(slurm_cluster: SlurmBed, recipe: Path) -> None:
+    job = slurm_cluster.sbatch(SCRIPT, "recipe.yaml", "train.zero_stge=3", cwd=recipe.parent, env=ENV)
+    assert slurm_cluster.wait_state(job, {"FAILED"}, 60)["ExitCode"] == "2:0"
+    assert "did you mean `zero_stage`?" in slurm_cluster.output(job)
+
+
+def test_the_notice_before_the_time_limit_saves_and_the_same_command_goes_on(
+    slurm_cluster: SlurmBed, recipe: Path
+) -> None:
+    run, options = recipe.parent / "run", ["--nodes=2"]
+    command = [SCRIPT, "recipe.yaml", "train.num_epochs=5000"]
+    job = slurm_cluster.sbatch(*command, options=options, cwd=recipe.parent, env=ENV)
+    slurm_cluster.wait_output(job, "step 3/", 120)
+    slurm_cluster.client("scancel", "--batch", "--signal=USR2", str(job))  # what --signal=B:USR2@300 does
+    assert slurm_cluster.wait_state(job, {"FAILED"}, 60)["ExitCode"] == "75:0", slurm_cluster.output(job)
+    verdict = json.loads((run / "verdict-train.json").read_text())
+    assert verdict["status"] == "preempted"
+    assert read_rows(run / "metrics.jsonl")[-1]["step"] == verdict["step"] >= 3
+    assert [word["exit_code"] for word in exit_words(run, job)] == [75, 75]
+
+    job = slurm_cluster.sbatch(*command, options=options, cwd=recipe.parent, env=ENV)
+    slurm_cluster.wait_output(job, f"going on from {verdict['checkpoint']}, step {verdict['step']} of", 120)
+    slurm_cluster.client("scancel", str(job))
+    slurm_cluster.wait_state(job, {"CANCELLED"}, 60)
