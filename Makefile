@@ -10,8 +10,8 @@ help: ## Show this list
 setup: ## Make .venv and install everything for a machine without a GPU
 	@$(PYTHON) launcher/bootstrap.py cpu dev
 
-demo: setup ## A small model instructs itself, end to end, with real parts (minutes)
-	@$(BIN)/tunesmith run recipes/demo.yaml
+demo: setup ## A small model instructs itself, end to end, with real parts (minutes); ARGS="key=value --run-dir DIR"
+	@$(BIN)/tunesmith run recipes/demo.yaml $(ARGS)
 
 test: setup ## Run the tests
 	@$(BIN)/python -m pytest

@@ -54,7 +54,8 @@ class EngineActor:
     async def collect(self, wait_seconds: float) -> list[tuple[int, Answer]]:
         """All completions since the last call, at least one, or none after `wait_seconds`."""
         try:
-            answers = [await asyncio.wait_for(self._finished.get(), wait_seconds)]
+            async with asyncio.timeout(wait_seconds):
+                answers = [await self._finished.get()]
         except TimeoutError:
             return []
         while not self._finished.empty():

@@ -1,8 +1,8 @@
 """Typed errors and the exit code each one ends a command with.
 
-    TunesmithError            1   anything that went wrong while running
-    ├── InputError            2   the user's recipe, data or machine; the message names the place and the fix
-    └── Preempted            75   stopped on request with everything saved; start the same command again to go on
+TunesmithError            1   anything that went wrong while running
+├── InputError            2   the user's recipe, data or machine; the message names the place and the fix
+└── Preempted            75   stopped on request with everything saved; start the same command again to go on
 """
 
 EXIT_DONE = 0

@@ -192,7 +192,8 @@ class EnginePool:
 
     async def _wait_until_up(self, engine: _Engine) -> None:
         try:
-            await asyncio.wait_for(_answer_of(engine.actor.describe.remote()), self._config.start_timeout_seconds)
+            async with asyncio.timeout(self._config.start_timeout_seconds):
+                await _answer_of(engine.actor.describe.remote())
         except TimeoutError:
             free = ", ".join(f"{value:g} {name}" for name, value in ray.available_resources().items() if len(name) == 3)
             raise EngineDeath(
@@ -207,9 +208,9 @@ class EnginePool:
         """Hand finished requests to their callers until the engine dies."""
         timeout = self._config.stall_timeout_seconds
         while True:
-            ref = engine.actor.collect.remote(min(MAX_COLLECT_SECONDS, timeout / 2))
             try:
-                answers = await asyncio.wait_for(_answer_of(ref), timeout)
+                async with asyncio.timeout(timeout):  # not wait_for, which loses a cancellation that meets an answer
+                    answers = await _answer_of(engine.actor.collect.remote(min(MAX_COLLECT_SECONDS, timeout / 2)))
             except TimeoutError:
                 raise EngineDeath(f"frozen for engine.stall_timeout_seconds={timeout:g}") from None
             now = time.monotonic()

@@ -21,6 +21,7 @@ from cluster.errors import InputError, TunesmithError
 
 FOLDER_PREFIX = "tunesmith-ray-"
 RAY_FOLDER = "r"
+START_ATTEMPTS = 3
 MAX_SOCKET_FOLDER_CHARS = 45  # Ray appends about 60, and the kernel takes 107 for a socket's path
 
 
@@ -118,30 +119,35 @@ def _private_environment(folder: Path) -> dict[str, str]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
         "RAY_DEDUP_LOGS": "0",
+        "VLLM_RPC_BASE_PATH": str(folder),  # a killed engine leaves its sockets
     }
 
 
 def _start(folder: Path) -> None:
+    """Start a private Ray. It gives its own processes 30 seconds, which is too few under load: try more than once."""
     import ray
     from ray._raylet import AuthenticationTokenLoader, Config
 
     # Ray reads its settings and its token once per process; an earlier session here had others.
     Config.initialize("")
     AuthenticationTokenLoader.instance().reset_cache()
-    try:
-        ray.init(
-            address="local",
-            num_cpus=len(os.sched_getaffinity(0)),
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="ERROR",
-            _temp_dir=str(folder / RAY_FOLDER),
-        )
-    except (ConnectionError, RuntimeError, OSError, ray.exceptions.RayError) as error:
-        raise TunesmithError(
-            f"Ray did not start on this machine: {_last_line(error)}. Its folder was {folder}; check free memory, "
-            "/dev/shm and `ulimit -n`."
-        ) from error
+    for attempt in range(START_ATTEMPTS):
+        try:
+            ray.init(
+                address="local",
+                num_cpus=len(os.sched_getaffinity(0)),
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="ERROR",
+                _temp_dir=str(folder / f"{RAY_FOLDER}{attempt}"),
+            )
+            return
+        except Exception as error:  # Ray raises a bare one when its processes are late
+            if "timed out during startup" not in str(error) or attempt + 1 == START_ATTEMPTS:
+                raise TunesmithError(
+                    f"Ray did not start on this machine: {_last_line(error)} Check the load, free memory, /dev/shm and "
+                    "`ulimit -n`, and start again."
+                ) from error
 
 
 @contextlib.contextmanager
@@ -161,7 +167,7 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
 
 def _keep_logs(folder: Path, destination: Path) -> None:
     """Copy what the workers said: a dead engine's last words are there and nowhere else."""
-    for log in folder.glob(f"{RAY_FOLDER}/session_2*/logs/worker-*"):
+    for log in folder.glob(f"{RAY_FOLDER}?/session_2*/logs/worker-*"):
         if log.stat().st_size:
             destination.mkdir(parents=True, exist_ok=True)
             shutil.copy(log, destination)

@@ -1,9 +1,10 @@
 """The run folder: one place that says where everything of a run lies, and the event log beside it.
 
-    run = RunDir(Path("runs/demo"))
-    run.event("synthesize", "started", num_engines=1)
+run = RunDir(Path("runs/demo"))
+run.event("synthesize", "started", num_engines=1)
 """
 
+import errno
 import json
 import os
 import time
@@ -71,6 +72,7 @@ def append_jsonl(path: Path, row: dict) -> None:
     with explain_full_disk(path):
         descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
-            os.write(descriptor, line)
+            if os.write(descriptor, line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         finally:
             os.close(descriptor)

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from cluster.config import StrictModel
 from cluster.engine_config import Sampling
@@ -75,3 +75,12 @@ class SynthesizeConfig(StrictModel):
     license: str | None = Field(None, description="license of what the model writes, for the dataset's column")
     seed_license: str | None = Field(None, description="license of the seed tasks")
     rows_per_shard: int = Field(10_000, ge=1, description="rows of one Arrow file")
+
+    @model_validator(mode="after")
+    def _demonstrations_leave_room_for_seeds(self) -> "SynthesizeConfig":
+        if self.num_machine_demonstrations > self.num_demonstrations:
+            raise ValueError(
+                f"num_machine_demonstrations={self.num_machine_demonstrations} is more than "
+                f"num_demonstrations={self.num_demonstrations}, of which it is a part"
+            )
+        return self

@@ -70,7 +70,7 @@ class NoveltyIndex:
         last_place = np.sort(probed)[-max_neighbors] if num_probed >= max_neighbors else 0.0
         hopeful = np.flatnonzero((bounds >= last_place) & (bounds > 0))
         scores = self._exact(query, hopeful)
-        ranked = np.lexsort((hopeful, -scores))[:max_neighbors]
+        ranked = np.argsort(-scores, kind="stable")[:max_neighbors]
         return [Neighbor(self._ids[hopeful[i]], float(scores[i])) for i in ranked if scores[i] > 0]
 
     def _encode(self, text: str) -> str:

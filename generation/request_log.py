@@ -45,6 +45,10 @@ class RequestLog:
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._places
 
+    def ids(self) -> set[str]:
+        """Ids of all finished requests."""
+        return set(self._places)
+
     def get(self, request_id: str) -> dict | None:
         """What was appended under this id, or None."""
         if request_id not in self._places:

@@ -16,10 +16,7 @@ class Requester:
     """One model's answers, from the log or from the pool."""
 
     def __init__(self, pool: EnginePool, log: RequestLog, model: str, model_revision: str, seed: int) -> None:
-        self.num_requests = 0
         self.num_resumed = 0
-        self.num_prompt_tokens = 0  # of all requests, resumed ones too
-        self.num_completion_tokens = 0
         self._pool = pool
         self._log = log
         self._model = model
@@ -45,9 +42,6 @@ class Requester:
         seed = int(request_id[:8], 16) >> 1 if sampling.seed is None else sampling.seed
         request = GenerationRequest(request_id, text, Sampling(**{**sampling.model_dump(), "seed": seed}))
         completion = await self._complete(request)
-        self.num_requests += 1
-        self.num_prompt_tokens += completion.num_prompt_tokens
-        self.num_completion_tokens += completion.num_completion_tokens
         return Production(
             request_id, self._model, self._model_revision, prompt.name, prompt.sha, request.sampling, completion
         )

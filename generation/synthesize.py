@@ -180,7 +180,7 @@ class Synthesis:
                 raise _first(errors) from errors
             finally:
                 reporter.cancel()
-        counts = self._counts(method, sink, requester)
+        counts = self._counts(method, sink)
         if method.num_kept == 0:
             raise TunesmithError(
                 f"nothing was kept of {method.num_generated} instructions: {method.stopped_because}; rejected "
@@ -197,19 +197,19 @@ class Synthesis:
             "seconds": round(seconds, 1),
         }
 
-    def _counts(self, method: SelfInstruct, sink: DataSink, requester: Requester) -> dict:
+    def _counts(self, method: SelfInstruct, sink: DataSink) -> dict:
         """The part of the verdict that the data decides, not the machine."""
         return {
             "is_complete": not method.stopped_because,
             "stopped_because": method.stopped_because,
-            "num_requests": requester.num_requests,
+            "num_requests": method.num_requests,
             "num_generated": method.num_generated,
             "num_kept": method.num_kept,
             "num_rows": sink.num_rows,
             "num_seed_rows": sink.num_rows_by_method["seed"],
             "rejected": dict(sorted(sink.rejected.items())),
-            "num_prompt_tokens": requester.num_prompt_tokens,
-            "num_completion_tokens": requester.num_completion_tokens,
+            "num_prompt_tokens": method.num_prompt_tokens,
+            "num_completion_tokens": method.num_completion_tokens,
         }
 
     def _tokens_per_second(self, pool: EnginePool) -> float:

@@ -61,6 +61,7 @@ class Instances:
 
     instruction: Instruction
     is_classification: bool | None  # none: the question was not answered
+    made_by: tuple[Production, ...]
     rows: list[Record] = field(default_factory=list)
     rejected: list[RejectedRecord] = field(default_factory=list)
 
@@ -74,7 +75,11 @@ class Sink(Protocol):
 
 
 class SelfInstruct:
-    """One run of the method. `num_kept` and `num_generated` count instructions of the machine."""
+    """One run of the method.
+
+    `num_kept` and `num_generated` count instructions of the machine; requests and tokens are counted where their result
+    is committed, so that requests in flight at the end, which no one needs, do not make two equal runs differ.
+    """
 
     def __init__(
         self,
@@ -87,6 +92,9 @@ class SelfInstruct:
     ) -> None:
         self.num_kept = 0
         self.num_generated = 0
+        self.num_requests = 0
+        self.num_prompt_tokens = 0
+        self.num_completion_tokens = 0
         self.stopped_because = ""
         self._config = config
         self._seeds = seeds
@@ -174,6 +182,7 @@ class SelfInstruct:
     def _admit(self, candidates: Candidates) -> list[Instruction | RejectedRecord]:
         """Keep what is well-formed and new, in order, until enough is kept. A response cut short is dropped whole."""
         completion, request_id = candidates.made_by.completion, candidates.made_by.request_id
+        self._count(candidates.made_by)
         if completion.finish_reason in (*UNANSWERED, "length"):
             rejection = Rejection(_reason(completion, cut="truncated_response"))
             return [RejectedRecord("response", rejection, request_id, 0, completion.text)]
@@ -212,14 +221,14 @@ class SelfInstruct:
         if answer.completion.finish_reason in UNANSWERED:
             rejection = Rejection(answer.completion.finish_reason)
             rejected = RejectedRecord("classification", rejection, answer.request_id, 0, instruction.text)
-            return Instances(instruction, None, rejected=[rejected])
+            return Instances(instruction, None, (answer,), rejected=[rejected])
         is_classification = parse_yes(answer.completion.text)
         name = "output_first" if is_classification else "input_first"
         sampling = self._config.output_first_sampling if is_classification else self._config.input_first_sampling
         made_by = await self._ask_about(instruction, name, sampling)
         parse = parse_output_first if is_classification else parse_input_first
         parsed = parse(made_by.completion.text, made_by.completion.finish_reason == "length")
-        result = Instances(instruction, is_classification)
+        result = Instances(instruction, is_classification, (answer, made_by))
         self._choose(parsed, made_by, result)
         return result
 
@@ -259,11 +268,17 @@ class SelfInstruct:
                 self._sink.add_rejected(outcome)
                 continue
             instances: Instances = await outcome
+            self._count(*instances.made_by)
             self._sink.add_instruction(instances)
             for record in instances.rows:
                 self._sink.add_row(record)
             for rejected in instances.rejected:
                 self._sink.add_rejected(rejected)
+
+    def _count(self, *made_by: Production) -> None:
+        self.num_requests += len(made_by)
+        self.num_prompt_tokens += sum(each.completion.num_prompt_tokens for each in made_by)
+        self.num_completion_tokens += sum(each.completion.num_completion_tokens for each in made_by)
 
 
 def _reason(completion: Completion, cut: str, otherwise: str = "") -> str:

@@ -3,13 +3,14 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from cluster.config import ModelConfig
 from cluster.engine_config import Completion, EngineConfig, GenerationRequest, Sampling
 from cluster.errors import InputError, TunesmithError
-from cluster.pool import EnginePool
+from cluster.pool import EnginePool, _Engine
 from tests.fakes import continue_prompt, generated_ids, scripted, write_script
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -136,6 +137,31 @@ def test_a_caller_that_gives_up_leaves_the_pool_working(tmp_path):
 
     completions = in_pool(scripted(max_num_seqs=2, stall_timeout_seconds=60), model, use)
     assert_each_has_its_own_answer(requests[1:], completions)
+
+
+@pytest.mark.parametrize("num_turns", range(6))
+def test_closing_is_never_lost_when_it_meets_an_answer(tmp_path, num_turns):
+    """Cancel the collecting task at each turn of the event loop around the moment an answer comes."""
+
+    async def main():
+        answers = iter([asyncio.get_running_loop().create_future() for _ in range(2)])
+        first = next(answers)
+        refs = iter([first, *answers])
+        actor = SimpleNamespace(collect=SimpleNamespace(remote=lambda _seconds: next(refs)))
+        pool = EnginePool(scripted(), write_script(tmp_path / "model"))
+        collecting = asyncio.create_task(pool._collect(_Engine(actor, capacity=1)))
+        await asyncio.sleep(0)
+        first.set_result([])
+        for _ in range(num_turns):
+            await asyncio.sleep(0)
+        collecting.cancel()
+        for _ in range(20):
+            await asyncio.sleep(0)
+        was_done = collecting.done()
+        collecting.cancel()
+        return was_done
+
+    assert asyncio.run(main())
 
 
 def test_without_any_engine_the_start_fails_with_the_cause(tmp_path):

@@ -24,8 +24,10 @@ def package():
     import cluster
     return cluster.__file__
 
-before = dict(os.environ)
-token = None
+def settings():
+    return {name: value for name, value in os.environ.items() if name.startswith("RAY_")}
+
+before = settings()
 try:
     with ray_session(Path(sys.argv[1])):
         token = Path(os.environ["RAY_AUTH_TOKEN_PATH"])
@@ -43,7 +45,7 @@ try:
         if sys.argv[2] == "wait":
             sys.stdin.read()
 finally:
-    print(json.dumps({"env_restored": dict(os.environ) == before, "is_up": ray.is_initialized()}))
+    print(json.dumps({"env_restored": settings() == before, "is_up": ray.is_initialized()}))
 """
 
 
@@ -119,7 +121,12 @@ def test_a_ray_that_is_there_is_joined_and_not_stopped(short_folder):
     token.write_text("a-secret-of-this-test-only")
     token.chmod(0o600)
     port, *ports = free_ports(5)
-    flags = ("dashboard-agent-listen-port", "dashboard-agent-grpc-port", "metrics-export-port", "runtime-env-agent-port")
+    flags = (
+        "dashboard-agent-listen-port",
+        "dashboard-agent-grpc-port",
+        "metrics-export-port",
+        "runtime-env-agent-port",
+    )
     auth = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
     head = subprocess.Popen(
         [RAY, "start", "--head", "--block", f"--port={port}", f"--temp-dir={short_folder}/ray", "--num-cpus=2"]

@@ -1,0 +1,35 @@
+"""A process that synthesizes with scripted engines, for tests that kill it:
+
+python -m tests.generation.drive_synthesis MODEL_FOLDER RUN_FOLDER NUM_INSTRUCTIONS NUM_REPLICAS
+"""
+
+import sys
+from pathlib import Path
+
+from cluster.config import ModelConfig
+from cluster.engine_config import EngineConfig
+from cluster.errors import TunesmithError
+from cluster.rundir import RunDir
+from generation.config import SynthesizeConfig
+from generation.synthesize import run
+from tests.fakes import scripted
+
+
+def synthesize(model: Path, run_root: Path, num_instructions: int, engine: EngineConfig) -> dict:
+    """The stage as the tests run it, in this process."""
+    config = SynthesizeConfig(num_instructions=num_instructions, lookahead=16, rows_per_shard=40)
+    return run(config, ModelConfig(path=str(model)), engine, RunDir(run_root), seed=7)
+
+
+def main() -> None:
+    model, run_root, num_instructions, num_replicas = sys.argv[1:]
+    engine = scripted(num_replicas=int(num_replicas), max_num_seqs=8)
+    try:
+        synthesize(Path(model), Path(run_root), int(num_instructions), engine)
+    except TunesmithError as error:
+        print(f"{type(error).__name__}: {error}")
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

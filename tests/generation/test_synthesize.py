@@ -1,0 +1,228 @@
+"""The whole stage with real Ray and scripted engines: the same bytes however it is disturbed, and nothing twice."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from datasets import load_from_disk
+
+from cluster.config import ModelConfig
+from cluster.errors import EXIT_PREEMPTED, InputError, TunesmithError
+from cluster.files import sha256_file
+from cluster.manifest import verify_manifest
+from cluster.rundir import RunDir
+from generation.config import SynthesizeConfig
+from generation.request_log import RequestLog
+from generation.synthesize import run
+from tests.fakes import generated_ids, scripted, write_script
+from tests.generation.drive_synthesis import synthesize
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+ROOT = Path(__file__).parents[2]
+NUM_INSTRUCTIONS = 120
+
+
+def contents(run_root: Path) -> dict[str, str]:
+    """SHA-256 of every file of the data, which is all sealed."""
+    for name in ("synthesized", "rejected"):
+        verify_manifest(run_root / "data" / name)
+    files = [path for path in (run_root / "data").rglob("*") if path.is_file()]
+    return {str(path.relative_to(run_root)): sha256_file(path) for path in files}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with the model's name in it: the name is in the rows, so every run of a module uses the same."""
+    return tmp_path_factory.mktemp("place")
+
+
+@pytest.fixture
+def model(place) -> Path:
+    shutil.rmtree(place / "model", ignore_errors=True)
+    write_script(place / "model", latency_ms=10)
+    return place / "model"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(place):
+    """The data of one engine that nobody disturbs, its verdict, and how many requests it took."""
+    write_script(place / "model", latency_ms=10)
+    verdict = synthesize(place / "model", place / "undisturbed", NUM_INSTRUCTIONS, scripted(max_num_seqs=8))
+    return contents(place / "undisturbed"), verdict, place / "undisturbed"
+
+
+def test_the_dataset_opens_and_the_verdict_counts_it(undisturbed):
+    _, verdict, run_root = undisturbed
+    rows = load_from_disk(str(run_root / "data" / "synthesized"))
+    rejected = load_from_disk(str(run_root / "data" / "rejected"))
+    instructions = (run_root / "data" / "instructions.jsonl").read_text().splitlines()
+    assert verdict == json.loads((run_root / "verdict-synthesize.json").read_text())
+    assert verdict["num_kept"] == len(instructions) == NUM_INSTRUCTIONS
+    assert verdict["num_rows"] == len(rows) > verdict["num_seed_rows"] == rows["method"].count("seed") == 175
+    assert sum(verdict["rejected"].values()) == len(rejected)
+    num_rejected_instructions = sum(stage == "instruction" for stage in rejected["stage"])
+    assert verdict["num_generated"] == verdict["num_kept"] + num_rejected_instructions
+    assert (verdict["is_complete"], verdict["resumed_requests"]) == (True, 0)
+    for row in rows:
+        assert [message["role"] for message in row["messages"]] == ["user", "assistant"]
+    assert (run_root / "data" / "synthesized" / "data-00001.arrow").is_file()
+
+
+def test_three_engines_make_the_same_bytes_as_one(undisturbed, model, tmp_path):
+    synthesize(model, tmp_path / "run", NUM_INSTRUCTIONS, scripted(num_replicas=3, max_num_seqs=4, chunk_size=3))
+    assert contents(tmp_path / "run") == undisturbed[0]
+
+
+def test_engines_that_die_change_nothing(undisturbed, model, tmp_path):
+    write_script(model, latency_ms=10, die_at=[30, 100, 170])
+    verdict = synthesize(model, tmp_path / "run", NUM_INSTRUCTIONS, scripted(num_replicas=2, max_num_seqs=8))
+    assert contents(tmp_path / "run") == undisturbed[0]
+    assert verdict["num_engine_restarts"] == 3
+    assert set(verdict["rejected"]) == set(undisturbed[1]["rejected"])
+
+
+def start_driver(model: Path, run_root: Path, num_replicas: int) -> subprocess.Popen:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    arguments = [str(model), str(run_root), str(NUM_INSTRUCTIONS), str(num_replicas)]
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.generation.drive_synthesis", *arguments],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for_requests(model: Path, num: int, driver: subprocess.Popen) -> None:
+    """Wait until the engines have finished `num` requests since the model was made."""
+    while len(generated_ids(model)) < num:
+        assert driver.poll() is None, driver.stdout.read()
+        time.sleep(0.002)
+
+
+def logged_ids(run_root: Path, scratch: Path) -> set[str]:
+    """Ids in a copy of the log, so that reading it repairs nothing."""
+    shutil.copy(run_root / "requests.log", scratch)
+    with RequestLog(scratch) as log:
+        return log.ids()
+
+
+def test_killed_at_any_point_the_bytes_are_the_same_and_no_logged_request_is_generated_again(
+    undisturbed, model, tmp_path
+):
+    write_script(model, latency_ms=60)
+    run_root = tmp_path / "run"
+    draw = random.Random(undisturbed[1]["num_requests"])
+    logged: set[str] = set()
+    for num_replicas in (1, 3, 2):
+        before = len(generated_ids(model))
+        driver = start_driver(model, run_root, num_replicas)
+        wait_for_requests(model, before + draw.randint(1, 70), driver)
+        driver.kill()
+        driver.communicate()
+        assert logged.isdisjoint(generated_ids(model)[before:])
+        assert not (run_root / "data" / "synthesized" / "manifest.json").exists()
+        logged = logged_ids(run_root, tmp_path / "copy.log")
+    before = len(generated_ids(model))
+    verdict = synthesize(model, run_root, NUM_INSTRUCTIONS, scripted(max_num_seqs=8))
+    assert logged.isdisjoint(generated_ids(model)[before:])
+    assert 0 < verdict["resumed_requests"] <= len(logged)
+    assert contents(run_root) == undisturbed[0]
+
+
+@pytest.mark.parametrize("signals", [[signal.SIGTERM], [signal.SIGINT, signal.SIGINT, signal.SIGTERM]])
+def test_a_signal_ends_it_as_preempted_and_more_signals_break_nothing(undisturbed, model, tmp_path, signals):
+    write_script(model, latency_ms=60)
+    driver = start_driver(model, tmp_path / "run", 1)
+    wait_for_requests(model, 25, driver)
+    for number in signals:
+        driver.send_signal(number)
+    said, _ = driver.communicate()
+    assert driver.returncode == EXIT_PREEMPTED, said
+    logged = logged_ids(tmp_path / "run", tmp_path / "copy.log")
+    assert f"Preempted: stopped by {signals[0].name}; {len(logged)} finished requests are saved" in said
+    events = [json.loads(line)["event"] for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    assert events == ["started", "preempted"]
+    synthesize(model, tmp_path / "run", NUM_INSTRUCTIONS, scripted(max_num_seqs=8))
+    assert contents(tmp_path / "run") == undisturbed[0]
+
+
+def test_a_finished_run_is_skipped_and_says_so(undisturbed, model, capsys):
+    _, verdict, run_root = undisturbed
+    times = {path: path.stat().st_mtime_ns for path in (run_root / "data").rglob("*")}
+    again = synthesize(model, run_root, NUM_INSTRUCTIONS, scripted())
+    assert again == verdict
+    assert "already done" in capsys.readouterr().out
+    assert generated_ids(model) == []
+    assert {path: path.stat().st_mtime_ns for path in (run_root / "data").rglob("*")} == times
+
+
+def test_finished_data_of_other_settings_is_not_taken_for_it(undisturbed, model):
+    with pytest.raises(InputError, match="made with other settings"):
+        synthesize(model, undisturbed[2], NUM_INSTRUCTIONS + 1, scripted())
+
+
+def test_damaged_data_is_named_and_not_skipped(undisturbed, model, tmp_path):
+    shutil.copytree(undisturbed[2], tmp_path / "run")
+    with open(tmp_path / "run" / "data" / "synthesized" / "data-00001.arrow", "r+b") as shard:
+        shard.truncate(100)
+    with pytest.raises(InputError, match=r"data-00001\.arrow: corrupt"):
+        synthesize(model, tmp_path / "run", NUM_INSTRUCTIONS, scripted())
+
+
+def test_a_removed_dataset_is_made_again_from_the_log_alone(undisturbed, model, tmp_path):
+    shutil.copytree(undisturbed[2], tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "data")
+    logged = logged_ids(tmp_path / "run", tmp_path / "copy.log")
+    verdict = synthesize(model, tmp_path / "run", NUM_INSTRUCTIONS, scripted())
+    assert contents(tmp_path / "run") == undisturbed[0]
+    assert verdict["resumed_requests"] >= verdict["num_requests"]
+    assert logged.isdisjoint(generated_ids(model))  # a request beyond the last one needed may be new
+
+
+def test_a_run_folder_in_use_is_refused(model, tmp_path):
+    driver = start_driver(model, tmp_path / "run", 1)
+    try:
+        wait_for_requests(model, 1, driver)
+        with pytest.raises(InputError, match=f"in use by another process .pid {driver.pid}"):
+            synthesize(model, tmp_path / "run", NUM_INSTRUCTIONS, scripted())
+    finally:
+        driver.kill()
+        driver.communicate()
+
+
+def test_stopping_short_is_said_clearly(model, tmp_path, capsys):
+    config = SynthesizeConfig(num_instructions=1000, max_requests=2)
+    verdict = run(config, ModelConfig(path=str(model)), scripted(), RunDir(tmp_path / "run"), 0)
+    assert (verdict["is_complete"], verdict["stopped_because"]) == (False, "max_requests=2 reached")
+    assert 0 < verdict["num_kept"] < 1000
+    assert "INCOMPLETE (max_requests=2 reached)" in capsys.readouterr().out
+
+
+def test_keeping_nothing_is_a_failure_with_the_reasons(model, tmp_path):
+    config = SynthesizeConfig(min_instruction_words=100, max_fruitless_requests=3)
+    with pytest.raises(TunesmithError, match=r"nothing was kept of 21 instructions: .*too_short"):
+        run(config, ModelConfig(path=str(model)), scripted(), RunDir(tmp_path / "run"), 0)
+    assert not (tmp_path / "run" / "data" / "synthesized" / "manifest.json").exists()
+
+
+def test_a_model_brings_its_own_seeds_and_prompts(model, tmp_path):
+    own = model / "tunesmith"
+    own.mkdir()
+    seed = {"id": "own", "name": "own", "instruction": "Say something of your own.", "is_classification": False}
+    (own / "seed_tasks.jsonl").write_text(json.dumps({**seed, "instances": [{"input": "", "output": "mine"}]}))
+    shutil.copytree(ROOT / "generation" / "prompts" / "self_instruct", own / "prompts")
+    config = SynthesizeConfig(num_instructions=5)
+    verdict = run(config, ModelConfig(path=str(model)), scripted(), RunDir(tmp_path / "run"), 0)
+    rows = load_from_disk(str(tmp_path / "run" / "data" / "synthesized"))
+    assert verdict["num_seed_rows"] == 1
+    assert rows[0]["messages"][1]["content"] == "mine"
+    assert rows[1]["prompt_name"].startswith("prompts/")
