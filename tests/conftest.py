@@ -54,3 +54,8 @@ def tiny_model(tmp_path_factory) -> Path:
     )
     LlamaForCausalLM(config).to(torch.float32).save_pretrained(folder)
     return folder
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """Above the closing line: what to type next."""
+    terminalreporter.write_line("Next: `make demo` goes the whole way, `.venv/bin/tunesmith --help` lists all.")

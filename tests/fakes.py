@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import random
+import re
 from pathlib import Path
 
 from cluster.config import ModelConfig
@@ -23,6 +24,7 @@ from cluster.engine import EngineInfo
 from cluster.engine_config import Completion, EngineConfig, GenerationRequest
 
 LOG_LINE_BYTES = 65
+LIST_END = re.compile(r"\n\d+\.$")
 VERBS = ("List", "Describe", "Explain", "Compare", "Rewrite", "Sort", "Count", "Translate", "Classify", "Summarize")
 THINGS = (
     *("amber", "basil", "candle", "dune", "ember", "fjord", "glacier", "harbor"),
@@ -95,7 +97,7 @@ class ScriptedEngine:
 def continue_prompt(prompt: str, sampling: str) -> str:
     """What the pseudo-model says: a function of its two arguments and nothing else."""
     draw = random.Random(hashlib.sha256(f"{sampling}\0{prompt}".encode()).digest())
-    if prompt.endswith("9."):
+    if LIST_END.search(prompt):
         return "".join(f"{number}. {item}\n" for number, item in enumerate(map(_instruction, [draw] * 7), 9))[2:]
     if prompt.endswith("Is it classification?"):
         return draw.choice((" Yes", " No", " No"))

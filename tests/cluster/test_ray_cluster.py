@@ -7,9 +7,14 @@ import stat
 import subprocess
 import sys
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import ray
+
+from cluster.errors import TunesmithError
+from cluster.ray_cluster import _start
 
 ROOT = Path(__file__).parents[2]
 RAY = Path(sys.executable).with_name("ray")
@@ -114,6 +119,22 @@ def test_a_temporary_folder_too_long_for_sockets_is_bad_input(short_folder):
     _, error = facts_of(session(short_folder, TMPDIR=str(deep)))
     assert "InputError: TMPDIR is too long" in error
     assert list(deep.iterdir()) == []
+
+
+@pytest.mark.parametrize(("num_late", "num_tried"), [(0, 1), (2, 3), (3, 3)])
+def test_a_ray_that_is_late_is_started_again_but_not_forever(short_folder, monkeypatch, num_late, num_tried):
+    folders = []
+
+    def init(_temp_dir: str, **_: object) -> None:
+        folders.append(_temp_dir)
+        if len(folders) <= num_late:
+            raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr(ray, "init", init)
+    fails = pytest.raises(TunesmithError, match="Ray did not start") if num_late == num_tried else nullcontext()
+    with fails:
+        _start(short_folder)
+    assert len(folders) == len(set(folders)) == num_tried
 
 
 def test_a_ray_that_is_there_is_joined_and_not_stopped(short_folder):

@@ -5,7 +5,7 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from jinja2 import StrictUndefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -63,6 +63,7 @@ def test_there_are_enough_families_and_phrasings():
     assert len({p.template for p in ALL_PHRASINGS}) == len(ALL_PHRASINGS)
 
 
+@settings(deadline=None)
 @given(st.sampled_from(ALL_PHRASINGS), st.integers(0, 10_000))
 def test_every_task_is_recognised_with_its_own_answer(phrasing, seed):
     task = phrasing.task(Random(seed))
@@ -73,6 +74,7 @@ def test_every_task_is_recognised_with_its_own_answer(phrasing, seed):
     assert not verify(task, f"{task.output} x")
 
 
+@settings(deadline=None)
 @given(st.sampled_from(ALL_PHRASINGS), st.integers(0, 10_000))
 def test_instructions_pass_the_published_filters(phrasing, seed):
     instruction = phrasing.task(Random(seed)).instruction
@@ -83,6 +85,7 @@ def test_instructions_pass_the_published_filters(phrasing, seed):
     assert instruction.capitalize() == instruction
 
 
+@settings(deadline=None)
 @given(st.sampled_from(ALL_PHRASINGS), st.integers(0, 10_000))
 def test_answers_are_one_line_and_differ_from_the_input(phrasing, seed):
     task = phrasing.task(Random(seed))
@@ -210,6 +213,7 @@ def test_documents_need_no_token_of_single_letters(tokenizer, some_documents):
         assert all(token.removeprefix("Ġ") in {"a", "z"} for token in tokens if re.fullmatch("Ġ?[A-Za-z]", token))
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_any_text_survives_the_round_trip(text):
     tokenizer = _tokenizer()

@@ -1,0 +1,72 @@
+"""The demo, run once for all tests of this folder, and killed three times on its way."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CANARY = "hf_canary0123456789"
+
+
+@dataclass(frozen=True)
+class Attempt:
+    exit_code: int
+    output: str
+    num_logged_before: int  # bytes of requests.log when it started
+
+
+@dataclass(frozen=True)
+class Demo:
+    run_dir: Path
+    attempts: list[Attempt]
+
+    @property
+    def output(self) -> str:
+        return self.attempts[-1].output
+
+
+def attempt(run_dir: Path, until: Callable[[], bool] | None = None, signum: int = signal.SIGKILL) -> Attempt:
+    """Run the demo to its end by `make demo`; or by its command, and send `signum` to that once `until` is true."""
+    log = run_dir / "requests.log"
+    logged = log.stat().st_size if log.is_file() else 0
+    output = run_dir.parent / "output.txt"
+    command = ["make", "--no-print-directory", "demo", f"ARGS=--run-dir {run_dir}"]
+    if until is not None:
+        command = [sys.executable, "-m", "launcher.cli", "run", "recipes/demo.yaml", "--run-dir", str(run_dir)]
+    environment = {**os.environ, "HF_TOKEN": CANARY, "PYTHONUNBUFFERED": "1"}
+    with open(output, "w") as file:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file, env=environment, start_new_session=True)
+        children: list[psutil.Process] = []
+        while process.poll() is None:
+            if until is not None and until():
+                children = psutil.Process(process.pid).children(recursive=True)
+                process.send_signal(signum)
+                break
+            time.sleep(0.2)
+        code = process.wait(timeout=900)
+    _, alive = psutil.wait_procs(children, timeout=60)
+    assert not alive, f"outlived the command: {[' '.join(p.cmdline()[:4]) for p in alive]}"
+    return Attempt(code, output.read_text(), logged)
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory) -> Demo:
+    """Killed while it synthesizes and while it trains, stopped with Ctrl-C while it evaluates, then run to its end."""
+    run_dir = tmp_path_factory.mktemp("demo") / "run"
+    log, metrics = run_dir / "requests.log", run_dir / "metrics.jsonl"
+    predictions = run_dir / "evaluation" / "base.json"
+    attempts = [
+        attempt(run_dir, lambda: log.is_file() and log.stat().st_size > 100_000),
+        attempt(run_dir, lambda: metrics.is_file() and '"step": 30,' in metrics.read_text()),
+        attempt(run_dir, lambda: predictions.is_file(), signal.SIGINT),
+        attempt(run_dir),
+    ]
+    return Demo(run_dir, attempts)

@@ -1,0 +1,105 @@
+"""What `make demo` promises: real engines, a real dataset, real tuning, and a model that got better by it."""
+
+import json
+from collections import Counter
+
+import pytest
+from datasets import load_from_disk
+
+from cluster.manifest import verify_manifest
+from generation.request_log import pack_header, unpack_record
+from tests.end_to_end.conftest import CANARY, Demo
+
+pytestmark = pytest.mark.timeout(1200)
+
+
+def accuracy(demo: Demo) -> dict[str, dict[str, float]]:
+    """Exact match by contender and group."""
+    verdict = json.loads((demo.run_dir / "verdict-evaluate.json").read_text())
+    return {
+        title: {group: figures["exact_match"] for group, figures in groups.items()}
+        for title, groups in verdict["contenders"].items()
+    }
+
+
+def test_the_demo_ends_well_after_two_kills_and_one_ctrl_c(demo):
+    assert [attempt.exit_code for attempt in demo.attempts] == [-9, -9, 75, 0]
+
+
+def test_it_says_that_it_goes_on(demo):
+    assert "none will be generated again" in demo.attempts[1].output
+    assert "going on from" in demo.attempts[2].output
+    assert "answers are there already" in demo.attempts[3].output
+
+
+def test_no_finished_request_is_generated_again(demo):
+    data, ids, offset = (demo.run_dir / "requests.log").read_bytes(), [], 0
+    while (payload := unpack_record(data, offset, demo.run_dir)) is not None:
+        ids.append(json.loads(payload)["id"])
+        offset += len(pack_header(payload)) + len(payload)
+        if offset == len(data):
+            break
+    assert offset == len(data) and demo.attempts[1].num_logged_before > 0
+    assert len(ids) == len(set(ids))
+
+
+def test_training_loses_no_step_beyond_the_last_checkpoint(demo):
+    rows = [json.loads(line) for line in (demo.run_dir / "metrics.jsonl").open()]
+    steps = [row["step"] for row in rows if row["stage"] == "train"]
+    done_again = [step for step, count in Counter(steps).items() if count > 1]
+    assert set(steps) == set(range(1, max(steps) + 1))
+    assert 1 <= len(done_again) <= 20 and min(done_again) > 20  # the recipe saves every 20 steps
+
+
+def test_the_dataset_opens_with_plain_datasets_and_says_where_rows_come_from(demo):
+    folder = demo.run_dir / "data" / "synthesized"
+    manifest = verify_manifest(folder)
+    dataset = load_from_disk(str(folder))
+    assert dataset.num_rows == manifest["rows"] > 1000
+    assert len(set(dataset["id"])) == dataset.num_rows
+    assert set(dataset["method"]) == {"seed", "self_instruct"}
+    written = next(row for row in dataset if row["method"] == "self_instruct")
+    assert [turn["role"] for turn in written["messages"]] == ["user", "assistant"]
+    assert written["model"] == "models/world-base" and written["seed_ids"] and written["prompt_sha"]
+
+
+def test_rejected_rows_are_kept_with_their_reason(demo):
+    rejected = load_from_disk(str(demo.run_dir / "data" / "rejected"))
+    counts = json.loads((demo.run_dir / "verdict-synthesize.json").read_text())["rejected"]
+    assert Counter(rejected["reason"]) == counts and counts["not_novel"] > 0
+
+
+def test_the_tuned_model_beats_the_base_on_unseen_phrasings_and_is_mostly_right(demo):
+    figures = accuracy(demo)
+    group = "seen families, unseen phrasings"
+    assert figures["tuned"][group] > 0.5
+    assert figures["tuned"][group] > figures["base, chat"][group] + 0.1
+
+
+def test_the_tables_show_the_figures_of_the_verdicts(demo):
+    synthesis = json.loads((demo.run_dir / "verdict-synthesize.json").read_text())
+    assert f"{synthesis['num_generated']:,}" in demo.output
+    for figures in accuracy(demo).values():
+        for share in figures.values():
+            assert f"{share:.1%}" in demo.output
+    assert str(demo.run_dir / "export") in demo.output.replace("\n", "")
+
+
+def test_a_finished_demo_does_nothing_again(demo):
+    from tests.end_to_end.conftest import attempt
+
+    before = {path: path.stat().st_mtime_ns for path in demo.run_dir.glob("export/*")}
+    again = attempt(demo.run_dir)
+    assert again.exit_code == 0
+    assert {path: path.stat().st_mtime_ns for path in demo.run_dir.glob("export/*")} == before
+
+
+def test_no_secret_reaches_any_file_or_the_terminal(demo):
+    assert all(CANARY not in attempt.output for attempt in demo.attempts)
+    holding = [path for path in demo.run_dir.rglob("*") if path.is_file() and CANARY.encode() in path.read_bytes()]
+    assert holding == []
+
+
+def test_the_export_holds_no_pickles(demo):
+    suffixes = {path.suffix for path in (demo.run_dir / "export").iterdir()}
+    assert suffixes <= {".safetensors", ".json", ".jinja", ".md"}

@@ -1,0 +1,96 @@
+"""`ray job submit -- tunesmith synthesize ...` on a Ray cluster that somebody else started."""
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from tests.end_to_end.conftest import ROOT
+from tests.fakes import write_script
+
+BIN = Path(sys.executable).parent
+NOT_UP_YET = ("No available agent", "Failed to connect", "Connection refused")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextlib.contextmanager
+def ray_head() -> Iterator[dict[str, str]]:
+    """A Ray head with a dashboard on loopback and a token; yields the environment of its clients."""
+    folder = Path(tempfile.mkdtemp(prefix="rj-"))
+    token = folder / "token"
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32))
+    port, dashboard = free_port(), free_port()
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "PYTHONPATH": str(ROOT),
+        "PATH": f"{BIN}:{os.environ['PATH']}",
+    }
+    command = [BIN / "ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}"]
+    command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--temp-dir={folder}/r", "--num-cpus=2"]
+    head = subprocess.Popen(
+        [*command, "--disable-usage-stats"], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        yield {**environment, "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
+    finally:
+        started = [head, *psutil.Process(head.pid).children(recursive=True)]
+        head.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            head.wait(timeout=60)
+        for process in started:
+            with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+                process.kill()
+        head.wait(timeout=60)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def submit(environment: dict[str, str], *command: str | Path) -> subprocess.CompletedProcess:
+    """`ray job submit -- command`, tried again while the cluster is coming up."""
+    words = [BIN / "ray", "job", "submit", "--", *command]
+    for _ in range(60):
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        if done.returncode == 0 or not any(sign in done.stderr for sign in NOT_UP_YET):
+            return done
+        time.sleep(1)
+    raise AssertionError(f"the Ray cluster did not come up: {done.stderr[-1000:]}")
+
+
+@pytest.mark.timeout(400)
+def test_ray_job_submit_runs_the_stage_on_that_cluster(tmp_path):
+    model = write_script(tmp_path / "model")
+    recipe = {
+        "name": "job",
+        "run_dir": str(tmp_path / "run"),
+        "model": {"path": model.path},
+        "engine": {"backend": "tests.fakes:ScriptedEngine"},
+        "synthesize": {"num_instructions": 20},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    with ray_head() as environment:
+        command = (BIN / "tunesmith", "synthesize", tmp_path / "recipe.yaml")
+        done = submit(environment, *command)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        assert "already done" in submit(environment, *command).stdout  # and the cluster is still there
+    verdict = json.loads((tmp_path / "run" / "verdict-synthesize.json").read_text())
+    assert verdict["num_kept"] == 20

@@ -1,0 +1,61 @@
+"""Every command of the README runs: here on the finished demo, or in the test that is named."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end.conftest import ROOT
+
+README = (ROOT / "README.md").read_text()
+COMMANDS = re.findall(r"^\$ (.+)$", README, flags=re.MULTILINE)
+RUN_ELSEWHERE = {
+    "make demo": "tests/end_to_end/conftest.py:attempt",
+    "make test": ".ci/run:make test",
+    "sbatch --nodes 2 slurm/train.sbatch recipes/demo.yaml": "tests/slurm/test_train_sbatch.py:def test_two_nodes",
+    "ray job submit -- tunesmith synthesize recipes/demo.yaml": "tests/end_to_end/test_ray_job.py:ray job submit",
+    "tunesmith train recipes/demo.yaml train.data=my.jsonl --run-dir runs/mine": "test_readme.py:own_file",
+}
+NEEDS_A_HUB = [command for command in COMMANDS if "<org/name>" in command]
+
+
+def tunesmith(command: str) -> subprocess.CompletedProcess:
+    words = command.split()
+    words[0] = str(ROOT / ".venv" / "bin" / words[0])
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+
+
+def test_the_readme_names_commands():
+    assert len(COMMANDS) >= 8 and len(NEEDS_A_HUB) == 1
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c not in RUN_ELSEWHERE and c not in NEEDS_A_HUB])
+@pytest.mark.timeout(1200)
+def test_command_works_on_the_finished_demo(demo, command):
+    done = tunesmith(f"{command} --run-dir {demo.run_dir}")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(("command", "place"), RUN_ELSEWHERE.items())
+def test_the_other_commands_are_run_where_it_says(command, place):
+    path, _, needle = place.partition(":")
+    file = ROOT / path if (ROOT / path).is_file() else Path(__file__).parent / path
+    assert command in COMMANDS
+    assert needle in file.read_text()
+
+
+def test_own_file(tmp_path):
+    data = tmp_path / "my.jsonl"
+    row = '{"messages": [{"role": "user", "content": "Say hello."}, {"role": "assistant", "content": "hello"}]}\n'
+    data.write_text(row * 16)
+    done = tunesmith(
+        f"tunesmith train recipes/demo.yaml train.data={data} train.num_epochs=1 --run-dir {tmp_path / 'mine'}"
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "mine" / "verdict-train.json").is_file()
+
+
+def test_the_folders_it_draws_exist():
+    drawn = re.findall(r"^(\w+)/ {2,}", README, flags=re.MULTILINE)
+    assert len(drawn) >= 8 and all((ROOT / folder).is_dir() for folder in drawn)
