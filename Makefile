@@ -22,10 +22,11 @@ lint: setup ## Check style
 bench: setup ## Measure the pool against raw vLLM, side by side
 	@$(BIN)/python -m tests.benchmarks.synthesis
 
-base-model: setup ## Train the embedded base model again from nothing (under an hour on 2 cores)
+base-model: setup ## Train the embedded base model again from nothing (half an hour on 2 cores)
 	@$(BIN)/python -m generation.world.build data --out runs/base-model/world --seed 0
 	@$(BIN)/tunesmith train recipes/base_model.yaml
-	@$(BIN)/tunesmith export recipes/base_model.yaml
+	@$(BIN)/python -m generation.world.build model --weights runs/base-model/checkpoints/step_005136/weights --out models/world-base
+	@$(BIN)/python -m generation.world.build assets --out models/world-base/tunesmith
 
 clean-demo: ## Remove the demo's run folder, to start it from nothing
 	rm -rf runs/demo

@@ -118,7 +118,7 @@ def _private_environment(folder: Path) -> dict[str, str]:
         "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
-        "RAY_DEDUP_LOGS": "0",
+        "RAY_worker_niceness": "0",  # Ray's 15 would let any other process starve the engines
         "VLLM_RPC_BASE_PATH": str(folder),  # a killed engine leaves its sockets
     }
 

@@ -1,11 +1,12 @@
 """Make what the world's model is trained from, and what lies beside it.
 
-    python -m generation.world.build data --out runs/world-base --num-documents 80000
-    python -m generation.world.build model --weights runs/world-base/checkpoints/step_X/weights --out models/world-base
+    python -m generation.world.build data --out runs/base-model/world --num-documents 92000
+    python -m generation.world.build model --weights runs/base-model/checkpoints/step_X/weights --out models/world-base
     python -m generation.world.build assets --out models/world-base/tunesmith
 
-`data` writes `documents.parquet` (column `text`) and `untrained/`, the model before training. `model` writes trained
-weights in bf16 with their tokenizer. All three give the same bytes for the same seed.
+`data` writes `documents.parquet` (rows of joined documents, column `text`) and `untrained/`, the model before training.
+`model` writes trained weights in bf16 with their tokenizer. Documents and assets are the same bytes for the same seed;
+the untrained weights are the same up to float32 rounding, which depends on the number of threads (OMP_NUM_THREADS).
 """
 
 import argparse
@@ -120,7 +121,7 @@ def main() -> None:
         else:
             command.add_argument("--seed", type=int, default=0)
         if name == "data":
-            command.add_argument("--num-documents", type=int, default=80_000)
+            command.add_argument("--num-documents", type=int, default=92_000)
     arguments = parser.parse_args()
     if arguments.command == "data":
         write_data(arguments.out, arguments.seed, arguments.num_documents)

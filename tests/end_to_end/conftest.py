@@ -21,6 +21,7 @@ class Attempt:
     exit_code: int
     output: str
     num_logged_before: int  # bytes of requests.log when it started
+    children: tuple[psutil.Process, ...] = ()  # of the command when the signal was sent
 
 
 @dataclass(frozen=True)
@@ -44,17 +45,15 @@ def attempt(run_dir: Path, until: Callable[[], bool] | None = None, signum: int 
     environment = {**os.environ, "HF_TOKEN": CANARY, "PYTHONUNBUFFERED": "1"}
     with open(output, "w") as file:
         process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file, env=environment, start_new_session=True)
-        children: list[psutil.Process] = []
+        children: tuple[psutil.Process, ...] = ()
         while process.poll() is None:
             if until is not None and until():
-                children = psutil.Process(process.pid).children(recursive=True)
+                children = tuple(psutil.Process(process.pid).children(recursive=True))
                 process.send_signal(signum)
                 break
             time.sleep(0.2)
         code = process.wait(timeout=900)
-    _, alive = psutil.wait_procs(children, timeout=60)
-    assert not alive, f"outlived the command: {[' '.join(p.cmdline()[:4]) for p in alive]}"
-    return Attempt(code, output.read_text(), logged)
+    return Attempt(code, output.read_text(), logged, children)
 
 
 @pytest.fixture(scope="session")
@@ -69,4 +68,7 @@ def demo(tmp_path_factory) -> Demo:
         attempt(run_dir, lambda: predictions.is_file(), signal.SIGINT),
         attempt(run_dir),
     ]
+    orphans = [child for attempt in attempts for child in attempt.children]
+    _, alive = psutil.wait_procs(orphans, timeout=120)  # Ray's own agents take a minute to notice
+    assert not alive, f"outlived the command: {[process.cmdline()[:4] for process in alive]}"
     return Demo(run_dir, attempts)

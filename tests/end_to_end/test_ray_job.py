@@ -48,6 +48,7 @@ def ray_head() -> Iterator[dict[str, str]]:
     }
     command = [BIN / "ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}"]
     command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--temp-dir={folder}/r", "--num-cpus=2"]
+    command.append(f"--dashboard-agent-listen-port={free_port()}")  # jobs go through it, and its default may be taken
     head = subprocess.Popen(
         [*command, "--disable-usage-stats"], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
