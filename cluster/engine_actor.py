@@ -23,6 +23,8 @@ from cluster.errors import InputError
 Answer = Completion | str  # a string is the engine's own error for this one request
 
 CAUSE = re.compile(r"\b(\w*(?:Error|Exception): .+)")
+MAX_LOG_CHARS = 50_000
+MAX_CAUSE_CHARS = 400
 
 
 class EngineStartError(Exception):
@@ -110,10 +112,11 @@ def require_resources(config: EngineConfig) -> int:
 def _root_cause(error: Exception) -> str:
     """The error in one line. vLLM's core process leaves the cause in this worker's log and raises only "see above"."""
     if "Engine core initialization failed" in str(error):
-        log = Path(os.readlink("/proc/self/fd/2"))
-        tail = log.read_text(errors="replace")[-20_000:] if log.is_file() else ""
-        causes = [cause for cause in CAUSE.findall(tail) if "initialization failed" not in cause]
-        if causes:
-            return causes[-1].strip()
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+        for descriptor in (1, 2):
+            log = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+            text = log.read_text(errors="replace")[-MAX_LOG_CHARS:] if log.is_file() else ""
+            causes = [cause for cause in CAUSE.findall(text) if "initialization failed" not in cause]
+            if causes:
+                return causes[-1].strip()
+    message = " ".join(str(error).split())
+    return f"{type(error).__name__}: {message}"[:MAX_CAUSE_CHARS]

@@ -13,6 +13,7 @@ import os
 import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
@@ -22,6 +23,7 @@ from cluster.errors import InputError, TunesmithError
 FOLDER_PREFIX = "tunesmith-ray-"
 RAY_FOLDER = "r"
 START_ATTEMPTS = 3
+LEFTOVER_SECONDS = 600.0
 MAX_SOCKET_FOLDER_CHARS = 45  # Ray appends about 60, and the kernel takes 107 for a socket's path
 
 
@@ -100,16 +102,26 @@ def _write_token(folder: Path) -> TextIO:
 
 
 def _remove_abandoned() -> None:
-    """Remove the folders of sessions that were killed: nobody holds the lock on their token."""
-    for token in Path(tempfile.gettempdir()).glob(f"{FOLDER_PREFIX}*/token"):
-        if token.stat().st_uid != os.getuid():
-            continue
-        with open(token) as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                continue
-            shutil.rmtree(token.parent, ignore_errors=True)
+    """Remove the folders of sessions that were killed: nobody holds the lock on their token.
+
+    Ray processes that outlive a session by seconds make its folder anew, without a token: age tells those.
+    """
+    for folder in Path(tempfile.gettempdir()).glob(f"{FOLDER_PREFIX}*"):
+        with contextlib.suppress(FileNotFoundError):  # another session may be removing it at this moment
+            if folder.stat().st_uid == os.getuid() and _is_abandoned(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_abandoned(folder: Path) -> bool:
+    token = folder / "token"
+    if not token.exists():
+        return time.time() - folder.stat().st_mtime > LEFTOVER_SECONDS
+    with open(token) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
 
 
 def _private_environment(folder: Path) -> dict[str, str]:

@@ -101,9 +101,14 @@ def test_the_folder_of_a_killed_session_is_removed_by_the_next_and_a_living_ones
     folders = [Path(json.loads(process.stdout.readline())["folder"]) for process in (killed, living)]
     killed.kill()
     killed.wait()
+    for name in ("tunesmith-ray-leftover", "tunesmith-ray-beginning"):
+        (short_folder / name / "r0").mkdir(parents=True)
+    os.utime(short_folder / "tunesmith-ray-leftover", (0, 0))
     (inside, _), _ = facts_of(session(short_folder))
     assert folders[0].name not in inside["sessions"]
     assert folders[1].name in inside["sessions"]
+    assert "tunesmith-ray-leftover" not in inside["sessions"]
+    assert "tunesmith-ray-beginning" in inside["sessions"]
     facts_of(living)
 
 

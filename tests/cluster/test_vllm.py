@@ -1,11 +1,13 @@
 """The real engine, on a tiny random model: one engine for all tests here, since it takes half a minute to start."""
 
 import asyncio
+import shutil
 
 import pytest
 
 from cluster.config import ModelConfig
 from cluster.engine_config import Completion, EngineConfig, GenerationRequest, Sampling
+from cluster.errors import TunesmithError
 from cluster.pool import EnginePool
 
 pytest.importorskip("vllm")
@@ -103,3 +105,17 @@ def test_a_stop_string_ends_the_text_before_it(complete, reference):
     (completion,) = complete([GenerationRequest("stop", PROMPTS[0], sampling)])
     assert completion.text == text[: text.index(stop)]
     assert completion.finish_reason == "stop"
+
+
+def test_a_model_that_cannot_be_loaded_fails_with_vllms_own_reason(ray_cluster, tiny_model, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_model, broken)
+    with open(broken / "model.safetensors", "r+b") as weights:
+        weights.truncate(5000)
+
+    async def start() -> None:
+        async with EnginePool.start(EngineConfig(max_model_len=MAX_MODEL_LEN), ModelConfig(path=str(broken))):
+            pass
+
+    with pytest.raises(TunesmithError, match=r"no engine came up: SafetensorError: .*header"):
+        asyncio.run(start())
