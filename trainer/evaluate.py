@@ -6,6 +6,7 @@ The second says what ability was there before tuning; the difference of the firs
 
 import asyncio
 import json
+import signal
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,6 +97,7 @@ async def _evaluate_model(
             missing[contender] = (key, file)
     if missing:
         with ray_session(job.run.root):
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray took it; it stops us as Ctrl-C does
             async with EnginePool.start(job.engine, model) as pool:
                 for contender, (key, file) in missing.items():
                     answers = await _generate(pool, contender, prompts[contender], job.config.sampling, progress)

@@ -44,7 +44,16 @@ def attempt(run_dir: Path, until: Callable[[], bool] | None = None, signum: int 
         command = [sys.executable, "-m", "launcher.cli", "run", "recipes/demo.yaml", "--run-dir", str(run_dir)]
     environment = {**os.environ, "HF_TOKEN": CANARY, "PYTHONUNBUFFERED": "1"}
     with open(output, "w") as file:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file, env=environment, start_new_session=True)
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stdout=file,
+            stderr=file,
+            env=environment,
+            start_new_session=True,
+            # Whoever runs the tests in the background has SIGINT ignored, and children inherit that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
         children: tuple[psutil.Process, ...] = ()
         while process.poll() is None:
             if until is not None and until():
