@@ -99,9 +99,9 @@ def test_a_preempted_node_gives_way_to_a_failure_of_another(
 
 
 def test_a_process_without_a_handler_is_not_sent_the_signal_that_would_kill_it_or_be_lost() -> None:
-    program = "import signal; {}; print('ready', flush=True); signal.pause()"
+    program = "import signal, time\nasked = []\n{}\nprint('ready', flush=True)\nwhile not asked: time.sleep(0.01)"
     answers = []
-    for setup in ("0", "signal.signal(signal.SIGUSR2, lambda *_: print('asked'))"):
+    for setup in ("", "signal.signal(signal.SIGUSR2, lambda *_: asked.append(True))"):
         command = [sys.executable, "-c", program.format(setup)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout.readline() == "ready\n"
