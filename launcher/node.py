@@ -29,6 +29,7 @@ from cluster.files import exclusive_lock, write_json
 from cluster.rendezvous import meet
 from cluster.rundir import RunDir
 from cluster.topology import Topology, read_topology
+from trainer.verdict import is_trained, read_verdict
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 POLL_SECONDS = 0.5
@@ -206,8 +207,23 @@ def _read_exit_code(path: Path, step_id: int) -> int | None:
     return word["exit_code"] if word.get("step_id") == step_id else None  # else it is of an earlier srun
 
 
-def run_node(topology: Topology, run_dir: Path, command: list[str]) -> int:
-    """Run `command` as this node's part of the job, leave word of how it ended, and return the ranks' exit code."""
+def settled_code(run: RunDir, code: int) -> int:
+    """The exit code of a training whose torchrun failed, in the light of the verdict.
+
+    Rank 0 writes it when every rank has saved. After that the nodes end one by one, and the torchrun of a late one may
+    fail for want of the store on the head; the training has not.
+    """
+    verdict = read_verdict(run, "train")
+    if code == EXIT_FAILED and verdict is not None:
+        return {"done": EXIT_DONE, "preempted": EXIT_PREEMPTED}.get(verdict["status"], code)
+    return code
+
+
+def run_node(topology: Topology, run_dir: Path, command: list[str], is_training: bool = False) -> int:
+    """Run `command` as this node's part of the job, leave word of how it ended, and return the ranks' exit code.
+
+    `is_training` says that its ranks leave a verdict in `run_dir`, from which an older one has been removed.
+    """
     folder = topology.generation_dir(run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     code = EXIT_FAILED
@@ -216,6 +232,7 @@ def run_node(topology: Topology, run_dir: Path, command: list[str]) -> int:
             rendezvous = join_job(topology, run_dir)
             argv = torchrun_argv(topology.num_nodes, topology.procs_per_node, rendezvous, command)
             code = supervise(argv, child_env(rendezvous), stops)
+            code = settled_code(RunDir(run_dir), code) if is_training else code
         except TunesmithError as error:
             code = error.exit_code
             raise
@@ -229,7 +246,6 @@ def run_node(topology: Topology, run_dir: Path, command: list[str]) -> int:
 def train(environ: Mapping[str, str], procs_per_node: int | None, recipe_path: Path, overrides: list[str]) -> int:
     """Run the training stage of a recipe as this node's part of the job. The head holds the run folder's lock."""
     from launcher.recipe import load
-    from trainer.verdict import is_trained
 
     recipe = load(recipe_path, overrides)
     run = RunDir(recipe.run_dir.resolve()).create()
@@ -248,7 +264,7 @@ def train(environ: Mapping[str, str], procs_per_node: int | None, recipe_path: P
             stack.enter_context(exclusive_lock(run.root / ".lock", f"run folder {run.root}"))
             recipe.save(run)
             run.verdict("train").unlink(missing_ok=True)
-        return run_node(topology, run.root, train_command(run.root))
+        return run_node(topology, run.root, train_command(run.root), is_training=True)
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:

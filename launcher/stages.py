@@ -51,7 +51,8 @@ def train(recipe: Recipe, run: RunDir) -> None:
     run.verdict("train").unlink(missing_ok=True)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // recipe.train.num_processes)))
     local = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
-    code = run_node(read_topology(local, recipe.train.num_processes), run.root.resolve(), train_command(run.root))
+    topology = read_topology(local, recipe.train.num_processes)
+    code = run_node(topology, run.root.resolve(), train_command(run.root), is_training=True)
     if code == EXIT_PREEMPTED:
         raise Preempted(f"training stopped; the last step is saved in {run.checkpoints}. The same command goes on.")
     if code != EXIT_DONE:

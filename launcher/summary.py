@@ -13,7 +13,7 @@ from launcher.recipe import Recipe
 from trainer.verdict import read_verdict
 
 NUM_EXAMPLES = 5
-MAX_ANSWER_CHARS = 120  # an untuned model may ramble
+MAX_ANSWER_CHARS = 50  # an untuned model rambles
 
 
 def print_summary(recipe: Recipe, console: Console) -> None:

@@ -14,9 +14,10 @@ import psutil
 import pytest
 
 from cluster.files import write_json
+from cluster.rundir import RunDir
 from cluster.topology import Topology
 from launcher.agent import exit_code_of
-from launcher.node import agree_on_end, deliver, find_ranks
+from launcher.node import agree_on_end, deliver, find_ranks, settled_code
 from tests.slurm.bed import SlurmBed
 
 # A rank that tells when it runs and when it is asked to stop; takes its handlers, and ends with 75, when told to.
@@ -96,6 +97,19 @@ def test_a_preempted_node_gives_way_to_a_failure_of_another(
     write_json(folder / "node-0.exit.json", {"exit_code": 75, "step_id": 3})
     write_json(folder / "node-1.exit.json", word_of_the_other)
     assert agree_on_end(topology, tmp_path) == code
+
+
+@pytest.mark.parametrize(
+    ("verdict", "code", "settled"),
+    [("preempted", 1, 75), ("done", 1, 0), ("failed", 1, 1), (None, 1, 1), ("preempted", 2, 2), ("done", 137, 137)],
+)
+def test_a_late_node_that_lost_the_heads_store_ends_as_the_verdict_says(
+    tmp_path: Path, verdict: str | None, code: int, settled: int
+) -> None:
+    run = RunDir(tmp_path)
+    if verdict is not None:
+        write_json(run.verdict("train"), {"status": verdict})
+    assert settled_code(run, code) == settled
 
 
 def test_a_process_without_a_handler_is_not_sent_the_signal_that_would_kill_it_or_be_lost() -> None:
