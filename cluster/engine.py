@@ -9,7 +9,8 @@ from itertools import count
 from pathlib import Path
 
 from cluster.config import ModelConfig
-from cluster.engine_config import Completion, EngineConfig, GenerationRequest, Sampling
+from cluster.engine_config import Completion, EngineConfig, GenerationRequest, Prompt, Sample, Sampling
+from cluster.errors import TunesmithError
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +66,11 @@ class VLLMEngine:
         return EngineInfo(self._model, self._engine.model_config.max_model_len)
 
     async def generate(self, request: GenerationRequest) -> Completion:
-        """Continue one prompt. A prompt the model cannot hold comes back as "prompt_too_long"."""
-        token_ids = request.prompt if isinstance(request.prompt, list) else self._encode(request.prompt)
+        """Continue one prompt. A prompt the model cannot hold comes back as "prompt_too_long".
+
+        Raises TunesmithError for a chat if the model has no chat template.
+        """
+        token_ids = self._encode(request.prompt)
         if len(token_ids) + 1 > self._engine.model_config.max_model_len:
             return Completion.failed(request, "prompt_too_long")
         prompt = self._tokens_prompt(prompt_token_ids=token_ids)
@@ -78,18 +82,26 @@ class VLLMEngine:
                 final = output
         except self._engine_dead_error:
             os._exit(1)  # the core process is gone: die too, so that the pool sees a death and not a bad request
-        answer = final.outputs[0]
-        return Completion(
-            request_id=request.request_id,
-            text=answer.text,
-            token_ids=tuple(answer.token_ids),
-            num_prompt_tokens=len(token_ids),
-            num_completion_tokens=len(answer.token_ids),
-            finish_reason=answer.finish_reason,
+        samples = tuple(
+            Sample(output.text, output.finish_reason, len(output.token_ids), tuple(output.token_ids))
+            for output in sorted(final.outputs, key=lambda output: output.index)
         )
+        return Completion(request.request_id, samples, len(token_ids))
 
-    def _encode(self, text: str) -> list[int]:
-        return self._engine.get_tokenizer().encode(text)
+    def _encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt in any form."""
+        tokenizer = self._engine.get_tokenizer()
+        if isinstance(prompt, str):
+            return tokenizer.encode(prompt)
+        if not prompt or not isinstance(prompt[0], dict):
+            return prompt
+        if not tokenizer.chat_template:
+            raise TunesmithError(
+                f"{self._model} has no chat template. Ask it in plain form, or give the model's folder a "
+                "chat_template.jinja."
+            )
+        text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        return tokenizer.encode(text, add_special_tokens=False)  # the template has written them
 
 
 def executor_backend(config: EngineConfig, num_gpus: int) -> str | None:
@@ -102,10 +114,19 @@ def executor_backend(config: EngineConfig, num_gpus: int) -> str | None:
 def vllm_sampling(sampling: Sampling):
     """vLLM's SamplingParams for ours."""
     from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
+    from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
-    fields = sampling.model_dump()
-    return SamplingParams(**{**fields, "stop": list(sampling.stop)}, output_kind=RequestOutputKind.FINAL_ONLY)
+    fields = sampling.model_dump(exclude={"stop", "structured"})
+    structured = None
+    if form := sampling.structured:
+        choice = None if form.choice is None else list(form.choice)
+        structured = StructuredOutputsParams(choice=choice, regex=form.regex, json=form.json_schema)
+    return SamplingParams(
+        **fields,
+        stop=list(sampling.stop),
+        structured_outputs=structured,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
 
 
 def set_environment(config: EngineConfig, model: ModelConfig, num_gpus: int) -> None:

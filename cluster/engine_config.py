@@ -1,8 +1,9 @@
 """What a user says about the engines, and the request and completion that pass through the pool."""
 
 from dataclasses import dataclass
+from typing import Any, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from cluster.config import StrictModel
 
@@ -41,8 +42,26 @@ class EngineConfig(StrictModel):
         return self.tensor_parallel_size * self.pipeline_parallel_size
 
 
+class StructuredOutput(StrictModel):
+    """A form that the engine makes every answer keep to. Exactly one of the three is set.
+
+    An answer cut at max_tokens may end in the middle of the form; its finish_reason says so.
+    """
+
+    choice: tuple[str, ...] | None = Field(None, min_length=1, description="the answer is one of these")
+    regex: str | None = Field(None, min_length=1, description="the answer matches this as a whole")
+    json_schema: dict[str, Any] | None = Field(None, description="the answer is JSON of this schema")
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Self:
+        given = [name for name in type(self).model_fields if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"set exactly one of choice, regex, json_schema; set are: {', '.join(given) or 'none'}")
+        return self
+
+
 class Sampling(StrictModel):
-    """How one completion is sampled. Temperature 0 is greedy."""
+    """How a prompt is continued. Temperature 0 is greedy."""
 
     temperature: float = Field(1.0, ge=0)
     top_p: float = Field(1.0, gt=0, le=1)
@@ -51,33 +70,79 @@ class Sampling(StrictModel):
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     stop: tuple[str, ...] = ()
     seed: int | None = None
+    n: int = Field(1, ge=1, description="samples of one prompt")
+    structured: StructuredOutput | None = None
+
+
+# Text, to which the tokenizer adds its special tokens | token ids | messages of a chat: {"role": ..., "content": ...}
+Prompt = str | list[int] | list[dict[str, str]]
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """One prompt, as text or as token ids, and how to continue it."""
+    """One prompt and how to continue it.
+
+    A chat is rendered by the model's own template, up to where the assistant speaks. adapter: the folder of a LoRA
+    adapter that the pool was started with. group: requests of one group begin with the same text, and an engine that
+    gets them together computes it once.
+    """
 
     request_id: str
-    prompt: str | list[int]
+    prompt: Prompt
     sampling: Sampling
+    adapter: str | None = None
+    group: str = ""
 
 
 @dataclass(frozen=True, slots=True)
-class Completion:
-    """What became of a request. Every request gets one.
+class Sample:
+    """One continuation.
 
     finish_reason: "stop" (end of text or a stop string), "length" (cut at max_tokens), or, with an empty text,
     "prompt_too_long" (the model cannot hold it) and "engine_died" (it took several engines down with it).
     """
 
-    request_id: str
     text: str
-    token_ids: tuple[int, ...]
-    num_prompt_tokens: int
-    num_completion_tokens: int
     finish_reason: str
+    num_tokens: int
+    token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What became of a request. Every request gets one, with `sampling.n` samples in order."""
+
+    request_id: str
+    samples: tuple[Sample, ...]
+    num_prompt_tokens: int
+
+    @property
+    def text(self) -> str:
+        """Text of the first sample."""
+        return self.samples[0].text
+
+    @property
+    def finish_reason(self) -> str:
+        """Finish reason of the first sample."""
+        return self.samples[0].finish_reason
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """Token ids of the first sample."""
+        return self.samples[0].token_ids
+
+    @property
+    def num_completion_tokens(self) -> int:
+        """Tokens of all samples."""
+        return sum(sample.num_tokens for sample in self.samples)
 
     @classmethod
-    def failed(cls, request: GenerationRequest, finish_reason: str) -> "Completion":
+    def failed(cls, request: GenerationRequest, finish_reason: str) -> Self:
         """The completion of a request that no engine could answer."""
-        return cls(request.request_id, "", (), 0, 0, finish_reason)
+        return cls(request.request_id, (Sample("", finish_reason, 0),) * request.sampling.n, 0)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """The completion that `dataclasses.asdict` made these values of, also when they went through JSON."""
+        samples = tuple(Sample(**{**sample, "token_ids": tuple(sample["token_ids"])}) for sample in values["samples"])
+        return cls(values["request_id"], samples, values["num_prompt_tokens"])

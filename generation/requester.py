@@ -50,7 +50,7 @@ class Requester:
         logged = self._log.get(request.request_id)
         if logged is not None:
             self.num_resumed += 1
-            return Completion(**{**logged, "token_ids": tuple(logged["token_ids"])})
+            return Completion.from_dict(logged)
         completion = await self._pool.generate(request)
         self._log.append(request.request_id, asdict(completion))
         return completion

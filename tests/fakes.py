@@ -21,7 +21,7 @@ from pathlib import Path
 
 from cluster.config import ModelConfig
 from cluster.engine import EngineInfo
-from cluster.engine_config import Completion, EngineConfig, GenerationRequest
+from cluster.engine_config import Completion, EngineConfig, GenerationRequest, Prompt, Sample, Sampling
 
 LOG_LINE_BYTES = 65
 LIST_END = re.compile(r"\n\d+\.$")
@@ -66,7 +66,7 @@ class ScriptedEngine:
         return EngineInfo(str(self._folder), self._max_model_len)
 
     async def generate(self, request: GenerationRequest) -> Completion:
-        prompt = request.prompt
+        prompt = prompt_text(request.prompt)
         if self._script.get("poison", "\0") in prompt:
             os._exit(1)
         if self._script.get("stall", "\0") in prompt:
@@ -79,11 +79,8 @@ class ScriptedEngine:
         await asyncio.sleep(self._clock.random() * self._script.get("latency_ms", 0) / 1000)
         if self._log(request.request_id) in self._script.get("die_at", ()):
             os._exit(1)
-        text = continue_prompt(prompt, request.sampling.model_dump_json())
-        tokens = text.split()
-        finish_reason = "length" if len(tokens) > request.sampling.max_tokens else "stop"
-        token_ids = tuple(range(len(tokens)))
-        return Completion(request.request_id, text, token_ids, num_prompt_tokens, len(tokens), finish_reason)
+        samples = tuple(sample_of(prompt, request.sampling, number) for number in range(request.sampling.n))
+        return Completion(request.request_id, samples, num_prompt_tokens)
 
     def _log(self, request_id: str) -> int:
         """Append the id to the file `generated`; returns how many it now holds, over all engines."""
@@ -92,6 +89,27 @@ class ScriptedEngine:
         position = os.lseek(descriptor, 0, os.SEEK_CUR)
         os.close(descriptor)
         return position // LOG_LINE_BYTES
+
+
+def prompt_text(prompt: Prompt) -> str:
+    """A prompt in any form as the text that the pseudo-model reads. A chat ends where the assistant speaks."""
+    if isinstance(prompt, str):
+        return prompt
+    if isinstance(prompt[0], dict):
+        return "".join(f"{message['role']}: {message['content']}\n" for message in prompt) + "assistant:"
+    return " ".join(map(str, prompt))
+
+
+def sample_of(prompt: str, sampling: Sampling, number: int) -> Sample:
+    """Sample `number` of a prompt: its words are its tokens."""
+    key = sampling.model_dump_json() + (f" sample {number}" if number else "")
+    if sampling.structured and sampling.structured.choice:
+        text = random.Random(hashlib.sha256(f"{key}\0{prompt}".encode()).digest()).choice(sampling.structured.choice)
+    else:
+        text = continue_prompt(prompt, key)
+    num_tokens = len(text.split())
+    finish_reason = "length" if num_tokens > sampling.max_tokens else "stop"
+    return Sample(text, finish_reason, num_tokens, tuple(range(num_tokens)))
 
 
 def continue_prompt(prompt: str, sampling: str) -> str:

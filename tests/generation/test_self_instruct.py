@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.engine_config import Completion, GenerationRequest
+from cluster.engine_config import Completion, GenerationRequest, Sample
 from cluster.errors import InputError
 from generation.config import SynthesizeConfig
 from generation.filters import Instance
@@ -82,7 +82,7 @@ class CoroutinePool:
             raise ConnectionResetError("the process is killed here")
         self.requests.append(request)
         text = self.answer(request)
-        return Completion(request.request_id, text, (1, 2), 3, 2, self.finish_reason(request))
+        return Completion(request.request_id, (Sample(text, self.finish_reason(request), 2, (1, 2)),), 3)
 
     def answer(self, request: GenerationRequest) -> str:
         return continue_prompt(request.prompt, request.sampling.model_dump_json())
