@@ -1,16 +1,25 @@
 """One vLLM engine. The pool runs it inside a Ray actor; nothing here knows about Ray.
 
-A backend is any class with this constructor, `describe` and `generate`; `EngineConfig.backend` names it.
+A backend is any class with this constructor, `describe`, `generate` and `report`; `EngineConfig.backend` names it.
+
+What has been run: one engine per process on CPUs, and on CPUs one engine of two processes (tensor_parallel_size=2,
+vLLM's "mp" executor). Engines of several GPUs, on one node or over nodes ("ray" executor), are written to vLLM 0.32's
+sources and have not been run.
 """
 
+import json
 import os
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
 from cluster.config import ModelConfig
-from cluster.engine_config import Completion, EngineConfig, GenerationRequest, Prompt, Sample, Sampling
-from cluster.errors import TunesmithError
+from cluster.engine_config import Completion, EngineConfig, EngineReport, GenerationRequest, Prompt, Sample, Sampling
+from cluster.errors import InputError, TunesmithError
+
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vllm/config/lora.py, MaxLoRARanks
+# vllm/lora/peft_helper.py refuses these, but only at an adapter's first request; the last it ignores.
+UNSERVED_LORA = ("modules_to_save", "use_dora", "lora_bias", "layer_replication", "trainable_token_indices")
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,12 +33,15 @@ class EngineInfo:
 class VLLMEngine:
     """vLLM's asynchronous engine with final outputs only."""
 
-    def __init__(self, config: EngineConfig, model: ModelConfig, num_gpus: int) -> None:
+    def __init__(self, config: EngineConfig, model: ModelConfig, num_gpus: int, adapters: tuple[str, ...] = ()) -> None:
         """Load the model: half a minute on a CPU, minutes for a large one. `num_gpus` 0 means a CPU build of vLLM."""
         set_environment(config, model, num_gpus)
         from vllm import AsyncEngineArgs, TokensPrompt  # after the environment, which vLLM reads when imported
+        from vllm.lora.request import LoRARequest
         from vllm.v1.engine.async_llm import AsyncLLM
         from vllm.v1.engine.exceptions import EngineDeadError
+
+        from cluster.vllm_stats import ReportingLogger
 
         optional = {
             name: value
@@ -55,8 +67,17 @@ class VLLMEngine:
             # offset", vLLM 0.32.0): there every prompt is computed at once.
             enable_chunked_prefill=num_gpus > 0,
             **optional,
+            **lora_arguments(config, adapters),
         )
-        self._engine = AsyncLLM.from_engine_args(arguments)
+        loggers: list[ReportingLogger] = []
+
+        def make_logger(vllm_config, engine_index: int) -> ReportingLogger:
+            loggers.append(ReportingLogger(vllm_config, engine_index))
+            return loggers[-1]
+
+        self._engine = AsyncLLM.from_engine_args(arguments, stat_loggers=[make_logger])
+        self._logger = loggers[0]
+        self._adapters = {path: LoRARequest(path, number, path) for number, path in enumerate(adapters, 1)}
         self._tokens_prompt = TokensPrompt
         self._engine_dead_error = EngineDeadError
         self._numbers = count()
@@ -64,6 +85,9 @@ class VLLMEngine:
 
     def describe(self) -> EngineInfo:
         return EngineInfo(self._model, self._engine.model_config.max_model_len)
+
+    def report(self) -> EngineReport:
+        return self._logger.report()
 
     async def generate(self, request: GenerationRequest) -> Completion:
         """Continue one prompt. A prompt the model cannot hold comes back as "prompt_too_long".
@@ -77,7 +101,10 @@ class VLLMEngine:
         final = None
         try:
             async for output in self._engine.generate(
-                prompt, vllm_sampling(request.sampling), f"{request.request_id}-{next(self._numbers)}"
+                prompt,
+                vllm_sampling(request.sampling),
+                f"{request.request_id}-{next(self._numbers)}",
+                lora_request=self._adapters[request.adapter] if request.adapter else None,
             ):
                 final = output
         except self._engine_dead_error:
@@ -104,6 +131,46 @@ class VLLMEngine:
         return tokenizer.encode(text, add_special_tokens=False)  # the template has written them
 
 
+def lora_arguments(config: EngineConfig, adapters: tuple[str, ...]) -> dict:
+    """vLLM's arguments for serving these adapters, all of them in one batch if it comes so."""
+    if not adapters:
+        return {}
+    needed = config.max_lora_rank or max(adapter_rank(path) for path in adapters)
+    rank = next(rank for rank in LORA_RANKS if rank >= needed)
+    return {"enable_lora": True, "max_loras": len(adapters), "max_lora_rank": rank}
+
+
+def adapter_rank(path: str) -> int:
+    """Largest rank in a LoRA adapter. Raises InputError for a folder without one, or one that vLLM cannot serve."""
+    file = Path(path) / "adapter_config.json"
+    if not file.is_file():
+        raise InputError(f"{path}: no adapter_config.json there. Name the folder of a LoRA adapter in peft's form.")
+    adapter = json.loads(file.read_text())
+    unserved = [key for key in UNSERVED_LORA if adapter.get(key)]
+    if adapter.get("peft_type") != "LORA" or unserved:
+        raise InputError(
+            f"{path}: vLLM cannot serve this adapter beside its model (peft_type {adapter.get('peft_type')}"
+            f"{''.join(f', with {key}' for key in unserved)}). Merge it into the model and serve that."
+        )
+    rank = max(adapter["r"], *(adapter.get("rank_pattern") or {}).values(), 0)
+    if rank > LORA_RANKS[-1]:
+        raise InputError(
+            f"{path}: its rank {rank} is more than vLLM serves, {LORA_RANKS[-1]}. Merge it into the model."
+        )
+    return rank
+
+
+def check_adapters(config: EngineConfig, adapters: tuple[str, ...]) -> None:
+    """Raises InputError for an adapter that the engines could not serve."""
+    for path in adapters:
+        rank = adapter_rank(path)
+        if config.max_lora_rank is not None and rank > config.max_lora_rank:
+            raise InputError(
+                f"{path}: its rank {rank} is more than engine.max_lora_rank={config.max_lora_rank}. Raise that, or "
+                "leave it out."
+            )
+
+
 def executor_backend(config: EngineConfig, num_gpus: int) -> str | None:
     """What runs the ranks of one engine: on GPUs Ray, so that it may span nodes; on CPUs processes of this machine."""
     if config.gpus_per_engine == 1:
@@ -116,7 +183,7 @@ def vllm_sampling(sampling: Sampling):
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
-    fields = sampling.model_dump(exclude={"stop", "structured"})
+    fields = sampling.model_dump(exclude={"stop", "stop_token_ids", "structured"})
     structured = None
     if form := sampling.structured:
         choice = None if form.choice is None else list(form.choice)
@@ -124,6 +191,7 @@ def vllm_sampling(sampling: Sampling):
     return SamplingParams(
         **fields,
         stop=list(sampling.stop),
+        stop_token_ids=list(sampling.stop_token_ids),
         structured_outputs=structured,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )

@@ -4,25 +4,24 @@ Two calls instead of one per request: under load a single `collect` brings many 
 """
 
 import asyncio
-import contextlib
 import importlib
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import ray
-from ray.util.placement_group import placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.config import ModelConfig
 from cluster.engine import EngineInfo
-from cluster.engine_config import Completion, EngineConfig, GenerationRequest
-from cluster.errors import InputError
+from cluster.engine_config import Completion, EngineConfig, EngineReport, GenerationRequest
+from cluster.errors import TunesmithError
+from cluster.reaper import start_reaper
 
 Answer = Completion | str  # a string is the engine's own error for this one request
+Finished = list[tuple[int, Answer]]
 
 CAUSE = re.compile(r"\b(\w*(?:Error|Exception): .+)")
+LINGER_SECONDS = 0.01
 MAX_LOG_CHARS = 50_000
 MAX_CAUSE_CHARS = 400
 
@@ -34,10 +33,11 @@ class EngineStartError(Exception):
 class EngineActor:
     """One engine and the completions that wait to be collected."""
 
-    def __init__(self, config: EngineConfig, model: ModelConfig, num_gpus: int) -> None:
+    def __init__(self, config: EngineConfig, model: ModelConfig, num_gpus: int, adapters: tuple[str, ...]) -> None:
+        start_reaper()
         module, _, name = config.backend.partition(":")
         try:
-            self._backend = getattr(importlib.import_module(module), name)(config, model, num_gpus)
+            self._backend = getattr(importlib.import_module(module), name)(config, model, num_gpus, adapters)
         except Exception as error:  # noqa: BLE001 - a backend may raise anything, and only its message travels well
             raise EngineStartError(_root_cause(error)) from None
         self._finished: asyncio.Queue[tuple[int, Answer]] = asyncio.Queue()
@@ -46,6 +46,10 @@ class EngineActor:
     async def describe(self) -> EngineInfo:
         return self._backend.describe()
 
+    async def node(self) -> tuple[str, str]:
+        """Ray's id and the address of the node this runs on."""
+        return ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address()
+
     async def submit(self, chunk: list[tuple[int, GenerationRequest]]) -> None:
         """Begin some requests. The keys are the pool's and come back with the completions."""
         for key, request in chunk:
@@ -53,60 +57,31 @@ class EngineActor:
             self._running.add(task)  # the event loop itself keeps only a weak reference
             task.add_done_callback(self._running.discard)
 
-    async def collect(self, wait_seconds: float) -> list[tuple[int, Answer]]:
-        """All completions since the last call, at least one, or none after `wait_seconds`."""
+    async def collect(self, wait_seconds: float) -> tuple[Finished, EngineReport]:
+        """All completions since the last call, at least one, or none after `wait_seconds`; and how far the engine is.
+
+        After the first it lingers for others: each call costs both sides more than a completion does, and the
+        engine has as much waiting as it decodes at once.
+        """
+        finished: Finished = []
         try:
             async with asyncio.timeout(wait_seconds):
-                answers = [await self._finished.get()]
+                finished.append(await self._finished.get())
         except TimeoutError:
-            return []
+            return finished, self._backend.report()
+        await asyncio.sleep(LINGER_SECONDS)
         while not self._finished.empty():
-            answers.append(self._finished.get_nowait())
-        return answers
+            finished.append(self._finished.get_nowait())
+        return finished, self._backend.report()
 
     async def _run(self, key: int, request: GenerationRequest) -> None:
         try:
             answer: Answer = await self._backend.generate(request)
+        except TunesmithError as error:
+            answer = str(error)
         except Exception as error:  # noqa: BLE001 - an engine may raise anything, and its caller must hear of it
             answer = f"{type(error).__name__}: {error}"
         self._finished.put_nowait((key, answer))
-
-
-@contextlib.contextmanager
-def running_actor(config: EngineConfig, model: ModelConfig, num_gpus: int) -> Iterator["ray.actor.ActorHandle"]:
-    """Ask Ray for an engine's actor, and kill it at the end. An engine of several GPUs gets a placement group."""
-    group = None
-    if num_gpus > 1:
-        cpus = max(1, config.cpus_per_engine / num_gpus)
-        group = placement_group([{"GPU": 1, "CPU": cpus}] * num_gpus, strategy="PACK")
-        strategy = PlacementGroupSchedulingStrategy(group, 0, placement_group_capture_child_tasks=True)
-        options = {"num_cpus": 0, "num_gpus": 0, "scheduling_strategy": strategy}  # vLLM's own workers take the GPUs
-    else:
-        options = {"num_cpus": config.cpus_per_engine, "num_gpus": num_gpus}
-    actor = ray.remote(EngineActor).options(max_restarts=0, **options).remote(config, model, num_gpus)
-    try:
-        yield actor
-    finally:
-        ray.kill(actor)
-        if group is not None:
-            remove_placement_group(group)
-
-
-def require_resources(config: EngineConfig) -> int:
-    """GPUs of each engine (0 on a cluster without any). Raises InputError if the cluster can never hold them all."""
-    have = ray.cluster_resources()
-    num_gpus = config.gpus_per_engine if have.get("GPU", 0) else 0
-    for resource, per_engine, key in (
-        ("GPU", num_gpus, "engine.tensor_parallel_size"),
-        ("CPU", config.cpus_per_engine, "engine.cpus_per_engine"),
-    ):
-        need = per_engine * config.num_replicas
-        if need > have.get(resource, 0):
-            raise InputError(
-                f"engine.num_replicas={config.num_replicas} with {per_engine:g} {resource} each needs {need:g} "
-                f"{resource}s, and this Ray has {have.get(resource, 0):g}. Lower engine.num_replicas or {key}."
-            )
-    return num_gpus
 
 
 def _root_cause(error: Exception) -> str:

@@ -12,6 +12,9 @@ class EngineConfig(StrictModel):
     """The vLLM engines of a pool. Results depend on none of these but the model and `max_model_len`."""
 
     num_replicas: int = Field(1, ge=1, description="engines, each with a whole copy of the model")
+    min_replicas: int | None = Field(
+        None, ge=1, description="engines there must be room for at the start, others join when there is; none: all"
+    )
     tensor_parallel_size: int = Field(1, ge=1, description="GPUs that share each layer of one engine")
     pipeline_parallel_size: int = Field(1, ge=1, description="groups of layers of one engine, each on its own GPUs")
     cpus_per_engine: float = Field(1, gt=0, description="CPUs that Ray reserves for an engine")
@@ -23,13 +26,33 @@ class EngineConfig(StrictModel):
     max_num_batched_tokens: int | None = Field(None, ge=1, description="tokens an engine computes in one step")
     enforce_eager: bool = Field(False, description="no compilation: starts sooner, runs slower on GPUs")
     enable_prefix_caching: bool = Field(True, description="keep keys and values of prompt beginnings seen before")
+    max_lora_rank: int | None = Field(
+        None, ge=1, le=512, description="largest rank of the LoRA adapters served; none: what they need"
+    )
     seed: int = Field(0, ge=0, description="seed of the engine; every request also carries its own")
     chunk_size: int = Field(8, ge=1, description="requests that go to an engine in one message at most")
-    start_timeout_seconds: float = Field(600, gt=0, description="an engine not up by then has failed")
-    stall_timeout_seconds: float = Field(600, gt=0, description="an engine that finishes nothing for so long is dead")
+    start_timeout_seconds: float = Field(
+        600,
+        gt=0,
+        description="an engine with its resources that is not up by then has failed; also how long to wait for "
+        "resources while no engine is up",
+    )
+    stall_timeout_seconds: float = Field(
+        600, gt=0, description="an engine with requests that makes no token for so long is hung"
+    )
+    slow_window_seconds: float = Field(60, gt=0, description="over such windows the speeds of engines are compared")
+    slow_fraction: float = Field(
+        0.3, ge=0, lt=1, description="an engine below this part of its peers' median speed is slow: it gets less to do"
+    )
     max_restarts: int = Field(3, ge=0, description="restarts of an engine in a row with no finished request between")
     max_request_deaths: int = Field(3, ge=2, description="engine deaths after which a request is set aside")
     backend: str = Field("cluster.engine:VLLMEngine", pattern=r"^[\w.]+:\w+$", description="the engine, module:Class")
+
+    @model_validator(mode="after")
+    def _min_replicas_among_all(self) -> Self:
+        if self.min_replicas is not None and self.min_replicas > self.num_replicas:
+            raise ValueError(f"min_replicas={self.min_replicas} is more than num_replicas={self.num_replicas}")
+        return self
 
     @property
     def max_in_flight(self) -> int:
@@ -40,6 +63,18 @@ class EngineConfig(StrictModel):
     def gpus_per_engine(self) -> int:
         """GPUs of one engine on a cluster that has any."""
         return self.tensor_parallel_size * self.pipeline_parallel_size
+
+
+@dataclass(frozen=True, slots=True)
+class EngineReport:
+    """How far an engine is. All but running and waiting are counts since it came up."""
+
+    num_tokens: int = 0  # generated, those of unfinished requests included
+    num_running: int = 0  # sequences in the batch now
+    num_waiting: int = 0  # sequences that it has accepted and not begun
+    num_preemptions: int = 0  # sequences put back because the cache was full
+    num_prefix_queries: int = 0  # prompt tokens looked up in the prefix cache
+    num_prefix_hits: int = 0  # of these, found
 
 
 class StructuredOutput(StrictModel):
@@ -69,6 +104,7 @@ class Sampling(StrictModel):
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
     seed: int | None = None
     n: int = Field(1, ge=1, description="samples of one prompt")
     structured: StructuredOutput | None = None

@@ -3,93 +3,68 @@
     async with EnginePool.start(engine_config, model) as pool:
         completion = await pool.generate(request)
 
-Requests leave one by one as they come, each to the engine with the fewest in flight, and come back one by one: no
-batch waits for its slowest member. An engine that dies is replaced, and what it had in flight goes to the others.
+Requests come back one by one as they finish: no batch waits for its slowest member. An engine that dies or hangs is
+replaced, and what it had in flight goes to the others. Engines come and go with the nodes they run on.
+
+Which request goes where is in dispatch.py, what counts as dead, hung and slow in supervision.py, how an engine gets
+its place on the cluster in placement.py.
 """
 
 import asyncio
 import contextlib
 import time
-from collections import deque
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
 
 import ray
+from ray.util.placement_group import PlacementGroup
 
 from cluster.config import ModelConfig
-from cluster.engine_actor import Answer, require_resources, running_actor
-from cluster.engine_config import Completion, EngineConfig, GenerationRequest
-from cluster.errors import TunesmithError
+from cluster.dispatch import Dispatcher, Engine, Pending
+from cluster.engine import check_adapters
+from cluster.engine_actor import Answer
+from cluster.engine_config import Completion, EngineConfig, EngineReport, GenerationRequest
+from cluster.errors import InputError, TunesmithError
 from cluster.model_source import locate_model
+from cluster.placement import free_resources, has_room, node_is_gone, reserved, running_actor, wait_for_cluster
+from cluster.pool_stats import EngineStats, PoolStats
+from cluster.supervision import EngineDeath, EngineHung, Pulse, relative_speed
 
-SHARE_AFTER_DEATH = 8  # each death cuts the company a request may travel in by this factor, until it is alone
+MIN_POLL_SECONDS = 0.02
+MAX_POLL_SECONDS = 1.0
 MAX_COLLECT_SECONDS = 5.0  # an idle engine answers so often, so that a frozen one is told from an idle one
-
-
-class EngineDeath(Exception):
-    """An engine is gone or does not answer; the message says how."""
-
-
-@dataclass(slots=True)
-class PoolStats:
-    """What the pool has done since it started."""
-
-    num_requests: int = 0
-    num_prompt_tokens: int = 0
-    num_completion_tokens: int = 0
-    num_quarantined: int = 0
-    num_restarts: int = 0
-    num_engines: int = 0  # up now
-    num_in_flight: int = 0  # of all engines, now
-    max_in_flight: int = 0  # of one engine, ever
-    last_death: str = ""
-
-
-@dataclass(slots=True, eq=False)
-class _Pending:
-    """A request on its way, and the caller that waits for it."""
-
-    request: GenerationRequest
-    answer: asyncio.Future[Completion]
-    num_deaths: int = 0
-
-
-@dataclass(slots=True, eq=False)
-class _Engine:
-    """An engine that is up."""
-
-    actor: "ray.actor.ActorHandle"
-    capacity: int  # how many requests it may hold, given which it holds
-    in_flight: dict[int, _Pending] = field(default_factory=dict)
-    num_finished: int = 0
-    last_progress: float = 0.0
+FIRST_BACKOFF_SECONDS = 1.0  # before the second restart in a row with no finished request between; doubles from there
+MAX_BACKOFF_SECONDS = 60.0
 
 
 class EnginePool:
     """Engines of one model. Make one with `EnginePool.start`."""
 
-    def __init__(self, config: EngineConfig, model: ModelConfig) -> None:
-        self.stats = PoolStats()
+    def __init__(self, config: EngineConfig, model: ModelConfig, adapters: tuple[str, ...] = ()) -> None:
+        self.stats = PoolStats(engines=[EngineStats() for _ in range(config.num_replicas)])
         self._config = config
         self._model = locate_model(model)
-        self._engines: list[_Engine] = []
-        self._queue: deque[_Pending] = deque()
-        self._next_key = 0
-        self._dispatch_is_due = False
+        self._adapters = adapters
+        self._dispatcher = Dispatcher(config, self.stats)
+        self._num_starting = 0  # engines that have their resources and are not up yet
+        self._last_hope = 0.0  # when an engine was last up or starting
         self._started = asyncio.Event()
         self._failure: TunesmithError | None = None
 
     @classmethod
     @contextlib.asynccontextmanager
-    async def start(cls, config: EngineConfig, model: ModelConfig) -> AsyncIterator["EnginePool"]:
-        """Start all engines at once, and go on when the first is up. Needs a Ray session.
+    async def start(
+        cls, config: EngineConfig, model: ModelConfig, adapters: tuple[str, ...] = ()
+    ) -> AsyncIterator["EnginePool"]:
+        """Start all engines that there is room for, and go on when the first is up. Needs a Ray session.
 
-        Raises InputError if the cluster is too small or the folder holds no model, and TunesmithError if no engine
-        comes up.
+        adapters: folders of the LoRA adapters that requests may name. Raises InputError if the cluster is too small,
+        the folder holds no model or an adapter cannot be served, and TunesmithError if no engine comes up.
         """
-        pool = cls(config, model)
-        num_gpus = require_resources(config)
-        slots = [asyncio.create_task(pool._keep_engine(num_gpus)) for _ in range(config.num_replicas)]
+        pool = cls(config, model, adapters)
+        check_adapters(config, adapters)
+        num_gpus = await wait_for_cluster(config)
+        pool._last_hope = time.monotonic()
+        slots = [asyncio.create_task(pool._keep_engine(num_gpus, stats)) for stats in pool.stats.engines]
         watch = asyncio.create_task(pool._watch(slots))
         try:
             await pool._started.wait()
@@ -104,155 +79,154 @@ class EnginePool:
     async def generate(self, request: GenerationRequest) -> Completion:
         """Complete one request. Any number of callers may wait here; the engines take what they have room for.
 
-        finish_reason says what became of it (see `Completion`). Raises TunesmithError if the engine refuses the
-        request, and once no engine is left.
+        finish_reason says what became of it (see `Sample`). Raises InputError for an adapter that the pool was not
+        started with, and TunesmithError if the engine refuses the request or no engine is left.
         """
         if self._failure:
             raise self._failure
-        pending = _Pending(request, asyncio.get_running_loop().create_future())
-        self._queue.append(pending)
-        self._plan_dispatch()
+        if request.adapter is not None and request.adapter not in self._adapters:
+            raise InputError(
+                f"request {request.request_id} names the adapter {request.adapter}, and the engines were started with "
+                f"{', '.join(self._adapters) or 'none'}."
+            )
+        pending = Pending(request, asyncio.get_running_loop().create_future(), time.monotonic())
+        self._dispatcher.add(pending)
         return await pending.answer
 
-    # -- from the queue to the engines
+    # -- the life of an engine
 
-    def _plan_dispatch(self) -> None:
-        """Dispatch at the end of this turn of the event loop, so that requests made together travel together."""
-        if not self._dispatch_is_due:
-            self._dispatch_is_due = True
-            asyncio.get_running_loop().call_soon(self._dispatch)
-
-    def _dispatch(self) -> None:
-        self._dispatch_is_due = False
-        chunks: dict[_Engine, list[tuple[int, GenerationRequest]]] = {engine: [] for engine in self._engines}
-        while self._queue:
-            pending = self._queue[0]
-            if pending.answer.done():  # its caller gave up
-                self._queue.popleft()
-                continue
-            engine = self._least_loaded(company=self._company(pending))
-            if engine is None:
-                break
-            chunks[engine].append((self._admit(self._queue.popleft(), engine), pending.request))
-            if len(chunks[engine]) == self._config.chunk_size:
-                engine.actor.submit.remote(chunks[engine])
-                chunks[engine] = []
-        for engine, chunk in chunks.items():
-            if chunk:
-                engine.actor.submit.remote(chunk)
-        self._count_in_flight()
-
-    def _least_loaded(self, company: int) -> _Engine | None:
-        """The engine with the fewest requests that has room for one that may share it with `company - 1` others."""
-        free = (engine for engine in self._engines if len(engine.in_flight) < min(company, engine.capacity))
-        return min(free, key=lambda engine: len(engine.in_flight), default=None)
-
-    def _admit(self, pending: _Pending, engine: _Engine) -> int:
-        self._next_key += 1
-        if not engine.in_flight:
-            engine.last_progress = time.monotonic()
-        engine.in_flight[self._next_key] = pending
-        engine.capacity = min(engine.capacity, self._company(pending))
-        return self._next_key
-
-    def _company(self, pending: _Pending) -> int:
-        """How many requests may be on an engine together with this one, itself included.
-
-        A request that was in flight when an engine died may be the cause. Its company shrinks with each death, so
-        that the next one points at fewer, and its last chance is alone: only then is a death surely its doing.
-        """
-        if pending.num_deaths >= self._config.max_request_deaths - 1:
-            return 1
-        return max(1, self._config.max_in_flight // SHARE_AFTER_DEATH**pending.num_deaths)
-
-    def _count_in_flight(self) -> None:
-        in_flight = [len(engine.in_flight) for engine in self._engines]
-        self.stats.num_engines = len(in_flight)
-        self.stats.num_in_flight = sum(in_flight)
-        self.stats.max_in_flight = max([self.stats.max_in_flight, *in_flight])
-
-    # -- from the engines to the callers
-
-    async def _keep_engine(self, num_gpus: int) -> EngineDeath:
+    async def _keep_engine(self, num_gpus: int, stats: EngineStats) -> EngineDeath:
         """Run an engine, and another one when it dies. Returns the death of one too many that finished nothing."""
         num_fruitless = 0
         while True:
-            with running_actor(self._config, self._model, num_gpus) as actor:
-                engine = _Engine(actor, capacity=self._config.max_in_flight)
+            with reserved(self._config, num_gpus) as group:
                 try:
-                    await self._wait_until_up(engine)
-                    await self._collect(engine)
+                    await self._wait_for_room(group)
                 except EngineDeath as death:
-                    self.stats.last_death = str(death)
-                    num_quarantined = self._bury(engine)
-                    num_fruitless = 0 if engine.num_finished + num_quarantined else num_fruitless + 1
-                    if not self._started.is_set() or num_fruitless > self._config.max_restarts:
-                        return death  # no engine has worked yet: it would fail again in the same way
-                    self.stats.num_restarts += 1
+                    return death
+                with running_actor(self._config, self._model, num_gpus, self._adapters, group) as actor:
+                    window = self._config.max_in_flight
+                    engine = Engine(actor, Pulse(self._config), stats, window, capacity=window)
+                    try:
+                        await self._wait_until_up(engine)
+                        await self._collect(engine)
+                    except EngineDeath as death:
+                        num_quarantined = self._bury(engine, death)
+                        num_fruitless = 0 if engine.num_finished + num_quarantined else num_fruitless + 1
+                        if not self._started.is_set() or num_fruitless > self._config.max_restarts:
+                            return death  # no engine has worked yet: it would fail again in the same way
+                        for counts in (self.stats, stats):
+                            counts.add_restart(death.is_hung)
+            if num_fruitless > 1:
+                await asyncio.sleep(min(FIRST_BACKOFF_SECONDS * 2 ** (num_fruitless - 2), MAX_BACKOFF_SECONDS))
 
-    async def _wait_until_up(self, engine: _Engine) -> None:
+    async def _wait_for_room(self, group: PlacementGroup) -> None:
+        """Wait for the resources of one engine, for as long as another engine is up or starting.
+
+        Raises EngineDeath if there has been none for start_timeout_seconds.
+        """
+        wait_seconds = MIN_POLL_SECONDS
+        while not has_room(group):
+            now = time.monotonic()
+            if self._dispatcher.engines or self._num_starting:
+                self._last_hope = now
+            elif now - self._last_hope > self._config.start_timeout_seconds:
+                raise EngineDeath(
+                    f"the cluster had no room for one in engine.start_timeout_seconds="
+                    f"{self._config.start_timeout_seconds:g} (free on this Ray: {free_resources()})"
+                )
+            await asyncio.sleep(wait_seconds)
+            wait_seconds = min(2 * wait_seconds, MAX_POLL_SECONDS)
+
+    async def _wait_until_up(self, engine: Engine) -> None:
+        timeout = self._config.start_timeout_seconds
+        self._num_starting += 1
         try:
-            async with asyncio.timeout(self._config.start_timeout_seconds):
+            async with asyncio.timeout(timeout):
                 await _answer_of(engine.actor.describe.remote())
+                engine.node_id, engine.stats.node = await _answer_of(engine.actor.node.remote())
         except TimeoutError:
-            free = ", ".join(f"{value:g} {name}" for name, value in ray.available_resources().items() if len(name) == 3)
-            raise EngineDeath(
-                f"not up after engine.start_timeout_seconds={self._config.start_timeout_seconds:g} (free on this Ray: "
-                f"{free or 'nothing'})"
-            ) from None
-        self._engines.append(engine)
+            raise EngineDeath(f"not up after engine.start_timeout_seconds={timeout:g}") from None
+        finally:
+            self._num_starting -= 1
+            self._last_hope = time.monotonic()
+        engine.stats.is_up = True
+        self._dispatcher.engines.append(engine)
         self._started.set()
-        self._plan_dispatch()
+        self._dispatcher.plan()
 
-    async def _collect(self, engine: _Engine) -> None:
+    async def _collect(self, engine: Engine) -> None:
         """Hand finished requests to their callers until the engine dies."""
         timeout = self._config.stall_timeout_seconds
         while True:
             try:
                 async with asyncio.timeout(timeout):  # not wait_for, which loses a cancellation that meets an answer
-                    answers = await _answer_of(engine.actor.collect.remote(min(MAX_COLLECT_SECONDS, timeout / 2)))
+                    call = engine.actor.collect.remote(min(MAX_COLLECT_SECONDS, timeout / 2))
+                    finished, report = await _answer_of(call)
             except TimeoutError:
-                raise EngineDeath(f"frozen for engine.stall_timeout_seconds={timeout:g}") from None
+                raise EngineHung(f"did not answer for engine.stall_timeout_seconds={timeout:g}") from None
+            is_idle = not engine.in_flight
             now = time.monotonic()
-            if answers or not engine.in_flight:
-                engine.last_progress = now
-            elif now - engine.last_progress > timeout:
-                raise EngineDeath(f"finished nothing for engine.stall_timeout_seconds={timeout:g}")
-            for key, answer in answers:
-                self._finish(engine, engine.in_flight.pop(key), answer)
-            if engine.capacity < self._config.max_in_flight:
-                companies = (self._company(pending) for pending in engine.in_flight.values())
-                engine.capacity = min(companies, default=self._config.max_in_flight)
-            self._plan_dispatch()
+            for key, answer in finished:
+                self._finish(engine, engine.in_flight.pop(key), answer, now)
+            self._count(engine, report)
+            if engine.pulse.observe(report, bool(finished), is_idle):
+                self._compare_speed(engine)
+            self._dispatcher.restore_capacity(engine)
+            self._dispatcher.plan()
 
-    def _finish(self, engine: _Engine, pending: _Pending, answer: Answer) -> None:
+    def _finish(self, engine: Engine, pending: Pending, answer: Answer, now: float) -> None:
         engine.num_finished += 1
-        self.stats.num_requests += 1
+        completion = None if isinstance(answer, str) else answer
+        for counts in (self.stats, engine.stats):
+            counts.add_answer(completion, pending.seconds_queued, now - pending.since)
         if pending.answer.done():
             return
-        if isinstance(answer, str):
-            pending.answer.set_exception(
-                TunesmithError(f"the engine refused request {pending.request.request_id}: {answer}")
-            )
-            return
-        self.stats.num_prompt_tokens += answer.num_prompt_tokens
-        self.stats.num_completion_tokens += answer.num_completion_tokens
-        pending.answer.set_result(answer)
+        if completion is None:
+            message = f"the engine refused request {pending.request.request_id}: {answer}"
+            pending.answer.set_exception(TunesmithError(message))
+        else:
+            pending.answer.set_result(completion)
 
-    def _bury(self, engine: _Engine) -> int:
+    def _count(self, engine: Engine, report: EngineReport) -> None:
+        for counts in (self.stats, engine.stats):
+            counts.add_report(engine.pulse.last_report, report)
+        engine.stats.num_running, engine.stats.num_waiting = report.num_running, report.num_waiting
+
+    def _compare_speed(self, engine: Engine) -> None:
+        """Give an engine that is far slower than its peers as much less to hold."""
+        engines = self._dispatcher.engines
+        part = relative_speed(engine.pulse.speed, [peer.pulse.speed for peer in engines if peer is not engine])
+        engine.stats.is_slow = part < self._config.slow_fraction
+        engine.window = max(1, int(self._config.max_in_flight * (part if engine.stats.is_slow else 1)))
+        engine.stats.num_slow_windows += engine.stats.is_slow
+        engine.stats.tokens_per_second = round(engine.pulse.tokens_per_second, 1)
+        self.stats.num_slow = sum(engine.stats.is_slow for engine in engines)
+
+    def _bury(self, engine: Engine, death: EngineDeath) -> int:
         """Put a dead engine's requests back in front of the queue. Returns how many are given up instead."""
-        if engine in self._engines:
-            self._engines.remove(engine)
-        num_quarantined = 0
-        for pending in reversed(engine.in_flight.values()):
-            pending.num_deaths += 1
+        if engine in self._dispatcher.engines:
+            self._dispatcher.engines.remove(engine)
+        engine.stats.is_up = engine.stats.is_slow = False
+        engine.stats.num_running = engine.stats.num_waiting = 0
+        self.stats.last_death = str(death)
+        self.stats.num_slow = sum(engine.stats.is_slow for engine in self._dispatcher.engines)
+        is_their_fault = not node_is_gone(engine.node_id)
+        now, returning, num_quarantined = time.monotonic(), [], 0
+        for pending in engine.in_flight.values():
+            self.stats.seconds_lost += now - pending.since
+            engine.stats.seconds_lost += now - pending.since
+            pending.since = now
+            pending.num_deaths += is_their_fault
             if pending.num_deaths < self._config.max_request_deaths:
-                self._queue.appendleft(pending)
+                returning.append(pending)
             elif not pending.answer.done():
                 pending.answer.set_result(Completion.failed(pending.request, "engine_died"))
+                self.stats.quarantined[pending.request.request_id] = str(death)
                 num_quarantined += 1
         self.stats.num_quarantined += num_quarantined
-        self._plan_dispatch()
+        self._dispatcher.give_back(returning)
+        self._dispatcher.plan()
         return num_quarantined
 
     async def _watch(self, slots: list[asyncio.Task[EngineDeath]]) -> None:
@@ -276,8 +250,7 @@ class EnginePool:
         self._failure = TunesmithError(message)
         self._failure.__cause__ = cause
         self._started.set()
-        waiting = [*self._queue, *(pending for engine in self._engines for pending in engine.in_flight.values())]
-        for pending in waiting:
+        for pending in self._dispatcher.unanswered():
             if not pending.answer.done():
                 pending.answer.set_exception(self._failure)
 

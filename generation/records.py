@@ -11,8 +11,7 @@ import pyarrow as pa
 
 from cluster.engine_config import Completion, Sampling
 from cluster.files import sha256_json
-from generation.filters import Instance, Rejection
-from generation.novelty import Neighbor
+from generation.filters import Draft, Instance, Neighbor, Rejection
 
 MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string())])
 SCHEMA = pa.schema(
@@ -39,6 +38,7 @@ NEIGHBOR = pa.struct([("id", pa.string()), ("score", pa.float64())])
 REJECTED_SCHEMA = pa.schema(
     [
         ("id", pa.string()),
+        ("task", pa.string()),
         ("stage", pa.string()),
         ("reason", pa.string()),
         ("detail", pa.string()),
@@ -49,9 +49,19 @@ REJECTED_SCHEMA = pa.schema(
         ("nearest", pa.list_(NEIGHBOR)),
     ]
 )
-
-
-NO_INSTANCE = Instance("", "")
+INSTRUCTION_SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("instruction", pa.string()),
+        ("input", pa.string()),
+        ("is_classification", pa.bool_()),  # null: it was not asked, or not answered
+        ("request_id", pa.string()),
+        ("round", pa.int32()),
+        ("parent_ids", pa.list_(pa.string())),
+        ("seed_ids", pa.list_(pa.string())),
+        ("nearest", pa.list_(NEIGHBOR)),
+    ]
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,41 +120,57 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class RejectedRecord:
-    """Something a model wrote that did not pass. stage: response, instruction, classification or instance."""
+    """Something a model wrote that did not pass.
+
+    stage: response, instruction, classification, instance, evolution, answer or row. source: the request it came from,
+    or what else names it.
+    """
 
     stage: str
     rejection: Rejection
-    request_id: str
-    position: int  # among what came of the same request
-    instruction: str = ""
-    instance: Instance = NO_INSTANCE
+    source: str
+    position: int  # among what came of the same source
+    draft: Draft
     nearest: tuple[Neighbor, ...] = ()
+    task: str = ""  # the kept instruction whose rows it would have been among; none before that
 
     def to_row(self) -> dict:
         return {
-            "id": sha256_json([self.request_id, self.stage, self.position]),
+            "id": sha256_json([self.source, self.task, self.stage, self.position]),
+            "task": self.task,
             "stage": self.stage,
             "reason": self.rejection.reason,
             "detail": self.rejection.detail,
-            "instruction": self.instruction,
-            "input": self.instance.input,
-            "output": self.instance.output,
-            "request_id": self.request_id,
+            "instruction": self.draft.instruction,
+            "input": self.draft.input,
+            "output": self.draft.output or "",
+            "request_id": self.source,
             "nearest": [asdict(neighbor) for neighbor in self.nearest],
         }
 
 
-def make_messages(instruction: str, instance: Instance) -> list[dict[str, str]]:
+def draft_of(record: "Record") -> Draft:
+    """A finished row as row filters see it: the whole of the user's turn, and the assistant's."""
+    user, assistant = record.messages[-2:]
+    return Draft(user["content"], "", assistant["content"], record.finish_reason or "stop")
+
+
+def user_turn(instruction: str, input_text: str) -> str:
+    """What the user says: the instruction, and below it the input if there is one."""
+    return f"{instruction}\n\n{input_text}" if input_text else instruction
+
+
+def make_messages(user: str, assistant: str) -> list[dict[str, str]]:
     """One turn of a user and one of an assistant."""
-    user = f"{instruction}\n\n{instance.input}" if instance.input else instruction
-    return [{"role": "user", "content": user}, {"role": "assistant", "content": instance.output}]
+    return [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
 
 
 def human_record(origin: Origin, instruction: str, instance: Instance, position: int) -> Record:
     """The row of an instance that a person wrote."""
+    messages = make_messages(user_turn(instruction, instance.input), instance.output)
     return Record(
         id=sha256_json([origin.method, origin.task, position, instruction, instance.input, instance.output]),
-        messages=make_messages(instruction, instance),
+        messages=messages,
         method=origin.method,
         task=origin.task,
         round=origin.round,
@@ -162,11 +188,13 @@ def human_record(origin: Origin, instruction: str, instance: Instance, position:
     )
 
 
-def machine_record(origin: Origin, made_by: Production, instruction: str, instance: Instance, position: int) -> Record:
-    """The row of the instance at `position` of what a request wrote. Token counts are the whole request's."""
+def machine_record(
+    origin: Origin, made_by: Production, user: str, assistant: str, position: int = 0, sample: int = 0
+) -> Record:
+    """The row at `position` of what a request wrote in sample `sample`. Token counts are the whole request's."""
     return Record(
-        id=sha256_json([made_by.request_id, position]),
-        messages=make_messages(instruction, instance),
+        id=sha256_json([made_by.request_id, origin.task, origin.round, position, sample]),
+        messages=make_messages(user, assistant),
         method=origin.method,
         task=origin.task,
         round=origin.round,
@@ -176,9 +204,9 @@ def machine_record(origin: Origin, made_by: Production, instruction: str, instan
         model_revision=made_by.model_revision,
         prompt_name=made_by.prompt_name,
         prompt_sha=made_by.prompt_sha,
-        sampling=json.dumps(made_by.sampling.model_dump(), sort_keys=True),
+        sampling=json.dumps(made_by.sampling.model_dump(mode="json", exclude_none=True), sort_keys=True),
         num_prompt_tokens=made_by.completion.num_prompt_tokens,
         num_completion_tokens=made_by.completion.num_completion_tokens,
-        finish_reason=made_by.completion.finish_reason,
+        finish_reason=made_by.completion.samples[sample].finish_reason,
         license=origin.license,
     )

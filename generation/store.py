@@ -1,4 +1,8 @@
-"""Datasets on disk: Arrow shards in the layout of `datasets.save_to_disk`, sealed by a manifest that comes last."""
+"""Datasets on disk: Arrow shards in the layout of `datasets.save_to_disk`, sealed by a manifest that comes last.
+
+While a dataset is being written, `data-NNNNN.arrow` are full shards and `tail-NNNNN.arrow` the rows after the last of
+them at a checkpoint. A shard's bytes are decided by its rows alone, not by when checkpoints or interruptions came.
+"""
 
 import json
 from collections.abc import Iterator
@@ -6,40 +10,78 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from cluster.errors import InputError
 from cluster.files import sha256_json, write_atomic, write_json
 from cluster.manifest import MANIFEST, verify_manifest, write_manifest
 
 
 class DatasetWriter:
-    """Writes the rows of one dataset in order, shard by shard. Until `seal`, the folder is unfinished work."""
+    """Writes the rows of one dataset in order, shard by shard. Until `seal`, the folder is unfinished work.
 
-    def __init__(self, folder: Path, schema: pa.Schema, rows_per_shard: int) -> None:
-        """Begin a dataset anew: what an interrupted writer left in `folder` is removed."""
+    After an InputError about a full disk the writer is of no more use: `resume` one from the last state.
+    """
+
+    def __init__(self, folder: Path, schema: pa.Schema, rows_per_shard: int, state: dict | None = None) -> None:
+        """Begin a dataset anew, or go on from `state` as `resume` says. What came later in `folder` is removed."""
+        state = state or {"shards": [], "tail": None}
         folder.mkdir(parents=True, exist_ok=True)
-        for name in (MANIFEST, "state.json", "dataset_info.json"):
-            (folder / name).unlink(missing_ok=True)
-        for leftover in (*folder.glob("data-*.arrow"), *folder.glob(".*.tmp")):
-            leftover.unlink()
         self.folder = folder
-        self.num_rows = 0
+        self.num_rows = state_rows(state)
         self._schema = schema
         self._rows_per_shard = rows_per_shard
-        self._rows: list[dict] = []
-        self._shards: list[str] = []
+        self._shards: list[dict] = list(state["shards"])  # name, rows and bytes of each
+        self._tail: dict | None = state["tail"]  # likewise, as last saved
+        self._rows: list[dict] = []  # of the next shard, those not yet in columns
+        self._batches: list[pa.RecordBatch] = list(read_batches(folder / self._tail["name"])) if self._tail else []
+        self._num_tail_rows = self._tail["rows"] if self._tail else 0  # in both
+        _remove_all_but(folder, {entry["name"] for entry in state_files(state)})
+
+    @classmethod
+    def resume(cls, folder: Path, schema: pa.Schema, rows_per_shard: int, state: dict) -> "DatasetWriter":
+        """Go on from what `state` said: rows that were added after it are gone, and so are the files they left.
+
+        Raises InputError if a shard or the tail of the state is missing, or not as long as it was.
+        """
+        check_state(folder, state, rows_per_shard)
+        return cls(folder, schema, rows_per_shard, state)
 
     def add(self, row: dict) -> None:
         """Append a row with every column of the schema; a full shard is written at once."""
         self._rows.append(row)
         self.num_rows += 1
-        if len(self._rows) == self._rows_per_shard:
+        self._num_tail_rows += 1
+        if self._num_tail_rows == self._rows_per_shard:
             self._write_shard()
+
+    def save_tail(self, number: int) -> None:
+        """Put the rows after the last full shard on the disk, in a new file of this number.
+
+        The file of the tail before stays until `remove_old_tails`, for whoever still holds the state before.
+        """
+        if self._tail and not self._rows and self._tail["rows"] == self._num_tail_rows:
+            return  # nothing was added since
+        self._tail = None
+        if self._num_tail_rows:
+            self._tail = self._write(f"tail-{number:05d}.arrow", self._in_columns())
+
+    def state(self) -> dict:
+        """All that `resume` needs, as JSON: names, rows and bytes of the shards, and of the tail as last saved."""
+        return {"shards": list(self._shards), "tail": self._tail}
+
+    def remove_old_tails(self) -> None:
+        """Remove all tails but the one that was saved last."""
+        current = self._tail["name"] if self._tail else None
+        for path in self.folder.glob("tail-*.arrow"):
+            if path.name != current:
+                path.unlink()
 
     def seal(self, **fields: object) -> dict:
         """Write the rest, what `datasets` needs to open the folder, and then the manifest, which is returned."""
-        if self._rows or not self._shards:
+        if self._num_tail_rows or not self._shards:
             self._write_shard()
+        names = [entry["name"] for entry in self._shards]
         state = {
-            "_data_files": [{"filename": name} for name in self._shards],
+            "_data_files": [{"filename": name} for name in names],
             "_fingerprint": sha256_json([self.num_rows, fields])[:16],
             "_format_columns": None,
             "_format_kwargs": {},
@@ -49,26 +91,80 @@ class DatasetWriter:
         }
         write_json(self.folder / "state.json", state)
         write_json(self.folder / "dataset_info.json", {"features": _features(self._schema)})
-        files = [*self._shards, "state.json", "dataset_info.json"]
+        files = [*names, "state.json", "dataset_info.json"]
         return write_manifest(self.folder, files, rows=self.num_rows, columns=self._schema.names, **fields)
 
+    def _in_columns(self) -> list[pa.RecordBatch]:
+        """The rows of the next shard."""
+        if self._rows:
+            columns = [pa.array([row[field.name] for row in self._rows], field.type) for field in self._schema]
+            self._batches.append(pa.RecordBatch.from_arrays(columns, schema=self._schema))
+            self._rows = []
+        return self._batches
+
     def _write_shard(self) -> None:
-        name = f"data-{len(self._shards):05d}.arrow"
-        sink = pa.BufferOutputStream()
-        with pa.ipc.new_stream(sink, self._schema) as stream:
-            stream.write_table(pa.Table.from_pylist(self._rows, schema=self._schema))
-        write_atomic(self.folder / name, sink.getvalue().to_pybytes())
-        self._shards.append(name)
-        self._rows = []
+        table = pa.Table.from_batches(self._in_columns(), self._schema).combine_chunks()
+        self._shards.append(self._write(f"data-{len(self._shards):05d}.arrow", table.to_batches()))
+        self._batches = []
+        self._num_tail_rows = 0
+        self._tail = None
+
+    def _write(self, name: str, batches: list[pa.RecordBatch]) -> dict:
+        buffer = pa.BufferOutputStream()
+        with pa.ipc.new_stream(buffer, self._schema) as stream:
+            for batch in batches:
+                stream.write_batch(batch)
+        content = buffer.getvalue()
+        write_atomic(self.folder / name, content)
+        return {"name": name, "rows": sum(batch.num_rows for batch in batches), "bytes": content.size}
+
+
+def state_files(state: dict) -> list[dict]:
+    """The shards of a writer's state and its tail, in the order of their rows."""
+    return [*state["shards"], *([state["tail"]] if state["tail"] else [])]
+
+
+def state_rows(state: dict) -> int:
+    """Rows that a writer's state speaks of."""
+    return sum(entry["rows"] for entry in state_files(state))
+
+
+def check_state(folder: Path, state: dict, rows_per_shard: int) -> None:
+    """Raise InputError if the folder does not hold what a writer's state says it does."""
+    for entry in state_files(state):
+        path = folder / entry["name"]
+        found = path.stat().st_size if path.is_file() else None
+        if found != entry["bytes"]:
+            what = "missing" if found is None else f"{found} bytes long, not {entry['bytes']}"
+            raise InputError(
+                f"{path}: {what}, though the last checkpoint says that it was written. Restore it, or remove "
+                f"{folder.parent} and start again: finished requests stay in the log and are not generated anew."
+            )
+    if any(entry["rows"] != rows_per_shard for entry in state["shards"]):
+        raise InputError(f"{folder}: its shards are not of {rows_per_shard} rows. Set rows_per_shard back to go on.")
+
+
+def read_batches(path: Path) -> Iterator[pa.RecordBatch]:
+    """The batches of a shard or a tail, mapped from the file."""
+    with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as stream:
+        yield from stream
 
 
 def read_rows(folder: Path) -> Iterator[dict]:
     """All rows of a sealed dataset, in order. Raises InputError if it is unfinished or damaged."""
     verify_manifest(folder)
     for entry in json.loads((folder / "state.json").read_text())["_data_files"]:
-        with pa.memory_map(str(folder / entry["filename"])) as source, pa.ipc.open_stream(source) as stream:
-            for batch in stream:
-                yield from batch.to_pylist()
+        for batch in read_batches(folder / entry["filename"]):
+            yield from batch.to_pylist()
+
+
+def _remove_all_but(folder: Path, names: set[str]) -> None:
+    """Remove what a writer leaves, the manifest first."""
+    for name in (MANIFEST, "state.json", "dataset_info.json"):
+        (folder / name).unlink(missing_ok=True)
+    for path in (*folder.glob("data-*.arrow"), *folder.glob("tail-*.arrow"), *folder.glob(".*.tmp")):
+        if path.name not in names:
+            path.unlink()
 
 
 def _features(schema: pa.Schema) -> dict:

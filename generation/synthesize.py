@@ -1,75 +1,58 @@
 """The synthesis stage: from a recipe's `synthesize`, `model` and `engine` to `data/synthesized` in the run folder.
 
-run/requests.log          every finished request; resuming is reading it again
+run/requests/             every finished request; nothing in it is ever generated again
 run/data/synthesized/     the dataset, sealed by its manifest
 run/data/rejected/        what did not pass, each with its reason
-run/data/instructions.jsonl   the machine's instructions with their nearest neighbors
+run/data/instructions/    the instructions that were kept, with their nearest neighbors
+run/data/inputs.json      what all of it was made from
 """
 
 import asyncio
 import json
 import time
-from collections import Counter
-from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from cluster.config import ModelConfig
 from cluster.engine_config import EngineConfig
-from cluster.errors import InputError, Preempted, TunesmithError
-from cluster.files import exclusive_lock, sha256_file, sha256_json, write_atomic, write_json
+from cluster.errors import Preempted, TunesmithError
+from cluster.files import exclusive_lock, write_json
 from cluster.manifest import is_sealed, verify_manifest
-from cluster.model_source import locate_model, model_revision
-from cluster.pool import EnginePool
 from cluster.progress import Progress
 from cluster.ray_cluster import ray_session
 from cluster.rundir import RunDir, append_jsonl
 from cluster.stop_signals import StopRequest, stop_signals
-from generation.config import SynthesizeConfig
-from generation.methods.self_instruct import METHOD, PROMPTS, Instances, SelfInstruct
-from generation.records import REJECTED_SCHEMA, SCHEMA, Record, RejectedRecord
+from generation.attribution import Attribution
+from generation.config import SynthesisConfig
+from generation.driver import Driver
+from generation.inputs import Inputs, claim, load_inputs
+from generation.judge import Judge
+from generation.method import MethodInputs
 from generation.request_log import RequestLog
 from generation.requester import Requester
-from generation.seed_tasks import SeedTask, load_seed_tasks
-from generation.store import DatasetWriter
-from generation.templates import Prompt, load_prompts
+from generation.serving import serving
+from generation.sink import DataSink, remove_progress
+from generation.watch import Watch, listed, summary
 
 STAGE = "synthesize"
-PACKAGE = Path(__file__).parent
-REPORT_SECONDS = 1.0
-METRICS_SECONDS = 10.0
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """All that decides the data, read and checked. sha: the hash of it."""
-
-    config: SynthesizeConfig
-    seeds: list[SeedTask]
-    prompts: dict[str, Prompt]
-    model: ModelConfig  # with an absolute path
-    model_name: str  # as the recipe has it
-    model_revision: str
-    seed: int
-    sha: str
-
-
-def run(config: SynthesizeConfig, model: ModelConfig, engine: EngineConfig, run: RunDir, seed: int) -> dict:
+def run(config: SynthesisConfig, model: ModelConfig, engine: EngineConfig, run: RunDir, seed: int) -> dict:
     """Synthesize the dataset and return the verdict, which is also in `verdict-synthesize.json`.
 
-    A dataset that is sealed and sound is left as it is. Interrupted work goes on: finished requests are read from
-    the log. Raises InputError for bad input, Preempted after SIGTERM or SIGINT, TunesmithError if the engines fail or
-    nothing could be kept.
+    A dataset that is sealed and sound is left as it is. Interrupted work goes on: from the last checkpoint, and from
+    there on with the finished requests of the log. Raises InputError for bad input, Preempted after SIGTERM or SIGINT,
+    TunesmithError if the engines fail or nothing could be kept.
     """
     run.create()
     with exclusive_lock(run.root / ".lock-synthesize", str(run.root)), Progress(STAGE) as progress:
         inputs = load_inputs(config, model, engine, seed)
-        if is_sealed(run.data / "synthesized"):
-            return _skip(inputs, run, progress)
-        run.event(STAGE, "started", num_replicas=engine.num_replicas, inputs_sha=inputs.sha)
+        claim(run, inputs)
+        if is_sealed(run.data / "synthesized") and (done := _skip(inputs, run, progress)):
+            return done
+        run.event(STAGE, "started", method=inputs.method.NAME, num_engines=inputs.num_engines, inputs_sha=inputs.sha)
         try:
-            with stop_signals() as stop, RequestLog(run.root / "requests.log") as log, ray_session(run.root):
+            with stop_signals() as stop, RequestLog(run.root / "requests") as log, ray_session(run.root):
                 stop.install()  # again: ray.init has taken SIGTERM
-                verdict = asyncio.run(_until_stopped(Synthesis(inputs, engine, run, log, progress), stop))
+                verdict = asyncio.run(_until_stopped(Synthesis(inputs, run, log, progress), stop))
         except Preempted as stopped:
             run.event(STAGE, "preempted", reason=str(stopped))
             raise
@@ -83,157 +66,76 @@ def run(config: SynthesizeConfig, model: ModelConfig, engine: EngineConfig, run:
         return verdict
 
 
-def load_inputs(config: SynthesizeConfig, model: ModelConfig, engine: EngineConfig, seed: int) -> Inputs:
-    """Find and check seeds, prompts and model. `auto` means the model's own where it brings some."""
-    located = locate_model(model)
-    own = Path(located.path) / "tunesmith"
-    packaged_seeds, packaged_prompts = PACKAGE / "seeds" / "seed_tasks.jsonl", PACKAGE / "prompts" / METHOD
-    own_seeds, own_prompts = own / "seed_tasks.jsonl", own / "prompts"
-    seeds_path, prompts_path = Path(config.seeds).expanduser(), Path(config.prompts).expanduser()
-    if config.seeds == "auto":
-        seeds_path = own_seeds if own_seeds.is_file() else packaged_seeds
-    if config.prompts == "auto":
-        prompts_path = own_prompts if own_prompts.is_dir() else packaged_prompts
-    seeds = load_seed_tasks(seeds_path)
-    prompts = load_prompts(prompts_path, PROMPTS)
-    revision = model_revision(located)
-    identity = {
-        "synthesize": config.model_dump(exclude={"seeds", "prompts"}),
-        "seeds": sha256_file(seeds_path),
-        "prompts": {name: prompt.sha for name, prompt in prompts.items()},
-        "model_revision": revision,
-        "max_model_len": engine.max_model_len,
-        "seed": seed,
-    }
-    return Inputs(config, seeds, prompts, located, model.path, revision, seed, sha256_json(identity))
-
-
-class DataSink:
-    """The files of one synthesis, and the counts of what went into them."""
-
-    def __init__(self, run: RunDir, rows_per_shard: int) -> None:
-        # The manifest of `synthesized` vouches for all three, so it goes first when begun and comes last when sealed.
-        self._rows = DatasetWriter(run.data / "synthesized", SCHEMA, rows_per_shard)
-        self._rejected = DatasetWriter(run.data / "rejected", REJECTED_SCHEMA, rows_per_shard)
-        self._instructions_path = run.data / "instructions.jsonl"
-        self._instructions: list[str] = []
-        self.num_rows_by_method: Counter[str] = Counter()
-        self.rejected: Counter[str] = Counter()
-
-    def add_row(self, record: Record) -> None:
-        self.num_rows_by_method[record.method] += 1
-        self._rows.add(record.to_row())
-
-    def add_rejected(self, record: RejectedRecord) -> None:
-        self.rejected[record.rejection.reason] += 1
-        self._rejected.add(record.to_row())
-
-    def add_instruction(self, instances: Instances) -> None:
-        instruction = instances.instruction
-        row = {
-            "id": instruction.id,
-            "instruction": instruction.text,
-            "is_classification": instances.is_classification,
-            "request_id": instruction.request_id,
-            "nearest": [asdict(neighbor) for neighbor in instruction.nearest],
-        }
-        self._instructions.append(json.dumps(row, ensure_ascii=False) + "\n")
-
-    @property
-    def num_rows(self) -> int:
-        return self._rows.num_rows
-
-    def seal(self, **fields: object) -> None:
-        self._rejected.seal(**fields)
-        write_atomic(self._instructions_path, "".join(self._instructions))
-        self._rows.seal(**fields)
-
-
 class Synthesis:
     """One attempt at the stage."""
 
-    def __init__(self, inputs: Inputs, engine: EngineConfig, run: RunDir, log: RequestLog, progress: Progress) -> None:
+    def __init__(self, inputs: Inputs, run: RunDir, log: RequestLog, progress: Progress) -> None:
         self.log = log
         self._inputs = inputs
-        self._engine = engine
         self._run = run
         self._progress = progress
+        self._attribution = Attribution()
         self._start = time.monotonic()
 
     async def make(self) -> dict:
         """Start the engines, run the method, seal the data, and return the verdict."""
-        inputs, progress = self._inputs, self._progress
-        if self.log.num_dropped_bytes:
-            progress.line(f"the last record of requests.log was half-written: {self.log.num_dropped_bytes} bytes cut")
-        if len(self.log):
-            progress.line(f"resuming: {len(self.log)} finished requests found, none will be generated again")
-        progress.update(f"starting {self._engine.num_replicas} engine(s) of {inputs.model_name}")
-        async with EnginePool.start(self._engine, inputs.model) as pool:
-            self._start_generating = time.monotonic()
-            requester = Requester(pool, self.log, inputs.model_name, inputs.model_revision, inputs.seed)
-            sink = DataSink(self._run, inputs.config.rows_per_shard)
-            method = SelfInstruct(inputs.config, inputs.seeds, inputs.prompts, requester, sink, inputs.seed)
-            reporter = asyncio.create_task(self._report(pool, method, sink))
+        inputs, config = self._inputs, self._inputs.config
+        sink, checkpoint = DataSink.open(self._run, config.rows_per_shard, inputs.sha)
+        self._say_what_is_there(sink, checkpoint)
+        self._progress.update(f"starting {inputs.num_engines} engine(s) of {inputs.model_names}")
+        async with serving(inputs.players) as models:
+            requester = Requester(models, self.log, inputs.seed, config.budget, self._attribution)
+            method = inputs.method(
+                config, MethodInputs(inputs.seeds, inputs.prompts, requester, self._attribution, inputs.seed)
+            )
+            judge = Judge(config.judge, inputs.prompts["row_judge"], requester) if config.judge else None
+            driver = Driver(method, config, sink, judge, self._attribution)
+            watch = Watch(self._run, self._progress, driver, method, sink, models, self._attribution)
+            reporter = asyncio.create_task(watch.report())
             try:
-                await method.run()
+                await driver.run(checkpoint)
             except* TunesmithError as errors:
                 raise _first(errors) from errors
             finally:
                 reporter.cancel()
-        counts = self._counts(method, sink)
-        if method.num_kept == 0:
+            measured = watch.figures()
+        counts = driver_counts(driver, sink)
+        if counts["num_rows"] == counts["num_seed_rows"]:
             raise TunesmithError(
-                f"nothing was kept of {method.num_generated} instructions: {method.stopped_because}; rejected "
-                f"{_listed(sink.rejected) or 'nothing'}. See what the model writes in {self._run.root}/requests.log; "
-                "a base model that follows the prompts is needed."
+                f"nothing was kept of {counts['num_generated']} instructions: {driver.stopped_because or 'no row'}; "
+                f"rejected {listed(sink.rejected) or 'nothing'}. Look at what the model writes in {self.log.path}; "
+                "a model that follows the prompts is needed."
             )
-        sink.seal(inputs_sha=inputs.sha, counts=counts)
-        seconds = time.monotonic() - self._start
-        return {
-            **counts,
-            "resumed_requests": requester.num_resumed,
-            "num_engine_restarts": pool.stats.num_restarts,
-            "tokens_per_second": round(self._tokens_per_second(pool), 1),
-            "seconds": round(seconds, 1),
-        }
+        sink.seal(inputs_sha=inputs.sha, counts=counts, budget=config.budget.model_dump())
+        seconds = round(time.monotonic() - self._start, 1)
+        return {**counts, "resumed_requests": requester.num_resumed, **measured, "seconds": seconds}
 
-    def _counts(self, method: SelfInstruct, sink: DataSink) -> dict:
-        """The part of the verdict that the data decides, not the machine."""
-        return {
-            "is_complete": not method.stopped_because,
-            "stopped_because": method.stopped_because,
-            "num_requests": method.num_requests,
-            "num_generated": method.num_generated,
-            "num_kept": method.num_kept,
-            "num_rows": sink.num_rows,
-            "num_seed_rows": sink.num_rows_by_method["seed"],
-            "rejected": dict(sorted(sink.rejected.items())),
-            "num_prompt_tokens": method.num_prompt_tokens,
-            "num_completion_tokens": method.num_completion_tokens,
-        }
+    def _say_what_is_there(self, sink: DataSink, checkpoint: dict | None) -> None:
+        say = self._progress.line
+        if self.log.num_dropped_bytes:
+            say(f"the last record of the request log was half-written: {self.log.num_dropped_bytes} bytes cut")
+        for path in self.log.rebuilt:
+            say(f"{path} was missing or damaged and was made again from the log")
+        if len(self.log):
+            rows = f"{sink.num_rows} rows and " if checkpoint else ""
+            say(f"resuming: {rows}{len(self.log)} finished requests found, none will be generated again")
 
-    def _tokens_per_second(self, pool: EnginePool) -> float:
-        return pool.stats.num_completion_tokens / max(time.monotonic() - self._start_generating, 1e-9)
 
-    async def _report(self, pool: EnginePool, method: SelfInstruct, sink: DataSink) -> None:
-        """Say how far it is, every second, and put it in metrics.jsonl now and then."""
-        last_metrics = time.monotonic()
-        num_restarts = 0
-        while True:
-            if pool.stats.num_restarts > num_restarts:
-                num_restarts = pool.stats.num_restarts
-                self._progress.line(f"an engine died ({pool.stats.last_death}); restart {num_restarts}")
-                self._run.event(STAGE, "engine_restarted", reason=pool.stats.last_death)
-            speed = self._tokens_per_second(pool)
-            self._progress.update(
-                f"{method.num_kept}/{self._inputs.config.num_instructions} instructions kept, {sink.num_rows} rows, "
-                f"{sink.rejected.total()} rejected ({_listed(sink.rejected)}), {speed:,.0f} tok/s"
-            )
-            if time.monotonic() - last_metrics >= METRICS_SECONDS:
-                last_metrics = time.monotonic()
-                row = {"num_kept": method.num_kept, "num_rows": sink.num_rows, "tokens_per_second": round(speed, 1)}
-                append_jsonl(self._run.metrics, {"stage": STAGE, **row, **asdict(pool.stats)})
-            await asyncio.sleep(REPORT_SECONDS)
+def driver_counts(driver: Driver, sink: DataSink) -> dict:
+    """The part of the verdict that the data decides, not the machine."""
+    tally = driver.admission.tally.plus(driver.finished)
+    return {
+        "is_complete": not driver.stopped_because,
+        "stopped_because": driver.stopped_because,
+        "num_requests": tally.num_requests,
+        "num_generated": driver.admission.num_generated,
+        "num_kept": sink.num_instructions,
+        "num_rows": sink.num_rows,
+        "num_seed_rows": sink.num_rows_by_method["seed"],
+        "rejected": dict(sorted(sink.rejected.items())),
+        "num_prompt_tokens": tally.num_prompt_tokens,
+        "num_completion_tokens": tally.num_completion_tokens,
+    }
 
 
 async def _until_stopped(synthesis: Synthesis, stop: StopRequest) -> dict:
@@ -252,38 +154,24 @@ async def _until_stopped(synthesis: Synthesis, stop: StopRequest) -> dict:
     return work.result()
 
 
-def _skip(inputs: Inputs, run: RunDir, progress: Progress) -> dict:
-    """Leave a finished dataset alone, if it is sound and made of the same inputs."""
-    verify_manifest(run.data / "rejected")
+def _skip(inputs: Inputs, run: RunDir, progress: Progress) -> dict | None:
+    """Leave a finished dataset alone, if it is sound. None: it was cut off by a budget that is now another one."""
+    for name in ("rejected", "instructions"):
+        verify_manifest(run.data / name)
     manifest = verify_manifest(run.data / "synthesized")
-    if manifest["inputs_sha"] != inputs.sha:
-        raise InputError(
-            f"{run.data / 'synthesized'} was made with other settings, seeds, prompts or another model. Choose another "
-            "folder with `--run-dir`, or remove this one to make it anew; requests that are the same stay in "
-            "requests.log and are not generated again."
-        )
+    counts, budget = manifest["counts"], inputs.config.budget.model_dump()
+    if not counts["is_complete"] and manifest["budget"] != budget:
+        progress.line(f"{manifest['rows']} rows were made before {counts['stopped_because']}; going on from the log")
+        (run.data / "synthesized" / "manifest.json").unlink()
+        remove_progress(run)
+        return None
+    remove_progress(run)
     progress.line(f"already done: {manifest['rows']} rows in {run.data / 'synthesized'}, skipped")
     run.event(STAGE, "skipped", num_rows=manifest["rows"])
     if run.verdict(STAGE).is_file():
         return json.loads(run.verdict(STAGE).read_text())
-    write_json(run.verdict(STAGE), manifest["counts"])  # killed between the manifest and the verdict
-    return manifest["counts"]
-
-
-def summary(verdict: dict) -> str:
-    """The verdict in a line."""
-    text = (
-        f"{verdict['num_kept']} of {verdict['num_generated']} instructions kept, {verdict['num_rows']} rows "
-        f"({verdict['num_seed_rows']} of them seeds), rejected: {_listed(verdict['rejected']) or 'none'}; "
-        f"{verdict['tokens_per_second']:,.0f} tok/s, {verdict['seconds']:.0f} s"
-    )
-    return text if verdict["is_complete"] else f"INCOMPLETE ({verdict['stopped_because']}): {text}"
-
-
-def _listed(counts: dict[str, int]) -> str:
-    """Counts by reason, the largest first."""
-    ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    return ", ".join(f"{reason} {count}" for reason, count in ranked)
+    write_json(run.verdict(STAGE), counts)  # killed between the manifest and the verdict
+    return counts
 
 
 def _first(errors: BaseExceptionGroup) -> BaseException:

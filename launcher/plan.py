@@ -10,14 +10,13 @@ from launcher.recipe import Recipe
 
 def stages_of(recipe: Recipe) -> list[tuple[str, str, str]]:
     """(stage, what it does, what it leaves) in the order in which `tunesmith run` runs them."""
-    run, train, engine = recipe.run, recipe.train, recipe.engine
+    run, train = recipe.run, recipe.train
     stages = []
     if not train.data:
         stages.append(
             (
                 "synthesize",
-                f"Self-Instruct to {recipe.synthesize.num_instructions:,} new instructions; {recipe.model.path} on "
-                f"{engine.num_replicas} vLLM engine{'s' if engine.num_replicas > 1 else ''}",
+                _synthesis(recipe),
                 str(run.data / "synthesized"),
             )
         )
@@ -37,6 +36,20 @@ def stages_of(recipe: Recipe) -> list[tuple[str, str, str]]:
         models = "base and tuned model" if recipe.evaluate.compare_base else "tuned model"
         stages.append(("evaluate", f"{models} on held-out tasks: exact match, ROUGE-L", str(run.root / "evaluation")))
     return stages
+
+
+def _synthesis(recipe: Recipe) -> str:
+    """The method, how far it goes, and who serves it."""
+    config = recipe.synthesize
+    names = {"self_instruct": "Self-Instruct", "instruction_wild": "InstructionWild", "evol_instruct": "Evol-Instruct"}
+    name = names.get(config.method, config.method.replace("_", " ").capitalize())
+    goal = "the given instructions"
+    if hasattr(config, "num_instructions"):
+        goal = f"{config.num_instructions:,} new instructions"
+    writer = config.models.writer
+    engine = writer.engine or recipe.engine
+    engines = f"{engine.num_replicas} vLLM engine{'s' if engine.num_replicas > 1 else ''}"
+    return f"{name}: {goal}; {writer.path or recipe.model.path} on {engines}"
 
 
 def _to(recipe: Recipe) -> str:

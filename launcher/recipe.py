@@ -5,6 +5,7 @@ recipe = load(Path("recipes/demo.yaml"), ["train.learning_rate=1e-3"])
 
 import difflib
 from pathlib import Path
+from typing import get_args
 
 import yaml
 from omegaconf import OmegaConf
@@ -16,7 +17,8 @@ from cluster.engine_config import EngineConfig
 from cluster.errors import InputError
 from cluster.files import write_atomic
 from cluster.rundir import RunDir
-from generation.config import SynthesizeConfig
+from generation.config import DEFAULT_METHOD, METHOD_CONFIGS, SelfInstructConfig, SynthesizeConfig
+from generation.config.filters import FILTER_CONFIGS
 from trainer.config import EvaluateConfig, ExportConfig, TrainConfig
 
 
@@ -28,7 +30,7 @@ class Recipe(StrictModel):
     run_dir: Path = Field(Path(), validate_default=False, description="default: runs/<name>")
     model: ModelConfig
     engine: EngineConfig = EngineConfig()
-    synthesize: SynthesizeConfig = SynthesizeConfig()
+    synthesize: SynthesizeConfig = SelfInstructConfig()
     train: TrainConfig = TrainConfig()
     export: ExportConfig = ExportConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
@@ -94,13 +96,21 @@ def explain(error: ValidationError, path: Path, text: str, overrides: list[str])
     lines = []
     for complaint in error.errors():
         keys = [str(part) for part in complaint["loc"] if not str(part).startswith("function-")]
+        method = DEFAULT_METHOD
+        if keys[:1] == ["synthesize"] and keys[1:2] and keys[1] in METHOD_CONFIGS:
+            method = keys.pop(1)  # pydantic names the member of the union
         dotted = ".".join(keys) or "the recipe"
         message = complaint["msg"].removeprefix("Value error, ")
         if complaint["type"] == "extra_forbidden":
-            known = known_keys(keys[:-1])
+            known = known_keys(keys[:-1], method)
             near = difflib.get_close_matches(keys[-1], known, n=1)
             hint = f"did you mean `{near[0]}`?" if near else f"known: {', '.join(known)}"
             message = f"unknown key; {hint}"
+        elif complaint["type"] == "union_tag_invalid":
+            tag, known = complaint["ctx"]["tag"], complaint["ctx"]["expected_tags"].replace("'", "").split(", ")
+            near = difflib.get_close_matches(tag, known, n=1)
+            kind = "method" if keys == ["synthesize"] else "type"
+            message = f"unknown {kind} {tag}; {f'did you mean `{near[0]}`?' if near else 'known: ' + ', '.join(known)}"
         lines.append(f"{place(keys, path, text, overrides)}: {dotted}: {message}")
     return "\n".join(lines)
 
@@ -108,8 +118,10 @@ def explain(error: ValidationError, path: Path, text: str, overrides: list[str])
 def place(keys: list[str], path: Path, text: str, overrides: list[str]) -> str:
     """`file:line` of a key, or the command line if an override set it."""
     dotted = ".".join(keys)
-    if any(override.split("=")[0] == dotted or override.startswith(dotted + ".") for override in overrides):
-        return "command line"
+    for override in overrides:
+        name = override.split("=")[0]
+        if name == dotted or name.startswith(dotted + ".") or dotted.startswith(name + "."):
+            return "command line"
     node, line = yaml.compose(text), 1
     for key in keys:
         if not isinstance(node, yaml.MappingNode):
@@ -121,14 +133,21 @@ def place(keys: list[str], path: Path, text: str, overrides: list[str]) -> str:
     return f"{path}:{line}"
 
 
-def known_keys(keys: list[str]) -> list[str]:
-    """Keys of the section at `keys`."""
+def known_keys(keys: list[str], method: str) -> list[str]:
+    """Keys of the section at `keys`, where `synthesize` is that of `method`."""
     model: type[BaseModel] = Recipe
     for key in keys:
-        inner = model.model_fields[key].annotation
-        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
-            return []
-        model = inner
+        if key in FILTER_CONFIGS:  # inside a list of filters, after the place in it
+            model = FILTER_CONFIGS[key]
+        elif key == "synthesize":
+            model = METHOD_CONFIGS[method]
+        elif key in model.model_fields:
+            annotation = model.model_fields[key].annotation
+            choices = [annotation, *get_args(annotation)]  # of `Section | None` too
+            sections = [choice for choice in choices if isinstance(choice, type) and issubclass(choice, BaseModel)]
+            if not sections and not key.endswith("_filters"):
+                return []
+            model = sections[0] if sections else model
     return list(model.model_fields)
 
 

@@ -83,7 +83,7 @@ def evaluate(recipe: Recipe, run: RunDir) -> None:
     sets = tuple(Path(path) for path in recipe.evaluate.sets)
     if not sets:
         sets = (own / "eval.jsonl" if own.is_dir() else PACKAGED / "seeds" / "eval_tasks.jsonl",)
-    prompts = own / "prompts" if own.is_dir() else PACKAGED / "prompts" / "self_instruct"
+    prompts = (own if own.is_dir() else PACKAGED) / "prompts" / "self_instruct"
     stage.run(
         stage.EvaluateJob(
             run,

@@ -1,5 +1,9 @@
-"""Fixtures shared by the packages' tests: one Ray for all that need it, and a tiny random Llama."""
+"""Fixtures shared by the packages' tests: one Ray for all that need it, a tiny random Llama, and a small disk."""
 
+import os
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -54,6 +58,37 @@ def tiny_model(tmp_path_factory) -> Path:
     )
     LlamaForCausalLM(config).to(torch.float32).save_pretrained(folder)
     return folder
+
+
+@dataclass(frozen=True)
+class SmallDisk:
+    """A file system of a few MiB at `path`."""
+
+    path: Path
+
+    def resize(self, num_bytes: int) -> None:
+        subprocess.run(["mount", "-o", f"remount,size={num_bytes}", str(self.path)], check=True)
+
+    def fill(self, leave_bytes: int) -> None:
+        """Take up all space but so many bytes."""
+        state = os.statvfs(self.path)
+        with open(self.path / "ballast", "wb") as file:
+            file.write(b"\0" * (state.f_bavail * state.f_frsize - leave_bytes))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to mount a file system of its own")
+    path = tmp_path / "small-disk"
+    path.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(path)], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"this machine does not let us mount a file system: {mounted.stderr.strip()}")
+    yield SmallDisk(path)
+    subprocess.run(["umount", "--lazy", str(path)], check=True)
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

@@ -6,7 +6,11 @@ says how it behaves, so that each test scripts its own engines though all share 
     latency_ms    up to so many milliseconds per request, drawn anew each time
     die_at        numbers of requests, counted over all engines, at which the engine dies
     poison        a prompt with this text kills the engine
-    stall         a prompt with this text is never answered
+    stall         a prompt with this text is never answered, and makes no token
+    dribble       a prompt with this text makes a token every 50 ms for 3 s before it is answered
+    ms_per_token  milliseconds from one token of a request to the next
+    slow_ms_per_token   the same for the engine that starts first
+    say           {text in a prompt: what it is answered}, cut at max_tokens words
     refuse        a prompt with this text is an error
     fail_start    the engine raises this when it starts
 """
@@ -21,7 +25,7 @@ from pathlib import Path
 
 from cluster.config import ModelConfig
 from cluster.engine import EngineInfo
-from cluster.engine_config import Completion, EngineConfig, GenerationRequest, Prompt, Sample, Sampling
+from cluster.engine_config import Completion, EngineConfig, EngineReport, GenerationRequest, Prompt, Sample, Sampling
 
 LOG_LINE_BYTES = 65
 LIST_END = re.compile(r"\n\d+\.$")
@@ -54,33 +58,73 @@ def generated_ids(model_folder: Path) -> list[str]:
 
 
 class ScriptedEngine:
-    def __init__(self, config: EngineConfig, model: ModelConfig, num_gpus: int) -> None:
+    def __init__(self, config: EngineConfig, model: ModelConfig, num_gpus: int, adapters: tuple[str, ...] = ()) -> None:
         self._folder = Path(model.path)
         self._script = json.loads((self._folder / "script").read_text())
         if "fail_start" in self._script:
             raise ValueError(self._script["fail_start"])
         self._max_model_len = config.max_model_len or 100_000
         self._clock = random.Random()
+        self._num_tokens = 0
+        self._running: set[str] = set()
+        ms_per_token = self._script.get("ms_per_token", 0)
+        if self._is_first():
+            ms_per_token = self._script.get("slow_ms_per_token", ms_per_token)
+        self._seconds_per_token = ms_per_token / 1000
 
     def describe(self) -> EngineInfo:
         return EngineInfo(str(self._folder), self._max_model_len)
 
+    def report(self) -> EngineReport:
+        return EngineReport(num_tokens=self._num_tokens, num_running=len(self._running))
+
     async def generate(self, request: GenerationRequest) -> Completion:
+        self._running.add(request.request_id)
+        try:
+            return await self._generate(request)
+        finally:
+            self._running.discard(request.request_id)
+
+    async def _generate(self, request: GenerationRequest) -> Completion:
         prompt = prompt_text(request.prompt)
         if self._script.get("poison", "\0") in prompt:
             os._exit(1)
         if self._script.get("stall", "\0") in prompt:
             await asyncio.Event().wait()
+        if self._script.get("dribble", "\0") in prompt:
+            for _ in range(60):
+                await asyncio.sleep(0.05)
+                self._num_tokens += 1
         if self._script.get("refuse", "\0") in prompt:
             raise ValueError("no such thing")
         num_prompt_tokens = len(prompt.split())
         if num_prompt_tokens > self._max_model_len:
             return Completion.failed(request, "prompt_too_long")
         await asyncio.sleep(self._clock.random() * self._script.get("latency_ms", 0) / 1000)
+        samples = tuple(self._say(prompt, request.sampling, number) for number in range(request.sampling.n))
+        for _ in range(max(sample.num_tokens for sample in samples)):
+            if self._seconds_per_token:
+                await asyncio.sleep(self._seconds_per_token)
+            self._num_tokens += 1
         if self._log(request.request_id) in self._script.get("die_at", ()):
             os._exit(1)
-        samples = tuple(sample_of(prompt, request.sampling, number) for number in range(request.sampling.n))
         return Completion(request.request_id, samples, num_prompt_tokens)
+
+    def _say(self, prompt: str, sampling: Sampling, number: int) -> Sample:
+        for part, text in self._script.get("say", {}).items():
+            if part in prompt:
+                words = text.split(" ")[: sampling.max_tokens]
+                is_cut = len(text.split(" ")) > sampling.max_tokens
+                return Sample(" ".join(words), "length" if is_cut else "stop", len(words), tuple(range(len(words))))
+        return sample_of(prompt, sampling, number)
+
+    def _is_first(self) -> bool:
+        """Whether this is the first engine of this model."""
+        try:
+            os.close(os.open(self._folder / "first", os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return False
+        return True
 
     def _log(self, request_id: str) -> int:
         """Append the id to the file `generated`; returns how many it now holds, over all engines."""

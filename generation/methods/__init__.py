@@ -1,0 +1,14 @@
+"""The synthesis methods by the name that a recipe gives them."""
+
+from generation.method import Method
+from generation.methods.alpaca import Alpaca
+from generation.methods.evol_instruct import EvolInstruct
+from generation.methods.given import AnswerOnly, RejectionSampling
+from generation.methods.instruction_wild import InstructionWild
+from generation.methods.magpie import Magpie
+from generation.methods.self_instruct import SelfInstruct
+
+METHODS: dict[str, type[Method]] = {
+    method.NAME: method
+    for method in (SelfInstruct, Alpaca, InstructionWild, EvolInstruct, Magpie, AnswerOnly, RejectionSampling)
+}

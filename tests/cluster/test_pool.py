@@ -8,9 +8,12 @@ from types import SimpleNamespace
 import pytest
 
 from cluster.config import ModelConfig
-from cluster.engine_config import Completion, EngineConfig, GenerationRequest, Sampling
+from cluster.dispatch import Engine
+from cluster.engine_config import Completion, EngineConfig, EngineReport, GenerationRequest, Sampling
 from cluster.errors import InputError, TunesmithError
-from cluster.pool import EnginePool, _Engine
+from cluster.pool import EnginePool
+from cluster.pool_stats import EngineStats
+from cluster.supervision import Pulse
 from tests.fakes import continue_prompt, generated_ids, scripted, write_script
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -101,7 +104,7 @@ def test_an_engine_that_finishes_nothing_is_replaced(tmp_path):
     config = scripted(max_num_seqs=4, stall_timeout_seconds=1)
     completions, stats = complete_all(config, model, prompts(6))
     assert [completion.finish_reason for completion in completions] == ["stop"] * 2 + ["engine_died"] + ["stop"] * 3
-    assert "finished nothing" in stats.last_death
+    assert "made no token" in stats.last_death
 
 
 def test_a_prompt_too_long_is_an_outcome(tmp_path):
@@ -148,10 +151,12 @@ def test_closing_is_never_lost_when_it_meets_an_answer(tmp_path, num_turns):
         first = next(answers)
         refs = iter([first, *answers])
         actor = SimpleNamespace(collect=SimpleNamespace(remote=lambda _seconds: next(refs)))
-        pool = EnginePool(scripted(), write_script(tmp_path / "model"))
-        collecting = asyncio.create_task(pool._collect(_Engine(actor, capacity=1)))
+        config = scripted()
+        pool = EnginePool(config, write_script(tmp_path / "model"))
+        engine = Engine(actor, Pulse(config), EngineStats(), window=1, capacity=1)
+        collecting = asyncio.create_task(pool._collect(engine))
         await asyncio.sleep(0)
-        first.set_result([])
+        first.set_result(([], EngineReport()))
         for _ in range(num_turns):
             await asyncio.sleep(0)
         collecting.cancel()

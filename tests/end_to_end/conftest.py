@@ -20,7 +20,7 @@ CANARY = "hf_canary0123456789"
 class Attempt:
     exit_code: int
     output: str
-    num_logged_before: int  # bytes of requests.log when it started
+    num_logged_before: int  # bytes of the request log when it started
     children: tuple[psutil.Process, ...] = ()  # of the command when the signal was sent
 
 
@@ -36,7 +36,7 @@ class Demo:
 
 def attempt(run_dir: Path, until: Callable[[], bool] | None = None, signum: int = signal.SIGKILL) -> Attempt:
     """Run the demo to its end by `make demo`; or by its command, and send `signum` to that once `until` is true."""
-    log = run_dir / "requests.log"
+    log = run_dir / "requests" / "00000.log"
     logged = log.stat().st_size if log.is_file() else 0
     output = run_dir.parent / "output.txt"
     command = ["make", "--no-print-directory", "demo", f"ARGS=--run-dir {run_dir}"]
@@ -69,7 +69,7 @@ def attempt(run_dir: Path, until: Callable[[], bool] | None = None, signum: int 
 def demo(tmp_path_factory) -> Demo:
     """Killed while it synthesizes and while it trains, stopped with Ctrl-C while it evaluates, then run to its end."""
     run_dir = tmp_path_factory.mktemp("demo") / "run"
-    log, metrics = run_dir / "requests.log", run_dir / "metrics.jsonl"
+    log, metrics = run_dir / "requests" / "00000.log", run_dir / "metrics.jsonl"
     predictions = run_dir / "evaluation" / "base.json"
     attempts = [
         attempt(run_dir, lambda: log.is_file() and log.stat().st_size > 100_000),

@@ -10,14 +10,18 @@ from cluster.config import ModelConfig
 from cluster.engine_config import EngineConfig
 from cluster.errors import TunesmithError
 from cluster.rundir import RunDir
-from generation.config import SynthesizeConfig
+from generation.config import SelfInstructConfig
 from generation.synthesize import run
 from tests.fakes import scripted
 
 
-def synthesize(model: Path, run_root: Path, num_instructions: int, engine: EngineConfig) -> dict:
+def synthesize(
+    model: Path, run_root: Path, num_instructions: int, engine: EngineConfig, checkpoint_seconds: float = 0.2
+) -> dict:
     """The stage as the tests run it, in this process."""
-    config = SynthesizeConfig(num_instructions=num_instructions, lookahead=16, rows_per_shard=40)
+    config = SelfInstructConfig(
+        num_instructions=num_instructions, lookahead=16, rows_per_shard=40, checkpoint_seconds=checkpoint_seconds
+    )
     return run(config, ModelConfig(path=str(model)), engine, RunDir(run_root), seed=7)
 
 

@@ -1,17 +1,26 @@
-"""The log of finished requests survives torn writes and never trusts a damaged byte."""
+"""The log of finished requests survives torn writes, keeps its place over many segments, and trusts no damaged byte."""
 
 import errno
+import hashlib
 import os
+import shutil
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.errors import InputError
-from generation.request_log import HEADER, RequestLog
+from generation.log_segments import HEADER
+from generation.request_log import RequestLog
 
 values = st.lists(st.dictionaries(st.text(max_size=5), st.text(max_size=30), max_size=3), min_size=1, max_size=8)
+segment_sizes = st.sampled_from([1, 100, 250, 10_000])
+quick = settings(deadline=None, max_examples=60)
+
+
+def make_id(number: int) -> str:
+    return hashlib.sha256(str(number).encode()).hexdigest()
 
 
 @pytest.fixture(scope="module")
@@ -19,94 +28,187 @@ def folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("logs")
 
 
-def write_log(path: Path, values: list[dict]) -> list[int]:
-    """A new log with these values under the ids "0", "1", ...; returns where each record ends."""
-    path.unlink(missing_ok=True)
-    ends = []
-    with RequestLog(path) as log:
+def write_log(path: Path, values: list[dict], segment_bytes: int = 10_000) -> list[tuple[Path, int, int]]:
+    """A new log with these values, by number; returns the segment of each record, and where it begins and ends."""
+    shutil.rmtree(path, ignore_errors=True)
+    places = []
+    with RequestLog(path, segment_bytes) as log:
         for number, value in enumerate(values):
-            log.append(str(number), value)
-            ends.append(path.stat().st_size)
-    return ends
+            sizes = {file: file.stat().st_size for file in path.glob("*.log")}
+            log.append(make_id(number), value)
+            grown = max(path.glob("*.log"))
+            places.append((grown, sizes.get(grown, 0), grown.stat().st_size))
+    return places
 
 
 def assert_holds(log: RequestLog, values: list[dict]) -> None:
     assert len(log) == len(values)
+    assert log.ids() == {make_id(number) for number in range(len(values))}
     for number, value in enumerate(values):
-        assert str(number) in log
-        assert log.get(str(number)) == value
+        assert make_id(number) in log
+        assert log.get(make_id(number)) == value
 
 
-@given(values=values)
-def test_what_was_appended_is_there_after_opening_again(folder, values):
-    write_log(folder / "log", values)
-    with RequestLog(folder / "log") as log:
-        assert_holds(log, values)
-        assert log.get("unknown") is None and "unknown" not in log
-        assert log.num_dropped_bytes == 0
+@quick
+@given(values=values, segment_bytes=segment_sizes)
+def test_what_was_appended_is_there_after_opening_again(folder, values, segment_bytes):
+    write_log(folder / "log", values[:-1], segment_bytes)
+    for expected in (values[:-1], values):
+        with RequestLog(folder / "log", segment_bytes) as log:
+            assert_holds(log, expected)
+            assert make_id(99) not in log and log.get(make_id(99)) is None
+            assert (log.num_dropped_bytes, log.rebuilt) == (0, [])
+            if expected is not values:
+                log.append(make_id(len(values) - 1), values[-1])
+                assert_holds(log, values)
 
 
-@given(values=values, data=st.data())
-def test_cut_anywhere_it_loses_only_the_record_that_was_cut(folder, values, data):
+def test_a_segment_that_is_full_is_sealed_and_the_next_begun(tmp_path):
+    write_log(tmp_path / "log", [{"text": "x" * 100}] * 7, segment_bytes=400)
+    names = sorted(file.name for file in (tmp_path / "log").iterdir())
+    assert names == ["00000.index", "00000.log", "00001.index", "00001.log", "00002.log"]
+    with RequestLog(tmp_path / "log", segment_bytes=10_000) as log:  # another size later on
+        assert_holds(log, [{"text": "x" * 100}] * 7)
+
+
+@quick
+@given(values=values, segment_bytes=segment_sizes, data=st.data())
+def test_cut_anywhere_it_loses_only_the_record_that_was_cut(folder, values, segment_bytes, data):
     path = folder / "log"
-    ends = write_log(path, values)
-    size = data.draw(st.integers(0, ends[-1]), label="size")
-    os.truncate(path, size)
-    num_whole = sum(end <= size for end in ends)
-    with RequestLog(path) as log:
-        assert_holds(log, values[:num_whole])
-        assert log.num_dropped_bytes == size - (ends[num_whole - 1] if num_whole else 0)
-        for number in range(num_whole, len(values)):
-            log.append(str(number), values[number])
+    places = write_log(path, values, segment_bytes)
+    last = places[-1][0]
+    size = data.draw(st.integers(0, places[-1][2]), label="size")
+    os.truncate(last, size)
+    whole = [place for place in places if place[0] != last or place[2] <= size]
+    with RequestLog(path, segment_bytes) as log:
+        assert_holds(log, values[: len(whole)])
+        assert log.num_dropped_bytes == size - max([end for file, _, end in whole if file == last], default=0)
+        for number in range(len(whole), len(values)):
+            log.append(make_id(number), values[number])
         assert_holds(log, values)
-    with RequestLog(path) as log:
+    with RequestLog(path, segment_bytes) as log:
         assert_holds(log, values)
 
 
-@given(values=values, data=st.data())
-def test_a_changed_byte_is_an_error_that_names_the_record_or_costs_only_the_last(folder, values, data):
+@quick
+@given(values=values, segment_bytes=segment_sizes, data=st.data())
+def test_a_changed_byte_is_never_a_wrong_value(folder, values, segment_bytes, data):
     path = folder / "log"
-    ends = write_log(path, values)
-    place = data.draw(st.integers(0, ends[-1] - 1), label="place")
-    damaged = bytearray(path.read_bytes())
-    damaged[place] ^= data.draw(st.integers(1, 255), label="flip")
-    path.write_bytes(damaged)
-    number = sum(end <= place for end in ends)
-    start = ends[number - 1] if number else 0
-    if number == len(values) - 1 and place >= start + HEADER.size:
-        with RequestLog(path) as log:  # the last payload: looks like a write that a power cut interrupted
+    places = write_log(path, values, segment_bytes)
+    file = data.draw(st.sampled_from(sorted(file for file in path.iterdir() if file.stat().st_size)), label="file")
+    content = bytearray(file.read_bytes())
+    place = data.draw(st.integers(0, len(content) - 1), label="place")
+    content[place] ^= data.draw(st.integers(1, 255), label="flip")
+    file.write_bytes(content)
+    if file.suffix == ".index":
+        with RequestLog(path, segment_bytes) as log:
+            assert_holds(log, values)
+            assert log.rebuilt == [file]
+        with RequestLog(path, segment_bytes) as log:
+            assert log.rebuilt == []
+        return
+    number = next(n for n, (name, _, end) in enumerate(places) if name == file and place < end)
+    start, end = places[number][1:]
+    error = rf"{file}: damaged at byte {start}: .*`truncate -s {start} {file}`"
+    if file != places[-1][0]:  # a full segment: found out when the record is read, and every other record is sound
+        with RequestLog(path, segment_bytes) as log:
+            with pytest.raises(InputError, match=error):
+                log.get(make_id(number))
+            assert all(log.get(make_id(n)) == value for n, value in enumerate(values) if n != number)
+    elif number == len(values) - 1 and place >= start + HEADER.size:
+        with RequestLog(path, segment_bytes) as log:  # the last payload: looks like a write that a power cut stopped
             assert_holds(log, values[:number])
-            assert log.num_dropped_bytes == ends[-1] - start
+            assert log.num_dropped_bytes == end - start
     else:
-        with pytest.raises(InputError, match=rf"damaged at byte {start}:"):
-            RequestLog(path)
-        assert path.read_bytes() == damaged  # and nothing was cut off
+        with pytest.raises(InputError, match=error):
+            RequestLog(path, segment_bytes)
+        assert file.read_bytes() == content  # and nothing was cut off
+
+
+@pytest.mark.parametrize("spoil", [Path.unlink, lambda file: file.write_bytes(b""), lambda file: os.truncate(file, 50)])
+def test_an_index_that_is_gone_or_cut_is_made_again_from_its_segment(tmp_path, spoil):
+    path, values = tmp_path / "log", [{"n": number} for number in range(9)]
+    write_log(path, values, segment_bytes=150)
+    before = {file.name: file.read_bytes() for file in path.glob("*.index")}
+    spoil(path / "00001.index")
+    with RequestLog(path, segment_bytes=150) as log:
+        assert log.rebuilt == [path / "00001.index"]
+        assert_holds(log, values)
+    assert {file.name: file.read_bytes() for file in path.glob("*.index")} == before
+
+
+def test_a_full_segment_that_was_cut_is_not_taken_for_a_torn_one(tmp_path):
+    path, values = tmp_path / "log", [{"n": number} for number in range(9)]
+    places = write_log(path, values, segment_bytes=150)
+    segment, start, end = places[1]
+    os.truncate(segment, end - 1)
+    with pytest.raises(InputError, match=rf"{segment}: damaged at byte {start}"):
+        RequestLog(path, segment_bytes=150)
+    os.truncate(segment, start)  # the fix of the message
+    lost = {number for number, place in enumerate(places) if place[0] == segment and place[2] > start}
+    with RequestLog(path, segment_bytes=150) as log:
+        assert log.ids() == {make_id(number) for number in range(9) if number not in lost}
+        assert log.rebuilt == [segment.with_suffix(".index")]
+        for number in lost:
+            log.append(make_id(number), values[number])
+        assert_holds(log, values)
+
+
+@pytest.mark.parametrize("name", ["00001.log", "00002.log"])
+def test_a_missing_segment_is_named_and_an_empty_one_in_its_place_is_enough(tmp_path, name):
+    path = tmp_path / "log"
+    places = write_log(path, [{"n": number} for number in range(5)], segment_bytes=1)
+    for file in path.glob("0000[34].*"):
+        file.unlink()  # leaves 00002, sealed, as the last
+    (path / name).unlink()
+    with pytest.raises(InputError, match=rf"{path / name}: missing.*`touch {path / name}`"):
+        RequestLog(path, segment_bytes=1)
+    (path / name).touch()
+    with RequestLog(path, segment_bytes=1) as log:
+        assert log.ids() == {make_id(n) for n, (file, _, _) in enumerate(places[:3]) if file.name != name}
 
 
 def test_zeros_after_a_power_cut_are_a_torn_end(tmp_path):
-    (end,) = write_log(tmp_path / "log", [{"a": "b"}])
-    os.truncate(tmp_path / "log", end + 500)
+    ((segment, _, end),) = write_log(tmp_path / "log", [{"a": "b"}])
+    os.truncate(segment, end + 500)
     with RequestLog(tmp_path / "log") as log:
         assert_holds(log, [{"a": "b"}])
         assert log.num_dropped_bytes == 500
-    assert (tmp_path / "log").stat().st_size == end
+    assert segment.stat().st_size == end
 
 
-def test_an_id_is_appended_once(tmp_path):
-    with RequestLog(tmp_path / "log") as log:
-        log.append("a", {"n": 1})
+@pytest.mark.parametrize("segment_bytes", [1, 10_000])
+def test_an_id_is_appended_once(tmp_path, segment_bytes):
+    write_log(tmp_path / "log", [{"n": 1}, {"n": 2}], segment_bytes)
+    with RequestLog(tmp_path / "log", segment_bytes) as log:
         with pytest.raises(ValueError, match="already"):
-            log.append("a", {"n": 2})
-        assert log.get("a") == {"n": 1}
+            log.append(make_id(0), {"n": 3})
+        assert_holds(log, [{"n": 1}, {"n": 2}])
 
 
-@pytest.mark.parametrize("num_bytes_that_fit", [0, 7, 30])
-def test_a_full_disk_leaves_no_part_of_a_record(tmp_path, monkeypatch, num_bytes_that_fit):
-    path = tmp_path / "log"
+def test_ids_with_the_same_beginning_are_told_apart(tmp_path):
+    ids = ["00" * 8 + f"{number:02x}" * 24 for number in (3, 1, 0, 2, 5)]
+    with RequestLog(tmp_path / "log", segment_bytes=150) as log:
+        for number, request_id in enumerate(ids):
+            log.append(request_id, {"n": number})
+        assert [log.get(request_id) for request_id in ids] == [{"n": number} for number in range(5)]
+        assert "00" * 8 + "04" * 24 not in log
+
+
+@pytest.mark.parametrize("request_id", ["", "seed", "ab" * 31, "AB" * 32, " " + "ab" * 31 + "a", "ab" * 33])
+def test_an_id_that_is_no_hash_is_refused(tmp_path, request_id):
+    with RequestLog(tmp_path / "log") as log:
+        with pytest.raises(ValueError, match="not a SHA-256"):
+            log.append(request_id, {})
+        assert request_id not in log and log.get(request_id) is None
+        assert len(log) == 0
+
+
+def write_until_full(room: int):
+    """An `os.write` with so many bytes of room on the disk."""
     real_write = os.write
-    room = num_bytes_that_fit
 
-    def write_until_full(descriptor: int, data: bytes) -> int:
+    def write(descriptor: int, data: bytes) -> int:
         nonlocal room
         if room == 0:
             raise OSError(errno.ENOSPC, "No space left on device")
@@ -114,15 +216,45 @@ def test_a_full_disk_leaves_no_part_of_a_record(tmp_path, monkeypatch, num_bytes
         room -= num_written
         return num_written
 
+    return write
+
+
+@pytest.mark.parametrize("num_bytes_that_fit", [0, 7, 60])
+def test_a_full_disk_leaves_no_part_of_a_record(tmp_path, monkeypatch, num_bytes_that_fit):
+    path = tmp_path / "log"
     with RequestLog(path) as log:
-        log.append("0", {"kept": True})
-        before = path.read_bytes()
-        monkeypatch.setattr(os, "write", write_until_full)
+        log.append(make_id(0), {"kept": True})
+        before = (path / "00000.log").read_bytes()
+        monkeypatch.setattr(os, "write", write_until_full(num_bytes_that_fit))
         with pytest.raises(InputError, match=r"the disk is full .* start the same command again"):
-            log.append("1", {"lost": "x" * 100})
+            log.append(make_id(1), {"lost": "x" * 100})
         monkeypatch.undo()
-        assert path.read_bytes() == before
-        assert "1" not in log
-        log.append("1", {"now": "it fits"})
+        assert (path / "00000.log").read_bytes() == before
+        assert make_id(1) not in log
+        log.append(make_id(1), {"now": "it fits"})
     with RequestLog(path) as log:
         assert_holds(log, [{"kept": True}, {"now": "it fits"}])
+
+
+@pytest.mark.parametrize("what", ["replace", "open", "write"])
+def test_a_disk_that_fills_up_while_a_segment_is_sealed_changes_nothing(tmp_path, monkeypatch, what):
+    path = tmp_path / "log"
+    real = getattr(os, what)
+
+    def full(*arguments, **options):
+        if what == "open" and "00001.log" not in str(arguments[0]):
+            return real(*arguments, **options)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with RequestLog(path, segment_bytes=1) as log:
+        log.append(make_id(0), {"n": 0})
+        monkeypatch.setattr(os, what, full)
+        with pytest.raises(InputError, match="the disk is full"):
+            log.append(make_id(1), {"n": 1})
+        monkeypatch.undo()
+        assert_holds(log, [{"n": 0}])
+    with RequestLog(path, segment_bytes=1) as log:
+        assert_holds(log, [{"n": 0}])
+        log.append(make_id(1), {"n": 1})
+        assert_holds(log, [{"n": 0}, {"n": 1}])
+        assert log.rebuilt == []

@@ -18,7 +18,8 @@ from cluster.errors import EXIT_PREEMPTED, InputError, TunesmithError
 from cluster.files import sha256_file
 from cluster.manifest import verify_manifest
 from cluster.rundir import RunDir
-from generation.config import SynthesizeConfig
+from generation.config import SelfInstructConfig
+from generation.config.filters import LengthConfig
 from generation.request_log import RequestLog
 from generation.synthesize import run
 from tests.fakes import generated_ids, scripted, write_script
@@ -31,7 +32,7 @@ NUM_INSTRUCTIONS = 120
 
 def contents(run_root: Path) -> dict[str, str]:
     """SHA-256 of every file of the data, which is all sealed."""
-    for name in ("synthesized", "rejected"):
+    for name in ("synthesized", "rejected", "instructions"):
         verify_manifest(run_root / "data" / name)
     files = [path for path in (run_root / "data").rglob("*") if path.is_file()]
     return {str(path.relative_to(run_root)): sha256_file(path) for path in files}
@@ -62,7 +63,7 @@ def test_the_dataset_opens_and_the_verdict_counts_it(undisturbed):
     _, verdict, run_root = undisturbed
     rows = load_from_disk(str(run_root / "data" / "synthesized"))
     rejected = load_from_disk(str(run_root / "data" / "rejected"))
-    instructions = (run_root / "data" / "instructions.jsonl").read_text().splitlines()
+    instructions = load_from_disk(str(run_root / "data" / "instructions"))
     assert verdict == json.loads((run_root / "verdict-synthesize.json").read_text())
     assert verdict["num_kept"] == len(instructions) == NUM_INSTRUCTIONS
     assert verdict["num_rows"] == len(rows) > verdict["num_seed_rows"] == rows["method"].count("seed") == 175
@@ -110,7 +111,7 @@ def wait_for_requests(model: Path, num: int, driver: subprocess.Popen) -> None:
 
 def logged_ids(run_root: Path, scratch: Path) -> set[str]:
     """Ids in a copy of the log, so that reading it repairs nothing."""
-    shutil.copy(run_root / "requests.log", scratch)
+    shutil.copytree(run_root / "requests", scratch, dirs_exist_ok=True)
     with RequestLog(scratch) as log:
         return log.ids()
 
@@ -130,7 +131,7 @@ def test_killed_at_any_point_the_bytes_are_the_same_and_no_logged_request_is_gen
         driver.communicate()
         assert logged.isdisjoint(generated_ids(model)[before:])
         assert not (run_root / "data" / "synthesized" / "manifest.json").exists()
-        logged = logged_ids(run_root, tmp_path / "copy.log")
+        logged = logged_ids(run_root, tmp_path / "copy")
     before = len(generated_ids(model))
     verdict = synthesize(model, run_root, NUM_INSTRUCTIONS, scripted(max_num_seqs=8))
     assert logged.isdisjoint(generated_ids(model)[before:])
@@ -147,7 +148,7 @@ def test_a_signal_ends_it_as_preempted_and_more_signals_break_nothing(undisturbe
         driver.send_signal(number)
     said, _ = driver.communicate()
     assert driver.returncode == EXIT_PREEMPTED, said
-    logged = logged_ids(tmp_path / "run", tmp_path / "copy.log")
+    logged = logged_ids(tmp_path / "run", tmp_path / "copy")
     assert f"Preempted: stopped by {signals[0].name}; {len(logged)} finished requests are saved" in said
     events = [json.loads(line)["event"] for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
     assert events == ["started", "preempted"]
@@ -181,7 +182,7 @@ def test_damaged_data_is_named_and_not_skipped(undisturbed, model, tmp_path):
 def test_a_removed_dataset_is_made_again_from_the_log_alone(undisturbed, model, tmp_path):
     shutil.copytree(undisturbed[2], tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "data")
-    logged = logged_ids(tmp_path / "run", tmp_path / "copy.log")
+    logged = logged_ids(tmp_path / "run", tmp_path / "copy")
     verdict = synthesize(model, tmp_path / "run", NUM_INSTRUCTIONS, scripted())
     assert contents(tmp_path / "run") == undisturbed[0]
     assert verdict["resumed_requests"] >= verdict["num_requests"]
@@ -200,7 +201,7 @@ def test_a_run_folder_in_use_is_refused(model, tmp_path):
 
 
 def test_stopping_short_is_said_clearly(model, tmp_path, capsys):
-    config = SynthesizeConfig(num_instructions=1000, max_requests=2)
+    config = SelfInstructConfig(num_instructions=1000, max_requests=2)
     verdict = run(config, ModelConfig(path=str(model)), scripted(), RunDir(tmp_path / "run"), 0)
     assert (verdict["is_complete"], verdict["stopped_because"]) == (False, "max_requests=2 reached")
     assert 0 < verdict["num_kept"] < 1000
@@ -208,7 +209,7 @@ def test_stopping_short_is_said_clearly(model, tmp_path, capsys):
 
 
 def test_keeping_nothing_is_a_failure_with_the_reasons(model, tmp_path):
-    config = SynthesizeConfig(min_instruction_words=100, max_fruitless_requests=3)
+    config = SelfInstructConfig(instruction_filters=(LengthConfig(min_words=100),), max_fruitless_requests=3)
     with pytest.raises(TunesmithError, match=r"nothing was kept of 21 instructions: .*too_short"):
         run(config, ModelConfig(path=str(model)), scripted(), RunDir(tmp_path / "run"), 0)
     assert not (tmp_path / "run" / "data" / "synthesized" / "manifest.json").exists()
@@ -219,10 +220,10 @@ def test_a_model_brings_its_own_seeds_and_prompts(model, tmp_path):
     own.mkdir()
     seed = {"id": "own", "name": "own", "instruction": "Say something of your own.", "is_classification": False}
     (own / "seed_tasks.jsonl").write_text(json.dumps({**seed, "instances": [{"input": "", "output": "mine"}]}))
-    shutil.copytree(ROOT / "generation" / "prompts" / "self_instruct", own / "prompts")
-    config = SynthesizeConfig(num_instructions=5)
+    shutil.copytree(ROOT / "generation" / "prompts" / "self_instruct", own / "prompts" / "self_instruct")
+    config = SelfInstructConfig(num_instructions=5)
     verdict = run(config, ModelConfig(path=str(model)), scripted(), RunDir(tmp_path / "run"), 0)
     rows = load_from_disk(str(tmp_path / "run" / "data" / "synthesized"))
     assert verdict["num_seed_rows"] == 1
     assert rows[0]["messages"][1]["content"] == "mine"
-    assert rows[1]["prompt_name"].startswith("prompts/")
+    assert rows[1]["prompt_name"] in ("self_instruct/input_first", "self_instruct/output_first")

@@ -12,7 +12,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cluster.files import read_jsonl
-from generation.config import BLACKLIST
+from generation.config.filters import BLACKLIST
 from generation.world import words
 from generation.world.assets import MAX_ROUGE_L, evaluation_rows, rouge_l, seed_tasks
 from generation.world.build import PROMPTS, untrained_model

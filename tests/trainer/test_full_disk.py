@@ -1,9 +1,5 @@
 """A disk that fills up ends a stage with one clear error, spoils nothing, and the same command goes on afterwards."""
 
-import os
-import subprocess
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -11,6 +7,7 @@ import yaml
 
 from cluster.errors import EXIT_BAD_INPUT, EXIT_DONE, InputError
 from cluster.manifest import verify_manifest
+from tests.conftest import SmallDisk
 from tests.trainer.tools import chat_documents, command, train_here, write_chats, write_job
 from trainer import export
 from trainer.config import ExportConfig, TrainConfig
@@ -20,37 +17,6 @@ from trainer.job import read_job
 from trainer.state import newest, read_state
 
 MIB = 2**20
-
-
-@dataclass(frozen=True)
-class SmallDisk:
-    """A file system of a few MiB at `path`."""
-
-    path: Path
-
-    def resize(self, num_bytes: int) -> None:
-        subprocess.run(["mount", "-o", f"remount,size={num_bytes}", str(self.path)], check=True)
-
-    def fill(self, leave_bytes: int) -> None:
-        """Take up all space but so many bytes."""
-        state = os.statvfs(self.path)
-        with open(self.path / "ballast", "wb") as file:
-            file.write(b"\0" * (state.f_bavail * state.f_frsize - leave_bytes))
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
-    if os.geteuid() != 0:
-        pytest.skip("needs root, to mount a file system of its own")
-    path = tmp_path / "small-disk"
-    path.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(path)], capture_output=True, text=True
-    )
-    if mounted.returncode:
-        pytest.skip(f"this machine does not let us mount a file system: {mounted.stderr.strip()}")
-    yield SmallDisk(path)
-    subprocess.run(["umount", "--lazy", str(path)], check=True)
 
 
 @pytest.fixture(scope="module")

@@ -1,16 +1,12 @@
-"""What a user says about synthesis. Defaults are the published constants of Self-Instruct (Wang et al., 2023)."""
+"""Self-Instruct (Wang et al., 2023, arXiv 2212.10560): the defaults are the published constants."""
 
 from typing import Literal
 
 from pydantic import Field, model_validator
 
-from cluster.config import StrictModel
 from cluster.engine_config import Sampling
-
-BLACKLIST = (
-    *("image", "images", "graph", "graphs", "picture", "pictures", "file", "files", "map", "maps"),
-    *("draw", "plot", "go to"),
-)
+from generation.config.common import SynthesisConfig
+from generation.config.filters import SELF_INSTRUCT_FILTERS, FilterConfig
 
 
 # Sampling of each step: appendix A.1 gives temperatures and penalties, the released code stops and token limits.
@@ -48,36 +44,34 @@ class OutputFirstSampling(InputFirstSampling):
     max_tokens: int = Field(300, ge=1)
 
 
-class SynthesizeConfig(StrictModel):
-    """Self-Instruct: instructions grown from seed tasks, each classified and given instances by the same model."""
+class SelfInstructConfig(SynthesisConfig):
+    """Instructions grown from seed tasks, each classified and given instances by the same model."""
 
     method: Literal["self_instruct"] = "self_instruct"
-    seeds: str = Field("auto", description="seed tasks (JSON lines); auto: the model's own, else those packaged")
-    prompts: str = Field("auto", description="folder of templates; auto: the model's own, else those packaged")
     num_instructions: int = Field(100, ge=1, description="instructions of the machine to keep")
     max_requests: int | None = Field(None, ge=1, description="requests for instructions at most; none: no limit")
-    max_fruitless_requests: int = Field(200, ge=1, description="requests in a row that keep nothing before giving up")
-    lookahead: int = Field(64, ge=1, description="requests for instructions in flight; part of what decides the data")
     num_demonstrations: int = Field(8, ge=1, description="instructions shown in a prompt (§2.2: 8)")
     num_machine_demonstrations: int = Field(2, ge=0, description="of these, made by the machine (§2.2: 2)")
+    only_classification_seeds: bool = Field(False, description="show only seed tasks that are classification")
     capitalize: bool = Field(True, description="upper case first letter, lower case rest, as published")
-    min_instruction_words: int = Field(4, ge=1, description="shorter instructions are rejected")
-    max_instruction_words: int = Field(150, ge=1, description="longer instructions are rejected")
-    blacklist: tuple[str, ...] = Field(BLACKLIST, description="words of tasks that a text model cannot do")
-    max_rouge_l: float = Field(0.7, ge=0, le=1, description="instructions closer than this to a kept one are rejected")
-    num_nearest: int = Field(10, ge=1, description="nearest kept instructions stored with each instruction")
+    drop_truncated: bool = Field(True, description="drop a list of instructions that was cut at max_tokens, whole")
+    instruction_filters: tuple[FilterConfig, ...] = SELF_INSTRUCT_FILTERS
     max_instances: int = Field(5, ge=1, description="instances kept of an instruction")
+    drop_contradictions: bool = Field(True, description="drop all instances of a task with two outputs for one input")
+    clean_input_probability: float = Field(
+        0.5, ge=0, le=1, description="how often a lone field label in an input is removed and empty lines are closed up"
+    )
+    encoding: Literal["plain", "published"] = Field(
+        "plain", description="how instruction and input become the user's turn; published: one of 13 forms, at random"
+    )
     instruction_sampling: InstructionSampling = InstructionSampling()
     classification_sampling: ClassificationSampling = ClassificationSampling()
     input_first_sampling: InputFirstSampling = InputFirstSampling()
     output_first_sampling: OutputFirstSampling = OutputFirstSampling()
     include_seed_tasks: bool = Field(True, description="put the seed tasks' own instances into the dataset")
-    license: str | None = Field(None, description="license of what the model writes, for the dataset's column")
-    seed_license: str | None = Field(None, description="license of the seed tasks")
-    rows_per_shard: int = Field(10_000, ge=1, description="rows of one Arrow file")
 
     @model_validator(mode="after")
-    def _demonstrations_leave_room_for_seeds(self) -> "SynthesizeConfig":
+    def _demonstrations_leave_room_for_seeds(self) -> "SelfInstructConfig":
         if self.num_machine_demonstrations > self.num_demonstrations:
             raise ValueError(
                 f"num_machine_demonstrations={self.num_machine_demonstrations} is more than "

@@ -1,0 +1,263 @@
+"""The main loop of synthesis: propose, filter, finish, commit.
+
+    proposal r -> drafts -> filters -> kept instructions -> finished in parallel -> rows, in order -> files
+
+Everything that decides the data happens in the order of r, whatever order the answers come in: a proposal may draw only
+on what was kept up to r - lookahead, drafts are judged in the order of r, and rows leave in the order of their
+instructions. So one engine or many, interrupted or not, make the same data as long as the engines answer the same.
+"""
+
+import asyncio
+import math
+import time
+from collections import deque
+from collections.abc import Coroutine
+from dataclasses import asdict, dataclass, replace
+
+from generation.attribution import Attribution
+from generation.config import SynthesisConfig
+from generation.filters import Draft, FilterChain
+from generation.judge import Judge
+from generation.kept import KeptList, Shown
+from generation.method import Kept, Method, Outcome, Proposal
+from generation.records import Record, RejectedRecord, draft_of
+from generation.requester import BudgetReached
+from generation.sink import DataSink
+from generation.state import Admission, Tally, from_json, to_json
+
+MAX_OPEN = 20_000  # kept instructions whose rows are not yet committed; bounds memory, and slack behind a slow one
+
+
+@dataclass(frozen=True, slots=True)
+class _Admitted:
+    """What one proposal came to, on its way to the files."""
+
+    entries: list[RejectedRecord | tuple[Kept, asyncio.Task[Outcome | None]]]
+    admission: Admission  # as it was when the proposal was admitted
+
+
+class Driver:
+    """One run of a method to its end."""
+
+    def __init__(
+        self, method: Method, config: SynthesisConfig, sink: DataSink, judge: Judge | None, attribution: Attribution
+    ) -> None:
+        self.stopped_because = ""  # empty: the method reached its goal
+        self.admission = Admission()  # ahead of what is committed
+        self.finished = Tally()  # of the requests that wrote committed rows
+        self.num_unfinished = 0  # kept instructions that a spent budget left without rows
+        self._method = method
+        self._config = config
+        self._sink = sink
+        self._judge = judge
+        self._attribution = attribution
+        self._kept = KeptList(config.lookahead)
+        self._instruction_filters = FilterChain(config.instruction_filters)
+        self._row_filters = FilterChain(config.row_filters)
+        self._room = asyncio.Semaphore(MAX_OPEN)
+        self._tasks: set[asyncio.Task] = set()
+        self._admitted: asyncio.Queue[_Admitted | None] = asyncio.Queue()
+        self._last_checkpoint = time.monotonic()
+
+    async def run(self, checkpoint: dict | None) -> None:
+        """Make the dataset, from the beginning or from the state of a checkpoint.
+
+        Returns when there is enough, when no more can be had, or when a budget is spent; `stopped_because` tells.
+        """
+        for seed_id, draft in self._method.remembered():
+            self._instruction_filters.remember(seed_id, draft)
+        if checkpoint is None:
+            for record in self._method.seed_rows():
+                self._commit_row(record)
+        else:
+            self._restore(checkpoint)
+        async with asyncio.TaskGroup() as group:
+            growing = group.create_task(self._grow(group))
+            await self._commit()
+            growing.cancel()  # more than the budget has room for may be under way
+            for task in self._tasks:
+                task.cancel()
+
+    def _restore(self, checkpoint: dict) -> None:
+        """Take up where a checkpoint left off: the counts, and the filters' memory from the committed columns."""
+        self.admission, self.finished = from_json(checkpoint)
+        kept = list(self._sink.iter_columns("instructions", ["id", "instruction", "input"]))
+        self._kept.restore(kept, self.admission.num_admitted, self.admission.kept_after)
+        for batch in kept:
+            columns = batch.to_pydict()
+            self._instruction_filters.remember_many(columns["id"], columns["instruction"], columns["input"])
+        if self._config.row_filters:
+            for batch in self._sink.iter_columns("synthesized", ["id", "messages"]):
+                turns = [[message["content"] for message in row[-2:]] for row in batch["messages"].to_pylist()]
+                users, assistants = zip(*turns, strict=True) if turns else ((), ())
+                self._row_filters.remember_many(batch["id"].to_pylist(), users, None, assistants)
+
+    # -- propose and filter
+
+    async def _grow(self, group: asyncio.TaskGroup) -> None:
+        """Begin proposals, several at a time, and admit them in order."""
+        under_way: deque[asyncio.Task[Proposal | None]] = deque()
+        num_begun = self.admission.num_admitted
+        last = math.inf if self._method.max_proposals is None else self._method.max_proposals
+        while not self._has_enough():
+            while len(under_way) < self._num_wanted() and num_begun < last:
+                work = self._method.propose(num_begun, self._kept.visible_to(num_begun))
+                under_way.append(self._start(group, work))
+                num_begun += 1
+            if not under_way:
+                self._stop(self._method.exhausted)
+                break
+            proposal = await under_way.popleft()
+            if proposal is None:  # a budget is spent
+                break
+            await self._admit(group, proposal)
+            if self.admission.num_fruitless >= self._config.max_fruitless_requests:
+                self._stop(f"{self.admission.num_fruitless} requests in a row brought nothing new")
+                break
+        for task in under_way:
+            task.cancel()
+        self._admitted.put_nowait(None)
+
+    def _has_enough(self) -> bool:
+        return self._method.num_wanted is not None and self.admission.num_kept >= self._method.num_wanted
+
+    def _num_wanted(self) -> int:
+        """Proposals to have under way: `lookahead`, fewer when fewer will do at the yield so far."""
+        if self._method.num_wanted is None:
+            return self._config.lookahead
+        num_missing = self._method.num_wanted - self.admission.num_kept
+        if self.admission.num_kept:
+            num_missing = math.ceil(num_missing * self.admission.num_admitted / self.admission.num_kept)
+        return min(self._config.lookahead, num_missing)
+
+    async def _admit(self, group: asyncio.TaskGroup, proposal: Proposal) -> None:
+        """Judge the drafts of the next proposal in order, and begin to finish those that are kept."""
+        state = self.admission = self.admission.copy()
+        if proposal.made_by:
+            state.tally.count((proposal.made_by,))
+        entries: list[RejectedRecord | tuple[Kept, asyncio.Task[Outcome | None]]] = []
+        num_kept_before = state.num_kept
+        for position, item in enumerate(proposal.items):
+            if self._has_enough():
+                break
+            if isinstance(item, RejectedRecord):
+                entries.append(item)
+                continue
+            state.num_generated += 1
+            judged = self._judge_draft(proposal, position, item)
+            if isinstance(judged, RejectedRecord):
+                entries.append(judged)
+                continue
+            await self._room.acquire()
+            entries.append((judged, self._start(group, self._finish(judged))))
+        state.num_admitted += 1
+        state.num_fruitless = 0 if state.num_kept > num_kept_before else state.num_fruitless + 1
+        state.kept_after = self._kept.end_proposal()
+        self._admitted.put_nowait(_Admitted(entries, state))
+
+    def _judge_draft(self, proposal: Proposal, position: int, draft: Draft) -> Kept | RejectedRecord:
+        with self._attribution.spent_on("filter"):
+            verdict = self._instruction_filters.judge(draft)
+            if verdict.rejection:
+                source = proposal.made_by.request_id if proposal.made_by else proposal.id_prefix
+                return RejectedRecord("instruction", verdict.rejection, source, position, draft, verdict.nearest)
+            kept = Kept(f"{proposal.id_prefix}-{position}", draft, position, proposal, verdict.nearest)
+            self._instruction_filters.remember(kept.id, draft)
+        self._kept.append(Shown(kept.id, draft.instruction))
+        self.admission.num_kept += 1
+        return kept
+
+    # -- finish
+
+    def _start(self, group: asyncio.TaskGroup, work: Coroutine) -> asyncio.Task:
+        """Run `work`. Its result is None if it met a spent budget: what others are doing must go on."""
+
+        async def guarded() -> object:
+            try:
+                return await work
+            except BudgetReached as reached:
+                self._stop(str(reached))
+                return None
+
+        task = group.create_task(guarded())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(lambda _: work.close())  # cancelled before its first step, it would never be awaited
+        return task
+
+    async def _finish(self, kept: Kept) -> Outcome:
+        outcome = await self._method.finish(kept)
+        return await self._judge.score(outcome) if self._judge else outcome
+
+    def _stop(self, why: str) -> None:
+        self.stopped_because = self.stopped_because or why
+
+    # -- commit
+
+    async def _commit(self) -> None:
+        """Hand results to the files in order, whichever is ready first, until all are or the rows are enough."""
+        while (admitted := await self._admitted.get()) is not None:
+            for entry in admitted.entries:
+                if isinstance(entry, RejectedRecord):
+                    with self._attribution.spent_on("write"):
+                        self._sink.add_rejected(entry)
+                elif not await self._commit_outcome(*entry):
+                    return
+            self._maybe_checkpoint(admitted.admission)
+
+    async def _commit_outcome(self, kept: Kept, task: asyncio.Task[Outcome | None]) -> bool:
+        """Returns False once the dataset has all the rows that the budget allows."""
+        outcome = await task
+        self._room.release()
+        if outcome is None:
+            self.num_unfinished += 1
+            return True
+        self.finished.count(outcome.made_by)
+        with self._attribution.spent_on("write"):
+            self._sink.add_instruction(instruction_row(kept, outcome))
+            for rejected in outcome.rejected:
+                self._sink.add_rejected(replace(rejected, task=kept.id))
+        return all(self._commit_row(record) for record in outcome.rows)
+
+    def _commit_row(self, record: Record) -> bool:
+        """Filter and write a row. Returns False once there are as many as the budget allows."""
+        if self._config.row_filters:
+            draft = draft_of(record)
+            with self._attribution.spent_on("filter"):
+                verdict = self._row_filters.judge(draft)
+                if verdict.rejection is None:
+                    self._row_filters.remember(record.id, draft)
+            if verdict.rejection:
+                self._sink.add_rejected(RejectedRecord("row", verdict.rejection, record.id, 0, draft, verdict.nearest))
+                return True
+        with self._attribution.spent_on("write"):
+            self._sink.add_row(record)
+        limit = self._config.budget.max_rows
+        if limit is not None and self._sink.num_rows >= limit:
+            self._stop(f"budget.max_rows={limit} reached")
+            return False
+        return True
+
+    def _maybe_checkpoint(self, admission: Admission) -> None:
+        """Save progress now and then, between proposals, as long as nothing before was left unfinished."""
+        is_due = time.monotonic() - self._last_checkpoint >= self._config.checkpoint_seconds
+        if is_due and not self.num_unfinished:
+            with self._attribution.spent_on("write"):
+                self._sink.checkpoint(to_json(admission, self.finished))
+            self._last_checkpoint = time.monotonic()
+
+
+def instruction_row(kept: Kept, outcome: Outcome) -> dict:
+    """A kept instruction as a row of `data/instructions`."""
+    made_by = kept.proposal.made_by
+    return {
+        "id": kept.id,
+        "instruction": kept.draft.instruction,
+        "input": kept.draft.input,
+        "is_classification": outcome.is_classification,
+        "request_id": made_by.request_id if made_by else None,
+        "round": 0,
+        "parent_ids": list(kept.proposal.parent_ids),
+        "seed_ids": list(kept.proposal.seed_ids),
+        "nearest": [asdict(neighbor) for neighbor in kept.nearest],
+    }

@@ -1,0 +1,113 @@
+"""Has the same been seen before, to the letter or nearly?"""
+
+import unicodedata
+from collections.abc import Sequence
+from hashlib import blake2b
+
+from rensa import RMinHash, RMinHashLSH
+
+from generation.config.filters import ExactDuplicateConfig, NearDuplicateConfig
+from generation.filters.drafts import FIELD_END, Draft, Rejection, Verdict, joined_fields
+
+PASSED = Verdict(None)
+BULK_SIZE = 10_000  # texts whose shingles are in memory at one time
+
+
+def normalized(text: str) -> str:
+    """Compatible forms of characters, upper and lower case, and all white space made one; at the ends of fields none.
+
+    Lone surrogates, which can come out of a model's bytes and which no encoding takes, become question marks.
+    """
+    text = unicodedata.normalize("NFKC", text).encode("utf-8", "replace").decode("utf-8")
+    return FIELD_END.join(" ".join(field.split()) for field in text.casefold().split(FIELD_END))
+
+
+class ExactDuplicates:
+    """Remembers 16 bytes of each text."""
+
+    def __init__(self, config: ExactDuplicateConfig) -> None:
+        self.fields = config.fields
+        self._ids: dict[bytes, str] = {}
+
+    def judge(self, draft: Draft) -> Verdict:
+        text = joined_fields(self.fields, draft)
+        if text is None or (found := self._ids.get(self._digest(text))) is None:
+            return PASSED
+        return Verdict(Rejection("exact_duplicate", f"same as {found}"))
+
+    def remember_texts(self, ids: Sequence[str], texts: Sequence[str]) -> None:
+        for draft_id, text in zip(ids, texts, strict=True):
+            self._ids.setdefault(self._digest(text), draft_id)
+
+    @staticmethod
+    def _digest(text: str) -> bytes:
+        return blake2b(normalized(text).encode(), digest_size=16).digest()
+
+
+class NearDuplicates:
+    """MinHash and its bands propose (rensa); the Jaccard similarity of the shingles themselves decides."""
+
+    def __init__(self, config: NearDuplicateConfig) -> None:
+        self.fields = config.fields
+        self._config = config
+        self._lsh = RMinHashLSH(config.threshold, config.num_perm, num_bands(config))
+        self._ids: list[str] = []
+        self._texts: list[str] = []  # normalized
+
+    def judge(self, draft: Draft) -> Verdict:
+        text = joined_fields(self.fields, draft)
+        if text is None or not self._ids or not (found := shingles(normalized(text), self._config)):
+            return PASSED
+        best, best_place = 0.0, 0
+        for place in sorted(self._lsh.query(self._sketch(found))):
+            similarity = jaccard(found, shingles(self._texts[place], self._config))
+            if similarity > best:
+                best, best_place = similarity, place
+        if best < self._config.threshold:
+            return PASSED
+        return Verdict(Rejection("near_duplicate", f"Jaccard {best:.3f} to {self._ids[best_place]}"))
+
+    def remember_texts(self, ids: Sequence[str], texts: Sequence[str]) -> None:
+        config = self._config
+        for start in range(0, len(texts), BULK_SIZE):
+            some = [normalized(text) for text in texts[start : start + BULK_SIZE]]
+            sets = [list(shingles(text, config)) for text in some]
+            matrix = RMinHash.digest_matrix_from_token_sets(sets, config.num_perm, config.seed)
+            self._lsh.insert_matrix(matrix, start_key=len(self._ids))
+            self._texts += some
+            self._ids += ids[start : start + BULK_SIZE]
+
+    def _sketch(self, found: set[str]) -> RMinHash:
+        sketch = RMinHash(self._config.num_perm, self._config.seed)
+        sketch.update(list(found))
+        return sketch
+
+
+def shingles(text: str, config: NearDuplicateConfig) -> set[str]:
+    """All runs of `shingle_size` units of a normalized text; a shorter text is one shingle, an empty one has none."""
+    if not text:
+        return set()
+    units = text if config.shingle_unit == "character" else text.split(" ")
+    size = min(config.shingle_size, len(units))
+    runs = [units[start : start + size] for start in range(len(units) - size + 1)]
+    return set(runs) if config.shingle_unit == "character" else {" ".join(run) for run in runs}
+
+
+def jaccard(first: set[str], second: set[str]) -> float:
+    """Size of what both have over size of what either has."""
+    num_common = len(first & second)
+    return num_common / (len(first) + len(second) - num_common) if num_common else 0.0
+
+
+def num_bands(config: NearDuplicateConfig) -> int:
+    """The fewest bands that find a text exactly at the threshold with probability `min_recall`.
+
+    With b bands of r values each, similarity s is found with probability 1 - (1 - s^r)^b (Leskovec, Rajaraman and
+    Ullman, Mining of Massive Datasets, §3.4.2). More bands find more, and make more to verify.
+    """
+    for bands in range(1, config.num_perm + 1):
+        if config.num_perm % bands == 0:
+            recall = 1 - (1 - config.threshold ** (config.num_perm // bands)) ** bands
+            if recall >= config.min_recall:
+                return bands
+    return config.num_perm

@@ -1,0 +1,130 @@
+"""All that decides the data of a synthesis, found and checked before anything is started."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.config import ModelConfig
+from cluster.engine_config import EngineConfig
+from cluster.errors import InputError
+from cluster.files import sha256_file, sha256_json, write_json
+from cluster.model_source import fingerprint_folder
+from cluster.rundir import RunDir
+from generation.config import Role, SynthesisConfig
+from generation.judge import PROMPTS as JUDGE_PROMPTS
+from generation.method import Method
+from generation.methods import METHODS
+from generation.seed_tasks import SeedTask, load_seed_tasks
+from generation.serving import Player, find_players
+from generation.templates import Prompt, load_prompts
+
+PACKAGE = Path(__file__).parent
+BESIDE_MODEL = "tunesmith"  # a model folder may bring seeds and prompts of its own in this subfolder
+SEED_FILES = {"instruction_wild": "user_instructions.jsonl"}  # of other methods: seed_tasks.jsonl
+WITHOUT_SEEDS = ("magpie",)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Read and checked. `identity` is all of it that decides the data, as JSON; `sha` its hash."""
+
+    config: SynthesisConfig
+    method: type[Method]
+    seeds: list[SeedTask]
+    prompts: dict[str, Prompt]
+    players: Mapping[Role, Player]
+    seed: int
+    identity: dict
+
+    @property
+    def sha(self) -> str:
+        return sha256_json(self.identity)
+
+    @property
+    def num_engines(self) -> int:
+        return sum({(p.source, p.engine): p.engine.num_replicas for p in self.players.values()}.values())
+
+    @property
+    def model_names(self) -> str:
+        return ", ".join(dict.fromkeys(player.name for player in self.players.values()))
+
+
+def load_inputs(config: SynthesisConfig, model: ModelConfig, engine: EngineConfig, seed: int) -> Inputs:
+    """Find and check seeds, prompts and models. `auto` means the writer's own where it brings some."""
+    method = METHODS[config.method]
+    players = find_players(config, method, model, engine)
+    first = next(iter(players.values()))
+    own = Path(first.source.path) / BESIDE_MODEL
+    seeds_path = _seeds_path(config, method, own)
+    seeds = load_seed_tasks(seeds_path) if seeds_path else []
+    prompts = _load_prompts(config, method, own)
+    identity = {
+        "synthesize": config.identity(),
+        "seeds": _fingerprint(seeds_path) if seeds_path else None,
+        "prompts": {name: prompt.sha for name, prompt in prompts.items()},
+        "models": {
+            role: {"revision": player.revision, "form": player.form, "max_model_len": player.engine.max_model_len}
+            for role, player in players.items()
+        },
+        "seed": seed,
+    }
+    return Inputs(config, method, seeds, prompts, players, seed, identity)
+
+
+def _seeds_path(config: SynthesisConfig, method: type[Method], own: Path) -> Path | None:
+    if method.NAME in WITHOUT_SEEDS:
+        return None
+    if config.seeds != "auto":
+        return Path(config.seeds).expanduser()
+    if (own / "seed_tasks.jsonl").is_file():
+        return own / "seed_tasks.jsonl"
+    return PACKAGE / "seeds" / SEED_FILES.get(method.NAME, "seed_tasks.jsonl")
+
+
+def _load_prompts(config: SynthesisConfig, method: type[Method], own: Path) -> dict[str, Prompt]:
+    folder = Path(config.prompts).expanduser()
+    if config.prompts == "auto":
+        folder = own / "prompts" / method.NAME
+        if not folder.is_dir():
+            folder = PACKAGE / "prompts" / method.NAME
+    prompts = load_prompts(folder, method.PROMPTS)
+    if config.judge:
+        judge = folder if (folder / "judge.jinja").is_file() else own / "prompts" / "judge"
+        judge = judge if (judge / "judge.jinja").is_file() else PACKAGE / "prompts" / "judge"
+        prompts |= {"row_judge": load_prompts(judge, JUDGE_PROMPTS)["judge"]}
+    return prompts
+
+
+def _fingerprint(path: Path) -> str:
+    return fingerprint_folder(path) if path.is_dir() else sha256_file(path)
+
+
+def claim(run: RunDir, inputs: Inputs) -> None:
+    """Write down what the run's data is made from, or check that it is the same as before.
+
+    Raises InputError naming what has changed since the data was begun.
+    """
+    path = run.data / "inputs.json"
+    if not path.is_file():
+        run.data.mkdir(parents=True, exist_ok=True)
+        write_json(path, inputs.identity)
+        return
+    old, new = _flatten(json.loads(path.read_text())), _flatten(json.loads(json.dumps(inputs.identity)))
+    changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    if changed:
+        listed = "; ".join(f"{key}: was {old.get(key)}, is {new.get(key)}" for key in changed[:5])
+        raise InputError(
+            f"{run.data} was made with other settings, seeds, prompts or another model ({listed}). Choose another "
+            "folder with `--run-dir`, or remove this one to make it anew; requests that are the same stay in the log "
+            "and are not generated again."
+        )
+
+
+def _flatten(values: object, prefix: str = "") -> dict[str, object]:
+    if not isinstance(values, dict) or not values:
+        return {prefix: values}
+    pairs: dict[str, object] = {}
+    for key, value in values.items():
+        pairs |= _flatten(value, f"{prefix}.{key}" if prefix else key)
+    return pairs

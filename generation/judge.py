@@ -1,0 +1,56 @@
+"""A model that scores finished rows by a rubric: the filter that asks instead of counting."""
+
+import asyncio
+from dataclasses import replace
+
+from cluster.engine_config import Sampling, StructuredOutput
+from generation.config import JudgeConfig
+from generation.filters import Draft, Rejection
+from generation.method import Outcome
+from generation.records import Production, Record, RejectedRecord, draft_of
+from generation.requester import UNANSWERED, Requester
+from generation.templates import Prompt
+
+SCORES = ("1", "2", "3", "4", "5")
+PROMPTS = {"judge": ("instruction", "input", "output", "rubric")}
+
+
+def score_sampling(sampling: Sampling) -> Sampling:
+    """The same, with an answer that can only be a score."""
+    return sampling.model_copy(update={"structured": StructuredOutput(choice=SCORES)})
+
+
+def parse_score(made_by: Production) -> int | None:
+    """The score that was given; None if the judge was not answered for."""
+    text = made_by.completion.text.strip()
+    return int(text) if made_by.completion.finish_reason not in UNANSWERED and text in SCORES else None
+
+
+class Judge:
+    """Asks the judge about every row of an outcome."""
+
+    def __init__(self, config: JudgeConfig, prompt: Prompt, requester: Requester) -> None:
+        self._config = config
+        self._prompt = prompt
+        self._requester = requester
+        self._sampling = score_sampling(config.sampling)
+
+    async def score(self, outcome: Outcome) -> Outcome:
+        """The outcome with the rows that score too low among the rejected."""
+        answers = await asyncio.gather(*(self._ask(record) for record in outcome.rows))
+        rows, rejected = [], list(outcome.rejected)
+        for record, made_by in zip(outcome.rows, answers, strict=True):
+            score = parse_score(made_by)
+            if score is not None and score >= self._config.min_score:
+                rows.append(record)
+                continue
+            why = Rejection("low_score", str(score)) if score else Rejection("not_judged", made_by.completion.text)
+            rejected.append(RejectedRecord("row", why, record.id, 0, draft_of(record)))
+        return replace(outcome, rows=tuple(rows), rejected=tuple(rejected), made_by=(*outcome.made_by, *answers))
+
+    async def _ask(self, record: Record) -> Production:
+        draft: Draft = draft_of(record)
+        text = self._prompt.render(
+            instruction=draft.instruction, input="", output=draft.output, rubric=self._config.rubric
+        )
+        return await self._requester.ask("judge", "judge", self._prompt, text, self._sampling)

@@ -1,0 +1,73 @@
+"""InstructionWild (Xue et al., 2023): instructions alone are expanded from user-style seeds, and answered afterwards.
+
+    5 seeds -> one request -> new instructions -> filters -> each answered -> rows
+
+Splitting the two lets another model answer, and keeps the style of real users: an instruction has no input field.
+"""
+
+from collections.abc import Coroutine, Sequence
+from typing import ClassVar
+
+from generation.config import InstructionWildConfig, Role
+from generation.filters import Draft, Rejection
+from generation.kept import Shown
+from generation.method import Kept, MethodInputs, Outcome, Proposal
+from generation.methods.answers import ask_for_answer, check_answer
+from generation.methods.parsing import parse_instructions
+from generation.methods.seeds import seed_drafts
+from generation.records import Origin, Production, Record, RejectedRecord, machine_record
+from generation.requester import UNANSWERED
+
+
+class InstructionWild:
+    """Two passes, the second on what the first kept."""
+
+    NAME = "instruction_wild"
+    PROMPTS: ClassVar[dict[str, tuple[str, ...]]] = {
+        "instructions": ("demonstrations", "language"),
+        "answer": ("instruction", "input"),
+    }
+    FORMS: ClassVar[dict[Role, str]] = {"writer": "plain", "answerer": "chat"}
+
+    def __init__(self, config: InstructionWildConfig, inputs: MethodInputs) -> None:
+        self.num_wanted = config.num_instructions
+        self.max_proposals = config.max_requests
+        self.exhausted = f"max_requests={config.max_requests} reached"
+        self._config = config
+        self._inputs = inputs
+
+    def remembered(self) -> Sequence[tuple[str, Draft]]:
+        return seed_drafts(self._inputs.seeds)
+
+    def seed_rows(self) -> Sequence[Record]:
+        return ()
+
+    def propose(self, number: int, visible: Sequence[Shown]) -> Coroutine[None, None, Proposal]:
+        seeds = self._inputs.seeds
+        drawn = self._inputs.draw(number).sample(seeds, min(self._config.num_demonstrations, len(seeds)))
+        return self._propose(number, [task.instruction for task in drawn], tuple(sorted(task.id for task in drawn)))
+
+    async def _propose(self, number: int, demonstrations: list[str], seed_ids: tuple[str, ...]) -> Proposal:
+        prompt = self._inputs.prompts["instructions"]
+        text = prompt.render(demonstrations=demonstrations, language=self._config.language)
+        made_by = await self._inputs.requester.ask(
+            "writer", "instructions", prompt, text, self._config.instruction_sampling, replica=number
+        )
+        return Proposal(f"{self.NAME}-{made_by.request_id[:16]}", self._items(made_by), made_by, (), seed_ids)
+
+    def _items(self, made_by: Production) -> tuple[Draft | RejectedRecord, ...]:
+        completion = made_by.completion
+        if completion.finish_reason in UNANSWERED:
+            why = Rejection(completion.finish_reason)
+            return (RejectedRecord("response", why, made_by.request_id, 0, Draft("")),)
+        with self._inputs.attribution.spent_on("parse"):
+            texts = parse_instructions(completion.text, capitalize=False)
+        return tuple(Draft(text) for text in (texts[:-1] if completion.finish_reason == "length" else texts))
+
+    async def finish(self, kept: Kept) -> Outcome:
+        made_by = await ask_for_answer(self._inputs, kept.draft, self._config.answer_sampling)
+        if rejected := check_answer(kept.draft, made_by):
+            return Outcome(rejected=(rejected,), made_by=(made_by,))
+        origin = Origin(self.NAME, kept.id, 0, (), kept.proposal.seed_ids, self._config.license)
+        row = machine_record(origin, made_by, kept.draft.instruction, made_by.completion.text.strip())
+        return Outcome((row,), made_by=(made_by,))

@@ -1,0 +1,148 @@
+"""The data of one synthesis: rows, rejects and instructions, and the checkpoint that an interrupted run goes on from.
+
+run/data/synthesized/    the dataset; its manifest comes last and vouches for all three
+run/data/rejected/       what did not pass, each with its reason
+run/data/instructions/   the instructions that were kept, with their nearest neighbors
+run/data/progress.json   until they are sealed: what of them the last checkpoint made durable
+
+A checkpoint is a single rename, that of progress.json. It names the full shards of each dataset and a file with the
+rows after them; whatever else lies in the folders came later and is removed when the sink is opened again.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+import pyarrow as pa
+
+from cluster.errors import InputError
+from cluster.files import write_atomic
+from cluster.manifest import is_sealed
+from cluster.rundir import RunDir
+from generation.records import INSTRUCTION_SCHEMA, REJECTED_SCHEMA, SCHEMA, Record, RejectedRecord
+from generation.store import DatasetWriter, read_batches, state_files
+
+SCHEMAS = {"synthesized": SCHEMA, "rejected": REJECTED_SCHEMA, "instructions": INSTRUCTION_SCHEMA}
+
+
+class DataSink:
+    """Where the results of a synthesis go, in their final order, and the counts of what went there.
+
+    After an InputError about a full disk the sink is of no more use: `open` goes on from the last checkpoint.
+    """
+
+    def __init__(self, run: RunDir, rows_per_shard: int, inputs_sha: str, progress: dict | None = None) -> None:
+        """Begin anew, or go on from the content of a progress.json. inputs_sha: hash of all that decides the data."""
+        self.num_rows_by_method: Counter[str] = Counter()
+        self.rejected: Counter[str] = Counter()  # by reason
+        self._run = run
+        self._inputs_sha = inputs_sha
+        self._number = 0  # of the last checkpoint
+        self._committed: dict[str, dict] = {}  # dataset -> its writer's state then
+        for leftover in run.data.glob(".progress.json.*.tmp"):
+            leftover.unlink()
+        if progress is None:
+            remove_progress(run)
+            writers = {name: DatasetWriter(run.data / name, SCHEMAS[name], rows_per_shard) for name in SCHEMAS}
+        else:
+            self._number, self._committed = progress["checkpoint"], progress["datasets"]
+            self.num_rows_by_method.update(progress["num_rows_by_method"])
+            self.rejected.update(progress["rejected"])
+            writers = {
+                name: DatasetWriter.resume(run.data / name, SCHEMAS[name], rows_per_shard, self._committed[name])
+                for name in SCHEMAS
+            }
+        self._writers = writers
+        self._rows, self._rejected, self._instructions = (writers[name] for name in SCHEMAS)
+
+    @classmethod
+    def open(cls, run: RunDir, rows_per_shard: int, inputs_sha: str) -> "tuple[DataSink, dict | None]":
+        """The sink, and the caller's state of its last checkpoint, or None where there is none and it begins anew.
+
+        Raises InputError if the data is sealed, or was begun from other inputs, or if its files are damaged.
+        """
+        path = run.data / "progress.json"
+        if is_sealed(run.data / "synthesized"):
+            raise InputError(f"{run.data}: finished already. Remove it to make it anew.")
+        if not path.is_file():
+            return cls(run, rows_per_shard, inputs_sha), None
+        try:
+            progress = json.loads(path.read_text())
+            found, state = progress["inputs_sha"], progress["state"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{path}: damaged ({error}). Restore it, or remove {run.data} and start again: finished requests stay "
+                "in the log and are not generated anew."
+            ) from error
+        if found != inputs_sha:
+            raise InputError(
+                f"{run.data} was begun with other settings, seeds, prompts or another model. Choose another folder "
+                "with `--run-dir`, or remove this one to make it anew; requests that are the same stay in the log and "
+                "are not generated again."
+            )
+        return cls(run, rows_per_shard, inputs_sha, progress), state
+
+    @property
+    def num_rows(self) -> int:
+        return self._rows.num_rows
+
+    @property
+    def num_instructions(self) -> int:
+        return self._instructions.num_rows
+
+    def add_row(self, record: Record) -> None:
+        self.num_rows_by_method[record.method] += 1
+        self._rows.add(record.to_row())
+
+    def add_rejected(self, record: RejectedRecord) -> None:
+        self.rejected[record.rejection.reason] += 1
+        self._rejected.add(record.to_row())
+
+    def add_instruction(self, row: dict) -> None:
+        """Add an instruction that was kept; `row` has the columns of INSTRUCTION_SCHEMA."""
+        self._instructions.add(row)
+
+    def checkpoint(self, state: dict) -> None:
+        """Make all that was added so far durable, together with the caller's state (JSON), in one step.
+
+        Killed at any instant, the next `open` finds this checkpoint or the one before.
+        """
+        self._number += 1
+        for writer in self._writers.values():
+            writer.save_tail(self._number)
+        datasets = {name: writer.state() for name, writer in self._writers.items()}
+        progress = {
+            "inputs_sha": self._inputs_sha,
+            "checkpoint": self._number,
+            "datasets": datasets,
+            "num_rows_by_method": self.num_rows_by_method,
+            "rejected": self.rejected,
+            "state": state,
+        }
+        write_atomic(self._run.data / "progress.json", json.dumps(progress, ensure_ascii=False))
+        self._committed = datasets
+        for writer in self._writers.values():
+            writer.remove_old_tails()
+
+    def iter_columns(self, name: str, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        """These columns of what is committed in the dataset `name`, in order, mapped from the files."""
+        if name not in self._committed:
+            return
+        for entry in state_files(self._committed[name]):
+            for batch in read_batches(self._run.data / name / entry["name"]):
+                yield batch.select(columns)
+
+    def seal(self, **fields: object) -> None:
+        """Finish all three datasets, `synthesized` last; `fields` go into the manifest of each."""
+        self._rejected.seal(**fields)
+        self._instructions.seal(**fields)
+        self._rows.seal(**fields)
+        remove_progress(self._run)
+
+
+def remove_progress(run: RunDir) -> None:
+    """Remove checkpoints. Of no effect on sealed data, where a kill between seal and removal leaves them."""
+    (run.data / "progress.json").unlink(missing_ok=True)
+    for name in SCHEMAS:
+        for path in (run.data / name).glob("tail-*.arrow"):
+            path.unlink()

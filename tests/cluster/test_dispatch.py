@@ -1,0 +1,134 @@
+"""Which request goes to which engine: the queue's laws, and the dispatcher on engines that only take notes."""
+
+import asyncio
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.dispatch import Dispatcher, Engine, GroupedQueue, Pending
+from cluster.engine_config import EngineConfig, GenerationRequest, Sampling
+from cluster.pool_stats import EngineStats, PoolStats
+from cluster.supervision import Pulse
+
+SAMPLING = Sampling()
+
+
+class Waiting:
+    """Stands for the future of a caller that waits."""
+
+    def done(self) -> bool:
+        return False
+
+
+def pending(number: int, group: str = "") -> Pending:
+    return Pending(GenerationRequest(str(number), "prompt", SAMPLING, group=group), Waiting(), since=0.0)
+
+
+def drain(queue: GroupedQueue, chunk_size: int) -> list[list[Pending]]:
+    chunks = []
+    while len(queue):
+        chunks.append(queue.take(chunk_size))
+    return chunks
+
+
+@given(groups=st.lists(st.sampled_from("abcd"), max_size=60), chunk_size=st.integers(1, 8))
+def test_each_request_leaves_once_and_in_the_order_of_its_group(groups: list[str], chunk_size: int):
+    queue = GroupedQueue()
+    for number, group in enumerate(groups):
+        queue.append(pending(number, group))
+    left = [each for chunk in drain(queue, chunk_size) for each in chunk]
+    assert sorted(int(each.request.request_id) for each in left) == list(range(len(groups)))
+    for name in set(groups):
+        numbers = [int(each.request.request_id) for each in left if each.request.group == name]
+        assert numbers == sorted(numbers)
+
+
+@given(groups=st.lists(st.sampled_from("abcd"), min_size=1, max_size=60), chunk_size=st.integers(1, 8))
+def test_a_chunk_holds_a_second_group_only_where_the_first_has_no_more(groups: list[str], chunk_size: int):
+    queue = GroupedQueue()
+    for number, group in enumerate(groups):
+        queue.append(pending(number, group))
+    while len(queue):
+        chunk = queue.take(chunk_size)
+        waiting = {each.request.group for each in queue}
+        names = [each.request.group for each in chunk]
+        assert len(chunk) == chunk_size or not waiting
+        assert not waiting.intersection(names[: names.index(names[-1])])
+
+
+def test_a_large_group_does_not_keep_a_small_one_waiting():
+    queue = GroupedQueue()
+    for number in range(1000):
+        queue.append(pending(number, "large"))
+    queue.append(pending(1000, "small"))
+    queue.take(8)
+    assert queue.take(8)[0].request.group == "small"
+
+
+def dispatcher_of(config: EngineConfig) -> tuple[Dispatcher, list[Engine], list[list[list[str]]]]:
+    """A dispatcher, its engines, and the chunks that each of them was sent."""
+    dispatcher = Dispatcher(config, PoolStats())
+    sent: list[list[list[str]]] = []
+    for _ in range(config.num_replicas):
+        chunks: list[list[str]] = []
+
+        def submit(chunk: list[tuple[int, GenerationRequest]], chunks: list[list[str]] = chunks) -> None:
+            chunks.append([request.request_id for _, request in chunk])
+
+        actor = SimpleNamespace(submit=SimpleNamespace(remote=submit))
+        window = config.max_in_flight
+        dispatcher.engines.append(Engine(actor, Pulse(config), EngineStats(), window, window))
+        sent.append(chunks)
+    return dispatcher, dispatcher.engines, sent
+
+
+def dispatch(dispatcher: Dispatcher, pendings: list[Pending], suspects: list[Pending] = ()) -> None:
+    async def main() -> None:
+        dispatcher.give_back(list(suspects))
+        for each in pendings:
+            dispatcher.add(each)
+        dispatcher.plan()
+        await asyncio.sleep(0)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("num_requests", [2, 7, 30])
+def test_few_requests_are_spread_over_the_engines(num_requests: int):
+    dispatcher, engines, _ = dispatcher_of(EngineConfig(num_replicas=2, max_num_seqs=16))
+    dispatch(dispatcher, [pending(number) for number in range(num_requests)])
+    held = [len(engine.in_flight) for engine in engines]
+    assert sum(held) == num_requests and max(held) - min(held) <= 1
+
+
+def test_an_engine_with_half_the_window_gets_half_as_many():
+    dispatcher, engines, _ = dispatcher_of(EngineConfig(num_replicas=2, max_num_seqs=64, chunk_size=1))
+    engines[1].window //= 2
+    dispatch(dispatcher, [pending(number) for number in range(90)])
+    assert [len(engine.in_flight) for engine in engines] == [60, 30]
+
+
+def test_a_request_that_must_be_alone_empties_one_engine_and_not_the_others():
+    config = EngineConfig(num_replicas=2, max_num_seqs=2, chunk_size=1)
+    dispatcher, engines, _ = dispatcher_of(config)
+    dispatch(dispatcher, [pending(number) for number in range(8)])
+    suspect = pending(99)
+    suspect.num_deaths = config.max_request_deaths - 1
+    engines[0].in_flight.popitem()
+    engines[1].in_flight.popitem()
+    dispatch(dispatcher, [pending(number) for number in range(8, 20)], [suspect])
+    assert sorted(len(engine.in_flight) for engine in engines) == [3, 4]
+    emptying = min(engines, key=lambda engine: len(engine.in_flight))
+    emptying.in_flight.clear()
+    dispatch(dispatcher, [])
+    assert list(emptying.in_flight.values()) == [suspect]
+
+
+def test_a_request_given_up_is_not_sent():
+    dispatcher, _, sent = dispatcher_of(EngineConfig())
+    given_up = pending(0)
+    given_up.answer = SimpleNamespace(done=lambda: True)
+    dispatch(dispatcher, [given_up, pending(1)])
+    assert [name for chunk in sent[0] for name in chunk] == ["1"]

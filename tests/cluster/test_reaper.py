@@ -1,0 +1,36 @@
+"""Nothing that a process started outlives it, however it ends."""
+
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+PARENT = """
+import subprocess, sys, time
+from cluster.reaper import start_reaper
+start_reaper()
+child = subprocess.Popen([sys.executable, "-c", "import subprocess, sys; subprocess.run(['sleep', '600'])"])
+while {condition}:
+    print(child.pid, flush=True)
+    time.sleep(0.5)
+"""
+
+
+@pytest.mark.parametrize("how", ["killed", "exits"])
+def test_descendants_end_with_it(how: str):
+    condition = "True" if how == "killed" else "time.sleep(4)"
+    script = PARENT.format(condition=condition)
+    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    watched = psutil.Process(parent.pid)
+    deadline = time.monotonic() + 60
+    while len(family := watched.children(recursive=True)) < 3 and time.monotonic() < deadline:
+        time.sleep(0.1)  # the reaper, the child and the child's child
+    assert len(family) == 3
+    if how == "killed":
+        time.sleep(3)  # so that the reaper has looked
+        parent.kill()
+    parent.wait(60)
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert not alive

@@ -1,0 +1,82 @@
+"""Hung, slow or well, by the reports of an engine and a clock that the test turns."""
+
+import pytest
+
+from cluster import supervision
+from cluster.engine_config import EngineConfig, EngineReport
+from cluster.supervision import EngineHung, Pulse, relative_speed
+
+CONFIG = EngineConfig(stall_timeout_seconds=10, slow_window_seconds=20)
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(supervision, "time", clock)
+    return clock
+
+
+def observe(pulse: Pulse, clock: Clock, seconds: float, num_tokens: int, num_running: int = 1, **state: bool) -> bool:
+    clock.now += seconds
+    return pulse.observe(EngineReport(num_tokens, num_running), **{"has_answers": False, "is_idle": False, **state})
+
+
+def test_a_request_that_takes_long_is_no_stall_while_tokens_come(clock):
+    pulse = Pulse(CONFIG)
+    for num_tokens in range(1, 100):
+        observe(pulse, clock, 9, num_tokens)
+
+
+def test_requests_without_a_token_are_a_hang(clock):
+    pulse = Pulse(CONFIG)
+    observe(pulse, clock, 5, 1)
+    observe(pulse, clock, 9, 1)
+    with pytest.raises(EngineHung, match=r"made no token .* 3 sequences running"):
+        observe(pulse, clock, 2, 1, num_running=3)
+
+
+def test_an_idle_engine_may_rest_and_its_time_runs_from_its_first_request(clock):
+    pulse = Pulse(CONFIG)
+    observe(pulse, clock, 100, 0, num_running=0, is_idle=True)
+    clock.now += 100
+    pulse.note_work()
+    observe(pulse, clock, 9, 0)
+    with pytest.raises(EngineHung):
+        observe(pulse, clock, 2, 0)
+
+
+def test_an_answer_without_tokens_is_progress(clock):
+    pulse = Pulse(CONFIG)
+    for _ in range(10):
+        observe(pulse, clock, 9, 0, has_answers=True)
+
+
+def test_speed_is_per_sequence_and_second(clock):
+    pulse = Pulse(CONFIG)
+    assert [observe(pulse, clock, 5, 400 * step, num_running=8) for step in range(1, 5)] == [False, False, False, True]
+    assert pulse.tokens_per_second == pytest.approx(80)
+    assert pulse.speed == pytest.approx(10)
+
+
+def test_a_window_with_a_rest_in_it_does_not_count(clock):
+    pulse = Pulse(CONFIG)
+    observe(pulse, clock, 15, 100)
+    observe(pulse, clock, 1, 100, is_idle=True)
+    assert not observe(pulse, clock, 15, 200)
+    assert pulse.speed is None
+
+
+@pytest.mark.parametrize(
+    ("speed", "peers", "expected"),
+    [(2.0, [10.0, 8.0, 100.0], 0.2), (2.0, [None, 8.0], 0.25), (None, [8.0], 1), (2.0, [None], 1), (2.0, [], 1)],
+)
+def test_speed_among_peers(speed, peers, expected):
+    assert relative_speed(speed, peers) == pytest.approx(expected)

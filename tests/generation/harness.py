@@ -1,0 +1,127 @@
+"""A method driven to its end without Ray: real driver, filters, log and files; the pool is a coroutine."""
+
+import asyncio
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.config import ModelConfig
+from cluster.engine_config import Completion, GenerationRequest, Sample
+from cluster.rundir import RunDir
+from generation.attribution import Attribution
+from generation.config import SynthesisConfig
+from generation.driver import Driver
+from generation.filters import Instance
+from generation.judge import PROMPTS as JUDGE_PROMPTS
+from generation.judge import Judge
+from generation.method import MethodInputs
+from generation.methods import METHODS
+from generation.request_log import RequestLog
+from generation.requester import Requester, ServedModel
+from generation.seed_tasks import SeedTask
+from generation.sink import DataSink
+from generation.store import read_rows
+from generation.templates import load_prompts
+from tests.fakes import continue_prompt
+
+ROOT = Path(__file__).parents[2]
+PROMPT_FOLDER = ROOT / "generation" / "prompts"
+SEEDS = [
+    SeedTask(f"seed-{i}", f"seed {i}", f"Seed instruction number {i} is about {word}.", (Instance("", word),), False)
+    for i, word in enumerate("apples boats clouds drums eagles ferns goats hills inks jars".split())  # noqa: SIM905
+]
+
+
+def prompt_text(request: GenerationRequest) -> str:
+    """The prompt, or what the user says in a chat."""
+    return request.prompt if isinstance(request.prompt, str) else request.prompt[-1]["content"]
+
+
+class CoroutinePool:
+    """Answers like the scripted engine, or by `answer`, each after a random number of turns of the event loop."""
+
+    def __init__(
+        self,
+        timing: int = 0,
+        max_requests: int | None = None,
+        answer: Callable[[GenerationRequest], str | tuple[str, str] | list[str]] | None = None,
+    ) -> None:
+        """`answer` returns a text, a text and its finish reason, or one text a sample."""
+        self.requests: list[GenerationRequest] = []
+        self._timing = random.Random(timing)
+        self._max_requests = max_requests
+        self._answer = answer or self.scripted
+
+    @staticmethod
+    def scripted(request: GenerationRequest) -> str:
+        return continue_prompt(prompt_text(request), request.sampling.model_dump_json())
+
+    async def generate(self, request: GenerationRequest) -> Completion:
+        for _ in range(self._timing.randrange(40)):
+            await asyncio.sleep(0)
+        if len(self.requests) == self._max_requests:
+            raise ConnectionResetError("the process is killed here")
+        self.requests.append(request)
+        answer = self._answer(request)
+        if isinstance(answer, list):
+            samples = tuple(Sample(text, "stop", len(text.split())) for text in answer)
+        else:
+            text, reason = answer if isinstance(answer, tuple) else (answer, "stop")
+            samples = (Sample(text, reason, len(text.split())),) * request.sampling.n
+        return Completion(request.request_id, samples, 3)
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a run left in its folder, and the parts that made it."""
+
+    rows: list[dict]
+    rejected: list[dict]
+    instructions: list[dict]
+    driver: Driver
+    requester: Requester
+
+    @property
+    def reasons(self) -> set[str]:
+        return {row["reason"] for row in self.rejected}
+
+    @property
+    def data(self) -> tuple[list[dict], list[dict], list[dict]]:
+        return self.rows, self.rejected, self.instructions
+
+    def turns(self) -> list[tuple[str, str]]:
+        """User's and assistant's turn of every row."""
+        return [(row["messages"][0]["content"], row["messages"][1]["content"]) for row in self.rows]
+
+
+def drive(
+    folder: Path,
+    pool: CoroutinePool,
+    config: SynthesisConfig,
+    seed: int = 0,
+    seeds: list[SeedTask] = SEEDS,
+    source: ModelConfig | None = None,
+) -> Made:
+    """Run a method to its end, or to the pool's error."""
+    run = RunDir(folder).create()
+    method_type = METHODS[config.method]
+    prompts = load_prompts(PROMPT_FOLDER / config.method, method_type.PROMPTS)
+    source = source or ModelConfig(path="model")
+    with RequestLog(folder / "requests") as log:
+        sink, checkpoint = DataSink.open(run, config.rows_per_shard, "sha")
+        models = {
+            role: ServedModel("model", source, "revision", pool, config.models.of(role).form or form)
+            for role, form in {"judge": "chat", **method_type.FORMS}.items()
+        }
+        attribution = Attribution()
+        requester = Requester(models, log, seed, config.budget, attribution)
+        method = method_type(config, MethodInputs(seeds, prompts, requester, attribution, seed))
+        judge = None
+        if config.judge:
+            judge = Judge(config.judge, load_prompts(PROMPT_FOLDER / "judge", JUDGE_PROMPTS)["judge"], requester)
+        driver = Driver(method, config, sink, judge, attribution)
+        asyncio.run(driver.run(checkpoint))
+        sink.seal()
+    columns = [list(read_rows(run.data / name)) for name in ("synthesized", "rejected", "instructions")]
+    return Made(*columns, driver, requester)
