@@ -12,10 +12,14 @@ import os
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cluster.config import ModelConfig
 from cluster.engine_config import Completion, EngineConfig, EngineReport, GenerationRequest, Prompt, Sample, Sampling
 from cluster.errors import InputError, TunesmithError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vllm/config/lora.py, MaxLoRARanks
 # vllm/lora/peft_helper.py refuses these, but only at an adapter's first request; the last it ignores.
@@ -61,13 +65,15 @@ class VLLMEngine:
             enforce_eager=config.enforce_eager,
             enable_prefix_caching=config.enable_prefix_caching,
             seed=config.seed,
+            # One backend for all forms, and compact JSON: a weak model left free to would put white space to the end.
+            structured_outputs_config={"backend": "guidance", "disable_any_whitespace": True},
             generation_config="vllm",  # sampling is what the request says, never a file beside the weights
             disable_log_stats=True,
             # On a CPU a seeded request whose prompt is computed in parts kills the engine ("CPU Generator does not use
             # offset", vLLM 0.32.0): there every prompt is computed at once.
             enable_chunked_prefill=num_gpus > 0,
             **optional,
-            **lora_arguments(config, adapters),
+            **lora_arguments(config, adapters, num_gpus),
         )
         loggers: list[ReportingLogger] = []
 
@@ -94,7 +100,7 @@ class VLLMEngine:
 
         Raises TunesmithError for a chat if the model has no chat template.
         """
-        token_ids = self._encode(request.prompt)
+        token_ids = prompt_ids(self._engine.get_tokenizer(), request.prompt)
         if len(token_ids) + 1 > self._engine.model_config.max_model_len:
             return Completion.failed(request, "prompt_too_long")
         prompt = self._tokens_prompt(prompt_token_ids=token_ids)
@@ -115,29 +121,31 @@ class VLLMEngine:
         )
         return Completion(request.request_id, samples, len(token_ids))
 
-    def _encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt in any form."""
-        tokenizer = self._engine.get_tokenizer()
-        if isinstance(prompt, str):
-            return tokenizer.encode(prompt)
-        if not prompt or not isinstance(prompt[0], dict):
-            return prompt
-        if not tokenizer.chat_template:
-            raise TunesmithError(
-                f"{self._model} has no chat template. Ask it in plain form, or give the model's folder a "
-                "chat_template.jinja."
-            )
-        text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-        return tokenizer.encode(text, add_special_tokens=False)  # the template has written them
+
+def prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt) -> list[int]:
+    """Token ids of a prompt in any form. Raises TunesmithError for a chat if the model has no template for it."""
+    if isinstance(prompt, str):
+        return tokenizer.encode(prompt)
+    if not prompt or not isinstance(prompt[0], dict):
+        return prompt
+    if not tokenizer.chat_template:
+        raise TunesmithError(
+            "the model has no chat template. Ask it in plain form, or put a chat_template.jinja in its folder."
+        )
+    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    return tokenizer.encode(text, add_special_tokens=False)  # the template has written them
 
 
-def lora_arguments(config: EngineConfig, adapters: tuple[str, ...]) -> dict:
+def lora_arguments(config: EngineConfig, adapters: tuple[str, ...], num_gpus: int) -> dict:
     """vLLM's arguments for serving these adapters, all of them in one batch if it comes so."""
     if not adapters:
         return {}
     needed = config.max_lora_rank or max(adapter_rank(path) for path in adapters)
     rank = next(rank for rank in LORA_RANKS if rank >= needed)
-    return {"enable_lora": True, "max_loras": len(adapters), "max_lora_rank": rank}
+    # On a CPU a sequence without an adapter, in a batch with one that has, gets the weights in the last slot (index -1
+    # in vllm/lora/ops/torch_ops/lora_ops.py, 0.32.0): one slot more than there are adapters keeps that one zero.
+    num_slots = len(adapters) + (num_gpus == 0)
+    return {"enable_lora": True, "max_loras": num_slots, "max_lora_rank": rank}
 
 
 def adapter_rank(path: str) -> int:

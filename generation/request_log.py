@@ -80,9 +80,9 @@ class RequestLog:
         if found is None:
             return None
         number, offset, num_bytes = found
-        path = self._segment(number)
         if number == len(self._sealed):
-            return msgspec.json.decode(read_payload(self._descriptor, path, id_bytes, offset, num_bytes))
+            return msgspec.json.decode(read_payload(self._descriptor, self._active, id_bytes, offset, num_bytes))
+        path = self._segment(number)
         descriptor = os.open(path, os.O_RDONLY)
         try:
             return msgspec.json.decode(read_payload(descriptor, path, id_bytes, offset, num_bytes))
@@ -182,7 +182,7 @@ class RequestLog:
             raise
         if self._descriptor >= 0:
             os.close(self._descriptor)
-        self._descriptor = descriptor
+        self._descriptor, self._active = descriptor, path
         self.num_dropped_bytes += num_torn
         self._size = records.num_bytes
         self._places = dict(zip(records.ids, zip(records.offsets, records.lengths, strict=True), strict=True))

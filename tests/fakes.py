@@ -4,7 +4,7 @@ It stands where VLLMEngine stands (`backend="tests.fakes:ScriptedEngine"`). The 
 says how it behaves, so that each test scripts its own engines though all share one Ray:
 
     latency_ms    up to so many milliseconds per request, drawn anew each time
-    die_at        numbers of requests, counted over all engines, at which the engine dies
+    die_at        numbers of requests, counted over all engines, at which the engine is killed
     poison        a prompt with this text kills the engine
     stall         a prompt with this text is never answered, and makes no token
     dribble       a prompt with this text makes a token every 50 ms for 3 s before it is answered
@@ -21,6 +21,7 @@ import json
 import os
 import random
 import re
+import signal
 from pathlib import Path
 
 from cluster.config import ModelConfig
@@ -107,7 +108,7 @@ class ScriptedEngine:
                 await asyncio.sleep(self._seconds_per_token)
             self._num_tokens += 1
         if self._log(request.request_id) in self._script.get("die_at", ()):
-            os._exit(1)
+            os.kill(os.getpid(), signal.SIGKILL)
         return Completion(request.request_id, samples, num_prompt_tokens)
 
     def _say(self, prompt: str, sampling: Sampling, number: int) -> Sample:

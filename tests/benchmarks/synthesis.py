@@ -1,11 +1,13 @@
 """Output tokens per second of the engine pool against raw `vllm.LLM.generate`: `make bench`.
 
 Same model, prompts and sampling; each side runs in a process of its own, takes turns with the other, and times whole
-passes over the prompts after a warm-up, so that engine start counts for neither.
+passes over the prompts after a warm-up, so that engine start counts for neither. Beside the rates it gives the CPU
+time of a pass, of this process and all below it: where others use the machine too, that says more than the clock.
 """
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import statistics
@@ -13,8 +15,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 from rich.console import Console
 from rich.table import Table
 
@@ -43,24 +47,49 @@ def engine_config() -> EngineConfig:
     return EngineConfig(enforce_eager=True, max_num_seqs=256, cpus_per_engine=1)
 
 
-def rates_of_pool(requests: list[GenerationRequest], num_passes: int) -> list[float]:
+def cpu_seconds() -> float:
+    """User and system time of this process and all below it so far."""
+    family = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    return sum(sum(process.cpu_times()[:2]) for process in family)
+
+
+class Passes:
+    """Rates and CPU seconds of passes over the requests; the first is a warm-up."""
+
+    def __init__(self) -> None:
+        self._found: list[tuple[float, float]] = []
+
+    @contextlib.contextmanager
+    def measured(self) -> Iterator[list[int]]:
+        """Time a block that appends the number of tokens it made to the list."""
+        num_tokens: list[int] = []
+        cpu, started = cpu_seconds(), time.perf_counter()
+        yield num_tokens
+        self._found.append((sum(num_tokens) / (time.perf_counter() - started), cpu_seconds() - cpu))
+
+    def result(self) -> dict[str, list[float]]:
+        rates, cpu = zip(*self._found[1:], strict=True)
+        return {"rates": rates, "cpu_seconds": cpu}
+
+
+def measure_pool(requests: list[GenerationRequest], num_passes: int) -> dict[str, list[float]]:
     from cluster.pool import EnginePool
     from cluster.ray_cluster import ray_session
 
-    async def measure() -> list[float]:
+    async def measure() -> dict[str, list[float]]:
+        passes = Passes()
         async with EnginePool.start(engine_config(), ModelConfig(path=str(MODEL))) as pool:
-            rates = []
             for _ in range(num_passes + 1):
-                started = time.perf_counter()
-                done = await asyncio.gather(*(pool.generate(request) for request in requests))
-                rates.append(sum(c.num_completion_tokens for c in done) / (time.perf_counter() - started))
-            return rates[1:]
+                with passes.measured() as num_tokens:
+                    done = await asyncio.gather(*(pool.generate(request) for request in requests))
+                    num_tokens += (completion.num_completion_tokens for completion in done)
+        return passes.result()
 
     with tempfile.TemporaryDirectory() as folder, ray_session(Path(folder)):
         return asyncio.run(measure())
 
 
-def rates_of_raw(requests: list[GenerationRequest], num_passes: int) -> list[float]:
+def measure_raw(requests: list[GenerationRequest], num_passes: int) -> dict[str, list[float]]:
     from cluster.engine import set_environment, vllm_sampling
 
     config = engine_config()
@@ -70,18 +99,18 @@ def rates_of_raw(requests: list[GenerationRequest], num_passes: int) -> list[flo
 
     llm = LLM(str(MODEL), enforce_eager=True, max_num_seqs=config.max_num_seqs, generation_config="vllm")
     prompts, samplings = [r.prompt for r in requests], [vllm_sampling(r.sampling) for r in requests]
-    rates = []
+    passes = Passes()
     for _ in range(num_passes + 1):
-        started = time.perf_counter()
-        done = llm.generate(prompts, samplings, use_tqdm=False)
-        rates.append(sum(len(d.outputs[0].token_ids) for d in done) / (time.perf_counter() - started))
-    return rates[1:]
+        with passes.measured() as num_tokens:
+            done = llm.generate(prompts, samplings, use_tqdm=False)
+            num_tokens += (len(output.outputs[0].token_ids) for output in done)
+    return passes.result()
 
 
-SIDES = {"pool": rates_of_pool, "raw": rates_of_raw}
+SIDES = {"pool": measure_pool, "raw": measure_raw}
 
 
-def in_own_process(side: str, lengths: str, arguments: argparse.Namespace) -> list[float]:
+def in_own_process(side: str, lengths: str, arguments: argparse.Namespace) -> dict[str, list[float]]:
     command = [sys.executable, "-m", "tests.benchmarks.synthesis", "--side", side, "--lengths", lengths]
     command += ["--requests", str(arguments.requests), "--passes", str(arguments.passes)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -99,22 +128,37 @@ def main() -> None:
     parser.add_argument("--lengths", choices=LENGTHS, default=None)
     arguments = parser.parse_args()
     if arguments.side:
-        rates = SIDES[arguments.side](requests_of(LENGTHS[arguments.lengths], arguments.requests), arguments.passes)
-        print(json.dumps(rates))
+        requests = requests_of(LENGTHS[arguments.lengths], arguments.requests)
+        print(json.dumps(SIDES[arguments.side](requests, arguments.passes)))
         return
-    table = Table(title="Output tokens per second, median (min-max)", title_justify="left")
-    for column in ("output lengths", "raw vLLM", "pool", "pool / raw"):
+    title = "Output tokens per second, median (min-max), and CPU seconds of a pass, median"
+    table = Table(title=title, title_justify="left")
+    for column in ("output lengths", "raw vLLM", "pool", "pool / raw", "CPU raw", "CPU pool", "CPU raw / pool"):
         table.add_column(column, justify="left" if column == "output lengths" else "right")
-    for lengths in LENGTHS:
+    for lengths in [arguments.lengths] if arguments.lengths else LENGTHS:
         rates: dict[str, list[float]] = {"raw": [], "pool": []}
+        cpu: dict[str, list[float]] = {"raw": [], "pool": []}
         for turn in range(arguments.turns):
-            for side, found in rates.items():
+            for side in rates:
                 print(f"{lengths}: turn {turn + 1}, {side}", file=sys.stderr, flush=True)
-                found += in_own_process(side, lengths, arguments)
-        medians = {side: statistics.median(found) for side, found in rates.items()}
-        cells = [f"{medians[side]:,.0f} ({min(rates[side]):,.0f}-{max(rates[side]):,.0f})" for side in ("raw", "pool")]
-        table.add_row(lengths, *cells, f"{medians['pool'] / medians['raw']:.3f}")
-    Console(width=100).print(table)
+                found = in_own_process(side, lengths, arguments)
+                rates[side] += found["rates"]
+                cpu[side] += found["cpu_seconds"]
+        table.add_row(lengths, *cells_of(rates, cpu))
+    Console(width=120).print(table)
+    print(f"load average {os.getloadavg()[0]:.1f} on {len(os.sched_getaffinity(0))} cores")
+
+
+def cells_of(rates: dict[str, list[float]], cpu: dict[str, list[float]]) -> list[str]:
+    """The cells of a row behind its name: medians and ratios of both sides."""
+    medians = {side: statistics.median(found) for side, found in rates.items()}
+    cpu_medians = {side: statistics.median(found) for side, found in cpu.items()}
+    return [
+        *(f"{medians[side]:,.0f} ({min(found):,.0f}-{max(found):,.0f})" for side, found in rates.items()),
+        f"{medians['pool'] / medians['raw']:.3f}",
+        *(f"{seconds:.1f}" for seconds in cpu_medians.values()),
+        f"{cpu_medians['raw'] / cpu_medians['pool']:.3f}",
+    ]
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The pool's promises, on scripted engines in real Ray actors."""
 
 import asyncio
+import json
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -99,12 +100,98 @@ def test_a_request_that_kills_engines_is_set_aside_and_no_other(tmp_path):
     assert (stats.num_quarantined, stats.num_restarts) == (1, config.max_request_deaths)
 
 
-def test_an_engine_that_finishes_nothing_is_replaced(tmp_path):
+def test_an_engine_that_makes_nothing_is_replaced(tmp_path):
     model = write_script(tmp_path / "model", stall="prompt 2 ")
     config = scripted(max_num_seqs=4, stall_timeout_seconds=1)
     completions, stats = complete_all(config, model, prompts(6))
     assert [completion.finish_reason for completion in completions] == ["stop"] * 2 + ["engine_died"] + ["stop"] * 3
     assert "made no token" in stats.last_death
+    assert (stats.num_restarts_hung, stats.num_restarts_dead) == (config.max_request_deaths, 0)
+    assert list(stats.quarantined) == ["request-2"] and "made no token" in stats.quarantined["request-2"]
+
+
+def test_an_engine_that_makes_tokens_and_finishes_nothing_is_left_to_work(tmp_path):
+    model = write_script(tmp_path / "model", dribble="prompt 0 ")  # three seconds
+    completions, stats = complete_all(scripted(stall_timeout_seconds=1), model, prompts(1))
+    assert completions[0].finish_reason == "stop"
+    assert stats.num_restarts == 0
+
+
+def test_a_slow_engine_gets_less_to_do_and_lives(tmp_path):
+    model = write_script(tmp_path / "model", ms_per_token=20, slow_ms_per_token=500)
+    config = scripted(num_replicas=2, max_num_seqs=8, slow_window_seconds=1)
+    seen = []
+
+    async def use(pool: EnginePool):
+        while pool.stats.num_engines < 2:
+            await asyncio.sleep(0.05)
+        calls = [asyncio.create_task(pool.generate(request)) for request in prompts(400)]
+        while not any(engine.num_slow_windows for engine in pool.stats.engines) and pool.stats.num_requests < 400:
+            await asyncio.sleep(0.05)
+        seen.append(pool.stats.num_slow)
+        return await asyncio.gather(*calls), pool.stats
+
+    completions, stats = in_pool(config, model, use)
+    assert_each_has_its_own_answer(prompts(400), completions)
+    assert seen == [1] and stats.num_restarts == 0
+    slow, fast = sorted(stats.engines, key=lambda engine: engine.num_requests)
+    assert slow.num_slow_windows and not fast.num_slow_windows
+    assert slow.num_requests < fast.num_requests / 2
+
+
+def test_whatever_the_model_says_is_an_answer(tmp_path):
+    said = {"prompt 0 ": "", "prompt 1 ": "\0\ufffd\u202e\n\n### ###", "prompt 2 ": "on and " * 1000}
+    model = write_script(tmp_path / "model", say=said)
+    completions, stats = complete_all(scripted(), model, prompts(4))
+    assert [each.finish_reason for each in completions] == ["stop", "stop", "length", "stop"]
+    assert [each.text for each in completions[:2]] == [said["prompt 0 "], said["prompt 1 "]]
+    assert completions[2].num_completion_tokens == SAMPLING.max_tokens
+    assert stats.num_requests == 4
+
+
+def test_as_many_samples_as_asked_for(tmp_path):
+    sampling = Sampling(n=3)
+    requests = [GenerationRequest(f"request-{number}", f"prompt {number} ", sampling) for number in range(20)]
+    completions, stats = complete_all(scripted(max_num_seqs=8), write_script(tmp_path / "model"), requests)
+    assert all(len({sample.text for sample in each.samples}) == 3 for each in completions)
+    assert stats.num_completion_tokens == sum(sample.num_tokens for each in completions for sample in each.samples)
+
+
+def test_statistics_of_engines_add_up_to_the_pools(tmp_path):
+    model = write_script(tmp_path / "model", latency_ms=20, die_at=[50])
+    _, stats = complete_all(scripted(num_replicas=2, max_num_seqs=8), model, prompts(150))
+    for name in ("num_requests", "num_prompt_tokens", "num_completion_tokens", "num_restarts_dead"):
+        assert getattr(stats, name) == sum(getattr(engine, name) for engine in stats.engines)
+    assert (stats.num_requests, stats.num_restarts_dead, stats.num_restarts_hung) == (150, 1, 0)
+    assert stats.num_generated_tokens >= stats.num_completion_tokens
+    assert stats.seconds_in_engine > 0 and stats.seconds_queued > 0 and stats.seconds_lost > 0
+    assert stats.seconds_in_engine == pytest.approx(sum(engine.seconds_in_engine for engine in stats.engines))
+
+
+def test_an_adapter_that_cannot_be_served_is_bad_input(tmp_path):
+    model = write_script(tmp_path / "model")
+    (tmp_path / "adapter").mkdir()
+
+    def start(config: EngineConfig, **adapter: object) -> None:
+        (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(adapter))
+        asyncio.run(EnginePool.start(config, model, (str(tmp_path / "adapter"),)).__aenter__())
+
+    with pytest.raises(InputError, match=r"no adapter_config\.json there"):
+        asyncio.run(EnginePool.start(scripted(), model, (str(tmp_path),)).__aenter__())
+    with pytest.raises(InputError, match=r"with modules_to_save\)\. Merge it into the model"):
+        start(scripted(), peft_type="LORA", r=8, modules_to_save=["lm_head"])
+    with pytest.raises(InputError, match=r"peft_type PREFIX_TUNING"):
+        start(scripted(), peft_type="PREFIX_TUNING")
+    with pytest.raises(InputError, match=r"rank 64 is more than engine\.max_lora_rank=16"):
+        start(scripted(max_lora_rank=16), peft_type="LORA", r=8, rank_pattern={"q_proj": 64})
+    with pytest.raises(InputError, match=r"rank 1024 is more than vLLM serves, 512"):
+        start(scripted(), peft_type="LORA", r=1024)
+
+
+def test_an_adapter_that_the_engines_do_not_have_is_bad_input(tmp_path):
+    request = GenerationRequest("request", "prompt", SAMPLING, adapter="elsewhere")
+    with pytest.raises(InputError, match="names the adapter elsewhere, and the engines were started with none"):
+        complete_all(scripted(), write_script(tmp_path / "model"), [request])
 
 
 def test_a_prompt_too_long_is_an_outcome(tmp_path):
@@ -183,6 +270,19 @@ def test_when_the_last_engine_is_given_up_every_caller_hears_of_it(tmp_path):
 
     results = in_pool(scripted(max_restarts=0, max_request_deaths=2), model, use)
     assert all(isinstance(result, TunesmithError) and "no engine is left" in str(result) for result in results)
+
+
+def test_too_few_nodes_after_waiting_for_them_is_bad_input(tmp_path):
+    config = scripted(num_replicas=500, min_replicas=400, cpus_per_engine=1, start_timeout_seconds=1)
+    with pytest.raises(InputError, match=r"engine\.min_replicas=400 with 1 CPU each needs 400 CPUs"):
+        complete_all(config, write_script(tmp_path / "model"), [])
+
+
+def test_more_engines_than_there_is_room_for_start_where_fewer_will_do(tmp_path):
+    config = scripted(num_replicas=50, min_replicas=1, cpus_per_engine=1)
+    completions, stats = complete_all(config, write_script(tmp_path / "model", latency_ms=20), prompts(50))
+    assert_each_has_its_own_answer(prompts(50), completions)
+    assert 1 <= stats.num_engines < 50
 
 
 def test_a_pool_larger_than_the_cluster_is_bad_input(tmp_path):

@@ -1,18 +1,28 @@
 """The real engine, on a tiny random model: one engine for all tests here, since it takes half a minute to start."""
 
 import asyncio
+import json
 import shutil
+from copy import copy
+from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from cluster.config import ModelConfig
-from cluster.engine_config import Completion, EngineConfig, GenerationRequest, Sampling
+from cluster.engine import prompt_ids
+from cluster.engine_config import Completion, EngineConfig, GenerationRequest, Sampling, StructuredOutput
 from cluster.errors import TunesmithError
 from cluster.pool import EnginePool
 
 pytest.importorskip("vllm")
 MAX_MODEL_LEN = 128
 HALF_CHARACTER = "\ufffd"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<{{ message.role }}>{{ message.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
 PROMPTS = [
     "Come up with a series of tasks:\n1.",
     "Task: Sort the words by length.\nExample 1\nInput:",
@@ -22,11 +32,34 @@ PROMPTS = [
 
 
 @pytest.fixture(scope="module")
-def complete(ray_cluster, tiny_model):
-    """A function that runs requests on one engine that stays up for the module."""
+def chat_model(tiny_model, tmp_path_factory) -> Path:
+    """The tiny model with a chat template."""
+    folder = tmp_path_factory.mktemp("chat") / "model"
+    shutil.copytree(tiny_model, folder)
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_model, tmp_path_factory) -> Path:
+    """A LoRA adapter of the tiny model, with weights large enough to change what it says."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(1)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
+    folder = tmp_path_factory.mktemp("adapter")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def serving(ray_cluster, chat_model, adapter):
+    """One engine that stays up for the module: its pool, and a function that runs requests on it."""
     config = EngineConfig(max_num_seqs=8, max_model_len=MAX_MODEL_LEN, dtype="float32", enforce_eager=True)
     loop = asyncio.new_event_loop()
-    start = EnginePool.start(config, ModelConfig(path=str(tiny_model)))
+    start = EnginePool.start(config, ModelConfig(path=str(chat_model)), adapters=(str(adapter),))
     pool = loop.run_until_complete(start.__aenter__())
 
     def complete(requests: list[GenerationRequest]) -> list[Completion]:
@@ -35,21 +68,29 @@ def complete(ray_cluster, tiny_model):
 
         return loop.run_until_complete(all_of_them())
 
-    yield complete
+    yield SimpleNamespace(pool=pool, complete=complete, loop=loop)
     loop.run_until_complete(start.__aexit__(None, None, None))
     loop.close()
 
 
 @pytest.fixture(scope="module")
-def reference(tiny_model):
-    """Greedy continuation of a prompt by transformers: prompt ids and new ids."""
+def complete(serving):
+    return serving.complete
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_model, adapter):
+    """Greedy continuation of a prompt by transformers, by the model or with the adapter merged into it."""
     import torch
+    from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    merged = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), adapter).merge_and_unload()
 
-    def generate(prompt: str, max_tokens: int) -> tuple[list[int], list[int], str]:
+    def generate(prompt: str, max_tokens: int, is_merged: bool = False) -> tuple[list[int], list[int], str]:
+        model = merged if is_merged else base
         prompt_ids = tokenizer(prompt).input_ids
         with torch.no_grad():
             output = model.generate(torch.tensor([prompt_ids]), do_sample=False, max_new_tokens=max_tokens)
@@ -107,6 +148,104 @@ def test_a_stop_string_ends_the_text_before_it(complete, reference):
     assert completion.finish_reason == "stop"
 
 
+def test_an_adapter_answers_as_its_merged_model_and_not_as_the_base(complete, reference, adapter):
+    sampling = Sampling(temperature=0, max_tokens=12)
+    prompts = PROMPTS[:6]
+    requests = [GenerationRequest(f"base-{i}", text, sampling) for i, text in enumerate(prompts)]
+    requests += [GenerationRequest(f"lora-{i}", text, sampling, str(adapter)) for i, text in enumerate(prompts)]
+    completions = complete(requests)
+    base, tuned = completions[: len(prompts)], completions[len(prompts) :]
+    assert [list(each.token_ids) for each in base] == [reference(text, 12)[1] for text in prompts]
+    assert [list(each.token_ids) for each in tuned] == [reference(text, 12, is_merged=True)[1] for text in prompts]
+    assert all(one.token_ids != other.token_ids for one, other in zip(base, tuned, strict=True))
+
+
+def test_a_chat_is_rendered_by_the_models_template(complete):
+    sampling = Sampling(temperature=0, max_tokens=8)
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "List three things"}]
+    rendered = "<system>Be brief.\n<user>List three things\n<assistant>"
+    chat, text = complete(
+        [GenerationRequest("chat", messages, sampling), GenerationRequest("rendered", rendered, sampling)]
+    )
+    assert (chat.token_ids, chat.num_prompt_tokens) == (text.token_ids, text.num_prompt_tokens)
+
+
+def test_a_chat_with_a_model_without_a_template_is_refused_with_the_fix(tiny_model):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    with pytest.raises(TunesmithError, match=r"no chat template\. Ask it in plain form, or put a chat_template\.jinja"):
+        prompt_ids(tokenizer, [{"role": "user", "content": "hello"}])
+
+
+def test_several_samples_of_a_prompt_differ_and_repeat_with_the_seed(complete):
+    sampling = Sampling(temperature=1, max_tokens=10, seed=3, n=4)
+    first, again = complete([GenerationRequest(name, PROMPTS[0], sampling) for name in ("first", "again")])
+    assert len(first.samples) == 4 and len({sample.token_ids for sample in first.samples}) == 4
+    assert first.samples == again.samples
+    assert first.num_completion_tokens == sum(len(sample.token_ids) for sample in first.samples)
+
+
+def test_an_answer_keeps_to_its_form(complete):
+    schema = {
+        "type": "object",
+        "properties": {"kind": {"enum": ["good", "bad"]}, "sure": {"type": "boolean"}},
+        "required": ["kind", "sure"],
+        "additionalProperties": False,
+    }
+    forms = [
+        StructuredOutput(choice=("Equal", "Not equal")),
+        StructuredOutput(json_schema=schema),
+        StructuredOutput(regex=r"[1-5]"),
+    ]
+    requests = [
+        GenerationRequest(f"{form}-{seed}", PROMPTS[0], Sampling(max_tokens=60, seed=seed, structured=structured))
+        for form, structured in enumerate(forms)
+        for seed in range(4)
+    ]
+    completions = complete(requests)
+    assert {each.finish_reason for each in completions} == {"stop"}
+    choices, objects, numbers = completions[:4], completions[4:8], completions[8:]
+    assert {each.text for each in choices} <= {"Equal", "Not equal"}
+    for each in objects:
+        answer = json.loads(each.text)
+        assert set(answer) == {"kind", "sure"} and answer["kind"] in ("good", "bad") and answer["sure"] in (True, False)
+    assert all(each.text in "12345" and len(each.text) == 1 for each in numbers)
+
+
+def test_a_form_that_the_engine_cannot_read_is_the_one_callers_error(serving):
+    bad = Sampling(max_tokens=4, structured=StructuredOutput(regex="[unclosed"))
+    good = GenerationRequest("good", PROMPTS[0], Sampling(max_tokens=4))
+
+    async def both() -> list:
+        calls = (serving.pool.generate(GenerationRequest("bad", PROMPTS[0], bad)), serving.pool.generate(good))
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    refused, answered = serving.loop.run_until_complete(both())
+    assert isinstance(refused, TunesmithError) and "refused request bad" in str(refused)
+    assert answered.num_completion_tokens == 4
+
+
+def test_an_answer_without_end_is_cut(complete):
+    (completion,) = complete([GenerationRequest("endless", [5] * 20, Sampling(max_tokens=100_000, seed=1))])
+    assert completion.finish_reason in ("length", "stop")
+    assert completion.num_completion_tokens <= MAX_MODEL_LEN - 20
+
+
+def test_statistics_count_tokens_prefix_hits_and_time(serving):
+    before = copy(serving.pool.stats)
+    shared = [7 + number % 50 for number in range(MAX_MODEL_LEN - 20)]  # longer than a block of vLLM's cache
+    sampling = Sampling(temperature=0, max_tokens=8)
+    for name in ("fills", "finds"):
+        (completion,) = serving.complete([GenerationRequest(name, shared, sampling, group="shared")])
+    after = serving.pool.stats
+    assert after.num_requests - before.num_requests == 2
+    assert after.num_generated_tokens - before.num_generated_tokens >= completion.num_completion_tokens
+    assert after.num_prefix_queries > before.num_prefix_queries
+    assert after.seconds_in_engine > before.seconds_in_engine
+    assert after.engines[0].num_requests == after.num_requests
+
+
 def test_a_model_that_cannot_be_loaded_fails_with_vllms_own_reason(ray_cluster, tiny_model, tmp_path):
     broken = tmp_path / "broken"
     shutil.copytree(tiny_model, broken)
@@ -119,3 +258,33 @@ def test_a_model_that_cannot_be_loaded_fails_with_vllms_own_reason(ray_cluster, 
 
     with pytest.raises(TunesmithError, match=r"no engine came up: SafetensorError: .*header"):
         asyncio.run(start())
+
+
+def test_the_core_of_a_killed_engine_ends_with_it(serving):
+    """Nearly last here: it kills the engine that the others share."""
+    family = [child for actor in engine_actors() for child in actor.children(recursive=True)]
+    assert len(family) >= 2  # vLLM's core, and the reaper
+    for actor in engine_actors():
+        actor.kill()
+    _, alive = psutil.wait_procs(family, timeout=60)
+    assert not alive
+
+
+def engine_actors() -> list[psutil.Process]:
+    """Actors of engines that this test run started."""
+    mine = {process.pid for process in psutil.Process().children(recursive=True)}
+    everyone = psutil.process_iter(["cmdline"])
+    return [p for p in everyone if p.pid in mine and "ray::EngineActor" in " ".join(p.info["cmdline"] or ())]
+
+
+def test_two_processes_that_share_each_layer_answer_as_one(ray_cluster, tiny_model, reference):
+    config = EngineConfig(
+        tensor_parallel_size=2, max_num_seqs=4, max_model_len=MAX_MODEL_LEN, dtype="float32", enforce_eager=True
+    )
+    sampling = Sampling(temperature=0, max_tokens=4)
+
+    async def complete() -> Completion:
+        async with EnginePool.start(config, ModelConfig(path=str(tiny_model))) as pool:
+            return await pool.generate(GenerationRequest("shared", PROMPTS[0], sampling))
+
+    assert list(asyncio.run(complete()).token_ids) == reference(PROMPTS[0], 4)[1]

@@ -107,6 +107,15 @@ def test_the_nearest_is_named_and_of_equals_the_first():
     assert (rejection.reason, rejection.detail.split()[-1]) == ("near_duplicate", "id1")
 
 
+def test_texts_that_are_remembered_at_different_times_are_told_apart():
+    chain = FilterChain([NearDuplicateConfig()])
+    for name, text in (("a", "Name three birds of the forest"), ("b", "Sort these words by length")):
+        chain.remember(name, Draft(text))
+    assert chain.judge(Draft("Sort these words by length!")).rejection.detail.split()[-1] == "b"
+    assert chain.judge(Draft("Name three birds of the forest!")).rejection.detail.split()[-1] == "a"
+
+
+@settings(deadline=None)
 @given(st.lists(st.text(max_size=5), min_size=1, max_size=30), st.randoms(use_true_random=False))
 def test_a_sketch_does_not_depend_on_the_order_of_shingles(shingles, draw):
     """Sets of strings come in another order in each process; a resumed run has to decide as the first one did."""

@@ -96,6 +96,14 @@ def test_nearest_are_told_of_what_is_kept_and_of_what_is_not_new():
     assert chain.judge(Draft("Draw three birds of the forest")).nearest == ()  # novelty was not asked
 
 
+def test_nearest_are_told_whatever_a_later_filter_says():
+    chain = FilterChain(FILTERS.validate_python([{"type": "novelty"}, {"type": "empty"}, {"type": "blacklist"}]))
+    chain.remember("a", Draft("Name three birds of the forest"))
+    verdict = chain.judge(Draft("Draw some old trees of the forest"))
+    assert verdict.rejection.reason == "blacklisted_word" and [n.id for n in verdict.nearest] == ["a"]
+    assert [n.id for n in chain.judge(Draft("Grow some old trees of the forest")).nearest] == ["a"]
+
+
 def test_no_neighbours_are_stored_if_none_are_wanted():
     chain = FilterChain(FILTERS.validate_python([{"type": "novelty", "num_nearest": 0}]))
     chain.remember("a", Draft("Name three birds of the forest"))

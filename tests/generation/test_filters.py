@@ -1,5 +1,6 @@
 """Each rule, with the case just inside and just outside."""
 
+import json
 from typing import get_args
 
 import pytest
@@ -310,6 +311,12 @@ def test_a_recipe_names_a_filter_by_its_type():
         chain({"type": "novelty", "max_scor": 0.5})
     with pytest.raises(ValidationError, match="fields"):
         chain({"type": "empty", "fields": []})
+
+
+@pytest.mark.parametrize("filters", [SELF_INSTRUCT_FILTERS, ALPACA_FILTERS])
+def test_a_resolved_recipe_says_the_same_again(filters):
+    written = [json.loads(config.model_dump_json()) for config in filters]
+    assert FILTERS.validate_python(written) == list(filters)
 
 
 def test_every_constant_says_what_it_is():

@@ -102,9 +102,9 @@ def test_few_texts_are_scored(monkeypatch):
     assert 10 <= num_scored < 1000
 
 
-@pytest.mark.parametrize("num_tokens", [255, 256, 300])
+@pytest.mark.parametrize("num_tokens", [49, 255, 256, 300])
 def test_long_texts_and_many_repetitions(num_tokens):
-    """Around the 255 that fit a byte: as many tokens in common, and as many different ones in a query."""
+    """Around the 255 that fit a byte, and 49, for which 1 / 49 * 49 is not 1: the order of operations shows."""
     draw = random.Random(num_tokens)
     distinct = [f"w{i}" for i in range(num_tokens)]
     shuffled = draw.sample(distinct, len(distinct))
@@ -132,6 +132,7 @@ def test_a_query_is_not_remembered():
     assert len(index) == 1
 
 
+@settings(deadline=None)
 @given(any_text)
 def test_tokens_are_those_of_rouge_score(text):
     assert rouge_tokens(text) == tokenize(text, None)
@@ -176,6 +177,7 @@ def test_novelty_in_other_scripts():
     assert nearest(index, "把句子翻译成中文", 5) == [("a", pytest.approx(7 / 8))]
 
 
+@settings(deadline=None)
 @given(st.text(max_size=60))
 def test_unicode_tokens_are_found_again_in_each_other(text):
     tokens = unicode_tokens(text)
