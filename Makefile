@@ -13,8 +13,8 @@ setup: ## Make .venv and install everything for a machine without a GPU
 demo: setup ## A small model instructs itself, end to end, with real parts (minutes); ARGS="key=value --run-dir DIR"
 	@$(BIN)/tunesmith run recipes/demo.yaml $(ARGS)
 
-test: setup ## Run the tests
-	@$(BIN)/python -m pytest
+test: setup ## Run the tests, in two processes
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: setup ## Check style
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

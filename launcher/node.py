@@ -80,8 +80,9 @@ def train_argv(run_dir: Path, num_nodes: int, procs_per_node: int, rendezvous: R
 
 
 def child_env(rendezvous: Rendezvous | None) -> dict[str, str]:
-    """This process's environment, with the network interface for NCCL and gloo unless the user chose one."""
-    env = dict(os.environ)
+    """This process's environment for the ranks: they import our packages and none of the same name in the working
+    directory, and NCCL and gloo use the interface by which the nodes met unless the user chose one."""
+    env = {**os.environ, "PYTHONSAFEPATH": "1"}
     if rendezvous is not None:
         env.setdefault("NCCL_SOCKET_IFNAME", f"={rendezvous.own_interface}")  # "=": this name, not all that begin so
         env.setdefault("GLOO_SOCKET_IFNAME", rendezvous.own_interface)
@@ -255,8 +256,6 @@ def train(environ: Mapping[str, str], procs_per_node: int | None, recipe_path: P
     if is_trained(run):
         print(f"[train] done already: {run.checkpoints}", flush=True)
         return EXIT_DONE
-    # A folder `trainer` in the working directory is not ours.
-    os.environ["PYTHONSAFEPATH"] = "1"
     cpus_per_rank = max(1, len(os.sched_getaffinity(0)) // topology.procs_per_node)
     os.environ.setdefault("OMP_NUM_THREADS", str(cpus_per_rank))
     with contextlib.ExitStack() as stack:

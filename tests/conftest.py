@@ -94,3 +94,21 @@ def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
 def pytest_terminal_summary(terminalreporter) -> None:
     """Above the closing line: what to type next."""
     terminalreporter.write_line("Next: `make demo` goes the whole way, `.venv/bin/tunesmith --help` lists all.")
+
+
+# Which tests share what is dear to make, and so run in one process, one after the other. Of a folder that is not here
+# each file is on its own. The longest come first, so that the processes end at about the same time.
+TOGETHER = ("end_to_end", "slurm")
+FIRST = ("end_to_end", "slurm", "trainer")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Say to pytest-xdist what belongs together, and put the longest first."""
+
+    def folder(item: pytest.Item) -> str:
+        return item.path.parent.name
+
+    for item in items:
+        group = folder(item) if folder(item) in TOGETHER else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: FIRST.index(folder(item)) if folder(item) in FIRST else len(FIRST))

@@ -17,6 +17,7 @@ from trainer.state import newest
 pytestmark = pytest.mark.timeout(1200)
 QUESTIONS = 16
 MAX_NEW_TOKENS = 24
+TIE = 0.01  # logits; two engines round differently, and each run of the demo trains another model
 
 
 @pytest.fixture(scope="module")
@@ -66,4 +67,18 @@ def test_vllm_gives_the_trainers_tokens(demo, prompts, trained_answers, ray_clus
             done = await asyncio.gather(*(pool.generate(request) for request in requests))
         return [list(completion.token_ids) for completion in done]
 
-    assert asyncio.run(ask()) == trained_answers
+    answers = asyncio.run(ask())
+    differing = [number for number in range(len(prompts)) if answers[number] != trained_answers[number]]
+    assert len(differing) <= 1
+    for number in differing:
+        gap = gap_where_they_part(demo.run_dir / "export", prompts[number], answers[number], trained_answers[number])
+        assert gap < TIE
+
+
+def gap_where_they_part(folder, prompt: list[int], first: list[int], second: list[int]) -> float:
+    """Difference of the logits of the two tokens at which two answers begin to differ."""
+    place = next(i for i, (one, other) in enumerate(zip(first, second, strict=False)) if one != other)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + first[:place]])).logits[0, -1]
+    return float(abs(logits[first[place]] - logits[second[place]]))
