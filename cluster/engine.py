@@ -40,7 +40,8 @@ class VLLMEngine:
     def __init__(self, config: EngineConfig, model: ModelConfig, num_gpus: int, adapters: tuple[str, ...] = ()) -> None:
         """Load the model: half a minute on a CPU, minutes for a large one. `num_gpus` 0 means a CPU build of vLLM."""
         set_environment(config, model, num_gpus)
-        from vllm import AsyncEngineArgs, TokensPrompt  # after the environment, which vLLM reads when imported
+        from vllm import AsyncEngineArgs  # after the environment, which vLLM reads when imported
+        from vllm.inputs import tokens_input
         from vllm.lora.request import LoRARequest
         from vllm.v1.engine.async_llm import AsyncLLM
         from vllm.v1.engine.exceptions import EngineDeadError
@@ -84,7 +85,7 @@ class VLLMEngine:
         self._engine = AsyncLLM.from_engine_args(arguments, stat_loggers=[make_logger])
         self._logger = loggers[0]
         self._adapters = {path: LoRARequest(path, number, path) for number, path in enumerate(adapters, 1)}
-        self._tokens_prompt = TokensPrompt
+        self._tokens_input = tokens_input
         self._engine_dead_error = EngineDeadError
         self._numbers = count()
         self._model = model.path
@@ -103,7 +104,7 @@ class VLLMEngine:
         token_ids = prompt_ids(self._engine.get_tokenizer(), request.prompt)
         if len(token_ids) + 1 > self._engine.model_config.max_model_len:
             return Completion.failed(request, "prompt_too_long")
-        prompt = self._tokens_prompt(prompt_token_ids=token_ids)
+        prompt = self._tokens_input(token_ids)  # a TokensPrompt would go through a thread of vLLM's, one by one
         final = None
         try:
             async for output in self._engine.generate(

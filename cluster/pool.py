@@ -31,7 +31,7 @@ from cluster.supervision import EngineDeath, EngineHung, Pulse, relative_speed
 
 MIN_POLL_SECONDS = 0.02
 MAX_POLL_SECONDS = 1.0
-MAX_COLLECT_SECONDS = 5.0  # an idle engine answers so often, so that a frozen one is told from an idle one
+MAX_COLLECT_SECONDS = 5.0  # an engine reports at least so often, so that a frozen one is told from an idle one
 FIRST_BACKOFF_SECONDS = 1.0  # before the second restart in a row with no finished request between; doubles from there
 MAX_BACKOFF_SECONDS = 60.0
 
@@ -158,11 +158,11 @@ class EnginePool:
     async def _collect(self, engine: Engine) -> None:
         """Hand finished requests to their callers until the engine dies."""
         timeout = self._config.stall_timeout_seconds
+        wait_seconds = min(MAX_COLLECT_SECONDS, timeout / 2, self._config.slow_window_seconds / 2)
         while True:
             try:
                 async with asyncio.timeout(timeout):  # not wait_for, which loses a cancellation that meets an answer
-                    call = engine.actor.collect.remote(min(MAX_COLLECT_SECONDS, timeout / 2))
-                    finished, report = await _answer_of(call)
+                    finished, report = await _answer_of(engine.actor.collect.remote(wait_seconds))
             except TimeoutError:
                 raise EngineHung(f"did not answer for engine.stall_timeout_seconds={timeout:g}") from None
             is_idle = not engine.in_flight

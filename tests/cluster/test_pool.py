@@ -125,14 +125,14 @@ def test_a_slow_engine_gets_less_to_do_and_lives(tmp_path):
     async def use(pool: EnginePool):
         while pool.stats.num_engines < 2:
             await asyncio.sleep(0.05)
-        calls = [asyncio.create_task(pool.generate(request)) for request in prompts(400)]
-        while not any(engine.num_slow_windows for engine in pool.stats.engines) and pool.stats.num_requests < 400:
+        calls = [asyncio.create_task(pool.generate(request)) for request in prompts(800)]
+        while not any(engine.num_slow_windows for engine in pool.stats.engines) and pool.stats.num_requests < 800:
             await asyncio.sleep(0.05)
         seen.append(pool.stats.num_slow)
         return await asyncio.gather(*calls), pool.stats
 
     completions, stats = in_pool(config, model, use)
-    assert_each_has_its_own_answer(prompts(400), completions)
+    assert_each_has_its_own_answer(prompts(800), completions)
     assert seen == [1] and stats.num_restarts == 0
     slow, fast = sorted(stats.engines, key=lambda engine: engine.num_requests)
     assert slow.num_slow_windows and not fast.num_slow_windows
