@@ -4,6 +4,7 @@ Its engine starts anew in every execution, so the clock runs from its first fini
 favor: neither start nor ramp-up counts.
 """
 
+import os
 import time
 
 from cluster.config import ModelConfig
@@ -19,7 +20,9 @@ def rate_of_ray_data(requests: list[GenerationRequest], config: EngineConfig, mo
     import ray
     from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
+    before = dict(os.environ)
     set_environment(config, model, num_gpus=0)
+    changed = {name: value for name, value in os.environ.items() if before.get(name) != value}
     rows = [{"prompt": r.prompt, "max_tokens": r.sampling.max_tokens, "seed": r.sampling.seed} for r in requests]
     processor = build_processor(
         vLLMEngineProcessorConfig(
@@ -35,6 +38,7 @@ def rate_of_ray_data(requests: list[GenerationRequest], config: EngineConfig, mo
             max_concurrent_batches=MAX_CONCURRENT_BATCHES,
             max_pending_requests=config.max_in_flight,
             concurrency=1,
+            runtime_env={"env_vars": changed},
             placement_group_config={"bundles": [{"CPU": 1}]},
             chat_template_stage=False,
             tokenize_stage=True,

@@ -1,0 +1,84 @@
+"""A method whose answers are the benchmark's requests: the stage around them is the real one."""
+
+import time
+from pathlib import Path
+from typing import ClassVar
+
+import jinja2
+
+from cluster.config import ModelConfig
+from cluster.engine_config import GenerationRequest
+from cluster.pool import EnginePool
+from cluster.rundir import RunDir
+from generation.attribution import Attribution
+from generation.config import AnswerOnlyConfig
+from generation.config.filters import EmptyConfig, NoveltyConfig, RefusalConfig, RepetitionConfig
+from generation.driver import Driver
+from generation.filters import Draft
+from generation.method import Kept, MethodInputs, Outcome, Proposal
+from generation.records import Origin, machine_record
+from generation.request_log import RequestLog
+from generation.requester import Requester, ServedModel
+from generation.sink import DataSink
+from generation.templates import Prompt
+
+# All of a row is judged; a high limit of novelty keeps most rows, so that every later one is compared with them.
+FILTERS = (
+    EmptyConfig(fields=("output",)),
+    RefusalConfig(),
+    RepetitionConfig(),
+    NoveltyConfig(fields=("output",), max_score=0.95),
+)
+PROMPT = Prompt("benchmark/given", "0", Path("given.jinja"), jinja2.Template("{{ text }}"))
+
+
+class GivenRequests:
+    """Every proposal is one of the requests."""
+
+    NAME = "given_requests"
+    PROMPTS: ClassVar[dict[str, tuple[str, ...]]] = {}
+    FORMS: ClassVar[dict[str, str]] = {"answerer": "plain"}
+
+    def __init__(self, requests: list[GenerationRequest], inputs: MethodInputs) -> None:
+        self.num_wanted = None
+        self.max_proposals = len(requests)
+        self.exhausted = ""
+        self.finished: list[tuple[float, int]] = []  # moment and tokens of each row
+        self._requests = requests
+        self._inputs = inputs
+
+    def remembered(self):
+        return ()
+
+    def seed_rows(self):
+        return ()
+
+    async def propose(self, number, visible) -> Proposal:
+        return Proposal(str(number), (Draft(str(number)),), seed_ids=(str(number),))
+
+    async def finish(self, kept: Kept) -> Outcome:
+        number = int(kept.draft.instruction)
+        request = self._requests[number]
+        made_by = await self._inputs.requester.ask(
+            "answerer", "answer", PROMPT, request.prompt, request.sampling, replica=number
+        )
+        completion = made_by.completion
+        self.finished.append((time.perf_counter(), completion.num_completion_tokens))
+        row = machine_record(Origin(self.NAME, kept.id), made_by, request.prompt, completion.text)
+        return Outcome((row,), made_by=(made_by,))
+
+
+async def synthesize(
+    requests: list[GenerationRequest], pool: EnginePool, model: ModelConfig, folder: Path
+) -> list[tuple[float, int]]:
+    """Make a dataset of the requests' answers in `folder`; moment and tokens of each."""
+    run = RunDir(folder).create()
+    config = AnswerOnlyConfig(row_filters=FILTERS, lookahead=1024, checkpoint_seconds=5)
+    with RequestLog(folder / "requests") as log:
+        sink, _ = DataSink.open(run, config.rows_per_shard, "benchmark")
+        attribution = Attribution()
+        requester = Requester({"answerer": ServedModel("m", model, "r", pool, "plain")}, log, 0, None, attribution)
+        method = GivenRequests(requests, MethodInputs((), {}, requester, attribution, 0))
+        await Driver(method, config, sink, None, attribution).run(None)
+        sink.seal()
+    return method.finished
