@@ -2,9 +2,9 @@
 
 A backend is any class with this constructor, `describe`, `generate` and `report`; `EngineConfig.backend` names it.
 
-What has been run: one engine per process on CPUs, and on CPUs one engine of two processes (tensor_parallel_size=2,
-vLLM's "mp" executor). Engines of several GPUs, on one node or over nodes ("ray" executor), are written to vLLM 0.32's
-sources and have not been run.
+What has been run: engines of one process, on CPUs, and vLLM itself with tensor_parallel_size=2 in two processes of one
+machine without GPUs ("mp" executor). Engines of several GPUs, on one node or over nodes ("ray" executor), are written
+to vLLM 0.32's sources and have not been run.
 """
 
 import json

@@ -165,12 +165,12 @@ class EnginePool:
                     finished, report = await _answer_of(engine.actor.collect.remote(wait_seconds))
             except TimeoutError:
                 raise EngineHung(f"did not answer for engine.stall_timeout_seconds={timeout:g}") from None
-            is_idle = not engine.in_flight
+            num_held = len(engine.in_flight)
             now = time.monotonic()
             for key, answer in finished:
                 self._finish(engine, engine.in_flight.pop(key), answer, now)
             self._count(engine, report)
-            if engine.pulse.observe(report, bool(finished), is_idle):
+            if engine.pulse.observe(report, bool(finished), num_held):
                 self._compare_speed(engine)
             self._dispatcher.restore_capacity(engine)
             self._dispatcher.plan()

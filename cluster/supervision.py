@@ -2,9 +2,9 @@
 
 dead   its process or its node is gone
 hung   alive, with requests, and no token for stall_timeout_seconds: killed like a dead one
-slow   it makes tokens, but per sequence far fewer than its peers: left to work, with fewer requests
+slow   it makes tokens, but per running request far fewer than its peers: left to work, with fewer requests
 
-Finished requests say little: one of a hundred thousand tokens is no stall. Speed is per sequence in the batch because
+Finished requests say little: one of a hundred thousand tokens is no stall. Speed is per running request because
 an engine with few requests makes fewer tokens and is no slower for it.
 """
 
@@ -33,22 +33,26 @@ class Pulse:
     def __init__(self, config: EngineConfig) -> None:
         self.last_report = EngineReport()
         self.tokens_per_second = 0.0
-        self.speed: float | None = None  # tokens per second and sequence in the last window; none: not known
+        self.speed: float | None = None  # tokens per second and running request in the last window; none: not known
         self._config = config
         self._last_progress = time.monotonic()
         self._start_window(self._last_progress, 0)
 
     def note_work(self) -> None:
-        """Requests went to an idle engine: its time runs from here."""
-        self._last_progress = time.monotonic()
-        self._start_window(self._last_progress, self.last_report.num_tokens)
+        """Requests went to an engine that had none: its time to make a token runs from here.
 
-    def observe(self, report: EngineReport, has_answers: bool, is_idle: bool) -> bool:
+        A window goes on: an engine that is refilled the moment it ran empty was not idle.
+        """
+        self._last_progress = time.monotonic()
+
+    def observe(self, report: EngineReport, has_answers: bool, num_held: int) -> bool:
         """Take in a report; returns whether it closes a window. Raises EngineHung for one report too many.
 
-        is_idle: the engine had no requests when it reported.
+        num_held: requests that the engine had until it reported. The report itself comes when some have just ended,
+        and says less of the size of the batch before.
         """
         now = time.monotonic()
+        is_idle = num_held == 0
         if has_answers or is_idle or report.num_tokens > self.last_report.num_tokens:
             self._last_progress = now
         self.last_report = report
@@ -61,7 +65,7 @@ class Pulse:
         if is_idle:
             self._start_window(now, report.num_tokens)
             return False
-        self._sum_running += report.num_running
+        self._sum_running += min(num_held, self._config.max_num_seqs)
         self._num_reports += 1
         return self._close_window(now)
 

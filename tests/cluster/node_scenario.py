@@ -81,7 +81,7 @@ async def live(cluster: Cluster, model: ModelConfig) -> dict:
         await until(lambda: pool.stats.num_engines == 2)
         stream.send(50)
         seen["answered_with_a_new_node"] = await stream.all_answered()
-    pool_config = config.model_copy(update={"num_replicas": 1, "start_timeout_seconds": 8.0})
+    pool_config = config.model_copy(update={"num_replicas": 1, "start_timeout_seconds": 30.0})
     async with EnginePool.start(pool_config, model) as pool:
         stream = Stream(pool)
         stream.send(10)

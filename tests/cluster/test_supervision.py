@@ -24,9 +24,11 @@ def clock(monkeypatch) -> Clock:
     return clock
 
 
-def observe(pulse: Pulse, clock: Clock, seconds: float, num_tokens: int, num_running: int = 1, **state: bool) -> bool:
+def observe(
+    pulse: Pulse, clock: Clock, seconds: float, num_tokens: int, num_held: int = 1, has_answers: bool = False
+) -> bool:
     clock.now += seconds
-    return pulse.observe(EngineReport(num_tokens, num_running), **{"has_answers": False, "is_idle": False, **state})
+    return pulse.observe(EngineReport(num_tokens, num_running=num_held), has_answers, num_held)
 
 
 def test_a_request_that_takes_long_is_no_stall_while_tokens_come(clock):
@@ -40,12 +42,12 @@ def test_requests_without_a_token_are_a_hang(clock):
     observe(pulse, clock, 5, 1)
     observe(pulse, clock, 9, 1)
     with pytest.raises(EngineHung, match=r"made no token .* 3 sequences running"):
-        observe(pulse, clock, 2, 1, num_running=3)
+        observe(pulse, clock, 2, 1, num_held=3)
 
 
 def test_an_idle_engine_may_rest_and_its_time_runs_from_its_first_request(clock):
     pulse = Pulse(CONFIG)
-    observe(pulse, clock, 100, 0, num_running=0, is_idle=True)
+    observe(pulse, clock, 100, 0, num_held=0)
     clock.now += 100
     pulse.note_work()
     observe(pulse, clock, 9, 0)
@@ -61,7 +63,7 @@ def test_an_answer_without_tokens_is_progress(clock):
 
 def test_speed_is_per_sequence_and_second(clock):
     pulse = Pulse(CONFIG)
-    assert [observe(pulse, clock, 5, 400 * step, num_running=8) for step in range(1, 5)] == [False, False, False, True]
+    assert [observe(pulse, clock, 5, 400 * step, num_held=8) for step in range(1, 5)] == [False, False, False, True]
     assert pulse.tokens_per_second == pytest.approx(80)
     assert pulse.speed == pytest.approx(10)
 
@@ -69,7 +71,7 @@ def test_speed_is_per_sequence_and_second(clock):
 def test_a_window_with_a_rest_in_it_does_not_count(clock):
     pulse = Pulse(CONFIG)
     observe(pulse, clock, 15, 100)
-    observe(pulse, clock, 1, 100, is_idle=True)
+    observe(pulse, clock, 1, 100, num_held=0)
     assert not observe(pulse, clock, 15, 200)
     assert pulse.speed is None
 

@@ -1,0 +1,58 @@
+"""Requests, samplings and completions as they are written down and read back."""
+
+import json
+from dataclasses import asdict
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from cluster.engine import LORA_RANKS, lora_arguments
+from cluster.engine_config import Completion, EngineConfig, GenerationRequest, Sample, Sampling, StructuredOutput
+
+SAMPLES = st.builds(
+    Sample,
+    text=st.text(),
+    finish_reason=st.sampled_from(["stop", "length"]),
+    num_tokens=st.integers(0, 9),
+    token_ids=st.lists(st.integers(0, 200_000)).map(tuple),
+)
+
+
+@given(samples=st.lists(SAMPLES, min_size=1, max_size=4), num_prompt_tokens=st.integers(0, 9))
+def test_a_completion_comes_back_from_json_as_it_was(samples: list[Sample], num_prompt_tokens: int):
+    completion = Completion("request", tuple(samples), num_prompt_tokens)
+    assert Completion.from_dict(json.loads(json.dumps(asdict(completion)))) == completion
+
+
+def test_a_completion_speaks_of_its_first_sample_and_counts_them_all():
+    completion = Completion("request", (Sample("one", "stop", 2, (5, 6)), Sample("two", "length", 3, (7, 8, 9))), 4)
+    assert (completion.text, completion.finish_reason, completion.token_ids) == ("one", "stop", (5, 6))
+    assert completion.num_completion_tokens == 5
+
+
+def test_a_request_that_failed_has_as_many_samples_as_it_asked_for():
+    failed = Completion.failed(GenerationRequest("request", "prompt", Sampling(n=3)), "engine_died")
+    assert [sample.finish_reason for sample in failed.samples] == ["engine_died"] * 3
+
+
+@pytest.mark.parametrize(
+    ("fields", "given_ones"), [({}, "none"), ({"choice": ["a"], "regex": "a"}, "choice, regex"), ({"choice": []}, "")]
+)
+def test_a_form_is_exactly_one_of_three(fields: dict, given_ones: str):
+    with pytest.raises(ValidationError, match=f"set are: {given_ones}" if given_ones else "at least 1 item"):
+        StructuredOutput(**fields)
+
+
+def test_more_engines_at_the_start_than_there_are_is_an_error():
+    with pytest.raises(ValidationError, match="min_replicas=3 is more than num_replicas=2"):
+        EngineConfig(num_replicas=2, min_replicas=3)
+
+
+@given(rank=st.integers(1, 512))
+def test_vllm_is_told_the_least_of_its_ranks_that_holds_the_adapters(tmp_path_factory, rank: int):
+    folder = tmp_path_factory.mktemp("adapter")
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": rank}))
+    found = lora_arguments(EngineConfig(), (str(folder),), num_gpus=1)["max_lora_rank"]
+    assert found >= rank and all(other < rank or other >= found for other in LORA_RANKS)
