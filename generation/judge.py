@@ -44,7 +44,8 @@ class Judge:
             if score is not None and score >= self._config.min_score:
                 rows.append(record)
                 continue
-            why = Rejection("low_score", str(score)) if score else Rejection("not_judged", made_by.completion.text)
+            unscored = made_by.completion.text or made_by.completion.finish_reason
+            why = Rejection("not_judged", unscored) if score is None else Rejection("low_score", str(score))
             rejected.append(RejectedRecord("row", why, record.id, 0, draft_of(record)))
         return replace(outcome, rows=tuple(rows), rejected=tuple(rejected), made_by=(*outcome.made_by, *answers))
 

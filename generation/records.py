@@ -165,12 +165,14 @@ def make_messages(user: str, assistant: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
 
 
-def human_record(origin: Origin, instruction: str, instance: Instance, position: int) -> Record:
-    """The row of an instance that a person wrote."""
-    messages = make_messages(user_turn(instruction, instance.input), instance.output)
+def human_record(
+    origin: Origin, instruction: str, instance: Instance, position: int, user: str | None = None
+) -> Record:
+    """The row of an instance that a person wrote. user: the user's turn; none: instruction and input."""
+    user = user_turn(instruction, instance.input) if user is None else user
     return Record(
         id=sha256_json([origin.method, origin.task, position, instruction, instance.input, instance.output]),
-        messages=messages,
+        messages=make_messages(user, instance.output),
         method=origin.method,
         task=origin.task,
         round=origin.round,

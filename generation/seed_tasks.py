@@ -2,7 +2,7 @@
 
 Three forms of a row are read, told apart by their keys:
     instances     Self-Instruct's: id, name, instruction, instances [{input, output}], is_classification
-    instruction   Alpaca's: instruction, and where known input and output; an id if there is one
+    instruction   Alpaca's: instruction, and where known input, output and language; an id if there is one
     messages      a conversation: its first user's turn is the instruction, the reply to it the output
 """
 
@@ -30,6 +30,7 @@ class SeedTask:
     instruction: str
     instances: tuple[Instance, ...]
     is_classification: bool
+    language: str = ""  # its name in English; empty: not known
 
 
 def load_seed_tasks(path: Path) -> list[SeedTask]:
@@ -102,7 +103,7 @@ def _plain_task(row: dict, place: str, instruction: str, instance: Instance) -> 
     task_id = row.get("id")
     if task_id is None:  # equal rows stay apart by their place
         task_id = sha256_json([instruction, instance.input, instance.output, place.rpartition(":")[2]])[:ID_CHARS]
-    return SeedTask(str(task_id), "", instruction, (instance,), False)
+    return SeedTask(str(task_id), "", instruction, (instance,), False, str(row.get("language") or ""))
 
 
 def _parse_published(row: dict, place: str) -> SeedTask:

@@ -52,7 +52,9 @@ class SelfInstructConfig(SynthesisConfig):
     max_requests: int | None = Field(None, ge=1, description="requests for instructions at most; none: no limit")
     num_demonstrations: int = Field(8, ge=1, description="instructions shown in a prompt (§2.2: 8)")
     num_machine_demonstrations: int = Field(2, ge=0, description="of these, made by the machine (§2.2: 2)")
-    only_classification_seeds: bool = Field(False, description="show only seed tasks that are classification")
+    only_classification_seeds: bool = Field(
+        False, description="show only seed tasks that are classification, under a header that asks for such"
+    )
     capitalize: bool = Field(True, description="upper case first letter, lower case rest, as published")
     drop_truncated: bool = Field(True, description="drop a list of instructions that was cut at max_tokens, whole")
     instruction_filters: tuple[FilterConfig, ...] = SELF_INSTRUCT_FILTERS

@@ -8,12 +8,13 @@ Unlike Self-Instruct, what the machine wrote is never shown to it again, and the
 from collections.abc import Coroutine, Sequence
 from typing import ClassVar
 
+from cluster.errors import InputError
 from generation.config import AlpacaConfig, Role
 from generation.filters import Draft, Rejection
 from generation.kept import Shown
 from generation.method import Kept, MethodInputs, Outcome, Proposal
 from generation.methods.parsing import MalformedTask, parse_tasks
-from generation.methods.seeds import seed_drafts, seed_records
+from generation.methods.seeds import one_line, seed_drafts, seed_records
 from generation.records import Origin, Production, Record, RejectedRecord, machine_record, user_turn
 from generation.requester import UNANSWERED
 
@@ -26,11 +27,15 @@ class Alpaca:
     FORMS: ClassVar[dict[Role, str]] = {"writer": "plain"}
 
     def __init__(self, config: AlpacaConfig, inputs: MethodInputs) -> None:
+        """Raises InputError if no seed task has an output to show."""
         self.num_wanted = config.num_instructions
         self.max_proposals = config.max_requests
         self.exhausted = f"max_requests={config.max_requests} reached"
         self._config = config
         self._inputs = inputs
+        self._shown_seeds = [task for task in inputs.seeds if task.instances and task.instances[0].output]
+        if not self._shown_seeds:
+            raise InputError("synthesize.seeds: none of the tasks has an output, and this method shows whole tasks.")
 
     def remembered(self) -> Sequence[tuple[str, Draft]]:
         return seed_drafts(self._inputs.seeds)
@@ -39,12 +44,16 @@ class Alpaca:
         return seed_records(self._inputs.seeds, self._config.seed_license) if self._config.include_seed_tasks else ()
 
     def propose(self, number: int, visible: Sequence[Shown]) -> Coroutine[None, None, Proposal]:
-        seeds = self._inputs.seeds
+        """Demonstrations: human tasks alone, each with its first instance (released `encode_prompt`)."""
+        seeds = self._shown_seeds
         drawn = self._inputs.draw(number).sample(seeds, min(self._config.num_demonstrations, len(seeds)))
         demonstrations = [
-            {"instruction": task.instruction, "input": instance.input, "output": instance.output}
+            {
+                "instruction": one_line(task.instruction),
+                "input": task.instances[0].input,
+                "output": task.instances[0].output,
+            }
             for task in drawn
-            for instance in task.instances[:1]
         ]
         return self._propose(number, demonstrations, tuple(sorted(task.id for task in drawn)))
 
@@ -72,7 +81,7 @@ class Alpaca:
         )
 
     async def finish(self, kept: Kept) -> Outcome:
-        """Nothing more to ask: the task came whole."""
+        """Nothing more to ask: the task came whole. One without an output teaches nothing (published: it stays)."""
         draft, made_by = kept.draft, kept.proposal.made_by
         if not draft.output:
             why = Rejection("empty_output")

@@ -1,7 +1,7 @@
 """How an instruction and its input become the user's turn, and how an input is cleaned before.
 
 Self-Instruct's released `prepare_for_finetuning.py` draws one of seven forms with an input and six without for every
-instance, so that a model learns the task and not one layout of it.
+instance, those of the seeds included, so that a model learns the task and not one layout of it.
 """
 
 import re
@@ -16,12 +16,12 @@ WITH_INPUT = (
     "{i}\n\nInput: {x}\n\nOutput:",
     "Task: {i}\nInput: {x}\nOutput:",
     "{i}\n\n{x}\n\nOutput:",
-    "{i}\n\n{x}\n",
+    "{i}\n\n{x}\n\n",
     "{i}\n{x}\n\n",
     "Task: {i}\n\n{x}\n\n",
 )
 WITHOUT_INPUT = ("{i} Output:", "{i}\nOutput:", "{i}\n\nOutput:", "{i}\n", "{i}\n\n", "Task: {i}\n\n")
-FIELD_LABEL = re.compile(r"^(\w+):", re.MULTILINE)
+FIELD_LABEL = re.compile(r"(\w+):")
 
 
 def encode(instruction: str, input_text: str, encoding: Literal["plain", "published"], draw: Random) -> str:
@@ -35,10 +35,12 @@ def encode(instruction: str, input_text: str, encoding: Literal["plain", "publis
 def clean_input(input_text: str, draw: Random, probability: float) -> str:
     """Now and then drop the label of an input that has just one ("Sentence: ..."), and close up its empty lines.
 
-    Published with a probability of 0.5 each, so that inputs come in both forms.
+    Published with a probability of 0.5, so that inputs come in both forms. The label has to begin the input; the
+    released code takes any word before a colon for one, and loses what comes before it ("at 10:30" becomes "30").
     """
-    if draw.random() < probability and len(set(FIELD_LABEL.findall(input_text))) == 1:
-        input_text = FIELD_LABEL.sub("", input_text).strip()
-    if draw.random() < probability:
-        input_text = input_text.replace("\n\n", "\n")
-    return input_text
+    if draw.random() >= probability:
+        return input_text
+    label = FIELD_LABEL.match(input_text)
+    if label and set(FIELD_LABEL.findall(input_text)) == {label[1]}:
+        input_text = input_text[label.end() :]
+    return input_text.strip().replace("\n\n", "\n")

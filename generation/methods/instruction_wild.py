@@ -8,13 +8,14 @@ Splitting the two lets another model answer, and keeps the style of real users: 
 from collections.abc import Coroutine, Sequence
 from typing import ClassVar
 
+from cluster.errors import InputError
 from generation.config import InstructionWildConfig, Role
 from generation.filters import Draft, Rejection
 from generation.kept import Shown
 from generation.method import Kept, MethodInputs, Outcome, Proposal
 from generation.methods.answers import ask_for_answer, check_answer
 from generation.methods.parsing import parse_instructions
-from generation.methods.seeds import seed_drafts
+from generation.methods.seeds import one_line, seed_drafts
 from generation.records import Origin, Production, Record, RejectedRecord, machine_record
 from generation.requester import UNANSWERED
 
@@ -30,11 +31,20 @@ class InstructionWild:
     FORMS: ClassVar[dict[Role, str]] = {"writer": "plain", "answerer": "chat"}
 
     def __init__(self, config: InstructionWildConfig, inputs: MethodInputs) -> None:
+        """Raises InputError if no seed is in the language that is asked for."""
         self.num_wanted = config.num_instructions
         self.max_proposals = config.max_requests
         self.exhausted = f"max_requests={config.max_requests} reached"
         self._config = config
         self._inputs = inputs
+        self._shown_seeds = [
+            task for task in inputs.seeds if config.language in (None, task.language or config.language)
+        ]
+        if not self._shown_seeds:
+            known = ", ".join(sorted({task.language for task in inputs.seeds}))
+            raise InputError(
+                f"synthesize.language={config.language}: no seed is in that language; they are in {known}."
+            )
 
     def remembered(self) -> Sequence[tuple[str, Draft]]:
         return seed_drafts(self._inputs.seeds)
@@ -43,9 +53,12 @@ class InstructionWild:
         return ()
 
     def propose(self, number: int, visible: Sequence[Shown]) -> Coroutine[None, None, Proposal]:
-        seeds = self._inputs.seeds
+        """Demonstrations: seeds alone, as in Alpaca."""
+        seeds = self._shown_seeds
         drawn = self._inputs.draw(number).sample(seeds, min(self._config.num_demonstrations, len(seeds)))
-        return self._propose(number, [task.instruction for task in drawn], tuple(sorted(task.id for task in drawn)))
+        return self._propose(
+            number, [one_line(task.instruction) for task in drawn], tuple(sorted(task.id for task in drawn))
+        )
 
     async def _propose(self, number: int, demonstrations: list[str], seed_ids: tuple[str, ...]) -> Proposal:
         prompt = self._inputs.prompts["instructions"]
@@ -53,18 +66,20 @@ class InstructionWild:
         made_by = await self._inputs.requester.ask(
             "writer", "instructions", prompt, text, self._config.instruction_sampling, replica=number
         )
-        return Proposal(f"{self.NAME}-{made_by.request_id[:16]}", self._items(made_by), made_by, (), seed_ids)
+        items = self._items(made_by, first_number=len(demonstrations) + 1)
+        return Proposal(f"{self.NAME}-{made_by.request_id[:16]}", items, made_by, (), seed_ids)
 
-    def _items(self, made_by: Production) -> tuple[Draft | RejectedRecord, ...]:
+    def _items(self, made_by: Production, first_number: int) -> tuple[Draft | RejectedRecord, ...]:
         completion = made_by.completion
         if completion.finish_reason in UNANSWERED:
             why = Rejection(completion.finish_reason)
             return (RejectedRecord("response", why, made_by.request_id, 0, Draft("")),)
         with self._inputs.attribution.spent_on("parse"):
-            texts = parse_instructions(completion.text, capitalize=False)
+            texts = parse_instructions(completion.text, first_number, capitalize=False)
         return tuple(Draft(text) for text in (texts[:-1] if completion.finish_reason == "length" else texts))
 
     async def finish(self, kept: Kept) -> Outcome:
+        """The second pass."""
         made_by = await ask_for_answer(self._inputs, kept.draft, self._config.answer_sampling)
         if rejected := check_answer(kept.draft, made_by):
             return Outcome(rejected=(rejected,), made_by=(made_by,))

@@ -1,7 +1,8 @@
 """What a model wrote, taken apart: lists of instructions, yes or no, and instances in either form.
 
 The rules are Self-Instruct's (Wang et al., 2023, appendix A.2 for the forms; the released `bootstrap_instructions.py`,
-`identify_clf_or_not.py` and `prepare_for_finetuning.py` for the splitting).
+`identify_clf_or_not.py` and `prepare_for_finetuning.py` for the splitting) and, for whole tasks, Alpaca's. A model that
+is asked in a chat may repeat the end of the prompt, with a word of its own before it; there the text begins anew.
 """
 
 import re
@@ -9,20 +10,24 @@ from dataclasses import dataclass
 
 from generation.filters import Draft, Instance
 
-LIST_ITEM = re.compile(r"\n\d+\s?\. ?")
+LIST_MARK = r"\s?[.．、](?!\d) ?"  # also the marks of Chinese lists; "3.5" begins no item
+LIST_ITEM = re.compile(rf"\n\d+{LIST_MARK}")
 EXAMPLE = re.compile(r"Example\s?\d*\.?")
 OUTPUT = re.compile(r"Output\s*\d*\s*:")
-LEADING_INPUT = re.compile(r"^Input\s*\d*\s*:")
+INPUT = re.compile(r"Input\s*\d*\s*:")
+LEADING_INPUT = re.compile(rf"^{INPUT.pattern}")
 NEXT_TASK = re.compile(r"Task\s*\d*\s*:")
 CLASS_LABEL = "Class label:"
 NO_INPUT = "<noinput>"
 
 
-def parse_instructions(text: str, capitalize: bool) -> list[str]:
-    """Split a continued numbered list into instructions, whitespace collapsed. Empty items stay, as "".
+def parse_instructions(text: str, first_number: int, capitalize: bool) -> list[str]:
+    """Split a numbered list that goes on at `first_number` into instructions, whitespace collapsed.
 
-    capitalize: first letter upper case and all others lower, as published (acronyms are lost).
+    Empty items stay, as "". capitalize: first letter upper case and all others lower, as published (acronyms are lost).
     """
+    if opening := re.search(rf"^\s*{first_number}{LIST_MARK}", text, re.MULTILINE):
+        text = text[opening.end() :]
     items = (re.sub(r"\s+", " ", item).strip() for item in LIST_ITEM.split(text))
     return [item.capitalize() if capitalize else item for item in items]
 
@@ -63,7 +68,7 @@ def parse_output_first(text: str, was_cut: bool) -> list[Instance]:
 def _parse_block(block: str) -> Instance:
     parts = OUTPUT.split(block)
     given, output = (parts[0], parts[1]) if len(parts) > 1 else ("", block)
-    output = NEXT_TASK.split(output)[0]
+    output = NEXT_TASK.split(INPUT.split(output)[0])[0]  # of several pairs in one block, the first
     return Instance(LEADING_INPUT.sub("", given.strip()).strip(), output.strip())
 
 
@@ -80,14 +85,17 @@ def parse_tasks(text: str, first_number: int, was_cut: bool) -> list[Draft | Mal
 
     Items stand between "###" and are numbered on from `first_number`; each has an instruction, an input ("<noinput>"
     for none) and an output under the number that is expected at its place. `text` continues a prompt that ends at
-    "<first_number>. Instruction:"; a model that was asked in a chat may have repeated that. If the text was cut at
-    max_tokens, the last item is dropped.
+    "<first_number>. Instruction:". If it was cut at max_tokens, what stands last is dropped. A place with nothing in
+    it is passed over, but counts.
     """
-    opening = f"{first_number}. Instruction:"
-    pieces = (text if text.lstrip("# \n").startswith(opening) else opening + text).strip("# \n").split("###")
+    repeated = re.search(rf"(?<!\d){first_number}\.\s+Instruction:", text)
+    if repeated and f"{first_number}. Input:" not in text[: repeated.start()]:
+        text = text[repeated.end() :]
+    pieces = f"{first_number}. Instruction:{text}".split("###")
     if was_cut:
         pieces = pieces[:-1]
-    return [_parse_task(piece, number) for number, piece in enumerate(pieces, first_number)]
+    numbered = [(number, piece) for number, piece in enumerate(pieces, first_number) if piece.strip("# \n")]
+    return [_parse_task(piece, number) for number, piece in numbered]
 
 
 def _parse_task(piece: str, number: int) -> Draft | MalformedTask:

@@ -6,16 +6,18 @@ All three steps share the engines and overlap.
 """
 
 from collections.abc import Coroutine, Sequence
+from random import Random
 from typing import ClassVar
 
 from cluster.engine_config import Sampling
+from cluster.errors import InputError
 from generation.config import Role, SelfInstructConfig
 from generation.filters import Draft, Instance, Rejection, check_instances
 from generation.kept import Shown
 from generation.method import Kept, MethodInputs, Outcome, Proposal
 from generation.methods.encodings import clean_input, encode
 from generation.methods.parsing import parse_input_first, parse_instructions, parse_output_first, parse_yes
-from generation.methods.seeds import seed_drafts, seed_records
+from generation.methods.seeds import one_line, seed_drafts, seed_records
 from generation.records import Origin, Production, Record, RejectedRecord, machine_record
 from generation.requester import UNANSWERED
 from generation.seed_tasks import SeedTask
@@ -26,7 +28,7 @@ class SelfInstruct:
 
     NAME = "self_instruct"
     PROMPTS: ClassVar[dict[str, tuple[str, ...]]] = {
-        "instructions": ("demonstrations",),
+        "instructions": ("demonstrations", "only_classification"),
         "classify": ("instruction",),
         "input_first": ("instruction",),
         "output_first": ("instruction",),
@@ -34,6 +36,7 @@ class SelfInstruct:
     FORMS: ClassVar[dict[Role, str]] = {"writer": "plain"}
 
     def __init__(self, config: SelfInstructConfig, inputs: MethodInputs) -> None:
+        """Raises InputError if only classification is to be shown, and no seed task is that."""
         self.num_wanted = config.num_instructions
         self.max_proposals = config.max_requests
         self.exhausted = f"max_requests={config.max_requests} reached"
@@ -41,12 +44,28 @@ class SelfInstruct:
         self._inputs = inputs
         seeds = [task for task in inputs.seeds if task.is_classification or not config.only_classification_seeds]
         self._shown_seeds: list[SeedTask] = seeds
+        if not seeds:
+            raise InputError(
+                "synthesize.only_classification_seeds=true, but none of the seed tasks has `is_classification`: true."
+            )
 
     def remembered(self) -> Sequence[tuple[str, Draft]]:
         return seed_drafts(self._inputs.seeds)
 
     def seed_rows(self) -> Sequence[Record]:
-        return seed_records(self._inputs.seeds, self._config.seed_license) if self._config.include_seed_tasks else ()
+        """The seeds' own instances, laid out as the machine's are."""
+        if not self._config.include_seed_tasks:
+            return ()
+
+        def layout(task: SeedTask, position: int) -> str:
+            draw = self._inputs.draw(task.id, position)
+            return self._layout(task.instruction, task.instances[position].input, draw)
+
+        return seed_records(self._inputs.seeds, self._config.seed_license, layout)
+
+    def _layout(self, instruction: str, given: str, draw: Random) -> str:
+        given = clean_input(given, draw, self._config.clean_input_probability)
+        return encode(instruction, given, self._config.encoding, draw)
 
     # -- instructions
 
@@ -65,12 +84,16 @@ class SelfInstruct:
         self, number: int, demonstrations: list[str], parent_ids: tuple[str, ...], seed_ids: tuple[str, ...]
     ) -> Proposal:
         prompt, sampling = self._inputs.prompts["instructions"], self._config.instruction_sampling
-        text = prompt.render(demonstrations=demonstrations)
+        text = prompt.render(
+            demonstrations=[one_line(text) for text in demonstrations],
+            only_classification=self._config.only_classification_seeds,
+        )
         made_by = await self._inputs.requester.ask("writer", "instructions", prompt, text, sampling, replica=number)
         prefix = f"{self.NAME}-{made_by.request_id[:16]}"
-        return Proposal(prefix, self._items(made_by), made_by, parent_ids, seed_ids)
+        items = self._items(made_by, first_number=len(demonstrations) + 1)
+        return Proposal(prefix, items, made_by, parent_ids, seed_ids)
 
-    def _items(self, made_by: Production) -> tuple[Draft | RejectedRecord, ...]:
+    def _items(self, made_by: Production, first_number: int) -> tuple[Draft | RejectedRecord, ...]:
         """A response cut short is dropped whole: its last instruction is broken, and the engine may have run wild."""
         completion = made_by.completion
         was_cut = completion.finish_reason == "length"
@@ -78,7 +101,7 @@ class SelfInstruct:
             why = Rejection("truncated_response" if was_cut else completion.finish_reason)
             return (RejectedRecord("response", why, made_by.request_id, 0, Draft("", "", completion.text)),)
         with self._inputs.attribution.spent_on("parse"):
-            texts = parse_instructions(completion.text, self._config.capitalize)
+            texts = parse_instructions(completion.text, first_number, self._config.capitalize)
         return tuple(Draft(text) for text in (texts[:-1] if was_cut else texts))
 
     # -- instances
@@ -127,8 +150,7 @@ class SelfInstruct:
         rows, rejected = [], []
         for position, (instance, rejection) in enumerate(verdicts):
             if position in good:
-                given = clean_input(instance.input, draw, config.clean_input_probability)
-                user = encode(instruction, given, config.encoding, draw)
+                user = self._layout(instruction, instance.input, draw)
                 rows.append(machine_record(origin, made_by, user, instance.output, position))
                 continue
             why = rejection or Rejection("more_than_max_instances")

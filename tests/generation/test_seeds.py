@@ -220,7 +220,7 @@ def test_evaluation_tasks_are_apart_from_the_seeds_and_the_prompts():
 
 
 def test_instructions_prompt_numbers_its_demonstrations_and_ends_at_the_next_number():
-    lines = render("instructions", demonstrations=list("ABCDEFGH")).split("\n")
+    lines = render("instructions", demonstrations=list("ABCDEFGH"), only_classification=False).split("\n")
     assert len(lines) == 10 and lines[0].endswith(":")
     assert lines[1:] == [f"{i}. {letter}" for i, letter in enumerate("ABCDEFGH", start=1)] + ["9."]
 

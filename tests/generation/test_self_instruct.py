@@ -27,13 +27,22 @@ PUBLISHED_SEEDS = ROOT.parent / "shared" / "data" / "self_instruct" / "seed_task
 
 def test_a_continued_list_is_split_at_its_numbers():
     text = " Sort   the words.\n10. Add 2. and 3.\n11 . Name a\tGREAT city.\n12."
-    assert parse_instructions(text, capitalize=False) == [
+    assert parse_instructions(text, 9, capitalize=False) == [
         "Sort the words.",
         "Add 2. and 3.",
         "Name a GREAT city.",
         "",
     ]
-    assert parse_instructions(text, capitalize=True)[2] == "Name a great city."
+    assert parse_instructions(text, 9, capitalize=True)[2] == "Name a great city."
+    assert parse_instructions(" Weigh it:\n3.5 kg\n10.写一首诗\n11、再写一首", 9, capitalize=False) == [
+        "Weigh it: 3.5 kg", "写一首诗", "再写一首",
+    ]  # fmt: skip
+
+
+def test_a_chat_may_repeat_the_number_at_which_the_list_goes_on():
+    text = "Of course, here is more:\n\n9. Sort the words.\n10. Add 9. and 3."
+    assert parse_instructions(text, 9, capitalize=False) == ["Sort the words.", "Add 9. and 3."]
+    assert parse_instructions("9. Sort the words.", 9, capitalize=False) == ["Sort the words."]
 
 
 @pytest.mark.parametrize(
@@ -50,6 +59,8 @@ def test_instances_with_the_input_first():
     assert parse_input_first("Output: alone", False) == [Instance("", "alone")]
     assert parse_input_first("Output: alone", True) == []
     assert parse_input_first("no marker at all", False) == []
+    two_pairs = "Input: a\nOutput 1: b\nInput 2: c\nOutput 2: d"
+    assert parse_input_first(two_pairs, False) == [Instance("a", "b")]
 
 
 def test_instances_with_the_label_first():
@@ -267,7 +278,8 @@ def test_a_bad_template_is_named_with_its_fault(tmp_path, text, message):
 
 def test_the_packaged_prompts_end_where_the_continuation_begins():
     prompts = load_prompts(PROMPT_FOLDER / "self_instruct", PROMPTS)
-    assert prompts["instructions"].render(demonstrations=["x"] * 8).endswith("\n8. x\n9.")
+    shown = {"demonstrations": ["x"] * 8, "only_classification": False}
+    assert prompts["instructions"].render(**shown).endswith("\n8. x\n9.")
     assert prompts["classify"].render(instruction="Do it.").endswith("Task: Do it.\nIs it classification?")
     assert prompts["input_first"].render(instruction="Do it.").endswith("Task: Do it.\n")
     assert prompts["output_first"].render(instruction="Do it.").endswith("Task: Do it.\nClass label:")
