@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from cluster.config import ModelConfig
 from cluster.engine_config import Completion, GenerationRequest, Sample
 from cluster.rundir import RunDir
 from generation.attribution import Attribution
-from generation.config import SynthesisConfig
+from generation.config import Role, SynthesisConfig
 from generation.driver import Driver
 from generation.filters import Instance
 from generation.judge import PROMPTS as JUDGE_PROMPTS
@@ -102,20 +102,22 @@ def drive(
     seed: int = 0,
     seeds: list[SeedTask] = SEEDS,
     source: ModelConfig | None = None,
+    models: Mapping[Role, ServedModel] | None = None,
 ) -> Made:
-    """Run a method to its end, or to the pool's error."""
+    """Run a method to its end, or to the pool's error. models: who plays some roles instead of the one model."""
     run = RunDir(folder).create()
     method_type = METHODS[config.method]
     prompts = load_prompts(PROMPT_FOLDER / config.method, method_type.PROMPTS)
     source = source or ModelConfig(path="model")
     with RequestLog(folder / "requests") as log:
         sink, checkpoint = DataSink.open(run, config.rows_per_shard, "sha")
-        models = {
+        served = {
             role: ServedModel("model", source, "revision", pool, config.models.of(role).form or form)
             for role, form in {"judge": "chat", **method_type.FORMS}.items()
         }
+        served |= models or {}
         attribution = Attribution()
-        requester = Requester(models, log, seed, config.budget, attribution)
+        requester = Requester(served, log, seed, config.budget, attribution)
         method = method_type(config, MethodInputs(seeds, prompts, requester, attribution, seed))
         judge = None
         if config.judge:

@@ -281,7 +281,7 @@ def test_the_readme_counts_are_the_measured_ones():
     stated = {
         label.strip(): int(count) for label, count in re.findall(r"^\| ([^|]+)\| +(\d+) \|$", readme, re.MULTILINE)
     }
-    seeds, evals = seed_tasks(), eval_tasks()
+    seeds, evals, users = seed_tasks(), eval_tasks(), read_jsonl(SEEDS / "user_instructions.jsonl")
     num_words = [len(instruction.split()) for instruction in instructions(seeds)]
     assert stated == {
         "seed tasks": len(seeds),
@@ -293,4 +293,8 @@ def test_the_readme_counts_are_the_measured_ones():
         "evaluation tasks": len(evals),
         "evaluation tasks scored by exact match": sum(task["metric"] == "exact_match" for task in evals),
         "evaluation tasks scored by ROUGE-L": sum(task["metric"] == "rouge_l" for task in evals),
+        "user instructions": len(users),
+        "user instructions in English": sum(user["language"] == "English" for user in users),
+        "languages of the user instructions": len({user["language"] for user in users}),
+        "words in the longest user instruction": max(len(text.split()) for text in instructions(users)),
     }

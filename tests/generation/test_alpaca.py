@@ -1,0 +1,242 @@
+"""Alpaca: responses taken apart as `post_process_gpt3_response` does, and a run's rows, rejects and prompts."""
+
+import re
+
+import pytest
+from pydantic import ValidationError
+
+from cluster.engine_config import GenerationRequest
+from cluster.errors import InputError
+from generation.config import AlpacaConfig
+from generation.config.alpaca import TaskSampling
+from generation.filters import Draft, Instance
+from generation.methods.parsing import MalformedTask, parse_tasks
+from generation.seed_tasks import SeedTask, load_seed_tasks
+from tests.generation.harness import ROOT, SEEDS, CoroutinePool, drive
+
+PUBLISHED_SEEDS = ROOT.parent / "shared" / "data" / "self_instruct" / "seed_tasks.jsonl"
+
+GOLDEN = """ Sort these three words by length.
+4. Input:
+pear, fig, banana
+4. Output:
+fig, pear, banana
+
+###
+5. Instruction: Name a NASA mission to Mars.
+5. Input:
+<noinput>
+5. Output:
+Mars 2020.
+"""
+SORT = Draft("Sort these three words by length.", "pear, fig, banana", "fig, pear, banana")
+NAME = Draft("Name a NASA mission to Mars.", "", "Mars 2020.")
+
+
+def task(number: int, instruction: str, given: str = "<noinput>", output: str = "Done as you say.") -> str:
+    return f"{number}. Instruction: {instruction}\n{number}. Input:\n{given}\n{number}. Output:\n{output}\n"
+
+
+def response(*tasks: str) -> str:
+    """Tasks as a model writes them after a prompt that ends at "4. Instruction:"."""
+    return "###\n".join(tasks).removeprefix("4. Instruction:")
+
+
+# -- parsing
+
+
+def test_tasks_are_split_in_seven_under_their_numbers():
+    assert parse_tasks(GOLDEN, 4, was_cut=False) == [SORT, NAME]  # upper case stays
+
+
+def test_the_last_item_of_a_response_cut_by_length_is_dropped():
+    assert parse_tasks(GOLDEN, 4, was_cut=True) == [SORT]
+    assert parse_tasks(GOLDEN + "###\n", 4, was_cut=True) == [SORT, NAME]  # nothing of the next one was written
+    assert parse_tasks(" Sort the", 4, was_cut=True) == []
+
+
+@pytest.mark.parametrize("marker", ["<noinput>", "<NoInput>", " <noinput> ", ""])
+def test_no_input_is_an_empty_one(marker):
+    assert parse_tasks(response(task(4, "Do it well.", marker)), 4, False)[0].input == ""
+
+
+def test_a_number_other_than_the_next_is_malformed_and_the_others_are_not():
+    tasks = (task(4, "First of all."), task(6, "Second of all."), task(6, "Third of all."))
+    first, second, third = parse_tasks(response(*tasks), 4, False)
+    assert (first.instruction, third.instruction) == ("First of all.", "Third of all.")
+    assert second == MalformedTask("malformed_task", tasks[1].strip())
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        "4. Instruction: No more than this.",
+        "4. Instruction: Twice.\n4. Input:\na\n4. Output:\nb\n4. Output:\nc",
+        "4. Instruction: Without an output.\n4. Input:\na",
+        "4 Instruction: No dot.\n4 Input:\na\n4 Output:\nb",
+    ],
+)
+def test_an_item_that_is_not_seven_parts_is_malformed(broken):
+    parsed = parse_tasks(response(broken, task(5, "Sound one.")), 4, False)
+    assert [isinstance(item, MalformedTask) for item in parsed] == [True, False]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"4. Instruction:{GOLDEN}",
+        f"###\n4. Instruction:{GOLDEN}###\n",
+        f"Certainly! Here are the tasks, beginning with number 4:\n\n### 4. Instruction:{GOLDEN}",
+        GOLDEN.replace("###\n5", "### 5"),
+        GOLDEN.replace("###\n5", "####\n5"),
+        GOLDEN.replace("###\n5", "\n\n###\n\n5"),
+        GOLDEN + "\n###\n",
+    ],
+)
+def test_a_repeated_opening_and_other_ways_to_part_items(text):
+    assert parse_tasks(text, 4, was_cut=False) == [SORT, NAME]
+
+
+def test_an_empty_place_counts_but_is_no_item():
+    text = GOLDEN.replace("###\n5", "######\n5")
+    assert parse_tasks(text, 4, False)[0] == SORT
+    assert isinstance(parse_tasks(text, 4, False)[1], MalformedTask)  # 6 is expected there
+    assert parse_tasks(text.replace("5.", "6."), 4, False) == [SORT, NAME]
+
+
+def test_a_later_number_that_ends_in_the_first_one_is_not_the_opening():
+    tasks = [task(number, f"Task number {number} of many.") for number in range(4, 16)]
+    tasks[0] = "4. Instruction: broken"
+    parsed = parse_tasks(response(*tasks), 4, False)
+    assert [isinstance(item, MalformedTask) for item in parsed] == [True] + [False] * 11
+
+
+def test_an_output_may_be_empty():
+    assert parse_tasks(response(task(4, "Say nothing.", output="")), 4, False)[0].output == ""
+
+
+# -- the method
+
+
+def once(text: str, reason: str = "stop"):
+    """A pool whose every response is `text`."""
+    return CoroutinePool(answer=lambda request: (text, reason))
+
+
+def test_what_becomes_of_each_item(tmp_path):
+    text = response(
+        task(4, "Sort these three words by length.", "b, aa", "b, aa"),
+        task(5, "Too short."),
+        task(6, "Compose some music for a rainy day."),
+        task(7, "Write a program that adds two numbers."),
+        task(8, "(Parts of it) explain the tides."),
+        task(9, "Überlege dir einen guten Namen."),
+        task(10, "Sort these three words by their length."),
+        task(12, "Number eleven has another number."),
+        task(12, "Say nothing at all to this.", output=""),
+        task(13, "Explain what NASA does all day."),
+    )
+    made = drive(tmp_path, once(text), AlpacaConfig(num_instructions=3, max_requests=1))
+    assert made.turns() == [
+        ("Sort these three words by length.\n\nb, aa", "b, aa"),
+        ("Explain what NASA does all day.", "Done as you say."),
+    ]
+    assert [(row["stage"], row["reason"], row["detail"]) for row in made.rejected][:7] == [
+        ("instruction", "too_short", "2 words"),
+        ("instruction", "blacklisted_word", "music"),
+        ("instruction", "begins_with", "Write a program"),
+        ("instruction", "starts_with_punctuation", "("),
+        ("instruction", "starts_with_non_ascii", "Ü"),
+        ("instruction", "not_novel", made.rejected[5]["detail"]),
+        ("response", "malformed_task", ""),
+    ]
+    assert made.rejected[6]["output"].startswith("12. Instruction: Number eleven")  # kept, to be looked at
+    assert [row["reason"] for row in made.rejected[7:]] == ["empty_output"]
+
+
+def test_a_response_that_was_not_given_is_a_reject_with_its_reason(tmp_path):
+    made = drive(tmp_path, once("", "prompt_too_long"), AlpacaConfig(max_fruitless_requests=2))
+    assert [(row["stage"], row["reason"]) for row in made.rejected] == [("response", "prompt_too_long")] * 2
+
+
+def numbered(request: GenerationRequest) -> str:
+    """Two new tasks for every prompt."""
+    word = f"{request.sampling.seed:x}"
+    return response(task(4, f"Explain {word} to {word[::-1]} now."), task(5, f"Give {word}a its {word[:5]} name."))
+
+
+def test_three_human_seeds_are_shown_and_never_what_the_machine_wrote(tmp_path):
+    pool = CoroutinePool(answer=numbered)
+    made = drive(tmp_path, pool, AlpacaConfig(num_instructions=30, lookahead=1))
+    seeds = {seed.instruction: seed.id for seed in SEEDS}
+    assert len(made.instructions) == 30
+    shown_at_all = set()
+    for request in pool.requests:
+        shown = re.findall(r"^\d+\. Instruction: (.*)$", request.prompt, re.MULTILINE)
+        assert len(shown) == len(set(shown)) == 3
+        assert seeds.keys() >= set(shown)
+        assert request.prompt.endswith("\n###\n4. Instruction:")
+        assert request.prompt.count("<noinput>") == 3 + 1  # the rules name it too
+        shown_at_all |= set(shown)
+    assert shown_at_all == seeds.keys()
+    for row in made.rows:
+        assert row["parent_ids"] == [] and len(row["seed_ids"]) == 3
+        assert row["method"] == "alpaca"
+
+
+def test_a_demonstration_is_a_whole_task_on_lines_of_its_own(tmp_path):
+    pool = once(GOLDEN)
+    seeds = [
+        SeedTask("a", "a", "Rhyme\non this: ", (Instance("hat", "cat"), Instance("x", "y")), False),
+        SeedTask("b", "b", "Nothing is known of this one.", (Instance("x", ""),), False),
+        SeedTask("c", "c", "Nor of this.", (), False),
+    ]
+    drive(tmp_path, pool, AlpacaConfig(num_instructions=1, max_requests=1), seeds=seeds)
+    assert pool.requests[0].prompt.endswith(
+        "\n###\n1. Instruction: Rhyme on this\n1. Input:\nhat\n1. Output:\ncat\n###\n2. Instruction:"
+    )
+
+
+def test_seeds_without_an_output_cannot_be_shown(tmp_path):
+    with pytest.raises(InputError, match="none of the tasks has an output"):
+        drive(tmp_path, once(""), AlpacaConfig(), seeds=[SeedTask("a", "a", "Do it.", (Instance("x", ""),), False)])
+
+
+def test_published_sampling_reaches_the_engines_and_stops_at_item_20(tmp_path):
+    pool = once(GOLDEN)
+    drive(tmp_path, pool, AlpacaConfig(num_instructions=1))
+    sampling = pool.requests[0].sampling
+    assert (sampling.temperature, sampling.top_p, sampling.max_tokens, sampling.presence_penalty) == (1, 1, 3072, 0)
+    assert all(any(stop in f"###\n20{end}" for stop in sampling.stop) for end in (".", " ."))
+    assert "20 different tasks" in pool.requests[0].prompt
+
+
+def test_demonstrations_must_leave_something_to_write():
+    assert AlpacaConfig(num_demonstrations=3, num_tasks=4).task_sampling == TaskSampling()
+    with pytest.raises(ValidationError, match="leaves nothing to write"):
+        AlpacaConfig(num_demonstrations=4, num_tasks=4)
+
+
+def test_seeds_are_rows_only_if_that_is_asked_for(tmp_path):
+    without = drive(tmp_path / "without", once(GOLDEN), AlpacaConfig(num_instructions=2))
+    assert [row["method"] for row in without.rows] == ["alpaca", "alpaca"]
+    config = AlpacaConfig(num_instructions=2, include_seed_tasks=True)
+    assert [row["method"] for row in drive(tmp_path / "with", once(GOLDEN), config).rows].count("seed") == len(SEEDS)
+
+
+def test_in_a_chat_the_whole_prompt_is_the_users_turn(tmp_path):
+    pool = once(f"Sure, here they are:\n\n###\n4. Instruction:{GOLDEN}")
+    config = AlpacaConfig(num_instructions=2, models={"writer": {"form": "chat"}})
+    made = drive(tmp_path, pool, config)
+    assert [message["role"] for message in pool.requests[0].prompt] == ["user"]
+    assert [row["instruction"] for row in made.instructions] == [SORT.instruction, NAME.instruction]
+
+
+@pytest.mark.skipif(not PUBLISHED_SEEDS.is_file(), reason="the published seeds are not beside this checkout")
+def test_a_run_over_the_published_seeds(tmp_path):
+    pool, seeds = CoroutinePool(answer=numbered), load_seed_tasks(PUBLISHED_SEEDS)
+    made = drive(tmp_path, pool, AlpacaConfig(num_instructions=200, lookahead=4), seeds=seeds)
+    assert len(made.rows) == len(made.instructions) == 200
+    assert len({seed for row in made.rows for seed in row["seed_ids"]}) > 120
+    items = [re.findall(r"^\d+\. (?:Instruction|Input|Output):", r.prompt, re.MULTILINE) for r in pool.requests]
+    assert all(len(found) == 10 for found in items)  # three whole demonstrations, and the open one
