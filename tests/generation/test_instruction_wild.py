@@ -49,16 +49,17 @@ def test_rows_are_instruction_and_answer_without_an_input(tmp_path):
         ("instruction_wild", "instruction_wild/answer")
     }
     asked = [request.prompt for request in pool.requests if not isinstance(request.prompt, str)]
-    assert asked == [[{"role": "user", "content": row["instruction"]}] for row in made.instructions]
+    assert [len(turns) for turns in asked] == [1, 1, 1]
+    assert {turns[0]["content"] for turns in asked} == {row["instruction"] for row in made.instructions}
 
 
 def test_a_chat_that_begins_the_list_anew_adds_no_instruction(tmp_path):
-    pool = CoroutinePool(
-        answer=lambda r: "Here are some more:\n\n6. one of them\n7. two of these" if r.prompt[0]["content"].endswith("6.")
-        else "An answer."
-    )  # fmt: skip
+    def answer(request: GenerationRequest) -> str:
+        is_list = prompt_text(request).endswith("\n6.")
+        return "Here are some more:\n\n6. one of them\n7. two of these" if is_list else "An answer."
+
     config = InstructionWildConfig(num_instructions=2, max_requests=1, models={"writer": {"form": "chat"}})
-    made = drive(tmp_path, pool, config)
+    made = drive(tmp_path, CoroutinePool(answer=answer), config)
     assert [row["instruction"] for row in made.instructions] == ["one of them", "two of these"]
 
 
@@ -88,9 +89,8 @@ def test_an_answer_that_is_none_is_a_reject(tmp_path, answer, reason):
 
 
 def test_a_list_cut_at_max_tokens_loses_its_last_instruction(tmp_path):
-    pool = CoroutinePool(
-        answer=lambda r: (" a first\n7. b second\n8. c thi", "length") if isinstance(r.prompt, str) else "x"
-    )
+    cut = (" a first\n7. b second\n8. c thi", "length")
+    pool = CoroutinePool(answer=lambda request: cut if isinstance(request.prompt, str) else "An answer.")
     made = drive(tmp_path, pool, InstructionWildConfig(max_requests=1))
     assert [row["instruction"] for row in made.instructions] == ["a first", "b second"]
 
@@ -98,15 +98,15 @@ def test_a_list_cut_at_max_tokens_loses_its_last_instruction(tmp_path):
 # -- languages
 
 CHINESE = [
-    SeedTask(f"zh{i}", "", text, (), False, "Chinese") for i, text in enumerate(("写一首关于秋天的诗", "怎么煮鸡蛋"))
+    SeedTask("zh0", "", "写一首关于秋天的诗", (), False, "Chinese"),
+    SeedTask("zh1", "", "怎么煮鸡蛋", (), False, "Chinese"),
 ]
 MIXED = [*CHINESE, SeedTask("en", "", "how do i boil an egg", (), False, "English")]
 
 
 def test_novelty_sees_chinese(tmp_path):
-    pool = answering(
-        " 写一首关于冬天的诗\n7. 推荐三本适合孩子的书\n8、推荐三本适合孩子的书吧\n9. 解释什么是通货膨胀", "好的。"
-    )
+    listed = ("写一首关于冬天的诗", "7. 推荐三本适合孩子的书", "8、推荐三本适合孩子的书吧", "9. 解释什么是通货膨胀")
+    pool = answering("\n".join(listed), "好的。")
     config = InstructionWildConfig(num_instructions=9, max_requests=1, language="Chinese")
     made = drive(tmp_path, pool, config, seeds=CHINESE)
     assert [row["instruction"] for row in made.instructions] == ["推荐三本适合孩子的书", "解释什么是通货膨胀"]
