@@ -26,6 +26,12 @@ def parse_score(made_by: Production) -> int | None:
     return int(text) if made_by.completion.finish_reason not in UNANSWERED and text in SCORES else None
 
 
+def not_judged(made_by: Production) -> Rejection:
+    """Nothing can be said of what a judge did not answer for, or answered in another way than it was asked to."""
+    completion = made_by.completion
+    return Rejection("not_judged", completion.text.strip() or completion.finish_reason)
+
+
 class Judge:
     """Asks the judge about every row of an outcome."""
 
@@ -44,8 +50,7 @@ class Judge:
             if score is not None and score >= self._config.min_score:
                 rows.append(record)
                 continue
-            unscored = made_by.completion.text or made_by.completion.finish_reason
-            why = Rejection("not_judged", unscored) if score is None else Rejection("low_score", str(score))
+            why = Rejection("low_score", str(score)) if score else not_judged(made_by)
             rejected.append(RejectedRecord("row", why, record.id, 0, draft_of(record)))
         return replace(outcome, rows=tuple(rows), rejected=tuple(rejected), made_by=(*outcome.made_by, *answers))
 
