@@ -68,7 +68,9 @@ class VLLMEngine:
             seed=config.seed,
             # One backend for all forms, and compact JSON: a weak model left free to would put white space to the end.
             structured_outputs_config={"backend": "guidance", "disable_any_whitespace": True},
-            generation_config="vllm",  # sampling is what the request says, never a file beside the weights
+            # Sampling is what the request says, never a file beside the weights; end tokens that only the model's
+            # generation_config.json names (Llama-3's <|eot_id|>) still end a text (vllm/v1/engine/input_processor.py).
+            generation_config="vllm",
             disable_log_stats=True,
             # On a CPU a seeded request whose prompt is computed in parts kills the engine ("CPU Generator does not use
             # offset", vLLM 0.32.0): there every prompt is computed at once.

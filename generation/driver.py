@@ -111,7 +111,8 @@ class Driver:
             if proposal is None:  # a budget is spent
                 break
             await self._admit(group, proposal)
-            if self.admission.num_fruitless >= self._config.max_fruitless_requests:
+            is_searching = self._method.num_wanted is not None  # else the proposals are given, and end by themselves
+            if is_searching and self.admission.num_fruitless >= self._config.max_fruitless_requests:
                 self._stop(f"{self.admission.num_fruitless} requests in a row brought nothing new")
                 break
         for task in under_way:

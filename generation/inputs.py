@@ -1,7 +1,7 @@
 """All that decides the data of a synthesis, found and checked before anything is started."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +31,7 @@ class Inputs:
 
     config: SynthesisConfig
     method: type[Method]
-    seeds: list[SeedTask]
+    seeds: Sequence[SeedTask]
     prompts: dict[str, Prompt]
     players: Mapping[Role, Player]
     seed: int
@@ -57,7 +57,7 @@ def load_inputs(config: SynthesisConfig, model: ModelConfig, engine: EngineConfi
     first = next(iter(players.values()))
     own = Path(first.source.path) / BESIDE_MODEL
     seeds_path = _seeds_path(config, method, own)
-    seeds = load_seed_tasks(seeds_path) if seeds_path else []
+    seeds = load_seed_tasks(seeds_path) if seeds_path else ()
     prompts = _load_prompts(config, method, own)
     identity = {
         "synthesize": config.identity(),

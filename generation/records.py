@@ -68,8 +68,9 @@ INSTRUCTION_SCHEMA = pa.schema(
 class Origin:
     """What a row comes from, the same for all rows of one instruction.
 
-    task: id of the seed task or of the machine's instruction; parent_ids: machine instructions among the
-    demonstrations it was drawn from, each the `task` of its own rows; seed_ids: the seed tasks among them.
+    task: id of the seed task or of the kept instruction; parent_ids: machine instructions among the demonstrations it
+    was drawn from, each the `task` of its own rows, or the rows of earlier rounds that it was evolved through, the
+    oldest first; seed_ids: the seed tasks among the demonstrations, or the one that it began as.
     """
 
     method: str

@@ -150,12 +150,18 @@ def read_batches(path: Path) -> Iterator[pa.RecordBatch]:
         yield from stream
 
 
-def read_rows(folder: Path) -> Iterator[dict]:
-    """All rows of a sealed dataset, in order. Raises InputError if it is unfinished or damaged."""
+def read_columns(folder: Path) -> Iterator[pa.RecordBatch]:
+    """All columns of a sealed dataset, in order of its rows, mapped from the files. Raises InputError if it is
+    unfinished or damaged."""
     verify_manifest(folder)
     for entry in json.loads((folder / "state.json").read_text())["_data_files"]:
-        for batch in read_batches(folder / entry["filename"]):
-            yield from batch.to_pylist()
+        yield from read_batches(folder / entry["filename"])
+
+
+def read_rows(folder: Path) -> Iterator[dict]:
+    """All rows of a sealed dataset, in order. Raises InputError if it is unfinished or damaged."""
+    for batch in read_columns(folder):
+        yield from batch.to_pylist()
 
 
 def _remove_all_but(folder: Path, names: set[str]) -> None:

@@ -48,7 +48,7 @@ class EvolInstructConfig(SynthesisConfig):
     judge_equality: bool = Field(True, description="eliminate what the judge finds equal to what it came from (rule 1)")
     max_refusal_words: int = Field(80, ge=0, description="shorter answers with `sorry` are eliminated (rule 2)")
     leaked_phrases: tuple[str, ...] = Field(
-        ("given prompt", "rewritten prompt", "#given prompt#", "#rewritten prompt#", "new prompt", "#created prompt#"),
+        ("given prompt", "rewritten prompt", "created prompt", "new prompt"),
         description="an instruction with one of these copies the prompt and is eliminated (rule 4)",
     )
     include_given: bool = Field(True, description="answer the given instructions too: round 0 of the dataset")

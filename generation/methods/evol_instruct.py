@@ -16,12 +16,13 @@ from generation.config import EvolInstructConfig, Role
 from generation.config.evol_instruct import Operation
 from generation.config.filters import FormatLeakageConfig, OnlyStopwordsConfig, RefusalConfig
 from generation.filters import Draft, FilterChain, Rejection
+from generation.judge import not_judged
 from generation.kept import Shown
 from generation.method import Kept, MethodInputs, Outcome, Proposal
 from generation.methods.answers import ask_for_answer, check_answer
 from generation.methods.data_formats import EXAMPLES
 from generation.methods.given import GivenInstructions
-from generation.records import Origin, Production, Record, RejectedRecord, machine_record, user_turn
+from generation.records import Production, Record, RejectedRecord, machine_record, user_turn
 from generation.requester import UNANSWERED
 
 EQUAL, NOT_EQUAL = "Equal", "Not equal"
@@ -133,7 +134,7 @@ class EvolInstruct(GivenInstructions):
         verdict = answer.completion.text.strip()
         if verdict == NOT_EQUAL:
             return None
-        return Rejection("equal") if verdict == EQUAL else Rejection("not_judged", verdict)
+        return Rejection("equal") if verdict == EQUAL else not_judged(answer)
 
     async def _answer(self, chain: _Chain, instruction: str, round_number: int) -> Production | None:
         """Answer an instruction; an answer that shows it cannot be answered eliminates it."""
@@ -151,10 +152,7 @@ class EvolInstruct(GivenInstructions):
         return made_by
 
     def _keep(self, kept: Kept, chain: _Chain, instruction: str, answer: Production, round_number: int) -> None:
-        origin = Origin(
-            self.NAME, kept.proposal.seed_ids[0], round_number, chain.parent_ids, kept.proposal.seed_ids,
-            self._evolution.license,
-        )  # fmt: skip
+        origin = self._origin(self.NAME, kept, round_number, chain.parent_ids)
         row = machine_record(origin, answer, instruction, answer.completion.text.strip())
         chain.rows.append(row)
         chain.parent_ids = (*chain.parent_ids, row.id)

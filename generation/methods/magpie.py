@@ -8,11 +8,12 @@ from typing import ClassVar
 
 from cluster.chat_template import user_turn_opening
 from generation.config import MagpieConfig, Role
-from generation.filters import Draft
+from generation.filters import Draft, Rejection
 from generation.kept import Shown
 from generation.method import Kept, MethodInputs, Outcome, Proposal
 from generation.methods.answers import ask_for_answer, check_answer
-from generation.records import Origin, Record, machine_record
+from generation.records import Origin, Record, RejectedRecord, machine_record
+from generation.requester import UNANSWERED
 
 
 class Magpie:
@@ -49,8 +50,10 @@ class Magpie:
             "writer", "instructions", list(self._opening.token_ids), "chat template", self._sampling, replica=number
         )
         completion = made_by.completion
-        draft = Draft(completion.text.strip(), finish_reason=completion.finish_reason)
-        return Proposal(f"{self.NAME}-{made_by.request_id[:16]}", (draft,), made_by)
+        item: Draft | RejectedRecord = Draft(completion.text.strip(), finish_reason=completion.finish_reason)
+        if completion.finish_reason in UNANSWERED:
+            item = RejectedRecord("response", Rejection(completion.finish_reason), made_by.request_id, 0, item)
+        return Proposal(f"{self.NAME}-{made_by.request_id[:16]}", (item,), made_by)
 
     async def finish(self, kept: Kept) -> Outcome:
         system = self._config.system_prompt

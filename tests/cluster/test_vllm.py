@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from cluster.config import ModelConfig
 from cluster.engine import prompt_ids
@@ -18,6 +19,7 @@ from cluster.pool import EnginePool
 
 pytest.importorskip("vllm")
 MAX_MODEL_LEN = 128
+END_OF_TURN = "~"  # in no prompt here
 HALF_CHARACTER = "\ufffd"
 CHAT_TEMPLATE = (
     "{% for message in messages %}<{{ message.role }}>{{ message.content }}\n{% endfor %}"
@@ -33,9 +35,11 @@ PROMPTS = [
 
 @pytest.fixture(scope="module")
 def chat_model(tiny_model, tmp_path_factory) -> Path:
-    """The tiny model with a chat template."""
+    """The tiny model with a chat template, and with a second end token that only generation_config.json names."""
     folder = tmp_path_factory.mktemp("chat") / "model"
     shutil.copytree(tiny_model, folder)
+    end_of_turn = PreTrainedTokenizerFast.from_pretrained(folder).convert_tokens_to_ids(END_OF_TURN)
+    (folder / "generation_config.json").write_text(json.dumps({"bos_token_id": 0, "eos_token_id": [0, end_of_turn]}))
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     return folder
 
@@ -224,6 +228,23 @@ def test_a_form_that_the_engine_cannot_read_is_the_one_callers_error(serving):
     refused, answered = serving.loop.run_until_complete(both())
     assert isinstance(refused, TunesmithError) and "refused request bad" in str(refused)
     assert answered.num_completion_tokens == 4
+
+
+def test_an_end_token_of_the_generation_config_ends_the_text(complete):
+    spelled = Sampling(max_tokens=20, structured=StructuredOutput(regex=f"ab{END_OF_TURN}cd"))
+    (completion,) = complete([GenerationRequest("end-of-turn", PROMPTS[0], spelled)])
+    assert (completion.text, completion.finish_reason) == ("ab", "stop")
+
+
+def test_a_stop_token_ends_the_text_before_it(complete, reference):
+    _, new_ids, _ = reference(PROMPTS[0], 8)
+    stop = new_ids[5]
+    sampling = Sampling(temperature=0, max_tokens=8, stop_token_ids=(stop,))
+    (completion,) = complete([GenerationRequest("stop-token", PROMPTS[0], sampling)])
+    num_tokens = new_ids.index(stop) + 1
+    assert list(completion.token_ids) == new_ids[:num_tokens]
+    assert completion.finish_reason == "stop"
+    assert len(completion.text) < len(reference(PROMPTS[0], num_tokens)[2])
 
 
 def test_an_answer_without_end_is_cut(complete):
