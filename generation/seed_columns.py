@@ -111,22 +111,23 @@ def _first_exchanges(table: pa.Table, path: Path) -> tuple[pa.ChunkedArray, pa.C
 
 
 def _first_exchanges_of(messages: pa.Array, path: Path, num_before: int) -> tuple[pa.Array, pa.Array]:
-    turns = pc.list_flatten(messages)
     try:
+        turns = pc.list_flatten(messages)
         roles, contents = pc.struct_field(turns, "role"), pc.struct_field(turns, "content").cast(pa.large_string())
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError) as error:
         raise InputError(f"{path}: {MESSAGES}.") from error
     row_of_turn = pc.list_parent_indices(messages).to_numpy()
-    user_turns = np.flatnonzero(pc.fill_null(pc.equal(roles, "user"), False).to_numpy(zero_copy_only=False))
+    user_turns = np.flatnonzero(_are(roles, "user"))
     rows, first_of_row = np.unique(row_of_turn[user_turns], return_index=True)
     if len(rows) < len(messages):
         row = np.setdiff1d(np.arange(len(messages)), rows)[0]
         raise InputError(f"{path}:{num_before + row + 1}: 'messages' has no turn of a user.")
     asked = user_turns[first_of_row]
     replies = np.minimum(asked + 1, len(turns) - 1)
-    is_answered = row_of_turn[replies] == rows
-    is_answered &= pc.fill_null(pc.equal(roles.take(pa.array(replies)), "assistant"), False).to_numpy(
-        zero_copy_only=False
-    )
+    is_answered = (row_of_turn[replies] == rows) & _are(roles, "assistant")[replies]
     answers = contents.take(pa.array(replies, mask=~is_answered))
     return contents.take(pa.array(asked)), answers
+
+
+def _are(roles: pa.Array, wanted: str) -> np.ndarray:
+    return pc.fill_null(pc.equal(roles, wanted), False).to_numpy(zero_copy_only=False)

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from cluster.errors import InputError
 from cluster.files import read_jsonl
 from generation.filters import Instance
+from generation.records import SCHEMA
 from generation.seed_columns import SeedColumns, SeedTask, content_id
 from generation.store import read_columns
 
@@ -35,7 +36,7 @@ def load_seed_tasks(path: Path) -> Sequence[SeedTask]:
         tasks = SeedColumns.of_table(table, path) if is_plain else _parse_all(_numbered(path, table.to_pylist()))
     else:
         tasks = _parse_all(_lines(path))
-    if not tasks:
+    if len(tasks) == 0:
         raise InputError(f"{path}: holds no seed task. Self-Instruct starts from at least one; its own set has 175.")
     return tasks
 
@@ -49,7 +50,8 @@ def _check_file(path: Path) -> None:
 
 def _read_table(path: Path) -> pa.Table:
     if path.is_dir():
-        return pa.Table.from_batches(list(read_columns(path)))
+        batches = list(read_columns(path))
+        return pa.Table.from_batches(batches, None if batches else SCHEMA)
     _check_file(path)
     try:
         return pq.read_table(path)
