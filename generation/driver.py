@@ -17,10 +17,11 @@ from dataclasses import asdict, dataclass, replace
 from generation.attribution import Attribution
 from generation.config import SynthesisConfig
 from generation.filters import Draft, FilterChain
+from generation.forecast import Pilot
 from generation.judge import Judge
 from generation.kept import KeptList, Shown
 from generation.method import Kept, Method, Outcome, Proposal
-from generation.records import Record, RejectedRecord, draft_of
+from generation.records import Production, Record, RejectedRecord, draft_of
 from generation.requester import BudgetReached
 from generation.sink import DataSink
 from generation.state import Admission, Tally, from_json, to_json
@@ -29,11 +30,16 @@ MAX_OPEN = 20_000  # kept instructions whose rows are not yet committed; bounds 
 
 
 @dataclass(frozen=True, slots=True)
-class _Admitted:
-    """What one proposal came to, on its way to the files."""
+class _Finishing:
+    """A kept instruction whose rows are being made."""
 
-    entries: list[RejectedRecord | tuple[Kept, asyncio.Task[Outcome | None]]]
-    admission: Admission  # as it was when the proposal was admitted
+    kept: Kept
+    task: asyncio.Task[Outcome | BudgetReached]
+
+
+# What goes from judging to the files, in order: of each proposal the request that wrote it, what became of its drafts,
+# and where judging stood after it. None: there is no more.
+_Admitted = Production | RejectedRecord | _Finishing | Admission | None
 
 
 class Driver:
@@ -43,9 +49,11 @@ class Driver:
         self, method: Method, config: SynthesisConfig, sink: DataSink, judge: Judge | None, attribution: Attribution
     ) -> None:
         self.stopped_because = ""  # empty: the method reached its goal
+        self.spent_budget: str | None = None  # the limit that stopped it, if it was one
         self.admission = Admission()  # ahead of what is committed
-        self.finished = Tally()  # of the requests that wrote committed rows
+        self.committed = Tally()
         self.num_unfinished = 0  # kept instructions that a spent budget left without rows
+        self.pilot = Pilot(config.pilot_rows)
         self._method = method
         self._config = config
         self._sink = sink
@@ -56,7 +64,7 @@ class Driver:
         self._row_filters = FilterChain(config.row_filters)
         self._room = asyncio.Semaphore(MAX_OPEN)
         self._tasks: set[asyncio.Task] = set()
-        self._admitted: asyncio.Queue[_Admitted | None] = asyncio.Queue()
+        self._admitted: asyncio.Queue[_Admitted] = asyncio.Queue()
         self._last_checkpoint = time.monotonic()
 
     async def run(self, checkpoint: dict | None) -> None:
@@ -66,11 +74,11 @@ class Driver:
         """
         for seed_id, draft in self._method.remembered():
             self._instruction_filters.remember(seed_id, draft)
-        if checkpoint is None:
-            for record in self._method.seed_rows():
-                self._commit_row(record)
-        else:
+        if checkpoint is not None:
             self._restore(checkpoint)
+        elif not all(self._commit_row(record) for record in self._method.seed_rows()):
+            return
+        self._end_step()
         async with asyncio.TaskGroup() as group:
             growing = group.create_task(self._grow(group))
             await self._commit()
@@ -80,7 +88,7 @@ class Driver:
 
     def _restore(self, checkpoint: dict) -> None:
         """Take up where a checkpoint left off: the counts, and the filters' memory from the committed columns."""
-        self.admission, self.finished = from_json(checkpoint)
+        self.admission, self.committed = from_json(checkpoint)
         kept = list(self._sink.iter_columns("instructions", ["id", "instruction", "input"]))
         self._kept.restore(kept, self.admission.num_admitted, self.admission.kept_after)
         for batch in kept:
@@ -96,10 +104,10 @@ class Driver:
 
     async def _grow(self, group: asyncio.TaskGroup) -> None:
         """Begin proposals, several at a time, and admit them in order."""
-        under_way: deque[asyncio.Task[Proposal | None]] = deque()
+        under_way: deque[asyncio.Task[Proposal | BudgetReached]] = deque()
         num_begun = self.admission.num_admitted
         last = math.inf if self._method.max_proposals is None else self._method.max_proposals
-        while not self._has_enough():
+        while not self._has_enough() and not self.spent_budget:
             while len(under_way) < self._num_wanted() and num_begun < last:
                 work = self._method.propose(num_begun, self._kept.visible_to(num_begun))
                 under_way.append(self._start(group, work))
@@ -108,13 +116,16 @@ class Driver:
                 self._stop(self._method.exhausted)
                 break
             proposal = await under_way.popleft()
-            if proposal is None:  # a budget is spent
+            if isinstance(proposal, BudgetReached):
+                self._spent(proposal)
                 break
             await self._admit(group, proposal)
             is_searching = self._method.num_wanted is not None  # else the proposals are given, and end by themselves
             if is_searching and self.admission.num_fruitless >= self._config.max_fruitless_requests:
                 self._stop(f"{self.admission.num_fruitless} requests in a row brought nothing new")
                 break
+        if self.spent_budget and under_way:
+            await asyncio.wait(under_way)  # they cannot be admitted, but what is paid for goes into the log
         for task in under_way:
             task.cancel()
         self._admitted.put_nowait(None)
@@ -135,26 +146,20 @@ class Driver:
         """Judge the drafts of the next proposal in order, and begin to finish those that are kept."""
         state = self.admission = self.admission.copy()
         if proposal.made_by:
-            state.tally.count((proposal.made_by,))
-        entries: list[RejectedRecord | tuple[Kept, asyncio.Task[Outcome | None]]] = []
+            self._admitted.put_nowait(proposal.made_by)
         num_kept_before = state.num_kept
         for position, item in enumerate(proposal.items):
             if self._has_enough():
                 break
-            if isinstance(item, RejectedRecord):
-                entries.append(item)
-                continue
-            state.num_generated += 1
-            judged = self._judge_draft(proposal, position, item)
-            if isinstance(judged, RejectedRecord):
-                entries.append(judged)
-                continue
-            await self._room.acquire()
-            entries.append((judged, self._start(group, self._finish(judged))))
+            judged = self._judge_draft(proposal, position, item) if isinstance(item, Draft) else item
+            if isinstance(judged, Kept):
+                await self._room.acquire()
+                judged = _Finishing(judged, self._start(group, self._finish(judged)))
+            self._admitted.put_nowait(judged)
         state.num_admitted += 1
         state.num_fruitless = 0 if state.num_kept > num_kept_before else state.num_fruitless + 1
         state.kept_after = self._kept.end_proposal()
-        self._admitted.put_nowait(_Admitted(entries, state))
+        self._admitted.put_nowait(state)
 
     def _judge_draft(self, proposal: Proposal, position: int, draft: Draft) -> Kept | RejectedRecord:
         with self._attribution.spent_on("filter"):
@@ -171,14 +176,13 @@ class Driver:
     # -- finish
 
     def _start(self, group: asyncio.TaskGroup, work: Coroutine) -> asyncio.Task:
-        """Run `work`. Its result is None if it met a spent budget: what others are doing must go on."""
+        """Run `work`. A spent budget is a result and no failure: what others are doing must go on."""
 
         async def guarded() -> object:
             try:
                 return await work
             except BudgetReached as reached:
-                self._stop(str(reached))
-                return None
+                return reached
 
         task = group.create_task(guarded())
         self._tasks.add(task)
@@ -193,27 +197,39 @@ class Driver:
     def _stop(self, why: str) -> None:
         self.stopped_because = self.stopped_because or why
 
+    def _spent(self, reached: BudgetReached) -> None:
+        """A budget cut something off that would have been in the data: the reason, however far ahead judging is."""
+        self.stopped_because, self.spent_budget = str(reached), reached.name
+
     # -- commit
 
     async def _commit(self) -> None:
         """Hand results to the files in order, whichever is ready first, until all are or the rows are enough."""
-        while (admitted := await self._admitted.get()) is not None:
-            for entry in admitted.entries:
-                if isinstance(entry, RejectedRecord):
+        while (item := await self._admitted.get()) is not None:
+            match item:
+                case Production():
+                    self.committed.count((item,))
+                case RejectedRecord():
+                    self.committed.num_generated += item.stage == "instruction"
                     with self._attribution.spent_on("write"):
-                        self._sink.add_rejected(entry)
-                elif not await self._commit_outcome(*entry):
-                    return
-            self._maybe_checkpoint(admitted.admission)
+                        self._sink.add_rejected(item)
+                case _Finishing():
+                    self.committed.num_generated += 1
+                    if not await self._commit_outcome(item.kept, item.task):
+                        return
+                case Admission():
+                    self._end_step()
+                    self._maybe_checkpoint(item)
 
-    async def _commit_outcome(self, kept: Kept, task: asyncio.Task[Outcome | None]) -> bool:
+    async def _commit_outcome(self, kept: Kept, task: asyncio.Task[Outcome | BudgetReached]) -> bool:
         """Returns False once the dataset has all the rows that the budget allows."""
         outcome = await task
         self._room.release()
-        if outcome is None:
+        if isinstance(outcome, BudgetReached):
+            self._spent(outcome)
             self.num_unfinished += 1
             return True
-        self.finished.count(outcome.made_by)
+        self.committed.count(outcome.made_by)
         with self._attribution.spent_on("write"):
             self._sink.add_instruction(instruction_row(kept, outcome))
             for rejected in outcome.rejected:
@@ -235,16 +251,20 @@ class Driver:
             self._sink.add_row(record)
         limit = self._config.budget.max_rows
         if limit is not None and self._sink.num_rows >= limit:
-            self._stop(f"budget.max_rows={limit} reached")
+            self._spent(BudgetReached("max_rows", limit))
             return False
         return True
+
+    def _end_step(self) -> None:
+        """All of a proposal is committed: one more measurement for the forecast."""
+        self.pilot.add(self._sink.num_instructions, self._sink.num_rows, self.committed.num_completion_tokens)
 
     def _maybe_checkpoint(self, admission: Admission) -> None:
         """Save progress now and then, between proposals, as long as nothing before was left unfinished."""
         is_due = time.monotonic() - self._last_checkpoint >= self._config.checkpoint_seconds
         if is_due and not self.num_unfinished:
             with self._attribution.spent_on("write"):
-                self._sink.checkpoint(to_json(admission, self.finished))
+                self._sink.checkpoint(to_json(admission, self.committed))
             self._last_checkpoint = time.monotonic()
 
 

@@ -16,13 +16,18 @@ from generation.attribution import Attribution
 from generation.config import BudgetConfig, Role
 from generation.records import Production
 from generation.request_log import RequestLog
+from generation.state import Tally
 from generation.templates import Prompt
 
 UNANSWERED = ("prompt_too_long", "engine_died")  # finish reasons of a completion without a text
 
 
 class BudgetReached(TunesmithError):
-    """A request was not made because the budget is spent."""
+    """A request was not made because the budget is spent. name: the limit, as the recipe has it."""
+
+    def __init__(self, name: str, limit: float) -> None:
+        super().__init__(f"budget.{name}={limit if isinstance(limit, int) else format(limit, 'g')} reached")
+        self.name = name
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,15 +52,21 @@ class Requester:
         seed: int,
         budget: BudgetConfig | None = None,
         attribution: Attribution | None = None,
+        spent: Tally | None = None,
     ) -> None:
+        """spent: on the requests of what is committed already; they are not asked again, and count for the budget."""
+        spent = spent or Tally()
         self.num_resumed = 0
-        self.num_completion_tokens = 0  # of all answers given, logged ones included
+        self.num_generated = 0  # requests that engines answered
+        self.num_answered = spent.num_requests  # logged ones included
+        self.num_completion_tokens = spent.num_completion_tokens  # of these
         self._models = models
         self._log = log
         self._seed = seed
         self._budget = budget or BudgetConfig()
         self._attribution = attribution or Attribution()
         self._under_way: dict[str, asyncio.Task[Completion]] = {}
+        self._gate = asyncio.Lock()  # one request waits for the budget, those after it for the gate
         self._start = time.monotonic()
 
     def model(self, role: Role) -> ServedModel:
@@ -119,37 +130,75 @@ class Requester:
     async def _complete(self, request: GenerationRequest, pool: EnginePool) -> Completion:
         """From the log, from the same request if it is under way, or from the engines."""
         request_id = request.request_id
-        if request_id not in self._under_way:
-            logged = self._log.get(request_id)
-            if logged is not None:
-                self.num_resumed += 1
-                completion = Completion.from_dict(logged)
-                self.num_completion_tokens += completion.num_completion_tokens
-                return completion
-            self._spend()
-            task = self._under_way[request_id] = asyncio.create_task(self._generate(request, pool), name=request_id)
-            task.add_done_callback(self._forget)
-        return await asyncio.shield(self._under_way[request_id])
+        if not self._is_known(request_id):
+            async with self._gate:
+                await self._wait_for_budget(request.sampling)
+                if not self._is_known(request_id):  # it may have been asked meanwhile
+                    task = asyncio.create_task(self._generate(request, pool), name=request_id)
+                    task.add_done_callback(self._forget)
+                    self._under_way[request_id] = task
+        if request_id in self._under_way:
+            return await asyncio.shield(self._under_way[request_id])
+        completion = Completion.from_dict(self._log.get(request_id))
+        self.num_resumed += 1
+        self._count(completion)
+        return completion
+
+    def _is_known(self, request_id: str) -> bool:
+        return request_id in self._under_way or request_id in self._log
 
     async def _generate(self, request: GenerationRequest, pool: EnginePool) -> Completion:
         completion = await pool.generate(request)
         with self._attribution.spent_on("log"):
             self._log.append(request.request_id, asdict(_without_token_ids(completion)))
-        self.num_completion_tokens += completion.num_completion_tokens
+        self.num_generated += 1
+        self._count(completion)
         return completion
+
+    def _count(self, completion: Completion) -> None:
+        self.num_answered += 1
+        self.num_completion_tokens += completion.num_completion_tokens
 
     def _forget(self, task: asyncio.Task[Completion]) -> None:
         del self._under_way[task.get_name()]
         if not task.cancelled():
             task.exception()  # it is its callers' to raise; they may be gone by now
 
-    def _spend(self) -> None:
-        """Raise BudgetReached if nothing may be generated any more."""
+    # -- the budget
+
+    async def _wait_for_budget(self, sampling: Sampling) -> None:
+        """Wait while what is under way is likely to spend the rest. Raises BudgetReached once it is spent.
+
+        Requests under way are finished, so if nobody waited, all of them would come on top of the budget.
+        """
+        while True:
+            self._refuse_if_spent()
+            if not self._under_way or self._is_room_left(sampling):
+                return
+            await asyncio.wait(self._under_way.values(), return_when=asyncio.FIRST_COMPLETED)
+
+    def _refuse_if_spent(self) -> None:
         tokens, minutes = self._budget.max_completion_tokens, self._budget.max_minutes
         if tokens is not None and self.num_completion_tokens >= tokens:
-            raise BudgetReached(f"budget.max_completion_tokens={tokens} reached")
-        if minutes is not None and time.monotonic() - self._start >= minutes * 60:
-            raise BudgetReached(f"budget.max_minutes={minutes:g} reached")
+            raise BudgetReached("max_completion_tokens", tokens)
+        if minutes is not None and self._seconds() >= minutes * 60:
+            raise BudgetReached("max_minutes", minutes)
+
+    def _is_room_left(self, sampling: Sampling) -> bool:
+        """Whether something is left for one more request, if those under way go like those before them."""
+        tokens, minutes = self._budget.max_completion_tokens, self._budget.max_minutes
+        num = len(self._under_way)
+        if tokens is not None:
+            longest = sampling.max_tokens * sampling.n
+            each = self.num_completion_tokens / self.num_answered if self.num_answered else longest
+            if self.num_completion_tokens + num * each >= tokens:
+                return False
+        if minutes is not None and self.num_generated:
+            return self._seconds() * (1 + num / self.num_generated) < minutes * 60
+        return True
+
+    def _seconds(self) -> float:
+        return time.monotonic() - self._start
 
 
 def _without_token_ids(completion: Completion) -> Completion:

@@ -13,7 +13,7 @@ import time
 
 from cluster.config import ModelConfig
 from cluster.engine_config import EngineConfig
-from cluster.errors import Preempted, TunesmithError
+from cluster.errors import InputError, Preempted, TunesmithError
 from cluster.files import exclusive_lock, write_json
 from cluster.manifest import is_sealed, verify_manifest
 from cluster.progress import Progress
@@ -30,7 +30,8 @@ from generation.request_log import RequestLog
 from generation.requester import Requester
 from generation.serving import serving
 from generation.sink import DataSink, remove_progress
-from generation.watch import Watch, listed, summary
+from generation.state import from_json
+from generation.watch import Watch, how_to_go_on, listed, summary
 
 STAGE = "synthesize"
 
@@ -63,6 +64,8 @@ def run(config: SynthesisConfig, model: ModelConfig, engine: EngineConfig, run: 
         append_jsonl(run.metrics, {"stage": STAGE, **verdict})
         run.event(STAGE, "finished", num_rows=verdict["num_rows"])
         progress.line(summary(verdict))
+        if hint := how_to_go_on(verdict, config.budget):
+            progress.line(hint)
         return verdict
 
 
@@ -80,11 +83,12 @@ class Synthesis:
     async def make(self) -> dict:
         """Start the engines, run the method, seal the data, and return the verdict."""
         inputs, config = self._inputs, self._inputs.config
-        sink, checkpoint = DataSink.open(self._run, config.rows_per_shard, inputs.sha)
+        sink, checkpoint = open_sink(self._run, config, inputs.sha)
         self._say_what_is_there(sink, checkpoint)
         self._progress.update(f"starting {inputs.num_engines} engine(s) of {inputs.model_names}")
         async with serving(inputs.players) as models:
-            requester = Requester(models, self.log, inputs.seed, config.budget, self._attribution)
+            spent = from_json(checkpoint)[1] if checkpoint else None
+            requester = Requester(models, self.log, inputs.seed, config.budget, self._attribution, spent)
             method = inputs.method(
                 config, MethodInputs(inputs.seeds, inputs.prompts, requester, self._attribution, inputs.seed)
             )
@@ -101,6 +105,11 @@ class Synthesis:
             measured = watch.figures()
         counts = driver_counts(driver, sink)
         if counts["num_rows"] == counts["num_seed_rows"]:
+            if driver.spent_budget:
+                raise InputError(
+                    f"{driver.stopped_because} before a single row was made (there are {sink.num_rows} seed rows). "
+                    f"{how_to_go_on(counts, config.budget)} What was generated is saved."
+                )
             raise TunesmithError(
                 f"nothing was kept of {counts['num_generated']} instructions: {driver.stopped_because or 'no row'}; "
                 f"rejected {listed(sink.rejected) or 'nothing'}. Look at what the model writes in {self.log.path}; "
@@ -121,14 +130,25 @@ class Synthesis:
             say(f"resuming: {rows}{len(self.log)} finished requests found, none will be generated again")
 
 
+def open_sink(run: RunDir, config: SynthesisConfig, inputs_sha: str) -> tuple[DataSink, dict | None]:
+    """As DataSink.open. A checkpoint with more rows than the budget allows by now is dropped: the log has it all."""
+    sink, checkpoint = DataSink.open(run, config.rows_per_shard, inputs_sha)
+    limit = config.budget.max_rows
+    if checkpoint is None or limit is None or sink.num_rows < limit:
+        return sink, checkpoint
+    remove_progress(run)
+    return DataSink.open(run, config.rows_per_shard, inputs_sha)
+
+
 def driver_counts(driver: Driver, sink: DataSink) -> dict:
     """The part of the verdict that the data decides, not the machine."""
-    tally = driver.admission.tally.plus(driver.finished)
+    tally = driver.committed
     return {
         "is_complete": not driver.stopped_because,
         "stopped_because": driver.stopped_because,
+        "spent_budget": driver.spent_budget,
         "num_requests": tally.num_requests,
-        "num_generated": driver.admission.num_generated,
+        "num_generated": tally.num_generated,
         "num_kept": sink.num_instructions,
         "num_rows": sink.num_rows,
         "num_seed_rows": sink.num_rows_by_method["seed"],
@@ -155,18 +175,24 @@ async def _until_stopped(synthesis: Synthesis, stop: StopRequest) -> dict:
 
 
 def _skip(inputs: Inputs, run: RunDir, progress: Progress) -> dict | None:
-    """Leave a finished dataset alone, if it is sound. None: it was cut off by a budget that is now another one."""
+    """Leave a finished dataset alone, if it is sound. None: a budget cut it off that is higher by now."""
     for name in ("rejected", "instructions"):
         verify_manifest(run.data / name)
     manifest = verify_manifest(run.data / "synthesized")
     counts, budget = manifest["counts"], inputs.config.budget.model_dump()
-    if not counts["is_complete"] and manifest["budget"] != budget:
-        progress.line(f"{manifest['rows']} rows were made before {counts['stopped_because']}; going on from the log")
-        (run.data / "synthesized" / "manifest.json").unlink()
-        remove_progress(run)
-        return None
+    if spent := counts["spent_budget"]:
+        old, new = manifest["budget"][spent], budget[spent]
+        if new is None or new > old:
+            progress.line(
+                f"{manifest['rows']} rows were made before {counts['stopped_because']}; going on from the log"
+            )
+            (run.data / "synthesized" / "manifest.json").unlink()
+            remove_progress(run)
+            return None
     remove_progress(run)
     progress.line(f"already done: {manifest['rows']} rows in {run.data / 'synthesized'}, skipped")
+    if hint := how_to_go_on(counts, inputs.config.budget):
+        progress.line(f"INCOMPLETE ({counts['stopped_because']}). {hint}")
     run.event(STAGE, "skipped", num_rows=manifest["rows"])
     if run.verdict(STAGE).is_file():
         return json.loads(run.verdict(STAGE).read_text())

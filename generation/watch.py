@@ -9,7 +9,7 @@ from cluster.pool import EnginePool
 from cluster.progress import Progress
 from cluster.rundir import RunDir, append_jsonl
 from generation.attribution import Attribution
-from generation.config import Role
+from generation.config import BudgetConfig, Role
 from generation.driver import Driver
 from generation.method import Method
 from generation.requester import ServedModel
@@ -96,6 +96,18 @@ def summary(verdict: dict) -> str:
         f"{verdict['tokens_per_second']:,.0f} tok/s, {verdict['seconds']:.0f} s"
     )
     return text if verdict["is_complete"] else f"INCOMPLETE ({verdict['stopped_because']}): {text}"
+
+
+def how_to_go_on(counts: Mapping[str, object], budget: BudgetConfig) -> str:
+    """What to type after a budget was spent; empty if none was."""
+    name = counts["spent_budget"]
+    if name is None:
+        return ""
+    higher = 2 * getattr(budget, name)
+    return (
+        f"To go on, start the same command with a higher one, for example synthesize.budget.{name}={higher:g}, or with "
+        f"synthesize.budget.{name}=null for no limit: nothing that is in the log is generated again."
+    )
 
 
 def listed(counts: Mapping[str, int]) -> str:

@@ -17,7 +17,7 @@ from cluster.engine_config import EngineConfig
 from cluster.errors import InputError
 from cluster.files import write_atomic
 from cluster.rundir import RunDir
-from generation.config import DEFAULT_METHOD, METHOD_CONFIGS, SelfInstructConfig, SynthesizeConfig
+from generation.config import DEFAULT_METHOD, METHOD_CONFIGS, SelfInstructConfig, SynthesisConfig, SynthesizeConfig
 from generation.config.filters import FILTER_CONFIGS
 from trainer.config import EvaluateConfig, ExportConfig, TrainConfig
 
@@ -153,20 +153,28 @@ def known_keys(keys: list[str], method: str) -> list[str]:
 
 def refuse_changes(old: dict, new: dict, run: RunDir) -> None:
     """Raise InputError if what differs between two resolved recipes has already shaped results in the run folder."""
-    shaped = []
+    shaped, free = [], ["train.checkpoint"]
     if any(run.data.glob("*")):
         shaped += ["seed", "model", "synthesize"]
+        free += [f"synthesize.{name}" for name in SynthesisConfig.NOT_DECIDING - {"budget"}]
     if any(run.checkpoints.glob("step_*")):
         shaped += ["seed", "model", "train"]
+    if new["train"]["data"] or "train" not in shaped:  # else more rows would change what is being trained on
+        free.append("synthesize.budget")
     was, now = flatten(old), flatten(new)
     changed = sorted(key for key in was.keys() | now.keys() if was.get(key) != now.get(key))
-    clashes = [key for key in changed if key.split(".")[0] in shaped and not key.startswith("train.checkpoint.")]
+    clashes = [key for key in changed if is_below(key, shaped) and not is_below(key, free)]
     if clashes:
         listed = ", ".join(f"{key} (was {was.get(key)}, now {now.get(key)})" for key in clashes[:5])
         raise InputError(
             f"{run.root} holds results of another recipe: {listed}. "
             "Give another folder with `--run-dir`, or remove this one."
         )
+
+
+def is_below(key: str, sections: list[str]) -> bool:
+    """Whether a dotted key is one of these sections or inside one."""
+    return any(key == section or key.startswith(f"{section}.") for section in sections)
 
 
 def flatten(values: object, prefix: str = "") -> dict[str, object]:

@@ -1,6 +1,6 @@
 """What every synthesis method lets a user say: where seeds and prompts are, which models serve, what may be spent."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -68,6 +68,12 @@ class JudgeConfig(StrictModel):
 class SynthesisConfig(StrictModel):
     """Common to all methods."""
 
+    # What does not decide the data: where things lie (what they hold does, and is compared by its hash), what may be
+    # spent, how often progress is saved and told.
+    NOT_DECIDING: ClassVar[frozenset[str]] = frozenset(
+        {"seeds", "prompts", "models", "budget", "checkpoint_seconds", "pilot_rows"}
+    )
+
     seeds: str = Field("auto", description="seed tasks; auto: the model's own, else those packaged")
     prompts: str = Field("auto", description="folder of templates; auto: the writer's own, else those packaged")
     models: RolesConfig = RolesConfig()
@@ -86,7 +92,5 @@ class SynthesisConfig(StrictModel):
     pilot_rows: int = Field(100, ge=1, description="rows after which a forecast is printed")
 
     def identity(self) -> dict:
-        """All that decides the data: not where things lie, what may be spent, nor how often progress is saved."""
-        return self.model_dump(
-            mode="json", exclude={"seeds", "prompts", "models", "budget", "checkpoint_seconds", "pilot_rows"}
-        )
+        """All that decides the data."""
+        return self.model_dump(mode="json", exclude=set(self.NOT_DECIDING))

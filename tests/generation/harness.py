@@ -20,8 +20,9 @@ from generation.methods import METHODS
 from generation.request_log import RequestLog
 from generation.requester import Requester, ServedModel
 from generation.seed_tasks import SeedTask
-from generation.sink import DataSink
+from generation.state import from_json
 from generation.store import read_rows
+from generation.synthesize import open_sink
 from generation.templates import load_prompts
 from tests.fakes import continue_prompt
 
@@ -110,14 +111,15 @@ def drive(
     prompts = load_prompts(PROMPT_FOLDER / config.method, method_type.PROMPTS)
     source = source or ModelConfig(path="model")
     with RequestLog(folder / "requests") as log:
-        sink, checkpoint = DataSink.open(run, config.rows_per_shard, "sha")
+        sink, checkpoint = open_sink(run, config, "sha")
         served = {
             role: ServedModel("model", source, "revision", pool, config.models.of(role).form or form)
             for role, form in {"judge": "chat", **method_type.FORMS}.items()
         }
         served |= models or {}
         attribution = Attribution()
-        requester = Requester(served, log, seed, config.budget, attribution)
+        spent = from_json(checkpoint)[1] if checkpoint else None
+        requester = Requester(served, log, seed, config.budget, attribution, spent)
         method = method_type(config, MethodInputs(seeds, prompts, requester, attribution, seed))
         judge = None
         if config.judge:

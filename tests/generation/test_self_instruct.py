@@ -162,8 +162,8 @@ def test_published_sampling_reaches_the_engines(tmp_path):
 def test_a_response_cut_short_is_dropped_whole_and_giving_up_says_why(tmp_path):
     pool = CoroutinePool(answer=lambda request: (CoroutinePool.scripted(request), "length"))
     made = drive(tmp_path, pool, SelfInstructConfig(max_fruitless_requests=5))
-    admission = made.driver.admission
-    assert (admission.num_kept, admission.num_generated, len(made.rejected)) == (0, 0, 5)
+    driver = made.driver
+    assert (driver.admission.num_kept, driver.committed.num_generated, len(made.rejected)) == (0, 0, 5)
     assert made.reasons == {"truncated_response"}
     assert "5 requests in a row" in made.driver.stopped_because
 
