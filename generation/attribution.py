@@ -20,3 +20,7 @@ class Attribution:
             yield
         finally:
             self.seconds[activity] += time.perf_counter() - start
+
+    def shares(self, seconds: float) -> dict[str, float]:
+        """Each activity as a part of so many seconds."""
+        return {name: round(value / max(seconds, 1e-9), 4) for name, value in sorted(self.seconds.items())}

@@ -78,7 +78,7 @@ class Driver:
             self._restore(checkpoint)
         elif not all(self._commit_row(record) for record in self._method.seed_rows()):
             return
-        self._end_step()
+        self._end_step(self.admission)
         async with asyncio.TaskGroup() as group:
             growing = group.create_task(self._grow(group))
             await self._commit()
@@ -218,7 +218,7 @@ class Driver:
                     if not await self._commit_outcome(item.kept, item.task):
                         return
                 case Admission():
-                    self._end_step()
+                    self._end_step(item)
                     self._maybe_checkpoint(item)
 
     async def _commit_outcome(self, kept: Kept, task: asyncio.Task[Outcome | BudgetReached]) -> bool:
@@ -255,9 +255,10 @@ class Driver:
             return False
         return True
 
-    def _end_step(self) -> None:
+    def _end_step(self, admission: Admission) -> None:
         """All of a proposal is committed: one more measurement for the forecast."""
-        self.pilot.add(self._sink.num_instructions, self._sink.num_rows, self.committed.num_completion_tokens)
+        tokens = self.committed.num_completion_tokens
+        self.pilot.add(admission.num_admitted, self._sink.num_instructions, self._sink.num_rows, tokens)
 
     def _maybe_checkpoint(self, admission: Admission) -> None:
         """Save progress now and then, between proposals, as long as nothing before was left unfinished."""

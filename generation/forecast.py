@@ -4,7 +4,8 @@ The pilot is measured by steps: one proposal with all that its instructions beca
 (bootstrap, Efron 1979), each time giving a mean step; the goal, or the budget that ends the run before it, says how
 many such steps are to come, and the spread between single steps is added for those. Half of the resamples take steps
 of the pilot's later half alone: novelty filters reject more as there is more to resemble, so later steps say more of
-what is to come. The range leaves a tenth of the outcomes on either side.
+what is to come. The range leaves a tenth of the outcomes on either side. It knows nothing of what only happens after
+the pilot: a yield that falls on and on makes the end come later than the range says, engines that die likewise.
 """
 
 from dataclasses import asdict, dataclass, field
@@ -47,6 +48,7 @@ class Pilot:
     """Totals of the committed data, and what each step added, until `num_rows_wanted` rows are measured."""
 
     num_rows_wanted: int
+    num_proposals: int = 0
     num_kept: int = 0
     num_rows: int = 0
     num_tokens: int = 0  # of completions
@@ -54,7 +56,7 @@ class Pilot:
     is_begun: bool = False
     is_full: bool = False
 
-    def add(self, num_kept: int, num_rows: int, num_tokens: int) -> None:
+    def add(self, num_proposals: int, num_kept: int, num_rows: int, num_tokens: int) -> None:
         """One more step is committed; these are the totals now. The first call is where measuring begins."""
         if self.is_full:
             return
@@ -62,6 +64,7 @@ class Pilot:
             self.steps.append((num_kept - self.num_kept, num_rows - self.num_rows, num_tokens - self.num_tokens))
             self.is_full = sum(step[1] for step in self.steps) >= self.num_rows_wanted
         self.is_begun = True
+        self.num_proposals = num_proposals
         self.num_kept, self.num_rows, self.num_tokens = num_kept, num_rows, num_tokens
 
 
@@ -69,8 +72,7 @@ class Pilot:
 class Pace:
     """How fast engines are when the pilot is over."""
 
-    num_proposals: int  # committed, earlier attempts included
-    num_tokens_ahead: int = 0  # of completions that are there and not committed yet
+    num_tokens_ahead: int = 0  # of completions that are there and not among the pilot's
     seconds: float = 0.0  # of this attempt so far
     tokens_per_second: tuple[float, float] = (0.0, 0.0)  # the slowest and the fastest part of the pilot
 
@@ -144,7 +146,7 @@ def _remaining(pilot: Pilot, goal: Goal, pace: Pace, speeds: np.ndarray | None) 
     """What the goal and the budgets leave, by column: proposals, kept, rows, tokens."""
     left: dict[int, float | np.ndarray] = {}
     if goal.num_proposals is not None:
-        left[0] = max(goal.num_proposals - pace.num_proposals, 0)
+        left[0] = max(goal.num_proposals - pilot.num_proposals, 0)
     if goal.num_kept is not None:
         left[1] = max(goal.num_kept - pilot.num_kept, 0)
     if goal.max_rows is not None:

@@ -72,6 +72,14 @@ class Requester:
     def model(self, role: Role) -> ServedModel:
         return self._models[role]
 
+    def pools(self) -> list[EnginePool]:
+        """Every pool once."""
+        return list({id(model.pool): model.pool for model in self._models.values()}.values())
+
+    def names(self) -> dict[Role, str]:
+        """The model of each role."""
+        return {role: model.name for role, model in self._models.items()}
+
     async def ask(
         self,
         role: Role,

@@ -5,6 +5,8 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import ray
+
 from cluster.config import ModelConfig
 from cluster.engine_config import EngineConfig
 from cluster.errors import InputError
@@ -80,3 +82,11 @@ async def serving(players: Mapping[Role, Player]) -> AsyncIterator[dict[Role, Se
             )
             for role, player in players.items()
         }  # fmt: skip
+
+
+def count_gpus(players: Mapping[Role, Player]) -> int:
+    """GPUs of all engines together, 0 on a cluster without any. Needs a Ray session."""
+    if not ray.cluster_resources().get("GPU", 0):
+        return 0
+    engines = {(player.source, player.engine): player.engine for player in players.values()}.values()
+    return sum(engine.num_replicas * engine.gpus_per_engine for engine in engines)

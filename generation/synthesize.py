@@ -23,12 +23,13 @@ from cluster.stop_signals import StopRequest, stop_signals
 from generation.attribution import Attribution
 from generation.config import SynthesisConfig
 from generation.driver import Driver
+from generation.forecast import Goal
 from generation.inputs import Inputs, claim, load_inputs
 from generation.judge import Judge
-from generation.method import MethodInputs
+from generation.method import Method, MethodInputs
 from generation.request_log import RequestLog
 from generation.requester import Requester
-from generation.serving import serving
+from generation.serving import count_gpus, serving
 from generation.sink import DataSink, remove_progress
 from generation.state import from_json
 from generation.watch import Watch, how_to_go_on, listed, summary
@@ -94,7 +95,10 @@ class Synthesis:
             )
             judge = Judge(config.judge, inputs.prompts["row_judge"], requester) if config.judge else None
             driver = Driver(method, config, sink, judge, self._attribution)
-            watch = Watch(self._run, self._progress, driver, method, sink, models, self._attribution)
+            watch = Watch(
+                self._run, self._progress, driver, method, sink, requester, self._attribution,
+                goal_of(method, config), count_gpus(inputs.players), inputs.sha,
+            )  # fmt: skip
             reporter = asyncio.create_task(watch.report())
             try:
                 await driver.run(checkpoint)
@@ -102,8 +106,8 @@ class Synthesis:
                 raise _first(errors) from errors
             finally:
                 reporter.cancel()
-            measured = watch.figures()
-        counts = driver_counts(driver, sink)
+            counts = driver_counts(driver, sink)
+            measured = watch.figures(counts)
         if counts["num_rows"] == counts["num_seed_rows"]:
             if driver.spent_budget:
                 raise InputError(
@@ -117,7 +121,13 @@ class Synthesis:
             )
         sink.seal(inputs_sha=inputs.sha, counts=counts, budget=config.budget.model_dump())
         seconds = round(time.monotonic() - self._start, 1)
-        return {**counts, "resumed_requests": requester.num_resumed, **measured, "seconds": seconds}
+        return {
+            "method": method.NAME,
+            **counts,
+            "resumed_requests": requester.num_resumed,
+            **measured,
+            "seconds": seconds,
+        }
 
     def _say_what_is_there(self, sink: DataSink, checkpoint: dict | None) -> None:
         say = self._progress.line
@@ -138,6 +148,15 @@ def open_sink(run: RunDir, config: SynthesisConfig, inputs_sha: str) -> tuple[Da
         return sink, checkpoint
     remove_progress(run)
     return DataSink.open(run, config.rows_per_shard, inputs_sha)
+
+
+def goal_of(method: Method, config: SynthesisConfig) -> Goal:
+    """What ends a run of the method."""
+    budget = config.budget
+    max_seconds = None if budget.max_minutes is None else 60 * budget.max_minutes
+    return Goal(
+        method.num_wanted, method.max_proposals, budget.max_rows, budget.max_completion_tokens, max_seconds
+    )  # fmt: skip
 
 
 def driver_counts(driver: Driver, sink: DataSink) -> dict:

@@ -1,18 +1,23 @@
-"""How far a synthesis is: a line a second, metrics now and then, a forecast after the pilot."""
+"""What a run tells: a line a second, metrics now and then, a forecast after the pilot, what happens to engines."""
 
 import asyncio
+import json
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 
+from cluster.files import write_json
 from cluster.pool import EnginePool
+from cluster.pool_stats import EngineStats
 from cluster.progress import Progress
 from cluster.rundir import RunDir, append_jsonl
 from generation.attribution import Attribution
-from generation.config import BudgetConfig, Role
+from generation.config import BudgetConfig
 from generation.driver import Driver
+from generation.forecast import Goal, Pace, forecast
 from generation.method import Method
-from generation.requester import ServedModel
+from generation.requester import Requester
 from generation.sink import DataSink
 
 STAGE = "synthesize"
@@ -21,7 +26,13 @@ METRICS_SECONDS = 10.0
 
 
 class Watch:
-    """Looks at the parts of a run and says what it sees."""
+    """Looks at the parts of a run and says what it sees.
+
+    Where time goes is told in two kinds of shares that do not add up with each other. A request waits in the queue and
+    then in an engine: shares of that waiting, over all requests. The driver parses, filters, writes and logs beside:
+    shares of its own process's time. A driver near 100 % holds the engines up; a long queue with a driver near 0 % says
+    that the engines are all busy.
+    """
 
     def __init__(
         self,
@@ -30,62 +41,202 @@ class Watch:
         driver: Driver,
         method: Method,
         sink: DataSink,
-        models: Mapping[Role, ServedModel],
+        requester: Requester,
         attribution: Attribution,
+        goal: Goal,
+        num_gpus: int,
+        inputs_sha: str,
     ) -> None:
+        """num_gpus: of all engines together, 0 where there are none."""
         self._run = run
         self._progress = progress
         self._driver = driver
         self._method = method
         self._sink = sink
-        self._pools: list[EnginePool] = list({id(model.pool): model.pool for model in models.values()}.values())
+        self._requester = requester
+        self._pools: list[EnginePool] = requester.pools()
         self._attribution = attribution
+        self._goal = goal
+        self._num_gpus = num_gpus
+        self._identity = {"inputs_sha": inputs_sha, "goal": asdict(goal)}
         self._start = time.monotonic()
+        self._start_cpu = time.process_time()
+        self._pace: list[tuple[float, int]] = []  # seconds, tokens
+        self._forecast = self._load_forecast()
+        self._is_forecast_of_this_attempt = False
+        self._num_restarts: dict[int, int] = {}
+        self._slow: set[tuple[int, int]] = set()
+        self._quarantined: set[str] = set()
 
     async def report(self) -> None:
         """Report until cancelled."""
         last_metrics = time.monotonic()
-        num_restarts = [0] * len(self._pools)
         while True:
-            for place, pool in enumerate(self._pools):
-                if pool.stats.num_restarts > num_restarts[place]:
-                    num_restarts[place] = pool.stats.num_restarts
-                    self._progress.line(f"an engine died ({pool.stats.last_death}); restart {num_restarts[place]}")
-                    self._run.event(STAGE, "engine_restarted", reason=pool.stats.last_death)
+            self._look_at_engines()
+            self._pace.append((self._seconds(), self._num_tokens()))
+            if self._forecast is None and self._driver.pilot.is_full:
+                self._make_forecast()
             self._progress.update(self._line())
             if time.monotonic() - last_metrics >= METRICS_SECONDS:
                 last_metrics = time.monotonic()
                 append_jsonl(self._run.metrics, {"stage": STAGE, **self._metrics()})
             await asyncio.sleep(REPORT_SECONDS)
 
-    def figures(self) -> dict:
-        """The part of the verdict that the machine decides."""
+    def figures(self, counts: Mapping[str, object]) -> dict:
+        """The part of the verdict that the machine decides. counts: the other part."""
+        self._look_at_engines()
+        stats = [pool.stats for pool in self._pools]
         return {
-            "num_engine_restarts": sum(pool.stats.num_restarts for pool in self._pools),
+            "models": self._requester.names(),
+            "num_engine_restarts": sum(each.num_restarts for each in stats),
+            "num_engine_restarts_hung": sum(each.num_restarts_hung for each in stats),
+            "num_quarantined": sum(each.num_quarantined for each in stats),
             "tokens_per_second": round(self._tokens_per_second(), 1),
             "driver_seconds": {name: round(value, 3) for name, value in sorted(self._attribution.seconds.items())},
+            "time": self.time_shares(),
+            "forecast": self._against_result(counts),
         }
+
+    def time_shares(self) -> dict:
+        """Where time went; see above."""
+        stats = [pool.stats for pool in self._pools]
+        waited = {
+            "queue": sum(each.seconds_queued for each in stats),
+            "engine": sum(each.seconds_in_engine for each in stats),
+            "lost_engine": sum(each.seconds_lost for each in stats),  # on engines that died
+        }
+        total = sum(waited.values()) or 1.0
+        num_requests = sum(each.num_requests for each in stats)
+        num_queries = sum(each.num_prefix_queries for each in stats)
+        return {
+            "of_waiting": {name: round(value / total, 4) for name, value in waited.items()},
+            "seconds_per_request": {name: round(value / max(num_requests, 1), 4) for name, value in waited.items()},
+            "of_driver": self._attribution.shares(self._seconds()),
+            "driver_cpu": round((time.process_time() - self._start_cpu) / max(self._seconds(), 1e-9), 4),
+            "num_preemptions": sum(each.num_preemptions for each in stats),
+            "prefix_hit_rate": (
+                round(sum(each.num_prefix_hits for each in stats) / num_queries, 4) if num_queries else None
+            ),
+        }
+
+    def _look_at_engines(self) -> None:
+        """Say once what has happened to an engine or a request."""
+        say = self._progress.line
+        for place, pool in enumerate(self._pools):
+            stats = pool.stats
+            if stats.num_restarts > self._num_restarts.get(place, 0):
+                self._num_restarts[place] = stats.num_restarts
+                say(f"an engine died ({stats.last_death}); restart {stats.num_restarts}")
+                self._run.event(STAGE, "engine_restarted", reason=stats.last_death)
+            for number, engine in enumerate(stats.engines):
+                self._look_at_speed((place, number), engine)
+            for request_id in stats.quarantined.keys() - self._quarantined:
+                self._quarantined.add(request_id)
+                why = stats.quarantined[request_id]
+                say(f"request {request_id[:16]} is set aside, every engine that had it died: {why}")
+                self._run.event(STAGE, "request_quarantined", request_id=request_id, reason=why)
+
+    def _look_at_speed(self, key: tuple[int, int], engine: EngineStats) -> None:
+        if engine.is_slow == (key in self._slow):
+            return
+        self._slow ^= {key}
+        name = f"engine {key[1]} on {engine.node}"
+        if engine.is_slow:
+            self._progress.line(f"{name} is slow ({engine.tokens_per_second:,.0f} tok/s): it gets fewer requests")
+            self._run.event(STAGE, "engine_slow", node=engine.node, tokens_per_second=engine.tokens_per_second)
+        elif engine.is_up:
+            self._progress.line(f"{name} is as fast as the others again")
+
+    # -- the forecast
+
+    def _make_forecast(self) -> None:
+        """Say what the run will come to, and write it down for the end and for later attempts."""
+        driver = self._driver
+        ahead = max(self._requester.num_completion_tokens - driver.pilot.num_tokens, 0)
+        pace = Pace(ahead, self._seconds(), self._speeds())
+        made = forecast(driver.pilot, self._goal, pace)
+        self._is_forecast_of_this_attempt = True
+        self._forecast = {}
+        if made is not None:
+            self._forecast = {
+                "num_rows": asdict(made.num_rows),
+                "num_completion_tokens": asdict(made.num_completion_tokens),
+                "seconds": made.seconds and asdict(made.seconds),
+                self._hours_name: made.seconds and asdict(made.seconds.times(self._num_devices() / 3600)),
+            }
+            self._progress.line(describe_forecast(self._forecast))
+            self._run.event(STAGE, "forecast", num_rows_of_pilot=driver.pilot.num_rows, **self._forecast)
+        write_json(self._forecast_path, {**self._identity, "forecast": self._forecast})
+
+    def _load_forecast(self) -> dict | None:
+        """What an earlier attempt at the same goal forecast."""
+        if not self._forecast_path.is_file():
+            return None
+        saved = json.loads(self._forecast_path.read_text())
+        return saved.pop("forecast") if saved | {"forecast": None} == {**self._identity, "forecast": None} else None
+
+    def _against_result(self, counts: Mapping[str, object]) -> dict | None:
+        """Each forecast beside what it came to. Time is that of one attempt: unknown if an earlier one forecast it."""
+        if not self._forecast:
+            return None
+        seconds = round(self._seconds(), 1) if self._is_forecast_of_this_attempt else None
+        results = {
+            "num_rows": counts["num_rows"],
+            "num_completion_tokens": counts["num_completion_tokens"],
+            "seconds": seconds,
+            self._hours_name: seconds and round(seconds * self._num_devices() / 3600, 3),
+        }
+        return {name: {**made, "result": results.get(name)} for name, made in self._forecast.items() if made}
+
+    def _speeds(self) -> tuple[float, float]:
+        """Tokens per second so far: over all of the time, and over its later half."""
+        seconds, tokens = self._pace[-1]
+        middle = next((entry for entry in self._pace if entry[0] >= seconds / 2), self._pace[0])
+        overall = tokens / max(seconds, 1e-9)
+        later = (tokens - middle[1]) / (seconds - middle[0]) if seconds > middle[0] else overall
+        return min(overall, later), max(overall, later)
+
+    @property
+    def _forecast_path(self) -> Path:
+        return self._run.root / "forecast.json"
+
+    @property
+    def _hours_name(self) -> str:
+        return "gpu_hours" if self._num_gpus else "engine_hours"
+
+    def _num_devices(self) -> int:
+        return self._num_gpus or sum(len(pool.stats.engines) for pool in self._pools)
+
+    # -- figures
 
     def _line(self) -> str:
         wanted = self._method.num_wanted or self._method.max_proposals
         goal = f"/{wanted}" if wanted else ""
-        kept, sink = self._driver.admission.num_kept, self._sink
+        kept, sink, shares = self._driver.admission.num_kept, self._sink, self.time_shares()
+        waiting, driver = shares["of_waiting"], sum(shares["of_driver"].values())
         return (
             f"{kept}{goal} instructions kept, {sink.num_rows} rows, {sink.rejected.total()} rejected "
-            f"({listed(sink.rejected)}), {self._tokens_per_second():,.0f} tok/s"
+            f"({listed(sink.rejected)}), {self._tokens_per_second():,.0f} tok/s; waiting: engine "
+            f"{waiting['engine']:.0%} queue {waiting['queue']:.0%}; driver {driver:.0%}"
         )
 
     def _metrics(self) -> dict:
         return {
             "num_kept": self._driver.admission.num_kept,
             "num_rows": self._sink.num_rows,
-            **self.figures(),
+            "tokens_per_second": round(self._tokens_per_second(), 1),
+            "time": self.time_shares(),
             "pools": [asdict(pool.stats) for pool in self._pools],
         }
 
+    def _num_tokens(self) -> int:
+        return sum(pool.stats.num_completion_tokens for pool in self._pools)
+
     def _tokens_per_second(self) -> float:
-        tokens = sum(pool.stats.num_completion_tokens for pool in self._pools)
-        return tokens / max(time.monotonic() - self._start, 1e-9)
+        return self._num_tokens() / max(self._seconds(), 1e-9)
+
+    def _seconds(self) -> float:
+        return time.monotonic() - self._start
 
 
 def summary(verdict: dict) -> str:
@@ -96,6 +247,20 @@ def summary(verdict: dict) -> str:
         f"{verdict['tokens_per_second']:,.0f} tok/s, {verdict['seconds']:.0f} s"
     )
     return text if verdict["is_complete"] else f"INCOMPLETE ({verdict['stopped_because']}): {text}"
+
+
+def describe_forecast(made: Mapping[str, Mapping[str, float] | None]) -> str:
+    """A forecast in a line; ranges hold 80 % of outcomes."""
+    units = {"num_rows": "rows", "num_completion_tokens": "tokens", "seconds": "min", "gpu_hours": "GPU-hours"}
+    units["engine_hours"] = "engine-hours"
+    parts = []
+    for name, values in made.items():
+        if values is None:
+            continue
+        scale, digits = (60, 1) if name == "seconds" else (1, 2 if name.endswith("hours") else 0)
+        middle, low, high = (f"{values[key] / scale:,.{digits}f}" for key in ("expected", "low", "high"))
+        parts.append(f"{middle} {units[name]} ({low} to {high})")
+    return f"forecast: {', '.join(parts)}; 80 % ranges"
 
 
 def how_to_go_on(counts: Mapping[str, object], budget: BudgetConfig) -> str:

@@ -53,8 +53,39 @@ def synthesis_table(verdict: dict) -> Table:
         table.add_row(f"  rejected: {reason}", f"{count:,}")
     table.add_row("rows in the dataset", f"{verdict['num_rows']:,}")
     if "tokens_per_second" in verdict:  # not known if the process was killed just after the dataset was sealed
-        table.add_row("output tokens per second", f"{verdict['tokens_per_second']:,.0f}")
+        _add_machine_rows(table, verdict)
     return table
+
+
+FORECASTS = {
+    "num_rows": "rows",
+    "num_completion_tokens": "tokens",
+    "seconds": "seconds",
+    "gpu_hours": "GPU-hours",
+    "engine_hours": "engine-hours",
+}
+
+
+def _add_machine_rows(table: Table, verdict: dict) -> None:
+    """Who generated how fast, where the time went, and how good the forecast was."""
+    table.add_row("method", verdict["method"])
+    for role, model in verdict["models"].items():
+        table.add_row(f"  {role}", Text(model))
+    table.add_row("output tokens per second", f"{verdict['tokens_per_second']:,.0f}")
+    took = verdict["time"]
+    for place, share in took["of_waiting"].items():
+        table.add_row(f"  of a request's time: {place.replace('_', ' ')}", f"{share:.1%}")
+    for activity, share in took["of_driver"].items():
+        table.add_row(f"  of the driver's time: {activity}", f"{share:.1%}")
+    if took["prefix_hit_rate"] is not None:
+        table.add_row("prompt tokens found in the prefix cache", f"{took['prefix_hit_rate']:.1%}")
+    if took["num_preemptions"]:
+        table.add_row("preemptions in the engines", f"{took['num_preemptions']:,}")
+    table.add_row("engine restarts", f"{verdict['num_engine_restarts']:,}")
+    for name, made in (verdict["forecast"] or {}).items():
+        digits = 2 if name.endswith("hours") else 0
+        result = "-" if made["result"] is None else f"{made['result']:,.{digits}f}"
+        table.add_row(f"{FORECASTS[name]} (forecast {made['low']:,.{digits}f} to {made['high']:,.{digits}f})", result)
 
 
 def training_table(verdict: dict) -> Table:
