@@ -1,9 +1,9 @@
 """Output tokens per second of our pool and our whole stage against raw vLLM and a peer: `make bench-synthesis`.
 
 Same model, prompts and sampling on every side. The sides take turns, each in a process of its own, and whole passes
-over the requests are timed after a warm-up, so that engine start counts for none. Beside the rates stand the CPU time of a
-pass, of a side's process and all below it, which says more than the clock where others use the machine too; and the
-tail: the share of a pass that its last 5 % of rows took.
+over the requests are timed after a warm-up, so that engine start counts for none. Beside the rates stand the CPU time
+of a pass, of a side and all below it, which says more than the clock where others use the machine too; and the tail:
+the share of a pass that its last 5 % of rows took.
 """
 
 import argparse

@@ -214,7 +214,7 @@ def test_the_answer_that_the_judge_likes_best_is_kept(tmp_path, scores, min_scor
     assert [f"{row['reason']}:{row['detail']}" for row in made.rejected] == reasons
     assert [row["output"] for row in made.rejected] == [text for number, text in enumerate(answers) if number != best]
     assert len({row["id"] for row in made.rejected}) == len(reasons)
-    assert made.driver.finished.num_requests == 5
+    assert made.driver.committed.num_requests == 5
 
 
 def test_only_usable_answers_are_judged(tmp_path):
@@ -266,7 +266,7 @@ def test_a_verifier_chooses_the_best(tmp_path):
     assert [assistant for _, assistant in made.turns()] == ["Yellow."]
     reasons = [(row["reason"], row["detail"]) for row in made.rejected]
     assert reasons == [("low_score", "0.4"), ("not_best", "0.5"), ("empty_output", "")]
-    assert made.driver.finished.num_requests == 1
+    assert made.driver.committed.num_requests == 1
 
 
 def test_a_verifier_knows_the_given_output(tmp_path):

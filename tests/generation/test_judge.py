@@ -37,7 +37,7 @@ def config(**judge: object) -> AnswerOnlyConfig:
 
 
 def tally(driver: Driver) -> tuple[int, int]:
-    total = driver.admission.tally.plus(driver.finished)
+    total = driver.committed
     return total.num_requests, total.num_completion_tokens
 
 
