@@ -234,10 +234,10 @@ class Driver:
             self._sink.add_instruction(instruction_row(kept, outcome))
             for rejected in outcome.rejected:
                 self._sink.add_rejected(replace(rejected, task=kept.id))
-        return all(self._commit_row(record) for record in outcome.rows)
+        return all(self._commit_row(record, kept.id) for record in outcome.rows)
 
-    def _commit_row(self, record: Record) -> bool:
-        """Filter and write a row. Returns False once there are as many as the budget allows."""
+    def _commit_row(self, record: Record, kept_id: str = "") -> bool:
+        """Filter and write a row of a kept instruction or of a seed. Returns False once the budget allows no more."""
         if self._config.row_filters:
             draft = draft_of(record)
             with self._attribution.spent_on("filter"):
@@ -245,7 +245,9 @@ class Driver:
                 if verdict.rejection is None:
                     self._row_filters.remember(record.id, draft)
             if verdict.rejection:
-                self._sink.add_rejected(RejectedRecord("row", verdict.rejection, record.id, 0, draft, verdict.nearest))
+                nearest = verdict.nearest
+                rejected = RejectedRecord("row", verdict.rejection, record.id, 0, draft, nearest, kept_id)
+                self._sink.add_rejected(rejected)
                 return True
         with self._attribution.spent_on("write"):
             self._sink.add_row(record)

@@ -268,9 +268,10 @@ def how_to_go_on(counts: Mapping[str, object], budget: BudgetConfig) -> str:
     name = counts["spent_budget"]
     if name is None:
         return ""
-    higher = 2 * getattr(budget, name)
+    limit = 2 * getattr(budget, name)
+    higher = limit if isinstance(limit, int) else f"{limit:g}"
     return (
-        f"To go on, start the same command with a higher one, for example synthesize.budget.{name}={higher:g}, or with "
+        f"To go on, start the same command with a higher one, for example synthesize.budget.{name}={higher}, or with "
         f"synthesize.budget.{name}=null for no limit: nothing that is in the log is generated again."
     )
 

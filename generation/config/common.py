@@ -2,13 +2,14 @@
 
 from typing import ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from cluster.config import StrictModel
 from cluster.engine_config import EngineConfig, Sampling
-from generation.config.filters import FilterConfig
+from generation.config.filters import ExactDuplicateConfig, FilterConfig, NearDuplicateConfig, NoveltyConfig
 
 Role = Literal["writer", "answerer", "judge"]
+MEMORY_CONFIGS = (NoveltyConfig, ExactDuplicateConfig, NearDuplicateConfig)  # filters that remember what has passed
 
 
 class RoleConfig(StrictModel):
@@ -90,6 +91,17 @@ class SynthesisConfig(StrictModel):
         30.0, ge=0, description="progress is saved so often, so that a restart need not read the whole log"
     )
     pilot_rows: int = Field(100, ge=1, description="rows after which a forecast is printed")
+
+    @field_validator("instruction_filters")
+    @classmethod
+    def _remember_no_outputs(cls, filters: tuple[FilterConfig, ...]) -> tuple[FilterConfig, ...]:
+        for each in filters:
+            if isinstance(each, MEMORY_CONFIGS) and "output" in each.fields:
+                raise ValueError(
+                    f"{each.type} with the field output: what is kept here is remembered over restarts by its "
+                    "instruction and input alone. Put this filter under row_filters."
+                )
+        return filters
 
     def identity(self) -> dict:
         """All that decides the data."""
