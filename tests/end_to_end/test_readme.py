@@ -15,6 +15,7 @@ RUN_ELSEWHERE = {
     "make test": ".ci/run:make test",
     "sbatch --nodes 2 slurm/train.sbatch recipes/demo.yaml": "tests/slurm/test_train_sbatch.py:def test_two_nodes",
     "ray job submit -- tunesmith synthesize recipes/demo.yaml": "tests/end_to_end/test_ray_job.py:ray job submit",
+    "tunesmith synthesize recipes/evol_instruct.yaml": "tests/end_to_end/test_methods.py:recipes/evol_instruct.yaml",
     "tunesmith train recipes/demo.yaml train.data=my.jsonl --run-dir runs/mine": "test_readme.py:own_file",
 }
 NEEDS_A_HUB = [command for command in COMMANDS if "<org/name>" in command]
