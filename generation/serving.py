@@ -1,7 +1,9 @@
 """The models of a run: who plays which role, and the engine pools that serve them."""
 
+import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Mapping
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +17,9 @@ from cluster.pool import EnginePool
 from generation.config import Role, SynthesisConfig
 from generation.method import Method
 from generation.requester import ServedModel
+
+POLL_SECONDS = 0.5
+ROUNDING = 1e-6  # of sums of fractions of a CPU
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,8 @@ def find_players(
         revision = model_revision(source)
         adapter = None
         if chosen.adapter:
-            adapter = str(_locate_adapter(role, chosen.adapter))
+            written_under = "writer" if chosen is config.models.writer else role
+            adapter = str(_locate_adapter(written_under, chosen.adapter))
             revision += f"+{fingerprint_folder(Path(adapter))}"
         name = f"{named.path}+{chosen.adapter}" if chosen.adapter else named.path
         players[role] = Player(name, source, revision, chosen.form or form, adapter, chosen.engine or engine)
@@ -66,10 +72,15 @@ def _locate_adapter(role: Role, path: str) -> Path:
 
 @contextlib.asynccontextmanager
 async def serving(players: Mapping[Role, Player]) -> AsyncIterator[dict[Role, ServedModel]]:
-    """Start one pool for each model and engine setting; roles that agree in both share it."""
+    """Start one pool for each model and engine setting; roles that agree in both share it.
+
+    Raises InputError if the cluster cannot hold all pools side by side, and what `EnginePool.start` raises.
+    """
     adapters: dict[tuple[ModelConfig, EngineConfig], set[str]] = {}
     for player in players.values():
         adapters.setdefault((player.source, player.engine), set()).update(filter(None, [player.adapter]))
+    if len(adapters) > 1:  # a single pool sees for itself
+        await _wait_for_room([engine for _, engine in adapters])
     async with contextlib.AsyncExitStack() as stack:
         pools = {
             key: await stack.enter_async_context(EnginePool.start(key[1], key[0], tuple(sorted(folders))))
@@ -90,3 +101,34 @@ def count_gpus(players: Mapping[Role, Player]) -> int:
         return 0
     engines = {(player.source, player.engine): player.engine for player in players.values()}.values()
     return sum(engine.num_replicas * engine.gpus_per_engine for engine in engines)
+
+
+async def _wait_for_room(engines: Sequence[EngineConfig]) -> None:
+    """Wait until the cluster could hold all these pools at once: a pool of its own would wait for what others hold.
+
+    Raises InputError if it is too small: at once, or where a pool names min_replicas, as nodes may still be on their
+    way then, after its start_timeout_seconds.
+    """
+    deadline = time.monotonic() + max((each.start_timeout_seconds for each in engines if each.min_replicas), default=0)
+    while lack := _lack(engines, ray.cluster_resources()):
+        if time.monotonic() >= deadline:
+            raise InputError(
+                f"the {len(engines)} models of this run are served side by side: {lack}. Give roles the same model, or "
+                "lower num_replicas or cpus_per_engine in `engine` or synthesize.models.<role>.engine."
+            )
+        await asyncio.sleep(POLL_SECONDS)
+
+
+def _lack(engines: Sequence[EngineConfig], have: Mapping[str, float]) -> str:
+    """What pools need together and a cluster with these resources has not; empty if it is enough."""
+    replicas = [each.min_replicas or each.num_replicas for each in engines]
+    needs = {
+        "GPU": sum(n * each.gpus_per_engine for n, each in zip(replicas, engines, strict=True)) if "GPU" in have else 0,
+        "CPU": sum(n * each.cpus_per_engine for n, each in zip(replicas, engines, strict=True)),
+    }
+    lacks = [
+        f"their engines need {need:g} {name}s, and this Ray has {have.get(name, 0):g}"
+        for name, need in needs.items()
+        if need > have.get(name, 0) + ROUNDING
+    ]
+    return "; ".join(lacks)

@@ -19,7 +19,7 @@ from cluster.pool import EnginePool
 
 pytest.importorskip("vllm")
 MAX_MODEL_LEN = 128
-END_OF_TURN = "~"  # in no prompt here
+END_OF_TURN = "&"  # in no prompt here, and in no greedy continuation of one
 HALF_CHARACTER = "\ufffd"
 CHAT_TEMPLATE = (
     "{% for message in messages %}<{{ message.role }}>{{ message.content }}\n{% endfor %}"
