@@ -15,12 +15,16 @@ from generation.synthesize import run
 from tests.fakes import scripted
 
 
-def synthesize(
-    model: Path, run_root: Path, num_instructions: int, engine: EngineConfig, checkpoint_seconds: float = 0.2
-) -> dict:
-    """The stage as the tests run it, in this process."""
+def synthesize(model: Path, run_root: Path, num_instructions: int, engine: EngineConfig, **fields: object) -> dict:
+    """The stage as the tests run it, in this process. fields: of the config, more or others."""
     config = SelfInstructConfig(
-        num_instructions=num_instructions, lookahead=16, rows_per_shard=40, checkpoint_seconds=checkpoint_seconds
+        **{
+            "num_instructions": num_instructions,
+            "lookahead": 16,
+            "rows_per_shard": 40,
+            "checkpoint_seconds": 0.2,
+            **fields,
+        }
     )
     return run(config, ModelConfig(path=str(model)), engine, RunDir(run_root), seed=7)
 

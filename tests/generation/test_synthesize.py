@@ -1,5 +1,6 @@
 """The whole stage with real Ray and scripted engines: the same bytes however it is disturbed, and nothing twice."""
 
+import io
 import json
 import os
 import random
@@ -12,16 +13,18 @@ from pathlib import Path
 
 import pytest
 from datasets import load_from_disk
+from rich.console import Console
 
 from cluster.config import ModelConfig
 from cluster.errors import EXIT_PREEMPTED, InputError, TunesmithError
 from cluster.files import sha256_file
 from cluster.manifest import verify_manifest
 from cluster.rundir import RunDir
-from generation.config import SelfInstructConfig
+from generation.config import BudgetConfig, SelfInstructConfig
 from generation.config.filters import LengthConfig
 from generation.request_log import RequestLog
 from generation.synthesize import run
+from launcher.summary import synthesis_table
 from tests.fakes import generated_ids, scripted, write_script
 from tests.generation.drive_synthesis import synthesize
 
@@ -89,6 +92,71 @@ def test_engines_that_die_change_nothing(undisturbed, model, tmp_path):
     assert set(verdict["rejected"]) == set(undisturbed[1]["rejected"])
 
 
+def events(run_root: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_root / "events.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(("fault", "num_hung"), [("poison", 0), ("stall", 2)])
+def test_a_prompt_that_ends_or_hangs_every_engine_costs_its_own_rows_only(
+    undisturbed, model, tmp_path, capsys, fault, num_hung
+):
+    whole = load_from_disk(str(undisturbed[2] / "data" / "synthesized"))
+    last = load_from_disk(str(undisturbed[2] / "data" / "instructions"))[-1]  # nothing was drawn from it
+    write_script(model, latency_ms=10, **{fault: last["instruction"]})
+    engine = scripted(num_replicas=2, max_num_seqs=8, max_request_deaths=2, stall_timeout_seconds=4)
+    verdict = synthesize(model, tmp_path / "run", NUM_INSTRUCTIONS, engine)
+    rows = load_from_disk(str(tmp_path / "run" / "data" / "synthesized"))
+    assert list(rows) == [row for row in whole if row["task"] != last["id"]]
+    rejected = load_from_disk(str(tmp_path / "run" / "data" / "rejected"))
+    found = [(row["stage"], row["reason"]) for row in rejected if row["task"] == last["id"]]
+    assert found == [("classification", "engine_died")]
+    assert (verdict["num_engine_restarts_hung"], verdict["num_quarantined"]) == (num_hung, 1)
+    assert verdict["time"]["of_waiting"]["lost_engine"] > 0
+    assert [event["event"] for event in events(tmp_path / "run")].count("request_quarantined") == 1
+    assert "is set aside, every engine that had it died" in capsys.readouterr().out
+
+
+def test_a_budget_seals_what_is_there_and_a_higher_one_goes_on_to_the_same_bytes(undisturbed, model, tmp_path, capsys):
+    limit = undisturbed[1]["num_completion_tokens"] // 2
+    budget = BudgetConfig(max_completion_tokens=limit)
+    engine = scripted(max_num_seqs=8)
+    cut = synthesize(model, tmp_path / "run", NUM_INSTRUCTIONS, engine, budget=budget)
+    said = capsys.readouterr().out
+    assert (cut["is_complete"], cut["spent_budget"]) == (False, "max_completion_tokens")
+    assert f"INCOMPLETE (budget.max_completion_tokens={limit} reached)" in said
+    assert f"synthesize.budget.max_completion_tokens={2 * limit}," in said
+    assert verify_manifest(tmp_path / "run" / "data" / "synthesized")["rows"] == cut["num_rows"]
+    again = synthesize(model, tmp_path / "run", NUM_INSTRUCTIONS, engine, budget=budget)
+    said = capsys.readouterr().out
+    assert (again, "already done" in said, "INCOMPLETE" in said) == (cut, True, True)
+    asked = generated_ids(model)
+    synthesize(model, tmp_path / "run", NUM_INSTRUCTIONS, engine)
+    assert contents(tmp_path / "run") == undisturbed[0]
+    assert set(asked).isdisjoint(generated_ids(model)[len(asked) :])
+
+
+def test_a_forecast_is_said_once_and_stands_beside_what_it_came_to(undisturbed, model, tmp_path, capsys):
+    write_script(model, latency_ms=200)
+    verdict = synthesize(model, tmp_path / "run", NUM_INSTRUCTIONS, scripted(max_num_seqs=4), pilot_rows=20)
+    said = capsys.readouterr().out
+    assert said.count("forecast: ") == 1
+    assert "engine-hours" in said
+    (event,) = (event for event in events(tmp_path / "run") if event["event"] == "forecast")
+    for name in ("num_rows", "num_completion_tokens"):
+        made = verdict["forecast"][name]
+        assert made == {**event[name], "result": verdict[name]}
+        assert 0 < made["low"] < made["expected"] < made["high"]
+    assert verdict["forecast"]["num_rows"]["low"] > 175  # the rows of the seeds are in it
+    assert verdict["forecast"]["seconds"]["result"] <= verdict["seconds"]
+    assert sum(verdict["time"]["of_waiting"].values()) == pytest.approx(1, abs=0.01)
+    assert {"parse", "filter", "write", "log"} <= verdict["time"]["of_driver"].keys()
+    console = Console(record=True, width=100, file=io.StringIO())
+    console.print(synthesis_table(verdict))
+    table = console.export_text()
+    for text in ("self_instruct", "writer", "of a request's time: engine", "engine restarts", "tokens (forecast"):
+        assert text in table
+
+
 def start_driver(model: Path, run_root: Path, num_replicas: int) -> subprocess.Popen:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     arguments = [str(model), str(run_root), str(NUM_INSTRUCTIONS), str(num_replicas)]
@@ -150,8 +218,7 @@ def test_a_signal_ends_it_as_preempted_and_more_signals_break_nothing(undisturbe
     assert driver.returncode == EXIT_PREEMPTED, said
     logged = logged_ids(tmp_path / "run", tmp_path / "copy")
     assert f"Preempted: stopped by {signals[0].name}; {len(logged)} finished requests are saved" in said
-    events = [json.loads(line)["event"] for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
-    assert events == ["started", "preempted"]
+    assert [event["event"] for event in events(tmp_path / "run")] == ["started", "preempted"]
     synthesize(model, tmp_path / "run", NUM_INSTRUCTIONS, scripted(max_num_seqs=8))
     assert contents(tmp_path / "run") == undisturbed[0]
 
