@@ -1,5 +1,7 @@
 """Hard budgets: what they cut, what they say, and how a higher one goes on, through the whole of a method."""
 
+import json
+
 import pytest
 
 import generation.requester
@@ -84,12 +86,14 @@ def test_minutes(unlimited, tmp_path, monkeypatch):
     assert go_on(tmp_path, CoroutinePool(1), CONFIG).data == unlimited.data
 
 
-@pytest.mark.parametrize("max_rows", [1, 12, 30])
+@pytest.mark.parametrize("max_rows", [1, 12, 23])
 def test_rows_are_cut_at_the_same_place_whatever_was_checkpointed_before(unlimited, tmp_path, max_rows):
     """Also when a run that had gone further is cut by a lower limit."""
     config = with_budget(max_rows=max_rows)
     with pytest.raises(ExceptionGroup):
-        drive(tmp_path / "further", CoroutinePool(0, max_requests=75), CONFIG)
+        drive(tmp_path / "further", CoroutinePool(3, max_requests=80), CONFIG)
+    progress = json.loads((tmp_path / "further" / "data" / "progress.json").read_text())
+    assert sum(progress["num_rows_by_method"].values()) >= 23
     runs = [drive(tmp_path / str(timing), CoroutinePool(timing), config) for timing in range(3)]
     runs.append(drive(tmp_path / "further", CoroutinePool(5), config))
     for made in runs:
