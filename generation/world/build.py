@@ -31,6 +31,7 @@ MAX_LENGTH = 1024
 ROW_TOKENS = 384  # of a training row; the longest documents have about 350
 JOIN_WINDOW = 200  # documents among which a row is filled; large enough that rows are full, small enough to stay mixed
 PROMPTS = Path(__file__).with_name("prompts")
+BASE_METHODS = ("self_instruct",)
 
 
 def untrained_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
@@ -102,12 +103,14 @@ def write_model(weights: Path, out: Path) -> None:
     save_model(model, build_tokenizer(MAX_LENGTH), out)
 
 
-def write_assets(out: Path, seed: int) -> None:
+def write_assets(out: Path, seed: int, methods: tuple[str, ...]) -> None:
+    """Seed tasks, evaluation rows, and the prompts of the synthesis methods that the model knows."""
     rng = Random(seed)
     for name, rows in (("seed_tasks", assets.seed_tasks(rng)), ("eval", assets.evaluation_rows(rng))):
         out.mkdir(parents=True, exist_ok=True)
         write_atomic(out / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    shutil.copytree(PROMPTS, out / "prompts", dirs_exist_ok=True)
+    for method in methods:
+        shutil.copytree(PROMPTS / method, out / "prompts" / method, dirs_exist_ok=True)
 
 
 def main() -> None:
@@ -128,7 +131,7 @@ def main() -> None:
     elif arguments.command == "model":
         write_model(arguments.weights, arguments.out)
     else:
-        write_assets(arguments.out, arguments.seed)
+        write_assets(arguments.out, arguments.seed, BASE_METHODS)
 
 
 if __name__ == "__main__":

@@ -178,7 +178,7 @@ def test_documents_end_where_the_prompts_end(some_documents):
     environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
 
     def render(name: str, **variables: object) -> str:
-        return environment.from_string((PROMPTS / f"{name}.jinja").read_text()).render(**variables)
+        return environment.from_string((PROMPTS / "self_instruct" / f"{name}.jinja").read_text()).render(**variables)
 
     task = next(p for p in seen_phrasings() if p.template == "Write the input backwards.").task(Random(0))
     text = input_first(Random(0), task)
@@ -251,5 +251,5 @@ def test_what_lies_beside_the_shipped_model_is_what_the_world_makes():
     rng = Random(0)
     assert read_jsonl(MODEL / "tunesmith" / "seed_tasks.jsonl") == seed_tasks(rng)
     assert read_jsonl(MODEL / "tunesmith" / "eval.jsonl") == evaluation_rows(rng)
-    for prompt in PROMPTS.glob("*.jinja"):
-        assert (MODEL / "tunesmith" / "prompts" / prompt.name).read_text() == prompt.read_text()
+    for prompt in (PROMPTS / "self_instruct").glob("*.jinja"):
+        assert (MODEL / "tunesmith" / "prompts" / "self_instruct" / prompt.name).read_text() == prompt.read_text()
