@@ -102,6 +102,7 @@ TOGETHER = ("end_to_end", "slurm")
 FIRST = ("end_to_end", "slurm", "trainer")
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the marks in its own
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Say to pytest-xdist what belongs together, and put the longest first."""
 
