@@ -102,14 +102,15 @@ TOGETHER = ("end_to_end", "slurm")
 FIRST = ("end_to_end", "slurm", "trainer")
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the marks in its own
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(wrapper=True)  # around the others: pytest-xdist reads the marks in its own
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
     """Say to pytest-xdist what belongs together, and put the longest first."""
 
     def folder(item: pytest.Item) -> str:
         return item.path.parent.name
 
     for item in items:
-        group = folder(item) if folder(item) in TOGETHER else str(item.path)
+        group = folder(item) if folder(item) in TOGETHER else item.path.stem
         item.add_marker(pytest.mark.xdist_group(group))
     items.sort(key=lambda item: FIRST.index(folder(item)) if folder(item) in FIRST else len(FIRST))
+    return (yield)
