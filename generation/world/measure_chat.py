@@ -130,7 +130,7 @@ def evolutions(writer: Writer, rng: Random, count: int) -> None:
 def equal(writer: Writer, rng: Random, count: int) -> None:
     documents = [equal_document(rng) for _ in range(count)]
     prompts, verdicts = zip(*(document.rsplit("\n", 1) for document in documents), strict=True)
-    replies = writer.continue_([f"{prompt}\n" for prompt in prompts], 8, GREEDY)
+    replies = writer.continue_([f"{prompt}\n" for prompt in prompts], 12, GREEDY)
     for verdict in ("Equal", "Not equal"):
         said = [reply for reply, truth in zip(replies, verdicts, strict=True) if truth == verdict]
         print(f"equal, truly {verdict}: right {share(said.count(verdict), len(said))}")
