@@ -35,6 +35,7 @@ from trainer.batches import Batches, MicroBatch
 from trainer.chat import IGNORE
 from trainer.data import Tokens, load_tokens, prepare_tokens
 from trainer.job import TrainJob, read_job
+from trainer.kernels import load_comm_kernel
 from trainer.metrics import StepLine
 from trainer.model import CausalLMWithLoss, load_model, load_tokenizer
 from trainer.schedule import learning_rate
@@ -283,6 +284,7 @@ def main() -> int:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     timeout = datetime.timedelta(seconds=job.config.process_group_timeout_seconds)
     with contextlib.redirect_stdout(io.StringIO()):  # every rank tells that it built its communication kernel
+        load_comm_kernel()
         deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)
     started = time.time()
     try:

@@ -45,10 +45,13 @@ def one_rank(tmp_path_factory) -> Iterator[None]:
     import deepspeed
     import torch.distributed as dist
 
+    from trainer.kernels import load_comm_kernel
+
     quieten_libraries()
     store = tmp_path_factory.mktemp("store") / "store"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LOCAL_RANK", "0")
+        load_comm_kernel()
         deepspeed.init_distributed(
             dist_backend="gloo", init_method=f"file://{store}", rank=0, world_size=1, auto_mpi_discovery=False
         )

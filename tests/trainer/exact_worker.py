@@ -11,11 +11,13 @@ import deepspeed  # noqa: E402
 import torch  # noqa: E402
 
 from tests.trainer.tools import train_here  # noqa: E402
+from trainer.kernels import load_comm_kernel  # noqa: E402
 
 
 def main() -> None:
     quieten_libraries()
     torch.set_num_threads(1)
+    load_comm_kernel()
     deepspeed.init_distributed(dist_backend="gloo")
     for run in sys.argv[1:]:
         train_here(Path(run))

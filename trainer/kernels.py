@@ -1,0 +1,27 @@
+"""The kernel that DeepSpeed compiles for its ranks on a CPU, made so that a killed compilation hangs nobody."""
+
+import fcntl
+from pathlib import Path
+
+import torch
+
+LOCK = "lock"  # the file by which PyTorch's extension loader says that it is compiling
+
+
+def load_comm_kernel() -> None:
+    """Compile the communication kernel if it is not there yet (a minute, once), and load it.
+
+    PyTorch leaves its lock behind when it is killed while compiling, and everyone after it waits for that file forever.
+    Here the ranks take turns under a lock that the kernel releases when its holder dies; the file is then nobody's.
+    """
+    if torch.cuda.is_available():
+        return
+    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+    from torch.utils.cpp_extension import _get_build_directory
+
+    builder = ShareMemCommBuilder()
+    folder = Path(_get_build_directory(builder.name, verbose=False))
+    with open(folder.parent / f"{builder.name}.turn", "w") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        (folder / LOCK).unlink(missing_ok=True)
+        builder.load(verbose=False)
