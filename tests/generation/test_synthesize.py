@@ -145,7 +145,7 @@ def test_a_forecast_is_said_once_and_stands_beside_what_it_came_to(undisturbed, 
     for name in ("num_rows", "num_completion_tokens"):
         made = verdict["forecast"][name]
         assert made == {**event[name], "result": verdict[name]}
-        assert 0 < made["low"] < made["expected"] < made["high"]
+        assert 0 < made["low"] <= made["expected"] <= made["high"]
     assert verdict["forecast"]["num_rows"]["low"] > 175  # the rows of the seeds are in it
     assert verdict["forecast"]["seconds"]["result"] <= verdict["seconds"]
     assert sum(verdict["time"]["of_waiting"].values()) == pytest.approx(1, abs=0.01)
