@@ -96,10 +96,11 @@ def pytest_terminal_summary(terminalreporter) -> None:
     terminalreporter.write_line("Next: `make demo` goes the whole way, `.venv/bin/tunesmith --help` lists all.")
 
 
-# Which tests share what is dear to make, and so run in one process, one after the other. Of a folder that is not here
-# each file is on its own. The longest come first, so that the processes end at about the same time.
+# Which tests share what is dear to make, and so run in one process, one after the other: whole folders, and all files of
+# the trainer whose tests are a rank themselves, since a process can be one only once. Every other file is on its own.
 TOGETHER = ("end_to_end", "slurm")
-FIRST = ("end_to_end", "slurm", "trainer")
+SHARED = "one_rank"
+FIRST = ("end_to_end", "slurm", "trainer")  # the longest, so that the processes end at about the same time
 
 
 @pytest.hookimpl(wrapper=True)  # around the others: pytest-xdist reads the marks in its own
@@ -109,8 +110,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
     def folder(item: pytest.Item) -> str:
         return item.path.parent.name
 
+    sharing = {item.path for item in items if SHARED in getattr(item, "fixturenames", ())}
     for item in items:
-        group = folder(item) if folder(item) in TOGETHER else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
+        name = SHARED if item.path in sharing else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(folder(item) if folder(item) in TOGETHER else name))
     items.sort(key=lambda item: FIRST.index(folder(item)) if folder(item) in FIRST else len(FIRST))
     return (yield)
