@@ -96,8 +96,8 @@ def pytest_terminal_summary(terminalreporter) -> None:
     terminalreporter.write_line("Next: `make demo` goes the whole way, `.venv/bin/tunesmith --help` lists all.")
 
 
-# Which tests share what is dear to make, and so run in one process, one after the other: whole folders, and all files of
-# the trainer whose tests are a rank themselves, since a process can be one only once. Every other file is on its own.
+# Which tests share what is dear to make, and so run in one process, one after the other: whole folders, and all files
+# of the trainer whose tests are a rank themselves, as a process can be one only once. Every other file is on its own.
 TOGETHER = ("end_to_end", "slurm")
 SHARED = "one_rank"
 FIRST = ("end_to_end", "slurm", "trainer")  # the longest, so that the processes end at about the same time

@@ -62,6 +62,7 @@ async def live(cluster: Cluster, model: ModelConfig) -> dict:
         num_replicas=2, min_replicas=1, cpus_per_engine=1, max_num_seqs=8, start_timeout_seconds=60, max_restarts=5
     )
     async with EnginePool.start(config, model) as pool:
+        await until(lambda: pool.stats.num_engines)
         seen = {"engines_at_start": pool.stats.num_engines}
         stream = Stream(pool)
         stream.send(20)
@@ -88,6 +89,7 @@ async def live(cluster: Cluster, model: ModelConfig) -> dict:
         await stream.all_answered()
         cluster.remove_node(second, allow_graceful=False)
         cluster.remove_node(third, allow_graceful=False)
+        await until(lambda: not pool.stats.num_engines)  # its process may outlive its node for a moment
         stream.send(10)
         try:
             await stream.all_answered()
