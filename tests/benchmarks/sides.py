@@ -77,7 +77,13 @@ def measure_raw(requests: list[GenerationRequest], num_passes: int) -> dict[str,
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
     from vllm import LLM
 
-    llm = LLM(MODEL.path, enforce_eager=True, max_num_seqs=ENGINE.max_num_seqs, generation_config="vllm")
+    llm = LLM(
+        MODEL.path,
+        enforce_eager=True,
+        max_num_seqs=ENGINE.max_num_seqs,
+        generation_config="vllm",
+        enable_chunked_prefill=False,  # as our engines on a CPU: with it, seeded requests kill the engine
+    )
     prompts, samplings = [r.prompt for r in requests], [vllm_sampling(r.sampling) for r in requests]
     passes = Passes()
     for _ in range(num_passes + 1):

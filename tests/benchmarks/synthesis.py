@@ -25,7 +25,8 @@ def in_own_process(side: str, lengths: str, arguments: argparse.Namespace) -> di
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{side} failed:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    answers = [line for line in done.stdout.splitlines() if line.startswith("{")]  # libraries say their own good-byes
+    return json.loads(answers[-1])
 
 
 def main() -> None:
