@@ -5,27 +5,11 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from cluster.config import StrictModel
-from cluster.engine_config import Sampling
+from trainer.config.after import EvaluateConfig, ExportConfig
+from trainer.config.checkpoints import CheckpointConfig
+from trainer.config.tuning import LoraConfig, PrefixConfig
 
-
-class LoraConfig(StrictModel):
-    """Low-rank adaptation (Hu et al. 2021, arXiv 2106.09685)."""
-
-    rank: int = Field(16, ge=1)
-    alpha: float = Field(32.0, gt=0, description="updates are scaled by alpha / rank (section 4.1)")
-    dropout: float = Field(0.0, ge=0, lt=1)
-    target_modules: str | tuple[str, ...] = "all-linear"
-
-
-class PrefixConfig(StrictModel):
-    """Prefix tuning (Li and Liang 2021, arXiv 2101.00190)."""
-
-    num_virtual_tokens: int = Field(16, ge=1)
-
-
-class CheckpointConfig(StrictModel):
-    every_steps: int = Field(200, ge=1)
-    keep_last: int = Field(2, ge=1, description="older complete checkpoints are removed")
+__all__ = ["CheckpointConfig", "EvaluateConfig", "ExportConfig", "LoraConfig", "PrefixConfig", "TrainConfig"]
 
 
 class TrainConfig(StrictModel):
@@ -92,25 +76,3 @@ class TrainConfig(StrictModel):
                 "position_ids of a single row. Use a longer train.max_seq_len instead"
             )
         return self
-
-
-class ExportConfig(StrictModel):
-    form: Literal["merged", "adapter"] = Field("merged", description="adapter: only the PEFT weights")
-    dtype: Literal["same", "bf16", "fp32"] = "same"
-    max_shard_size: str = "4GB"
-    to: str | None = Field(
-        None, description="hub:<org>/<name> uploads the folder as well; HF_TOKEN is read from the environment"
-    )
-
-
-class EvaluateConfig(StrictModel):
-    sets: tuple[str, ...] = Field(
-        (), description="JSON-lines files; empty: those beside the model, else the packaged ones"
-    )
-    sampling: Sampling = Sampling(temperature=0.0, max_tokens=128)
-    compare_base: bool = Field(True, description="evaluate the model before tuning as well")
-
-    @field_validator("sets", mode="before")
-    @classmethod
-    def _one_path_is_a_list_too(cls, value: object) -> object:
-        return (value,) if isinstance(value, str) else value

@@ -1,0 +1,112 @@
+"""The model under DeepSpeed: made, checked before the first step, and taken through one step."""
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch.nn.utils import get_total_norm
+from transformers.integrations import HfDeepSpeedConfig
+
+from cluster.errors import InputError
+from trainer.batches import Batches, MicroBatch
+from trainer.chat import IGNORE
+from trainer.job import TrainJob
+from trainer.model import CausalLMWithLoss, load_model
+from trainer.zero import deepspeed_config
+
+ISOLATION_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}  # of the largest logit; a leak between documents shows as 0.1 to 1
+
+
+def train_step(
+    engine: deepspeed.DeepSpeedEngine, micro_batches: list[MicroBatch], num_labels: int, lr: float
+) -> tuple[float, float]:
+    """One optimizer step. Returns the mean loss a label over all ranks, and the gradients' norm before clipping.
+
+    Gradients are those of (sum of token losses) / (labels of the step over all micro-batches and ranks): DeepSpeed
+    averages over ranks, so the sum is multiplied by their number; `scale_wrt_gas=False` makes accumulation a plain sum.
+    """
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
+    total = torch.zeros((), device=engine.device)
+    for batch in micro_batches:
+        loss_sum = engine(
+            batch.input_ids.to(engine.device), batch.position_ids.to(engine.device), batch.labels.to(engine.device)
+        )
+        engine.backward(loss_sum * (dist.get_world_size() / num_labels), scale_wrt_gas=False)
+        total += loss_sum.detach()
+        if engine.is_gradient_accumulation_boundary() and keeps_no_norm(engine):
+            norm = get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+        engine.step()
+    if not keeps_no_norm(engine):
+        norm = engine.get_global_grad_norm()
+    dist.all_reduce(total)
+    return float(total) / num_labels, float(norm)
+
+
+def keeps_no_norm(engine: deepspeed.DeepSpeedEngine) -> bool:
+    """True for plain data parallelism: DeepSpeed clips there without recording the norm."""
+    return engine.zero_optimization_stage() == 0
+
+
+def make_engine(
+    job: TrainJob, tokenizer: object, num_added: int, grad_accum_steps: int, world_size: int
+) -> deepspeed.DeepSpeedEngine:
+    """The model under DeepSpeed with torch's AdamW; norms and biases are not decayed."""
+    config = job.config
+    settings = deepspeed_config(config, grad_accum_steps, world_size)
+    # Must stay alive while the model is read: with ZeRO-3 transformers then partitions weights as they arrive.
+    partitioner = HfDeepSpeedConfig(settings) if config.zero_stage == 3 else None
+    module = CausalLMWithLoss(load_model(job.model, config, tokenizer, num_added))
+    del partitioner
+    trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    matrices = [p for _, p in trained if len(getattr(p, "ds_shape", p.shape)) >= 2]
+    vectors = [p for _, p in trained if len(getattr(p, "ds_shape", p.shape)) < 2]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.learning_rate, betas=config.betas, eps=config.adam_epsilon, fused=True,
+    )  # fmt: skip
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings, dist_init_required=False)
+    engine.train()
+    return engine
+
+
+def check_head(engine: deepspeed.DeepSpeedEngine, batches: Batches, precision: str) -> None:
+    """Refuse to train if the model's own logits are not those the loss is taken on, as where it scales or caps them."""
+    batch = batches.collate([batches.rows[0][:1]])
+    engine.eval()
+    with torch.no_grad():
+        ours = _logits(engine, batch)
+        own = engine.module.lm(input_ids=batch.input_ids.to(engine.device)).logits
+    engine.train()
+    expected = own[(batch.labels != IGNORE).to(own.device)].float()
+    error = float((ours - expected).abs().max() / expected.abs().max())
+    if error > ISOLATION_TOLERANCE[precision]:
+        raise InputError(
+            f"this model changes its logits after the output embedding (they differ by {error:.3f} of the largest), so "
+            "its loss would be wrong here. Tune a model whose logits are its output embedding alone, such as Llama's."
+        )
+
+
+def check_isolation(engine: deepspeed.DeepSpeedEngine, batches: Batches, precision: str) -> None:
+    """Refuse to train if a packed row gives other logits than its documents alone. Every rank runs the same row."""
+    packed = next((row for row in batches.rows if len(row) > 1), None)
+    if packed is None:
+        return
+    engine.eval()
+    with torch.no_grad():
+        together = _logits(engine, batches.collate([packed]))
+        apart = torch.cat([_logits(engine, batches.collate([[document]])) for document in packed])
+    engine.train()
+    error = float((together - apart).abs().max() / apart.abs().max())
+    if error > ISOLATION_TOLERANCE[precision]:
+        raise InputError(
+            f"packed documents see each other in this model with train.attention={batches.config.attention} "
+            f"(logits differ by {error:.3f} of the largest). Set train.packing=false or another train.attention."
+        )
+
+
+def _logits(engine: deepspeed.DeepSpeedEngine, batch: MicroBatch) -> torch.Tensor:
+    device = engine.device
+    return engine(
+        batch.input_ids.to(device), batch.position_ids.to(device), batch.labels.to(device), return_logits=True
+    )
