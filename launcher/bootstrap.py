@@ -69,6 +69,7 @@ def install(uv: list[str], extras: list[str]) -> None:
     """
     target = f"{ROOT}[{','.join(extras)}]"
     command = [*uv, "pip", "install", "--python", str(VENV / "bin" / "python"), "--editable", target]
+    command.append("--compile-bytecode")  # half a minute, and every start of an engine is ten seconds sooner
     if not sys.stderr.isatty():  # a log wants neither bars nor two hundred names
         command.append("--quiet")
     find_links = os.environ.get("PIP_FIND_LINKS")
