@@ -43,6 +43,7 @@ class VLLMEngine:
         from vllm import AsyncEngineArgs  # after the environment, which vLLM reads when imported
         from vllm.inputs import tokens_input
         from vllm.lora.request import LoRARequest
+        from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
         from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -60,7 +61,7 @@ class VLLMEngine:
             tensor_parallel_size=config.tensor_parallel_size,
             pipeline_parallel_size=config.pipeline_parallel_size,
             distributed_executor_backend=executor_backend(config, num_gpus),
-            dtype=config.dtype,
+            dtype=weights_dtype(config, num_gpus),
             gpu_memory_utilization=config.gpu_memory_utilization,
             max_num_seqs=config.max_num_seqs,
             enforce_eager=config.enforce_eager,
@@ -84,7 +85,11 @@ class VLLMEngine:
             loggers.append(ReportingLogger(vllm_config, engine_index))
             return loggers[-1]
 
-        self._engine = AsyncLLM.from_engine_args(arguments, stat_loggers=[make_logger])
+        self._engine = AsyncLLM.from_engine_args(
+            arguments,
+            usage_context=UsageContext.LLM_CLASS,  # tokens a step as of the offline engine, not of a server
+            stat_loggers=[make_logger],
+        )
         self._logger = loggers[0]
         self._adapters = {path: LoRARequest(path, number, path) for number, path in enumerate(adapters, 1)}
         self._tokens_input = tokens_input
@@ -189,6 +194,11 @@ def executor_backend(config: EngineConfig, num_gpus: int) -> str | None:
     return "ray" if num_gpus else "mp"
 
 
+def weights_dtype(config: EngineConfig, num_gpus: int) -> str:
+    """The number format of the weights. Few CPUs compute in bfloat16: on the others it takes four times as long."""
+    return "float32" if config.dtype == "auto" and num_gpus == 0 else config.dtype
+
+
 def vllm_sampling(sampling: Sampling):
     """vLLM's SamplingParams for ours."""
     from vllm import SamplingParams
@@ -214,9 +224,13 @@ def set_environment(config: EngineConfig, model: ModelConfig, num_gpus: int) -> 
     if Path(model.path).is_dir():
         os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
     if num_gpus == 0:
-        num_threads = str(max(1, round(config.cpus_per_engine)))
+        # With one CPU the model computes in the scheduler's own process: one process less to start, no hand-over each
+        # step. With more, vLLM's worker process and its threads have all but one of them.
+        num_cpus = max(1, round(config.cpus_per_engine))
+        one_process = num_cpus == 1 and config.gpus_per_engine == 1
         os.environ.update(
             VLLM_CPU_KVCACHE_SPACE=str(config.kv_cache_gib),
             VLLM_CPU_OMP_THREADS_BIND="nobind",
-            OMP_NUM_THREADS=num_threads,
+            VLLM_ENABLE_V1_MULTIPROCESSING="0" if one_process else "1",
+            OMP_NUM_THREADS=str(max(1, num_cpus - 1)),
         )

@@ -9,7 +9,7 @@ from cluster.config import StrictModel
 
 
 class EngineConfig(StrictModel):
-    """The vLLM engines of a pool. Results depend on none of these but the model and `max_model_len`."""
+    """The vLLM engines of a pool. Results depend on none of these but the model, `dtype` and `max_model_len`."""
 
     num_replicas: int = Field(1, ge=1, description="engines, each with a whole copy of the model")
     min_replicas: int | None = Field(
@@ -20,7 +20,9 @@ class EngineConfig(StrictModel):
     cpus_per_engine: float = Field(1, gt=0, description="CPUs that Ray reserves for an engine")
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="share of a GPU's memory for weights and cache")
     kv_cache_gib: int = Field(1, ge=1, description="cache for keys and values on a machine without GPUs")
-    dtype: str = Field("auto", description="number format of the weights; auto: as stored")
+    dtype: str = Field(
+        "auto", description="number format of the weights; auto: as stored, and float32 on a machine without GPUs"
+    )
     max_model_len: int | None = Field(None, ge=1, description="tokens of prompt and completion; none: the model's own")
     max_num_seqs: int = Field(256, ge=1, description="sequences an engine decodes at once")
     max_num_batched_tokens: int | None = Field(None, ge=1, description="tokens an engine computes in one step")

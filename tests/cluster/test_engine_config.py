@@ -1,6 +1,7 @@
 """Requests, samplings and completions as they are written down and read back."""
 
 import json
+import os
 from dataclasses import asdict
 
 import pytest
@@ -8,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from cluster.engine import LORA_RANKS, lora_arguments
+from cluster.config import ModelConfig
+from cluster.engine import LORA_RANKS, lora_arguments, set_environment, weights_dtype
 from cluster.engine_config import Completion, EngineConfig, GenerationRequest, Sample, Sampling, StructuredOutput
 
 SAMPLES = st.builds(
@@ -56,3 +58,25 @@ def test_vllm_is_told_the_least_of_its_ranks_that_holds_the_adapters(tmp_path_fa
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": rank}))
     found = lora_arguments(EngineConfig(), (str(folder),), num_gpus=1)["max_lora_rank"]
     assert found >= rank and all(other < rank or other >= found for other in LORA_RANKS)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "num_gpus", "used"), [("auto", 0, "float32"), ("auto", 1, "auto"), ("bfloat16", 0, "bfloat16")]
+)
+def test_without_a_gpu_weights_are_float32_unless_the_recipe_says_otherwise(dtype, num_gpus, used):
+    assert weights_dtype(EngineConfig(dtype=dtype), num_gpus) == used
+
+
+@pytest.mark.parametrize(
+    ("engine", "multiprocessing", "threads"),
+    [
+        ({"cpus_per_engine": 1}, "0", "1"),
+        ({"cpus_per_engine": 4}, "1", "3"),
+        ({"cpus_per_engine": 1, "tensor_parallel_size": 2}, "1", "1"),
+    ],
+)
+def test_an_engine_with_one_cpu_has_no_worker_process(monkeypatch, engine, multiprocessing, threads):
+    monkeypatch.setattr(os, "environ", {})
+    set_environment(EngineConfig(**engine), ModelConfig(path="org/name"), num_gpus=0)
+    assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == multiprocessing
+    assert os.environ["OMP_NUM_THREADS"] == threads
