@@ -137,15 +137,28 @@ class NoveltyIndex:
         self._make_room(len(self._ids))
         lengths = np.array(self._lengths[first_text:])
         self._half_lengths[first_text : len(self._ids)] = lengths / 2
-        tokens = np.array(self._tokens[first_token:])
-        for feature, which in _features(tokens, np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)):
+        if len(texts) == 1:
+            self._note_one(first_text, self._tokens[first_token:])
+        else:
+            tokens = np.array(self._tokens[first_token:])
+            self._note_many(first_text, tokens, np.repeat(np.arange(len(lengths), dtype=np.int32), lengths))
+        if len(self._ids) >= max(MIN_TEXTS_FOR_COLUMNS, 2 * self._num_texts_surveyed):
+            self._move_frequent_to_columns()
+
+    def _note_one(self, place: int, tokens: Sequence[int]) -> None:
+        for feature in _features_of(tokens):
+            if (row := self._row_of.get(feature)) is not None:
+                self._columns[row, place] = 1
+            else:
+                self._postings[feature].append(place)
+
+    def _note_many(self, first_text: int, tokens: np.ndarray, texts: np.ndarray) -> None:
+        for feature, which in _features(tokens, texts):
             which += first_text
             if (row := self._row_of.get(feature)) is not None:
                 self._columns[row, which] = 1
             else:
                 self._postings[feature].frombytes(which.tobytes())
-        if len(self._ids) >= max(MIN_TEXTS_FOR_COLUMNS, 2 * self._num_texts_surveyed):
-            self._move_frequent_to_columns()
 
     def _make_room(self, num_texts: int) -> None:
         if num_texts > len(self._bounds):
@@ -278,7 +291,7 @@ def _features(tokens: np.ndarray, texts: np.ndarray) -> Iterator[tuple[Feature, 
             yield (token, k), which
 
 
-def _features_of(query: list[int]) -> Iterator[Feature]:
+def _features_of(query: Sequence[int]) -> Iterator[Feature]:
     seen: dict[int, int] = defaultdict(int)
     for token in query:
         if token != -1:
