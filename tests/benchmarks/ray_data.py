@@ -1,22 +1,24 @@
 """The peer `ray.data.llm` on the requests of the synthesis benchmark. Needs the extra `bench`.
 
-Its engine starts anew in every execution, so the clock runs from its first finished row to its last, which is in its
-favor: neither start nor ramp-up counts.
+Its engine starts anew in every execution, so the clock runs from the moment its engine takes the first row to the
+moment the last is finished: no start counts.
 """
 
 import os
+import sys
 import time
 
 from cluster.config import ModelConfig
 from cluster.engine import set_environment
 from cluster.engine_config import EngineConfig, GenerationRequest
+from tests.benchmarks.sides import ENGINE, LENGTHS, MODEL, requests_of
 
-BATCH_ROWS = 64  # its README advises batches of 64 and more where the engine is to be kept full
-MAX_CONCURRENT_BATCHES = 8  # its default
+# Its documentation advises batches of 64 and more to keep the engine full; 8 batches at once is its default.
+TUNED = {"batch_size": 64, "max_concurrent_batches": 8}
 
 
-def rate_of_ray_data(requests: list[GenerationRequest], config: EngineConfig, model: ModelConfig) -> float:
-    """Output tokens per second of one execution."""
+def rate_of_ray_data(requests: list[GenerationRequest], config: EngineConfig, model: ModelConfig, tuned: bool) -> float:
+    """Output tokens per second of one execution; `tuned` to keep the engine full, or with its own defaults."""
     import ray
     from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
@@ -33,10 +35,9 @@ def rate_of_ray_data(requests: list[GenerationRequest], config: EngineConfig, mo
                 "generation_config": "vllm",
                 "enable_chunked_prefill": False,
                 "distributed_executor_backend": "mp",
+                "dtype": config.dtype,
             },
-            batch_size=BATCH_ROWS,
-            max_concurrent_batches=MAX_CONCURRENT_BATCHES,
-            max_pending_requests=config.max_in_flight,
+            **({**TUNED, "max_pending_requests": config.max_in_flight} if tuned else {}),
             concurrency=1,
             runtime_env={"env_vars": changed},
             placement_group_config={"bundles": [{"CPU": 1}]},
@@ -49,10 +50,28 @@ def rate_of_ray_data(requests: list[GenerationRequest], config: EngineConfig, mo
             "prompt": row["prompt"],
             "sampling_params": {"temperature": 1.0, "max_tokens": row["max_tokens"], "seed": row["seed"]},
         },
-        postprocess=lambda row: {"num_tokens": row["num_generated_tokens"], "finished": time.time()},
+        postprocess=lambda row: {
+            "num_tokens": row["num_generated_tokens"],
+            "seconds": row["time_taken_llm"],
+            "finished": time.time(),
+        },
     )
     done = processor(ray.data.from_items(rows)).take_all()
-    first = min(row["finished"] for row in done)
-    last = max(row["finished"] for row in done)
-    num_tokens = sum(row["num_tokens"] for row in done if row["finished"] > first)
-    return num_tokens / (last - first)
+    began = min(row["finished"] - row["seconds"] for row in done)
+    ended = max(row["finished"] for row in done)
+    return sum(row["num_tokens"] for row in done) / (ended - began)
+
+
+def main() -> None:
+    """Print the rate of one pass: `python -m tests.benchmarks.ray_data tuned|defaults LENGTHS NUM_REQUESTS`."""
+    import ray
+
+    form, lengths, num_requests = sys.argv[1:]
+    ray.init(num_cpus=8, include_dashboard=False)  # each of its stages reserves a CPU for itself
+    rate = rate_of_ray_data(requests_of(LENGTHS[lengths], int(num_requests)), ENGINE, MODEL, form == "tuned")
+    ray.shutdown()
+    print(f"rate {rate}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,25 +1,28 @@
-"""The sides of the synthesis benchmark: the same requests through raw vLLM, our pool, our whole stage, and a peer.
+"""The sides of the synthesis benchmark: the same requests through raw vLLM, our pool and our whole stage.
 
-Each is measured in a process of its own, after a warm-up, so that no engine's start counts.
+Both engines are up before anything is timed, raw vLLM's and the pool's, and one of them is idle at any time.
 """
 
 import asyncio
 import contextlib
 import json
-import os
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
 from cluster.config import ModelConfig
 from cluster.engine_config import EngineConfig, GenerationRequest, Sampling
+from cluster.pool import EnginePool
+from cluster.ray_cluster import ray_session
+from tests.benchmarks.given_requests import synthesize
 
 ROOT = Path(__file__).parents[2]
 MODEL = ModelConfig(path=str(ROOT / "models" / "world-base"))
-ENGINE = EngineConfig(enforce_eager=True, max_num_seqs=256, cpus_per_engine=1)
+ENGINE = EngineConfig(dtype="float32", enforce_eager=True, max_num_seqs=256, cpus_per_engine=2)
 LENGTHS = {"equal (64)": [64], "mixed (8-160)": [8, 16, 32, 64, 160]}
 TAIL = 0.95  # share of the rows after which the tail begins
 
@@ -44,103 +47,82 @@ def cpu_seconds() -> float:
     return sum(sum(process.cpu_times()[:2]) for process in family)
 
 
-class Passes:
-    """Tokens per second, CPU seconds and share of the tail, of passes over the requests; the first is a warm-up."""
-
-    def __init__(self) -> None:
-        self._rates: list[float] = []
-        self._cpu: list[float] = []
-        self._tails: list[float] = []
-
-    @contextlib.contextmanager
-    def measured(self) -> Iterator[list[tuple[float, int]]]:
-        """Time a block that appends (moment, tokens) of each finished row; rows of unknown moment come in one."""
-        rows: list[tuple[float, int]] = []
-        cpu, started = cpu_seconds(), time.perf_counter()
-        yield rows
-        ended = time.perf_counter()
-        self._rates.append(sum(tokens for _, tokens in rows) / (ended - started))
-        self._cpu.append(cpu_seconds() - cpu)
-        if len(rows) > 1:
-            moments = sorted(moment for moment, _ in rows)
-            self._tails.append((ended - moments[int(TAIL * len(moments))]) / (ended - started))
-
-    def result(self) -> dict[str, list[float]]:
-        return {"rates": self._rates[1:], "cpu_seconds": self._cpu[1:], "tails": self._tails[1:]}
+Rows = list[tuple[float, int]]  # (moment, tokens) of each finished row; rows of unknown moment come in one
+Side = Callable[[list[GenerationRequest]], Awaitable[Rows]]
 
 
-def measure_raw(requests: list[GenerationRequest], num_passes: int) -> dict[str, list[float]]:
+@dataclass(frozen=True)
+class Pass:
+    """One pass of one side over the requests."""
+
+    tokens_per_second: float
+    cpu_seconds: float  # of this process and all below it
+    tail: float | None  # share of the pass that its last rows took
+
+
+async def measured(side: Side, requests: list[GenerationRequest]) -> Pass:
+    cpu, started = cpu_seconds(), time.perf_counter()
+    rows = await side(requests)
+    ended = time.perf_counter()
+    moments = sorted(moment for moment, _ in rows)
+    tail = (ended - moments[int(TAIL * len(moments))]) / (ended - started) if len(rows) > 1 else None
+    return Pass(sum(tokens for _, tokens in rows) / (ended - started), cpu_seconds() - cpu, tail)
+
+
+@contextlib.contextmanager
+def raw_side() -> Iterator[Side]:
     """`vllm.LLM.generate` on all requests at once."""
     from cluster.engine import set_environment, vllm_sampling
 
     set_environment(ENGINE, MODEL, num_gpus=0)
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
     from vllm import LLM
 
     llm = LLM(
         MODEL.path,
+        dtype=ENGINE.dtype,
         enforce_eager=True,
         max_num_seqs=ENGINE.max_num_seqs,
         generation_config="vllm",
         enable_chunked_prefill=False,  # as our engines on a CPU: with it, seeded requests kill the engine
     )
-    prompts, samplings = [r.prompt for r in requests], [vllm_sampling(r.sampling) for r in requests]
-    passes = Passes()
-    for _ in range(num_passes + 1):
-        with passes.measured() as rows:
-            done = llm.generate(prompts, samplings, use_tqdm=False)
-            rows.append((0.0, sum(len(output.outputs[0].token_ids) for output in done)))
-    return passes.result()
+
+    async def generate(requests: list[GenerationRequest]) -> Rows:
+        done = llm.generate([r.prompt for r in requests], [vllm_sampling(r.sampling) for r in requests], use_tqdm=False)
+        return [(0.0, sum(len(output.outputs[0].token_ids) for output in done))]
+
+    yield generate
+    llm.llm_engine.engine_core.shutdown()  # its processes would keep this one from ending
 
 
-def measure_pool(requests: list[GenerationRequest], num_passes: int) -> dict[str, list[float]]:
+def pool_side(pool: EnginePool) -> Side:
     """Our pool, and nothing around it."""
-    from cluster.pool import EnginePool
-    from cluster.ray_cluster import ray_session
 
-    async def measure() -> dict[str, list[float]]:
-        passes = Passes()
-        async with EnginePool.start(ENGINE, MODEL) as pool:
+    async def one(request: GenerationRequest) -> tuple[float, int]:
+        completion = await pool.generate(request)
+        return time.perf_counter(), completion.num_completion_tokens
 
-            async def one(request: GenerationRequest) -> tuple[float, int]:
-                completion = await pool.generate(request)
-                return time.perf_counter(), completion.num_completion_tokens
+    async def generate(requests: list[GenerationRequest]) -> Rows:
+        return await asyncio.gather(*map(one, requests))
 
-            for _ in range(num_passes + 1):
-                with passes.measured() as rows:
-                    rows += await asyncio.gather(*map(one, requests))
-        return passes.result()
-
-    with tempfile.TemporaryDirectory() as folder, ray_session(Path(folder)):
-        return asyncio.run(measure())
+    return generate
 
 
-def measure_stage(requests: list[GenerationRequest], num_passes: int) -> dict[str, list[float]]:
+def stage_side(pool: EnginePool, folder: Path) -> Side:
     """Our whole stage: driver, request log, filters (novelty among them), Arrow shards and checkpoints."""
-    from cluster.pool import EnginePool
-    from cluster.ray_cluster import ray_session
-    from tests.benchmarks.given_requests import synthesize
 
-    async def measure(folder: Path) -> dict[str, list[float]]:
-        passes = Passes()
+    async def generate(requests: list[GenerationRequest]) -> Rows:
+        return await synthesize(requests, pool, MODEL, Path(tempfile.mkdtemp(dir=folder)))
+
+    return generate
+
+
+@contextlib.asynccontextmanager
+async def sides_of(names: Sequence[str]) -> AsyncIterator[dict[str, Side]]:
+    """The sides by name, their engines up."""
+    with tempfile.TemporaryDirectory() as folder, ray_session(Path(folder) / "ray"):
         async with EnginePool.start(ENGINE, MODEL) as pool:
-            for number in range(num_passes + 1):
-                with passes.measured() as rows:
-                    rows += await synthesize(requests, pool, MODEL, folder / str(number))
-        return passes.result()
-
-    with tempfile.TemporaryDirectory() as folder, ray_session(Path(folder)):
-        return asyncio.run(measure(Path(folder)))
-
-
-def measure_ray_data(requests: list[GenerationRequest], num_passes: int) -> dict[str, list[float]]:
-    """`ray.data.llm`; see ray_data.py for what its clock leaves out."""
-    from cluster.ray_cluster import ray_session
-    from tests.benchmarks.ray_data import rate_of_ray_data
-
-    with tempfile.TemporaryDirectory() as folder, ray_session(Path(folder)):
-        rates = [rate_of_ray_data(requests, ENGINE, MODEL) for _ in range(num_passes)]
-    return {"rates": rates, "cpu_seconds": [], "tails": []}
-
-
-SIDES = {"raw": measure_raw, "pool": measure_pool, "stage": measure_stage, "ray.data.llm": measure_ray_data}
+            every = {"pool": pool_side(pool), "stage": stage_side(pool, Path(folder))}
+            with contextlib.ExitStack() as stack:
+                if "raw" in names:
+                    every["raw"] = stack.enter_context(raw_side())
+                yield {name: every[name] for name in names}
