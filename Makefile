@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup demo test lint base-model chat-model bench bench-synthesis clean-demo
+.PHONY: help setup demo test lint base-model chat-model bench bench-synthesis bench-training clean-demo
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -19,13 +19,17 @@ test: setup ## Run the tests, in two processes
 lint: setup ## Check style
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
-bench: bench-synthesis ## Run all measurements
+bench: bench-synthesis bench-training ## Run all measurements
 
 bench-synthesis: ## Measure synthesis against raw vLLM, ray.data.llm, rouge_score and datasets, side by side (half an hour)
 	@$(PYTHON) launcher/bootstrap.py cpu dev bench
-	@$(BIN)/python -m tests.benchmarks.synthesis --sides raw pool stage ray.data.llm
+	@$(BIN)/python -m tests.benchmarks.synthesis --sides raw pool stage ray.data.llm "ray.data.llm, defaults"
 	@$(BIN)/python -m tests.benchmarks.novelty
 	@$(BIN)/python -m tests.benchmarks.storage
+
+bench-training: ## Measure training against TRL and bare PyTorch loops, side by side (a quarter of an hour)
+	@$(PYTHON) launcher/bootstrap.py cpu dev bench
+	@$(BIN)/python -m tests.benchmarks.training
 
 base-model: setup ## Train the embedded base model again from nothing (half an hour on 2 cores)
 	@$(BIN)/python -m generation.world.build data --out runs/base-model/world --seed 0
