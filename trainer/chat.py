@@ -17,6 +17,8 @@ from cluster.errors import InputError
 CHATML_TEMPLATE = Path(__file__).with_name("chatml.jinja")
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
 IGNORE = -100  # the label that cross-entropy passes over
+TOO_LONG = "nothing to train within max_seq_len"
+PROBE = ({"role": "user", "content": "fig"}, {"role": "assistant", "content": "plum"})
 
 
 @dataclass(frozen=True)
@@ -46,50 +48,78 @@ def set_chat_template(tokenizer: PreTrainedTokenizerFast, template_file: str | N
     return tokenizer.add_special_tokens({"additional_special_tokens": missing}) if missing else 0
 
 
+def check_template(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Raise InputError if the template opens an assistant's turn with text that would be trained as if it were said.
+
+    What comes before an assistant's words is told by the generation prompt, so the two have to agree.
+    """
+    unasked, asked = _probe(tokenizer, PROBE[:1]), _probe(tokenizer, PROBE[:1], add_generation_prompt=True)
+    answered = _probe(tokenizer, PROBE)
+    if not answered.startswith(asked):
+        raise InputError(
+            f"the chat template's generation prompt ({asked[-40:]!r}) is not how it opens an assistant's turn, so what "
+            "is trained would differ from what is asked for later. Give another one by train.chat_template."
+        )
+    opening = answered[len(asked) :].partition(PROBE[1]["content"])[0]
+    if asked == unasked and opening.strip():
+        raise InputError(
+            f"the chat template has no generation prompt, yet opens an assistant's turn with {opening.strip()!r}, "
+            "which would be trained. Write it under `add_generation_prompt` too, or give another train.chat_template."
+        )
+
+
 def end_of_turn_ids(tokenizer: PreTrainedTokenizerFast) -> set[int]:
     """Ids of the tokens that may end an assistant turn: eos, and the special token the template closes a turn with."""
-    probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    rendered = tokenizer.apply_chat_template(probe, tokenize=False)
-    last = tokenizer(rendered.rstrip(), add_special_tokens=False)["input_ids"][-1]
+    last = tokenizer(_probe(tokenizer, PROBE).rstrip(), add_special_tokens=False)["input_ids"][-1]
     if last not in set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder):
+        eos = "" if tokenizer.eos_token_id is not None else ", and the tokenizer has no eos token"
         raise InputError(
-            "the chat template closes an assistant turn with no special token, so the model could not learn to stop. "
-            "Give another one by train.chat_template."
+            f"the chat template closes an assistant turn with no special token{eos}, so the model could not learn to "
+            "stop. Give another one by train.chat_template."
         )
     return {last} | ({tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set())
 
 
 def encode_chat(
-    tokenizer: PreTrainedTokenizerFast, messages: Sequence[dict], max_seq_len: int, terminators: set[int]
+    tokenizer: PreTrainedTokenizerFast,
+    messages: object,
+    max_seq_len: int,
+    terminators: set[int],
+    is_finished: bool = True,
 ) -> Encoded:
     """Tokens and labels of one conversation, cut at `max_seq_len` tokens.
 
+    If it is not finished, as an answer that was cut off when it was written, its last turn gets no end.
     Raises Unmaskable if the template refuses the conversation or rewrites earlier turns, a token straddles the border
-    of an assistant turn, the end of a turn would not be trained, or nothing of an assistant turn is left after the cut.
+    of an assistant turn, the end of a turn would not be trained or comes within it, or nothing of an assistant turn is
+    left after the cut.
     """
     check_messages(messages)
     text = _render(tokenizer, messages)
-    spans = [
-        _assistant_span(tokenizer, messages, turn, text)
-        for turn, message in enumerate(messages)
-        if message["role"] == "assistant"
-    ]
-    if not spans:
+    answers = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
+    if not answers:
         raise Unmaskable("no assistant turn")
+    ends = tokenizer.convert_ids_to_tokens(sorted(terminators))
+    if any(end in messages[turn]["content"] for turn in answers for end in ends):
+        raise Unmaskable("an assistant turn has an end token within")
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids = np.asarray(encoding["input_ids"], dtype=np.int32)
-    starts, ends = np.asarray(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2).T
+    starts, stops = np.asarray(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2).T
+    closing = np.isin(ids, list(terminators))
     trained = np.zeros(len(ids), dtype=bool)
-    for begin, end in spans:
-        overlapping = (starts < end) & (ends > begin)
-        inside = overlapping & (starts >= begin) & (ends <= end)
+    for turn in answers:
+        begin, end = _assistant_span(tokenizer, messages, turn, text)
+        overlapping = (starts < end) & (stops > begin)
+        inside = overlapping & (starts >= begin) & ((stops <= end) | closing)  # some end tokens swallow the space after
         if (inside != overlapping).any():
             raise Unmaskable("a token straddles the border of an assistant turn")
-        if not inside.any() or int(ids[np.flatnonzero(inside)[-1]]) not in terminators:
+        if not inside.any() or not closing[np.flatnonzero(inside)[-1]]:
             raise Unmaskable("the end of an assistant turn would not be trained")
         trained |= inside
-    ids, trained = ids[:max_seq_len], trained[:max_seq_len]
-    return _shifted(ids, trained)
+    if not is_finished and answers[-1] == len(messages) - 1:
+        without_end = int(np.flatnonzero(trained)[-1])
+        ids, trained = ids[:without_end], trained[:without_end]
+    return _shifted(ids[:max_seq_len], trained[:max_seq_len])
 
 
 def encode_text(ids: Sequence[int], end_id: int, max_seq_len: int) -> Encoded:
@@ -120,6 +150,14 @@ def _assistant_span(
     return len(before), len(through.rstrip())
 
 
+def _probe(tokenizer: PreTrainedTokenizerFast, messages: Sequence[dict], add_generation_prompt: bool = False) -> str:
+    """A plain exchange in the template. Raises InputError if even that fails."""
+    try:
+        return _render(tokenizer, messages, add_generation_prompt)
+    except Unmaskable as error:
+        raise InputError(f"{error}, a plain exchange. Give another one by train.chat_template.") from error
+
+
 def _render(tokenizer: PreTrainedTokenizerFast, messages: Sequence[dict], add_generation_prompt: bool = False) -> str:
     try:
         return tokenizer.apply_chat_template(
@@ -133,5 +171,5 @@ def _shifted(ids: np.ndarray, trained: np.ndarray) -> Encoded:
     labels = np.full(len(ids), IGNORE, dtype=np.int32)
     labels[:-1] = np.where(trained[1:], ids[1:], IGNORE)
     if (labels == IGNORE).all():
-        raise Unmaskable("nothing to train within max_seq_len")
+        raise Unmaskable(TOO_LONG)
     return Encoded(ids, labels)

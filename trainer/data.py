@@ -1,44 +1,58 @@
-"""Datasets to token arrays on disk, once, by rank 0; every rank then maps the same files.
+"""Sources to token arrays on disk, once, by rank 0; every rank then maps the same files.
 
-tokens = prepare_tokens(config, tokenizer, paths, cache_folder)
+tokens = load_tokens(prepare_tokens(config, tokenizer, sources, cache_folder))
 tokens.input_ids[tokens.offsets[d]:tokens.offsets[d + 1]]     # document d
 """
 
-import contextlib
 import json
-import logging
 import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from cluster.errors import InputError
-from cluster.files import explain_full_disk, read_jsonl, sha256_file, sha256_json, write_json
-from cluster.manifest import is_sealed, verify_manifest
-from trainer.chat import Encoded, Unmaskable, encode_chat, encode_text, end_of_turn_ids
-from trainer.config import TrainConfig
+from cluster.files import explain_full_disk, sha256_file, sha256_json, write_json
+from trainer.chat import (
+    IGNORE,
+    TOO_LONG,
+    Encoded,
+    Unmaskable,
+    check_template,
+    encode_chat,
+    encode_text,
+    end_of_turn_ids,
+)
+from trainer.config import DataSource, TrainConfig
+from trainer.sources import Format, open_source
 
-log = logging.getLogger(__name__)
+ENCODING = 2  # changes when the same rows would give other tokens or labels, so that older caches are not used
 
-COLUMN = {"chat": "messages", "text": "text"}
-LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
+
+@dataclass(frozen=True)
+class SourceFacts:
+    """What became of one source."""
+
+    path: str
+    format: str
+    num_documents: int
+    dropped: dict[str, int]  # reason -> rows left out
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """All documents of a job end to end. `offsets` [D + 1] says where each begins; the arrays are memory maps."""
+    """All documents of a job end to end, source by source. `offsets` [D + 1] says where each begins."""
 
-    input_ids: np.ndarray  # int32 [N]
+    input_ids: np.ndarray  # int32 [N], as labels a memory map
     labels: np.ndarray  # int32 [N]
     offsets: np.ndarray  # int64 [D + 1]
-    dropped: dict[str, int]  # reason -> rows left out
+    sources: tuple[SourceFacts, ...]
 
     @property
     def num_documents(self) -> int:
@@ -48,96 +62,58 @@ class Tokens:
     def lengths(self) -> np.ndarray:
         return np.diff(self.offsets)
 
+    @cached_property
+    def trained_lengths(self) -> np.ndarray:
+        """Labels of every document."""
+        return np.add.reduceat(self.labels != IGNORE, self.offsets[:-1], dtype=np.int64)
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """Reason -> rows left out, over all sources."""
+        total: Counter[str] = Counter()
+        for source in self.sources:
+            total.update(source.dropped)
+        return dict(total)
+
     @property
     def num_trained(self) -> int:
         """Tokens with a label."""
-        return int((self.labels != -100).sum())
+        return int((self.labels != IGNORE).sum())
+
+    def span(self, document: int) -> slice:
+        return slice(int(self.offsets[document]), int(self.offsets[document + 1]))
 
 
-def open_dataset(path: Path, column: str) -> Dataset:
-    """Open a dataset folder of ours, one saved by `datasets`, or a JSONL, Parquet or Arrow file.
-
-    Raises InputError if it is missing, corrupt, empty, or has no `column`.
-    """
-    if not path.exists():
-        raise InputError(
-            f"train.data: {path} does not exist. Give a dataset folder or a .jsonl, .parquet or .arrow file."
-        )
-    if path.is_dir():
-        if is_sealed(path):
-            verify_manifest(path)
-        elif not (path / "state.json").is_file():
-            raise InputError(f"{path}: not a dataset folder (no manifest.json and no state.json). Give one, or a file.")
-        dataset = _open_folder(path)
-        if not isinstance(dataset, Dataset):
-            raise InputError(f"{path}: holds several splits ({', '.join(dataset)}). Give the folder of one of them.")
-    else:
-        dataset = _open_file(path)
-    if dataset.num_rows == 0:
-        raise InputError(f"{path}: the dataset is empty. Give one with rows.")
-    if column not in dataset.column_names:
-        found = ", ".join(dataset.column_names)
-        raise InputError(
-            f"{path}: no column `{column}` (found: {found}). `messages` is a list of {{role, content}}; "
-            "for plain text set train.objective=text and name the column `text`."
-        )
-    return dataset.select_columns([column])
-
-
-def _open_folder(path: Path) -> Dataset | DatasetDict:
-    try:
-        return load_from_disk(str(path))
-    except (OSError, ValueError, KeyError) as error:  # ArrowInvalid and JSONDecodeError are ValueErrors
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{path}: cannot be read as a dataset folder ({reason}). Fix or replace it.") from error
-
-
-def _open_file(path: Path) -> Dataset:
-    loader = LOADERS.get(path.suffix)
-    if loader is None:
-        raise InputError(f"{path}: unknown kind of file. Known: {', '.join(LOADERS)}, or a dataset folder.")
-    if path.stat().st_size == 0:
-        raise InputError(f"{path}: the dataset is empty. Give one with rows.")
-    try:
-        return load_dataset(loader, data_files=str(path), split="train")
-    except Exception as error:
-        if path.suffix == ".jsonl":
-            with contextlib.suppress(UnicodeDecodeError):
-                read_jsonl(path)  # names the line that is broken
-        cause = error.__cause__ or error
-        raise InputError(
-            f"{path}: cannot be read as {loader} ({str(cause).splitlines()[0]}). Fix or replace it."
-        ) from error
-
-
-def cache_key(config: TrainConfig, tokenizer: PreTrainedTokenizerFast, paths: Sequence[Path]) -> str:
-    """What the tokens depend on: data, tokenizer, template and cut."""
-    sources = []
-    for path in paths:
+def cache_key(config: TrainConfig, tokenizer: PreTrainedTokenizerFast, sources: Sequence[DataSource]) -> str:
+    """What the tokens depend on: data and how it is read, tokenizer, template and cut."""
+    facts = []
+    for source in sources:
+        path = Path(source.path)
         sealed = path / "manifest.json"
         if sealed.is_file():
-            sources.append(sha256_file(sealed))
+            content: object = sha256_file(sealed)
         else:
             files = sorted(path.rglob("*")) if path.is_dir() else [path]
-            sources.append([[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files if f.is_file()])
+            content = [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files if f.is_file()]
+        facts.append([content, source.format, source.columns])
     tokenizer_state = sha256_json(json.loads(tokenizer.backend_tokenizer.to_str()))
     ends = [tokenizer.eos_token, tokenizer.chat_template]
-    return sha256_json([sources, tokenizer_state, ends, config.max_seq_len, config.objective])[:16]
+    return sha256_json([ENCODING, facts, tokenizer_state, ends, config.max_seq_len, config.objective])[:16]
 
 
 def prepare_tokens(
-    config: TrainConfig, tokenizer: PreTrainedTokenizerFast, paths: Sequence[Path], cache_folder: Path
+    config: TrainConfig, tokenizer: PreTrainedTokenizerFast, sources: Sequence[DataSource], cache_folder: Path
 ) -> Path:
-    """Encode every row of `paths` into a folder below `cache_folder`, unless it is there. Returns that folder.
+    """Encode every row of `sources` into a folder below `cache_folder`, unless it is there. Returns that folder.
 
-    Rows that cannot be masked right are left out and counted by reason. Raises InputError if none is left.
+    Rows that cannot be masked right are left out and counted by reason. Raises InputError if none is left of a source.
     """
-    folder = cache_folder / cache_key(config, tokenizer, paths)
+    folder = cache_folder / cache_key(config, tokenizer, sources)
     if (folder / "tokens.json").is_file():
         return folder
     partial = cache_folder / f".{folder.name}.partial"
-    dropped: Counter[str] = Counter()
-    offsets, num_tokens = [0], 0
+    facts: list[SourceFacts] = []
+    offsets = [0]
     with explain_full_disk(cache_folder.parent):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -146,19 +122,31 @@ def prepare_tokens(
         open(partial / "input_ids.bin", "wb") as ids,
         open(partial / "labels.bin", "wb") as labels,
     ):
-        for path in paths:
-            for encoded in _encode_rows(config, tokenizer, open_dataset(path, COLUMN[config.objective]), dropped):
+        for source in sources:
+            dataset, form = open_source(source, config.objective)
+            dropped: Counter[str] = Counter()
+            before = len(offsets)
+            for encoded in _encode_rows(config, tokenizer, dataset, form, dropped):
                 ids.write(encoded.input_ids.tobytes())
                 labels.write(encoded.labels.tobytes())
-                num_tokens += len(encoded.input_ids)
-                offsets.append(num_tokens)
+                offsets.append(offsets[-1] + len(encoded.input_ids))
+            facts.append(SourceFacts(source.path, form.name, len(offsets) - before, dict(dropped)))
+            refuse_untrainable(facts[-1], config.max_seq_len)
         (partial / "offsets.bin").write_bytes(np.asarray(offsets, dtype=np.int64).tobytes())
-    if num_tokens == 0:
-        reasons = ", ".join(f"{reason}: {count}" for reason, count in dropped.most_common())
-        raise InputError(f"no row of {', '.join(map(str, paths))} can be trained ({reasons}).")
-    write_json(partial / "tokens.json", {"num_tokens": num_tokens, "dropped": dict(dropped)})
+    write_json(partial / "tokens.json", {"num_tokens": offsets[-1], "sources": [asdict(source) for source in facts]})
     os.rename(partial, folder)
     return folder
+
+
+def refuse_untrainable(source: SourceFacts, max_seq_len: int) -> None:
+    """Raise InputError if no row of a source is left."""
+    if source.num_documents:
+        return
+    reasons = ", ".join(f"{reason}: {count}" for reason, count in Counter(source.dropped).most_common())
+    fix = "Give another dataset, or another train.chat_template."
+    if set(source.dropped) == {TOO_LONG}:
+        fix = f"Its prompts alone fill {max_seq_len} tokens: raise train.max_seq_len."
+    raise InputError(f"train.data: no row of {source.path} can be trained ({reasons}). {fix}")
 
 
 def load_tokens(folder: Path) -> Tokens:
@@ -168,20 +156,27 @@ def load_tokens(folder: Path) -> Tokens:
         np.memmap(folder / "input_ids.bin", dtype=np.int32, mode="r"),
         np.memmap(folder / "labels.bin", dtype=np.int32, mode="r"),
         np.fromfile(folder / "offsets.bin", dtype=np.int64),
-        facts["dropped"],
+        tuple(SourceFacts(**source) for source in facts["sources"]),
     )
 
 
 def _encode_rows(
-    config: TrainConfig, tokenizer: PreTrainedTokenizerFast, dataset: Dataset, dropped: Counter
+    config: TrainConfig, tokenizer: PreTrainedTokenizerFast, dataset: Dataset, form: Format, dropped: Counter
 ) -> Iterator[Encoded]:
     if config.objective == "text":
         yield from _encode_texts(config, tokenizer, dataset, dropped)
         return
+    check_template(tokenizer)
     terminators = end_of_turn_ids(tokenizer)
     for row in dataset:
         try:
-            yield encode_chat(tokenizer, row["messages"], config.max_seq_len, terminators)
+            yield encode_chat(
+                tokenizer,
+                form.messages(row),
+                config.max_seq_len,
+                terminators,
+                is_finished=row.get("finish_reason") != "length",
+            )
         except Unmaskable as reason:
             dropped[str(reason)] += 1
 

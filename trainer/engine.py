@@ -27,7 +27,8 @@ def train_step(
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
     total = torch.zeros((), device=engine.device)
-    for batch in micro_batches:
+    for number, batch in enumerate(micro_batches, 1):
+        engine.set_gradient_accumulation_boundary(number == len(micro_batches))  # their number may differ by step
         loss_sum = engine(
             batch.input_ids.to(engine.device), batch.position_ids.to(engine.device), batch.labels.to(engine.device)
         )

@@ -178,7 +178,7 @@ def card(job: ExportJob, source: Path, error: float) -> ModelCard:
         train=job.train,
         state=state,
         form=job.config.form,
-        data=[Path(path).name for path in job.train.data],
+        data=[Path(source.path).name for source in job.train.data],
         synthesis=json.loads(synthesis.read_text()) if synthesis.is_file() and not job.train.data else None,
         error=error,
     )

@@ -10,7 +10,7 @@ from cluster.errors import InputError
 from cluster.files import sha256_json
 from cluster.model_source import locate_model, model_revision
 from cluster.rundir import RunDir
-from trainer.config import TrainConfig
+from trainer.config import DataSource, TrainConfig
 
 SYNTHESIZED = "synthesized"  # the dataset of the run itself, below `data/`
 
@@ -23,13 +23,16 @@ class TrainJob:
     seed: int
 
     @property
-    def data_paths(self) -> list[Path]:
-        return [Path(path) for path in self.config.data] or [self.run.data / SYNTHESIZED]
+    def sources(self) -> tuple[DataSource, ...]:
+        return self.config.data or (DataSource(path=str(self.run.data / SYNTHESIZED)),)
 
     def fingerprint(self, tokens_key: str) -> str:
-        """Hash of all that shapes the result. How often to save and how long to wait for ranks are not part of it."""
-        settings = self.config.model_dump(mode="json", exclude={"checkpoint", "data", "process_group_timeout_seconds"})
-        return sha256_json([settings, model_revision(self.model), tokens_key, self.seed])
+        """Hash of all that shapes the result. When to save or validate and how long to wait for ranks does not."""
+        outside = {"checkpoint", "data", "validation", "process_group_timeout_seconds"}
+        settings = self.config.model_dump(mode="json", exclude=outside)
+        shares = [[source.epochs, source.weight] for source in self.sources]
+        held_out = self.config.validation.fraction if self.config.validation else None
+        return sha256_json([settings, shares, held_out, model_revision(self.model), tokens_key, self.seed])
 
 
 def read_job(run_dir: Path) -> TrainJob:

@@ -5,7 +5,7 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, PrefixTuningConfig, TaskType, get_peft_model
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from cluster.config import ModelConfig
 from cluster.errors import InputError
@@ -57,6 +57,12 @@ def load_tokenizer(model: ModelConfig, template_file: str | None) -> tuple[PreTr
     tokenizer = AutoTokenizer.from_pretrained(model.path, revision=model.revision, trust_remote_code=False)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise InputError(f"model.path: {model.path} has no fast tokenizer; the assistant mask needs character offsets.")
+    settings = AutoConfig.from_pretrained(model.path, revision=model.revision, trust_remote_code=False)
+    if len(tokenizer) > (vocab_size := settings.get_text_config().vocab_size):
+        raise InputError(
+            f"model.path: the tokenizer of {model.path} has {len(tokenizer)} tokens, its embedding {vocab_size} rows. "
+            "Resize the embedding, or give the tokenizer that the model was trained with."
+        )
     return tokenizer, set_chat_template(tokenizer, template_file)
 
 

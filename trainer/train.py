@@ -66,7 +66,7 @@ def train(job: TrainJob, stop: StopRequest) -> dict:
     tokens, job_hash = shared_tokens(job, tokenizer)
     batches = make_batches(tokens, job, rank, world_size)
     if rank == 0:
-        announce(job, tokens, batches, world_size)
+        announce(job, batches)
     torch.manual_seed(job.seed + rank)
     engine = make_engine(job, tokenizer, num_added, batches.grad_accum_steps, world_size)
     check_head(engine, batches, config.precision)
@@ -110,7 +110,7 @@ def shared_tokens(job: TrainJob, tokenizer: object) -> tuple[Tokens, str]:
     """Rank 0 encodes the dataset, the others map its files. Also returns the hash of the whole job."""
     folder: list[str | None] = [None]
     if dist.get_rank() == 0:
-        folder = [str(prepare_tokens(job.config, tokenizer, job.data_paths, job.run.root / "tokens"))]
+        folder = [str(prepare_tokens(job.config, tokenizer, job.sources, job.run.root / "tokens"))]
     dist.broadcast_object_list(folder, src=0)
     path = Path(str(folder[0]))
     return load_tokens(path), job.fingerprint(path.name)
@@ -123,18 +123,11 @@ def make_batches(tokens: Tokens, job: TrainJob, rank: int, world_size: int) -> B
         raise InputError(str(error)) from error
 
 
-def announce(job: TrainJob, tokens: Tokens, batches: Batches, world_size: int) -> None:
+def announce(job: TrainJob, batches: Batches) -> None:
     """Print the arithmetic of the job before it starts."""
-    config = job.config
-    dropped = ", ".join(f"{count} {reason}" for reason, count in tokens.dropped.items()) or "none"
-    rows = f"{len(batches.rows):,} {'packed ' if config.packing else ''}rows of up to {config.max_seq_len} tokens"
-    say(f"{tokens.num_documents:,} documents ({dropped} dropped) in {rows}")
-    say(f"{len(tokens.input_ids):,} tokens an epoch, {tokens.num_trained:,} of them with a loss")
-    say(
-        f"{config.tuning}, ZeRO-{config.zero_stage}, {config.precision}; {config.global_batch_size} rows a step = "
-        f"{config.micro_batch_size} micro x {batches.grad_accum_steps} accumulated x {world_size} ranks; "
-        f"{batches.num_steps} steps"
-    )
+    for line in batches.describe():
+        say(line)
+    say(f"{job.config.tuning}, ZeRO-{job.config.zero_stage}, {job.config.precision}; {batches.num_steps} steps")
 
 
 def all_sum(*values: float) -> list[float]:

@@ -42,7 +42,7 @@ def complaint(path: Path, *overrides: str) -> str:
 def test_a_recipe_is_its_file_over_the_defaults(write) -> None:
     recipe = recipes.load(write(GOOD), [])
     assert recipe.train.learning_rate == 1e-3
-    assert recipe.train.data == ("chats.jsonl",)
+    assert [source.path for source in recipe.train.data] == ["chats.jsonl"]
     assert recipe.train.checkpoint.every_steps == 5
     assert recipe.train.num_epochs == Recipe.model_fields["train"].default.num_epochs
     assert recipe.run_dir == Path("runs/test")
@@ -58,7 +58,7 @@ def test_the_command_line_comes_before_the_file(write) -> None:
     ]
     recipe = recipes.load(write(GOOD), overrides)
     assert recipe.train.learning_rate == 0.5
-    assert recipe.train.data == ("a.jsonl", "b.jsonl")
+    assert [source.path for source in recipe.train.data] == ["a.jsonl", "b.jsonl"]
     assert recipe.seed == 3
     assert recipe.run_dir == Path("/x")
     assert recipe.train.packing is False

@@ -4,8 +4,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests.trainer.tools import IM_END, IM_START, chat_documents, make_tokenizer, save_llama, write_chats
+
+settings.register_profile("untimed", deadline=None)  # a machine that is busy with other work is no failure
+settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")

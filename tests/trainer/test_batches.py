@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from trainer.batches import Batches, MicroBatch
 from trainer.chat import IGNORE
 from trainer.config import TrainConfig
-from trainer.data import Tokens
+from trainer.data import SourceFacts, Tokens
 
 MAX_SEQ_LEN = 16
 
@@ -22,7 +22,7 @@ def make_tokens(lengths: list[int]) -> Tokens:
     ids = np.arange(1, offsets[-1] + 1, dtype=np.int32)
     labels = ids + 1
     labels[offsets[1:] - 1] = IGNORE
-    return Tokens(ids, labels.astype(np.int32), offsets, {})
+    return Tokens(ids, labels.astype(np.int32), offsets, (SourceFacts("made", "messages", len(lengths), {}),))
 
 
 @dataclass(frozen=True)

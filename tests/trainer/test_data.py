@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +13,9 @@ from cluster.errors import InputError
 from cluster.manifest import write_manifest
 from tests.trainer.tools import chat_documents, make_tokenizer, write_chats
 from trainer import data
-from trainer.config import TrainConfig
-from trainer.data import Tokens, load_tokens, open_dataset, prepare_tokens
+from trainer.config import DataSource, TrainConfig
+from trainer.data import Tokens, load_tokens
+from trainer.sources import open_source
 
 CHATS = chat_documents(9)
 CONFIG = TrainConfig(max_seq_len=512)
@@ -43,8 +44,12 @@ def as_sealed_folder(folder: Path) -> Path:
     return path
 
 
+def prepare(config: TrainConfig, tokenizer, paths: Iterable[Path], cache: Path) -> Path:
+    return data.prepare_tokens(config, tokenizer, [DataSource(path=str(path)) for path in paths], cache)
+
+
 def encode(tokenizer, cache: Path, *paths: Path, config: TrainConfig = CONFIG) -> Tokens:
-    return load_tokens(prepare_tokens(config, tokenizer, paths, cache))
+    return load_tokens(prepare(config, tokenizer, paths, cache))
 
 
 @pytest.mark.parametrize("make", [as_jsonl, as_parquet, as_arrow_folder, as_sealed_folder])
@@ -165,9 +170,9 @@ def test_plain_text_needs_an_end_token(tmp_path: Path) -> None:
 
 def test_what_is_encoded_already_is_not_encoded_again(chatml, tmp_path: Path, monkeypatch) -> None:
     path = as_jsonl(tmp_path)
-    first = prepare_tokens(CONFIG, chatml, [path], tmp_path / "cache")
+    first = prepare(CONFIG, chatml, [path], tmp_path / "cache")
     monkeypatch.setattr(data, "encode_chat", None)  # calling it would fail
-    assert prepare_tokens(CONFIG, chatml, [path], tmp_path / "cache") == first
+    assert prepare(CONFIG, chatml, [path], tmp_path / "cache") == first
 
 
 def test_the_cache_is_not_used_for_other_data_template_cut_or_end_token(tmp_path: Path) -> None:
@@ -176,7 +181,7 @@ def test_the_cache_is_not_used_for_other_data_template_cut_or_end_token(tmp_path
         own.chat_template = "{{ messages }}"
         for name, value in changes.items():
             setattr(own, name, value)
-        return data.cache_key(config, own, [path])
+        return data.cache_key(config, own, [DataSource(path=str(path))])
 
     path = as_jsonl(tmp_path)
     keys = [
@@ -191,7 +196,7 @@ def test_the_cache_is_not_used_for_other_data_template_cut_or_end_token(tmp_path
 
 def test_half_written_tokens_are_not_taken_for_whole_ones(chatml, tmp_path: Path) -> None:
     path = as_jsonl(tmp_path)
-    whole = prepare_tokens(CONFIG, chatml, [path], tmp_path / "cache")
+    whole = prepare(CONFIG, chatml, [path], tmp_path / "cache")
     partial = tmp_path / "cache" / f".{whole.name}.partial"
     shutil.copytree(whole, partial)
     (partial / "input_ids.bin").write_bytes(b"torn")
@@ -206,4 +211,4 @@ def test_splits_have_to_be_told_apart(tmp_path: Path) -> None:
     part = Dataset.from_list([{"messages": CHATS[0]}])
     DatasetDict(train=part, test=part).save_to_disk(tmp_path / "splits")
     with pytest.raises(InputError, match=r"splits: (holds several splits|not a dataset folder)"):
-        open_dataset(tmp_path / "splits", "messages")
+        open_source(DataSource(path=str(tmp_path / "splits")), "chat")

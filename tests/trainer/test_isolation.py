@@ -19,7 +19,7 @@ def packed_job(tmp_path: Path, model: Path, data: Path, **train: object) -> tupl
     """The model as training loads it, and the rows of its data."""
     job = read_job(write_job(tmp_path / "run", model, data, **train))
     tokenizer, num_added = load_tokenizer(job.model, None)
-    tokens = load_tokens(prepare_tokens(job.config, tokenizer, job.data_paths, tmp_path / "tokens"))
+    tokens = load_tokens(prepare_tokens(job.config, tokenizer, job.sources, tmp_path / "tokens"))
     module = CausalLMWithLoss(load_model(job.model, job.config, tokenizer, num_added)).eval()
     return module, Batches(tokens, job.config, job.seed, 0, 1)
 

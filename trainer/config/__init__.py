@@ -7,17 +7,35 @@ from pydantic import Field, field_validator, model_validator
 from cluster.config import StrictModel
 from trainer.config.after import EvaluateConfig, ExportConfig
 from trainer.config.checkpoints import CheckpointConfig
+from trainer.config.data import DataSource, ValidationConfig, as_sources, refuse_mixed_weights, refuse_other_formats
 from trainer.config.tuning import LoraConfig, PrefixConfig
 
-__all__ = ["CheckpointConfig", "EvaluateConfig", "ExportConfig", "LoraConfig", "PrefixConfig", "TrainConfig"]
+__all__ = [
+    "CheckpointConfig", "DataSource", "EvaluateConfig", "ExportConfig", "LoraConfig", "PrefixConfig", "TrainConfig",
+    "ValidationConfig",
+]  # fmt: skip
 
 
 class TrainConfig(StrictModel):
     """One tuning job. Defaults are Alpaca's for 7B (Taori et al. 2023, train.py) where it has a value."""
 
-    data: tuple[str, ...] = Field((), description="datasets; empty means the run's own synthesized dataset")
+    data: tuple[DataSource, ...] = Field(
+        (), description="datasets, each a path or {path, ...}; empty means the run's own synthesized dataset"
+    )
+    validation: ValidationConfig | None = None
+    batch_unit: Literal["rows", "documents"] = Field(
+        "rows",
+        description="what global_batch_size counts; documents: so many conversations a step, however they are packed",
+    )
+    loss_chunk_tokens: int = Field(1024, ge=1, description="logits exist for at most so many positions at a time")
+    z_loss: float = Field(
+        0.0, ge=0, description="times log(Z)^2 in the gradient; PaLM has 1e-4 (Chowdhery et al. 2022, section 5)"
+    )
+    neftune_alpha: float = Field(
+        0.0, ge=0, description="noise on the embeddings of training; 5 to 15 (Jain et al. 2023, arXiv 2310.05914)"
+    )
     objective: Literal["chat", "text"] = Field(
-        "chat", description="chat: loss on assistant turns of `messages`; text: loss on every token of `text`"
+        "chat", description="chat: loss on the assistant's turns; text: loss on every token of `text`"
     )
     tuning: Literal["full", "lora", "prefix"] = "full"
     lora: LoraConfig = LoraConfig()
@@ -33,7 +51,7 @@ class TrainConfig(StrictModel):
     max_seq_len: int = Field(512, ge=8, description="tokens in a row; longer documents are cut, without an end label")
     packing: bool = True
     micro_batch_size: int = Field(4, ge=1, description="rows in one forward pass of one rank")
-    global_batch_size: int = Field(128, ge=1, description="rows in one optimizer step over all ranks")
+    global_batch_size: int = Field(128, ge=1, description="batch_unit's in one optimizer step over all ranks")
 
     num_epochs: int = Field(3, ge=1)
     max_steps: int | None = Field(None, ge=1, description="stop here, however many epochs that is")
@@ -50,11 +68,18 @@ class TrainConfig(StrictModel):
 
     @field_validator("data", mode="before")
     @classmethod
-    def _one_path_is_a_list_too(cls, value: object) -> object:
-        return (value,) if isinstance(value, str) else value
+    def _paths_are_sources(cls, value: object) -> object:
+        return as_sources(value)
+
+    @field_validator("data")
+    @classmethod
+    def _weights_of_all_or_none(cls, value: tuple[DataSource, ...]) -> tuple[DataSource, ...]:
+        refuse_mixed_weights(value)
+        return value
 
     @model_validator(mode="after")
     def _combinations_that_work(self) -> "TrainConfig":
+        refuse_other_formats(self.data, self.objective)
         if self.zero_stage == 0 and self.precision == "bf16":
             raise ValueError(
                 "zero_stage=0 works with precision=fp32 alone: DeepSpeed sums bf16 gradients there in bf16. "
