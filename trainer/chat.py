@@ -102,7 +102,7 @@ def encode_chat(
     ends = tokenizer.convert_ids_to_tokens(sorted(terminators))
     if any(end in messages[turn]["content"] for turn in answers for end in ends):
         raise Unmaskable("an assistant turn has an end token within")
-    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids = np.asarray(encoding["input_ids"], dtype=np.int32)
     starts, stops = np.asarray(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2).T
     closing = np.isin(ids, list(terminators))

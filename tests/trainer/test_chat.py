@@ -84,7 +84,9 @@ def test_the_document_is_the_rendered_conversation(chatml) -> None:
     assert chatml.decode(encoded.input_ids.tolist()) == expected + "<|im_start|>assistant\ntwo<|im_end|>\n"
 
 
-TEXTS = st.text(st.characters(exclude_categories=("Cs",)), max_size=20)
+TEXTS = st.text(st.characters(exclude_categories=("Cs",)), max_size=20).filter(
+    lambda text: END not in text and IM_END not in text  # an answer with one of them is left out
+)
 
 
 @given(st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=4), st.none() | TEXTS)
