@@ -10,6 +10,7 @@ from cluster.errors import InputError
 from trainer.batches import Batches, MicroBatch
 from trainer.chat import IGNORE
 from trainer.job import TrainJob
+from trainer.loss import loss_settings
 from trainer.model import CausalLMWithLoss, load_model
 from trainer.zero import deepspeed_config
 
@@ -56,7 +57,7 @@ def make_engine(
     settings = deepspeed_config(config, grad_accum_steps, world_size)
     # Must stay alive while the model is read: with ZeRO-3 transformers then partitions weights as they arrive.
     partitioner = HfDeepSpeedConfig(settings) if config.zero_stage == 3 else None
-    module = CausalLMWithLoss(load_model(job.model, config, tokenizer, num_added))
+    module = CausalLMWithLoss(load_model(job.model, config, tokenizer, num_added), loss_settings(config))
     del partitioner
     trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     matrices = [p for _, p in trained if len(getattr(p, "ds_shape", p.shape)) >= 2]

@@ -4,13 +4,13 @@ import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, PrefixTuningConfig, TaskType, get_peft_model
 from torch import nn
-from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from cluster.config import ModelConfig
 from cluster.errors import InputError
 from trainer.chat import IGNORE, set_chat_template
 from trainer.config import TrainConfig
+from trainer.loss import PLAIN_LOSS, EmbeddingNoise, LossSettings, chunked_loss
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -22,9 +22,11 @@ class CausalLMWithLoss(nn.Module):
     that the hooks by which ZeRO-3 gathers parameters fire.
     """
 
-    def __init__(self, lm: nn.Module):
+    def __init__(self, lm: nn.Module, settings: LossSettings = PLAIN_LOSS):
         super().__init__()
-        self.lm = lm
+        self.lm, self.settings = lm, settings
+        alpha = settings.neftune_alpha
+        self.noise = EmbeddingNoise(lm.get_input_embeddings(), alpha) if alpha else None
 
     def forward(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, labels: torch.Tensor, return_logits: bool = False
@@ -33,23 +35,27 @@ class CausalLMWithLoss(nn.Module):
 
         With `return_logits`, their logits [L, V] instead.
         """
+        if self.noise is not None:
+            self.noise.follow(position_ids)
         wanted = labels != IGNORE  # [B, S]
+        factor = 1.0
         if not wanted.any():
-            # Padding alone, when rows run out. Every parameter still takes part, once, so that ranks stay in step.
-            wanted[:, 0] = True
-            return self._logits(input_ids, position_ids, wanted).float().sum() * 0.0
-        logits = self._logits(input_ids, position_ids, wanted).float()
-        return logits if return_logits else F.cross_entropy(logits, labels[wanted], reduction="sum")
+            # Padding alone, when rows run out. Every parameter still takes part, so that ranks stay in step.
+            wanted[:, 0], factor = True, 0.0
+        hidden, head = self._hidden(input_ids, position_ids)[wanted], self.lm.get_output_embeddings()
+        if return_logits:
+            return head(hidden).float()
+        return chunked_loss(head, hidden, labels[wanted].clamp(min=0), self.settings) * factor
 
-    def _logits(self, input_ids: torch.Tensor, position_ids: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-        """Logits [L, V] at the L positions where `wanted` [B, S] is true."""
+    def _hidden(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """What the head gets. [B, S, D]"""
         if isinstance(self.lm, PeftModel) and self.lm.active_peft_config.is_prompt_learning:
             # The prefix enters through PeftModel.forward, as attention cache.
-            return self.lm(input_ids=input_ids, attention_mask=torch.ones_like(input_ids)).logits[wanted]
+            whole = torch.ones_like(input_ids)
+            return self.lm(input_ids=input_ids, attention_mask=whole, output_hidden_states=True).hidden_states[-1]
         lm = self.lm.get_base_model() if isinstance(self.lm, PeftModel) else self.lm
         # No attention mask and no cache: with either, transformers stops isolating packed documents.
-        hidden = lm.get_decoder()(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
-        return lm.get_output_embeddings()(hidden[wanted])
+        return lm.get_decoder()(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
 
 
 def load_tokenizer(model: ModelConfig, template_file: str | None) -> tuple[PreTrainedTokenizerFast, int]:

@@ -58,11 +58,10 @@ def test_the_loss_is_the_sum_over_labels_of_the_models_own_logits(
 def test_a_model_whose_packed_documents_see_each_other_is_refused(
     tmp_path: Path, chat_model: Path, chat_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def leaking(self, input_ids, position_ids, wanted):
-        hidden = self.lm.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
-        return self.lm.get_output_embeddings()(hidden[wanted])
+    def leaking(self, input_ids, position_ids):
+        return self.lm.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
 
-    monkeypatch.setattr(CausalLMWithLoss, "_logits", leaking)
+    monkeypatch.setattr(CausalLMWithLoss, "_hidden", leaking)
     run = write_job(tmp_path / "run", chat_model, chat_data)
     with pytest.raises(InputError, match="packed documents see each other"):
         train_here(run)
@@ -122,3 +121,14 @@ def test_the_other_ways_of_tuning_pass_the_checks_and_train(
     assert verdict["status"] == "done"
     losses = [loss for loss, _ in trace(tmp_path / "run").values()]
     assert losses[-1] < losses[0]
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_has_embeddings_is_refused(
+    tmp_path: Path, tokenizer, chat_data: Path
+) -> None:
+    model = save_llama(tmp_path / "model", tokenizer, tied=True)
+    larger = make_tokenizer("<|im_start|>", "<|im_end|>")
+    larger.add_tokens(["<|one|>", "<|more|>"])
+    larger.save_pretrained(model)
+    with pytest.raises(InputError, match=rf"has {len(larger)} tokens, its embedding {len(tokenizer)} rows"):
+        train_here(write_job(tmp_path / "run", model, chat_data))
