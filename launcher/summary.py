@@ -95,6 +95,8 @@ def training_table(verdict: dict) -> Table:
     table.add_row("  of them with a loss", f"{verdict['num_trained_tokens']:,}")
     table.add_row("tokens per second", f"{verdict['tokens_per_second']:,.0f}")
     table.add_row("final loss", "-" if verdict["final_loss"] is None else f"{verdict['final_loss']:.3f}")
+    if verdict.get("validation_loss") is not None:
+        table.add_row("validation loss", f"{verdict['validation_loss']:.3f}")
     return table
 
 

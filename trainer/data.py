@@ -102,11 +102,16 @@ def cache_key(config: TrainConfig, tokenizer: PreTrainedTokenizerFast, sources: 
 
 
 def prepare_tokens(
-    config: TrainConfig, tokenizer: PreTrainedTokenizerFast, sources: Sequence[DataSource], cache_folder: Path
+    config: TrainConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    sources: Sequence[DataSource],
+    cache_folder: Path,
+    key: str = "train.data",
 ) -> Path:
     """Encode every row of `sources` into a folder below `cache_folder`, unless it is there. Returns that folder.
 
-    Rows that cannot be masked right are left out and counted by reason. Raises InputError if none is left of a source.
+    Rows that cannot be masked right are left out and counted by reason. Raises InputError, which names `key` of
+    the recipe, if a source cannot be read or none of it is left.
     """
     folder = cache_folder / cache_key(config, tokenizer, sources)
     if (folder / "tokens.json").is_file():
@@ -123,7 +128,7 @@ def prepare_tokens(
         open(partial / "labels.bin", "wb") as labels,
     ):
         for source in sources:
-            dataset, form = open_source(source, config.objective)
+            dataset, form = open_source(source, config.objective, key)
             dropped: Counter[str] = Counter()
             before = len(offsets)
             for encoded in _encode_rows(config, tokenizer, dataset, form, dropped):
@@ -131,14 +136,14 @@ def prepare_tokens(
                 labels.write(encoded.labels.tobytes())
                 offsets.append(offsets[-1] + len(encoded.input_ids))
             facts.append(SourceFacts(source.path, form.name, len(offsets) - before, dict(dropped)))
-            refuse_untrainable(facts[-1], config.max_seq_len)
+            refuse_untrainable(facts[-1], config.max_seq_len, key)
         (partial / "offsets.bin").write_bytes(np.asarray(offsets, dtype=np.int64).tobytes())
     write_json(partial / "tokens.json", {"num_tokens": offsets[-1], "sources": [asdict(source) for source in facts]})
     os.rename(partial, folder)
     return folder
 
 
-def refuse_untrainable(source: SourceFacts, max_seq_len: int) -> None:
+def refuse_untrainable(source: SourceFacts, max_seq_len: int, key: str) -> None:
     """Raise InputError if no row of a source is left."""
     if source.num_documents:
         return
@@ -146,7 +151,7 @@ def refuse_untrainable(source: SourceFacts, max_seq_len: int) -> None:
     fix = "Give another dataset, or another train.chat_template."
     if set(source.dropped) == {TOO_LONG}:
         fix = f"Its prompts alone fill {max_seq_len} tokens: raise train.max_seq_len."
-    raise InputError(f"train.data: no row of {source.path} can be trained ({reasons}). {fix}")
+    raise InputError(f"{key}: no row of {source.path} can be trained ({reasons}). {fix}")
 
 
 def load_tokens(folder: Path) -> Tokens:
@@ -192,5 +197,8 @@ def _encode_texts(
         texts = [text for text in batch["text"] if isinstance(text, str) and text]
         if missing := len(batch["text"]) - len(texts):
             dropped["no text"] += missing
-        for ids in tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else ():
-            yield encode_text(ids, tokenizer.eos_token_id, config.max_seq_len)
+        for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else ():
+            if ids:
+                yield encode_text(ids, tokenizer.eos_token_id, config.max_seq_len)
+            else:
+                dropped["no text"] += 1  # such as spaces, where the tokenizer drops them

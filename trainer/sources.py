@@ -77,13 +77,13 @@ TEXT_FORMAT = Format("text", ("text",), (), lambda row: row["text"])
 FORMATS = {form.name: form for form in (*CHAT_FORMATS, TEXT_FORMAT)}
 
 
-def open_source(source: DataSource, objective: str) -> tuple[Dataset, Format]:
+def open_source(source: DataSource, objective: str, key: str = "train.data") -> tuple[Dataset, Format]:
     """Open a source; its columns get the names that its format gives them.
 
     Raises InputError if it is missing, corrupt, empty, or has not the columns of its format or of any.
     """
     path = Path(source.path)
-    dataset = _open(path)
+    dataset = _open(path, key)
     if dataset.num_rows == 0:
         raise InputError(f"{path}: the dataset is empty. Give one with rows.")
     found = dataset.column_names
@@ -122,11 +122,9 @@ def _listed(columns: list[str]) -> str:
     return f"found: {', '.join(columns)}"
 
 
-def _open(path: Path) -> Dataset:
+def _open(path: Path, key: str) -> Dataset:
     if not path.exists():
-        raise InputError(
-            f"train.data: {path} does not exist. Give a dataset folder or a .jsonl, .parquet or .arrow file."
-        )
+        raise InputError(f"{key}: {path} does not exist. Give a dataset folder or a .jsonl, .parquet or .arrow file.")
     if not path.is_dir():
         return _open_file(path)
     if is_sealed(path):

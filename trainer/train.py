@@ -38,6 +38,7 @@ from trainer.metrics import StepLine
 from trainer.model import load_tokenizer
 from trainer.schedule import learning_rate
 from trainer.state import TrainState, newest
+from trainer.validation import make_validation
 from trainer.verdict import read_verdict
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
@@ -67,6 +68,7 @@ def train(job: TrainJob, stop: StopRequest) -> dict:
     batches = make_batches(tokens, job, rank, world_size)
     if rank == 0:
         announce(job, batches)
+    validation = make_validation(job, tokenizer, tokens, say)
     torch.manual_seed(job.seed + rank)
     engine = make_engine(job, tokenizer, num_added, batches.grad_accum_steps, world_size)
     check_head(engine, batches, config.precision)
@@ -98,12 +100,15 @@ def train(job: TrainJob, stop: StopRequest) -> dict:
             state.num_trained_tokens + int(num_labels), world_size, job_hash, state.step + 1 == batches.num_steps,
         )  # fmt: skip
         line.step(state, loss, lr, grad_norm, int(num_tokens))
+        if validation is not None:
+            validation.at(engine, state.step, state.finished)
         if state.finished or state.step % config.checkpoint.every_steps == 0:
             checkpoint.save(engine, run.checkpoints, state, config.checkpoint.keep_last)
             saved_step = state.step
     if saved_step < state.step:
         checkpoint.save(engine, run.checkpoints, state, config.checkpoint.keep_last)
-    return verdict(job, state, batches, tokens, line)
+    answer = verdict(job, state, batches, tokens, line)
+    return answer | ({"validation_loss": validation.last_loss} if validation is not None else {})
 
 
 def shared_tokens(job: TrainJob, tokenizer: object) -> tuple[Tokens, str]:

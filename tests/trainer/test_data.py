@@ -159,6 +159,17 @@ def test_plain_text_is_encoded_with_its_end_and_rows_without_text_are_counted(to
     assert tokens.num_trained == len(tokens.input_ids) - tokens.num_documents
 
 
+def test_text_that_the_tokenizer_drops_is_counted(tmp_path: Path) -> None:
+    from tokenizers import normalizers
+
+    stripping = make_tokenizer()
+    stripping.backend_tokenizer.normalizer = normalizers.Strip()
+    path = tmp_path / "texts.jsonl"
+    path.write_text('{"text": "apple"}\n{"text": "  "}\n')
+    tokens = encode(stripping, tmp_path / "cache", path, config=TrainConfig(objective="text"))
+    assert (tokens.num_documents, tokens.dropped) == (1, {"no text": 1})
+
+
 def test_plain_text_needs_an_end_token(tmp_path: Path) -> None:
     endless = make_tokenizer()
     endless.eos_token = None

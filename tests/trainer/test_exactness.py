@@ -4,6 +4,7 @@ All jobs run in one torchrun of two ranks. The reference knows nothing of packin
 the documents of a step one by one, and divides the sum of their token losses by the number of their labels.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from trainer.batches import Batches
 from trainer.chat import IGNORE
 from trainer.data import load_tokens
 from trainer.job import TrainJob, read_job
+from trainer.mixture import held_out
 from trainer.model import load_model, load_tokenizer
 from trainer.schedule import learning_rate
 
@@ -41,10 +43,20 @@ UNCLIPPED = {
     f"zero{stage}-unclipped": {"zero_stage": stage, "max_grad_norm": 0.0, **ACCUMULATION[4]} for stage in (0, 2, 3)
 }
 CHECKPOINTED = {"zero3-recomputed": {"zero_stage": 3, "gradient_checkpointing": True, **ACCUMULATION[4]}}
+CHUNKS = {"loss_chunk_tokens": 48, **ACCUMULATION[4]}
+CHUNKED = {f"zero{stage}-chunked": {"zero_stage": stage, **CHUNKS} for stage in (2, 3)}
+HELD_OUT = {
+    f"zero{stage}-held-out": {"zero_stage": stage, "validation": {"fraction": 0.25, "every_steps": 1}, **CHUNKS}
+    for stage in (2, 3)
+}  # fmt: skip
+DOCUMENTS = {
+    f"zero{stage}-documents": {"zero_stage": stage, "batch_unit": "documents", "global_batch_size": 11, "num_epochs": 2}
+    for stage in range(4)
+}  # fmt: skip
 ADAPTER = {"tuning": "lora", "lora": {"rank": 4, "alpha": 16}}
 LORA = {f"lora-zero{stage}": {"zero_stage": stage, **ADAPTER, **ACCUMULATION[4]} for stage in (2, 3)}
 BF16 = {f"bf16-zero{stage}": {"zero_stage": stage, "precision": "bf16", **ACCUMULATION[4]} for stage in (1, 2, 3)}
-JOBS = FULL | UNCLIPPED | CHECKPOINTED | LORA | BF16
+JOBS = FULL | UNCLIPPED | CHECKPOINTED | CHUNKED | HELD_OUT | DOCUMENTS | LORA | BF16
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +124,7 @@ _references: dict[str, tuple] = {}
 def reference_of(run: Path) -> tuple[dict[int, tuple[float, float]], torch.nn.Module]:
     """The reference of a job. Jobs that differ in nothing it depends on share one."""
     job = read_job(run)
-    irrelevant = {"zero_stage", "gradient_checkpointing", "precision"}
+    irrelevant = {"zero_stage", "gradient_checkpointing", "precision", "loss_chunk_tokens"}
     key = job.config.model_dump_json(exclude=irrelevant)
     if key not in _references:
         _references[key] = reference(job)
@@ -131,7 +143,7 @@ def assert_same_trace(run: Path, expected: dict[int, tuple[float, float]], toler
         assert found[step][1] == pytest.approx(norm, rel=tolerance), f"gradient norm of step {step}"
 
 
-@pytest.mark.parametrize("name", FULL | UNCLIPPED | CHECKPOINTED)
+@pytest.mark.parametrize("name", FULL | UNCLIPPED | CHECKPOINTED | CHUNKED | HELD_OUT | DOCUMENTS)
 def test_two_ranks_train_as_plain_pytorch_does(trained: dict[str, Path], name: str) -> None:
     expected, lm = reference_of(trained[name])
     assert_same_trace(trained[name], expected, TOLERANCE)
@@ -152,6 +164,34 @@ def test_the_jobs_have_what_makes_them_hard(trained: dict[str, Path]) -> None:
         if job.config.global_batch_size == 16:
             assert 0 in labels[1], name
         assert any(norm > job.config.max_grad_norm for _, norm in trace(trained[name]).values())
+
+
+@pytest.mark.parametrize("name", HELD_OUT)
+def test_two_ranks_validate_as_plain_pytorch_does(trained: dict[str, Path], name: str) -> None:
+    """Labels are unequal over ranks and micro-batches, and one rank has a row less."""
+    _, lm = reference_of(trained[name])
+    job = read_job(trained[name])
+    (cache,) = (job.run.root / "tokens").iterdir()
+    tokens = load_tokens(cache)
+    total, num_labels = 0.0, 0
+    with torch.no_grad():
+        for document in held_out(tokens, job.config, job.seed):
+            span = tokens.span(document)
+            ids, labels = (torch.tensor(array[span].astype("int64")) for array in (tokens.input_ids, tokens.labels))
+            total += float(document_loss(lm, ids, labels))
+            num_labels += int((labels != IGNORE).sum())
+    verdict = json.loads((job.run.root / "metrics.jsonl").read_text().splitlines()[-1])
+    assert verdict["stage"] == "validation"
+    assert verdict["loss"] == pytest.approx(total / num_labels, rel=TOLERANCE)
+
+
+def test_steps_of_so_many_documents_take_as_many_passes_as_they_need(trained: dict[str, Path]) -> None:
+    job = read_job(trained["zero2-documents"])
+    (cache,) = (job.run.root / "tokens").iterdir()
+    batches = Batches(load_tokens(cache), job.config, job.seed, 0, 2)
+    steps = range(batches.num_steps)
+    assert {len(batches.micro_batches(step)) for step in steps} > {1}
+    assert sorted({sum(map(len, batches.rows_of_step(step))) for step in steps}) == [4, 11]
 
 
 @pytest.mark.parametrize("name", LORA)

@@ -1,0 +1,89 @@
+"""The loss on data that is never trained on: a share held out of the job's own, or a dataset beside it."""
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from deepspeed import DeepSpeedEngine
+
+from cluster.rundir import append_jsonl
+from trainer.batches import MicroBatch, plan_rows, shares
+from trainer.config import DataSource
+from trainer.data import Tokens, load_tokens, prepare_tokens
+from trainer.job import TrainJob
+from trainer.mixture import hashed, held_out
+
+KEY = "train.validation.path"
+
+
+def validate(engine: DeepSpeedEngine, batches: Iterable[MicroBatch]) -> float:
+    """Mean loss a label over all ranks' micro-batches. A collective: every rank needs as many of them.
+
+    Without gradient, dropout or noise, so it draws no random numbers and changes nothing of the training.
+    """
+    totals = torch.zeros(2, dtype=torch.float64, device=engine.device)  # sum of losses, labels
+    engine.eval()
+    with torch.no_grad():
+        for batch in batches:
+            inputs = (part.to(engine.device) for part in (batch.input_ids, batch.position_ids, batch.labels))
+            totals[0] += engine(*inputs)
+            totals[1] += batch.num_labels
+    engine.train()
+    dist.all_reduce(totals)
+    return float(totals[0] / totals[1])
+
+
+class Validation:
+    """When the loss is taken, of what, and where it is told. Every rank has one."""
+
+    def __init__(self, job: TrainJob, tokens: Tokens, documents: list[int], say: Callable[[str], None]):
+        """`documents` of `tokens` are validated on. `say` prints a line to people."""
+        self.job, self.tokens, self.say = job, tokens, say
+        self.num_documents = len(documents)
+        self.rows = plan_rows(tokens, job.config, documents)
+        self.last_loss: float | None = None
+
+    def at(self, engine: DeepSpeedEngine, step: int, is_last: bool) -> None:
+        """Validate and report if it is time after `step`. A collective."""
+        if not is_last and step % self.job.config.validation.every_steps:
+            return
+        started = time.perf_counter()
+        self.last_loss = validate(engine, self._micro_batches())
+        if dist.get_rank() != 0:
+            return
+        seconds = time.perf_counter() - started
+        self.say(f"step {step} | validation loss {self.last_loss:.4f} | {seconds:.1f} s")
+        row = {"stage": "validation", "step": step, "loss": self.last_loss, "num_documents": self.num_documents}
+        append_jsonl(self.job.run.metrics, {**row, "seconds": round(seconds, 3), "time": round(time.time(), 3)})
+
+    def _micro_batches(self) -> Iterable[MicroBatch]:
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        num_passes = math.ceil(len(self.rows) / (self.job.config.micro_batch_size * world_size))
+        return shares(self.tokens, self.job.config, self.rows, rank, world_size, num_passes)
+
+
+def make_validation(job: TrainJob, tokenizer: object, tokens: Tokens, say: Callable[[str], None]) -> Validation | None:
+    """What the recipe asks for, if anything. A collective: rank 0 encodes a dataset of its own, the others map it.
+
+    Raises InputError if that dataset cannot be read or none of it can be used.
+    """
+    config = job.config.validation
+    if config is None:
+        return None
+    if config.path is None:
+        documents = held_out(tokens, job.config, job.seed)
+    else:
+        folder: list[str | None] = [None]
+        if dist.get_rank() == 0:
+            source = DataSource(path=config.path)
+            folder = [str(prepare_tokens(job.config, tokenizer, (source,), job.run.root / "tokens", KEY))]
+        dist.broadcast_object_list(folder, src=0)
+        tokens = load_tokens(Path(str(folder[0])))
+        documents = hashed(tokens, job.seed).argsort(kind="stable")
+    validation = Validation(job, tokens, documents[: config.max_rows].tolist(), say)
+    if dist.get_rank() == 0:
+        say(f"validation: {validation.num_documents:,} documents, every {config.every_steps} steps and at the end")
+    return validation
