@@ -1,5 +1,7 @@
 """The command line: `tunesmith run | synthesize | train | export | evaluate | plan RECIPE [key.sub=value ...]`.
 
+`tunesmith inspect tokens RECIPE_OR_RUN` shows what training sees.
+
 Nothing heavy is imported here, so that `--help` answers at once; each stage imports what it needs.
 """
 
@@ -81,6 +83,30 @@ def plan(recipe: RecipePath, overrides: Overrides = None, run_dir: RunDirOption 
     from launcher.plan import print_plan
 
     print_plan(read(recipe, overrides, run_dir), recipe, Console())
+
+
+inspect = typer.Typer(help="Look at what a run works on.", no_args_is_help=True)
+app.add_typer(inspect, name="inspect")
+
+
+@inspect.command("tokens")
+def inspect_tokens(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE_OR_RUN", help="a YAML file, or a run folder")],
+    overrides: Overrides = None,
+    run_dir: RunDirOption = None,
+    rows: Annotated[int, typer.Option("--rows", min=0, help="rows to paint, in the order of training")] = 3,
+) -> None:
+    """Paint what training sees: trained text in colour, the rest dim, end tokens and borders of documents shown."""
+    if recipe.is_dir():
+        recipe, run_dir = recipe / "recipe.yaml", run_dir or recipe
+    resolved = read(recipe, overrides, run_dir)
+    from trainer.quiet import name_accelerator, quieten_libraries
+
+    name_accelerator()
+    quieten_libraries()
+    from launcher.inspect_tokens import inspect_tokens as paint
+
+    paint(resolved, rows, Console())
 
 
 def _one_stage(stage: str, recipe: Path, overrides: list[str] | None, run_dir: Path | None) -> None:

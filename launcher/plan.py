@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from launcher.recipe import Recipe
+from trainer.config import TrainConfig
 
 
 def stages_of(recipe: Recipe) -> list[tuple[str, str, str]]:
@@ -20,14 +21,11 @@ def stages_of(recipe: Recipe) -> list[tuple[str, str, str]]:
                 str(run.data / "synthesized"),
             )
         )
-    accumulated = train.global_batch_size // (train.micro_batch_size * train.num_processes)
     stages += [
         (
             "train",
             f"{train.tuning} tuning, ZeRO-{train.zero_stage}, {train.precision}, {train.num_processes} ranks here; "
-            f"{train.global_batch_size} rows a step = {train.micro_batch_size} micro x {accumulated} accumulated x "
-            f"{train.num_processes} ranks; up to {train.global_batch_size * train.max_seq_len:,} tokens a step; "
-            + (f"{train.max_steps} steps" if train.max_steps else f"{train.num_epochs} epochs"),
+            f"{_batch(train)}; " + (f"{train.max_steps} steps" if train.max_steps else f"{train.num_epochs} epochs"),
             str(run.checkpoints),
         ),
         ("export", f"{recipe.export.form} model as safetensors{_to(recipe)}", str(run.export)),
@@ -50,6 +48,17 @@ def _synthesis(recipe: Recipe) -> str:
     engine = writer.engine or recipe.engine
     engines = f"{engine.num_replicas} vLLM engine{'s' if engine.num_replicas > 1 else ''}"
     return f"{name}: {goal}; {writer.path or recipe.model.path} on {engines}"
+
+
+def _batch(train: TrainConfig) -> str:
+    """What one optimizer step holds."""
+    size, ranks = train.global_batch_size, train.num_processes
+    most = f"up to {size * train.max_seq_len:,} tokens a step"
+    if train.batch_unit == "documents":
+        rows = "packed into as few rows as they need" if train.packing else "one to a row"
+        return f"{size} documents a step, {rows}, {train.micro_batch_size} micro x {ranks} ranks; {most}"
+    accumulated = size // (train.micro_batch_size * ranks)
+    return f"{size} rows a step = {train.micro_batch_size} micro x {accumulated} accumulated x {ranks} ranks; {most}"
 
 
 def _to(recipe: Recipe) -> str:

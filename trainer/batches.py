@@ -140,11 +140,11 @@ class Batches:
                 + (f", each {share.times:.4g} times an epoch" if share.times != 1 else "")
             )
         documents = mixture.documents(0)
+        num_tokens, trained = (int(lengths[documents].sum()) for lengths in (tokens.lengths, tokens.trained_lengths))
         packed = f", {packing_efficiency(tokens, self.rows, config.max_seq_len):.1%} full" if config.packing else ""
         lines.append(
             f"an epoch: {len(documents):,} documents in {len(self.rows):,} rows of up to {config.max_seq_len} tokens"
-            f"{packed}; {int(tokens.lengths[documents].sum()):,} tokens, "
-            f"{int(tokens.trained_lengths[documents].sum()):,} of them with a loss"
+            f"{packed}; {num_tokens:,} tokens, {trained:,} of them with a loss ({trained / num_tokens:.1%})"
         )
         other, ratio = "documents", len(documents) / len(self.rows)
         if config.batch_unit == "documents":

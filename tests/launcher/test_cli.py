@@ -25,7 +25,8 @@ def recipe(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["train", "--help"], ["plan", "recipe.yaml"], ["run", "absent.yaml"]]
+    "arguments",
+    [["--help"], ["train", "--help"], ["inspect", "tokens", "--help"], ["plan", "recipe.yaml"], ["run", "absent.yaml"]],
 )
 def test_answering_loads_no_heavy_library(recipe: Path, arguments: list[str]) -> None:
     code = f"""
@@ -45,7 +46,7 @@ assert not loaded, loaded
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("command", ["run", "synthesize", "train", "export", "evaluate", "plan"])
+@pytest.mark.parametrize("command", ["run", "synthesize", "train", "export", "evaluate", "plan", "inspect"])
 def test_help_lists_every_command(tmp_path: Path, command: str) -> None:
     done = tunesmith("--help", cwd=tmp_path)
     assert done.returncode == 0
@@ -66,6 +67,11 @@ def test_plan_shows_the_stages_and_their_arithmetic_and_writes_nothing(recipe: P
         assert words in " ".join(done.stdout.split()), words
     assert "synthesize" not in done.stdout
     assert sorted(path.name for path in recipe.parent.iterdir()) == ["recipe.yaml"]
+
+
+def test_plan_says_that_a_step_is_counted_in_documents(recipe: Path) -> None:
+    done = tunesmith("plan", recipe, "train.batch_unit=documents", "train.global_batch_size=127", cwd=recipe.parent)
+    assert "127 documents a step, packed into as few rows" in " ".join(done.stdout.split())
 
 
 @pytest.mark.parametrize(

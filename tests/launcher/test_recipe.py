@@ -75,6 +75,13 @@ def test_the_command_line_comes_before_the_file(write) -> None:
             8,
             "train.checkpoint.every_step: unknown key; did you mean `every_steps`?",
         ),
+        (
+            "  data: chats.jsonl",
+            "  data: [{path: a, wieght: 2}]",
+            5,
+            "train.data.0.wieght: unknown key; did you mean `weight`?",
+        ),
+        ("  data: chats.jsonl", "  data: [{path: a, weight: 2}, b]", 5, "train.data: either every source"),
         ("train:", "trian:", 4, "trian: unknown key; did you mean `train`?"),
         ("    every_steps", "    qqqqqq", 8, "train.checkpoint.qqqqqq: unknown key; known: every_steps, keep_last"),
         ("1e-3", "fast", 6, "train.learning_rate: Input should be a valid number"),

@@ -150,3 +150,50 @@ def test_a_batch_that_ranks_cannot_share_evenly_is_an_error() -> None:
 def test_collating_costs_no_pass_over_all_documents() -> None:
     tokens = make_tokens([2] * 10)
     assert tokens.lengths is tokens.lengths
+
+
+@st.composite
+def plans_by_documents(draw: st.DrawFn) -> Plan:
+    lengths = draw(st.lists(st.integers(2, MAX_SEQ_LEN), min_size=1, max_size=40))
+    config = TrainConfig(
+        batch_unit="documents", packing=draw(st.booleans()), max_seq_len=MAX_SEQ_LEN, num_epochs=2,
+        micro_batch_size=draw(st.integers(1, 3)), global_batch_size=draw(st.integers(1, 13)),
+    )  # fmt: skip
+    return Plan(make_tokens(lengths), config, draw(st.integers(0, 3)))
+
+
+@given(plans_by_documents(), st.sampled_from((1, 2, 3)))
+def test_steps_counted_in_documents_have_so_many_for_any_number_of_ranks(plan: Plan, world_size: int) -> None:
+    ranks = [plan.batches(rank, world_size) for rank in range(world_size)]
+    alone, size, total = plan.batches(0, 1), plan.config.global_batch_size, plan.tokens.num_documents
+    sizes = [min(size, total - begin) for begin in range(0, total, size)]
+    assert ranks[0].num_steps == len(sizes) * 2
+    seen: list[tuple[int, ...]] = []
+    for step in range(ranks[0].num_steps):
+        per_rank = [rank.micro_batches(step) for rank in ranks]
+        assert len({len(batches) for batches in per_rank}) == 1, "a rank would wait for the others"
+        found = [document for batches in per_rank for batch in batches for document in documents_in(batch)]
+        assert len(found) == sizes[step % len(sizes)]
+        assert sorted(found) == sorted(d for batch in alone.micro_batches(step) for d in documents_in(batch))
+        seen += found
+    ids, offsets = plan.tokens.input_ids.tolist(), plan.tokens.offsets.tolist()
+    assert sorted(seen) == sorted([tuple(ids[begin:end]) for begin, end in pairwise(offsets)] * 2)
+
+
+def test_a_recipe_of_so_many_conversations_keeps_them_when_packed() -> None:
+    """The same conversations make a step, packed or not, in a fraction of the rows and passes."""
+    config = TrainConfig(
+        batch_unit="documents", max_seq_len=MAX_SEQ_LEN, micro_batch_size=1, global_batch_size=128, num_epochs=1
+    )
+    tokens = make_tokens([3, 4, 5] * 200)
+    packed, plain = (
+        Batches(tokens, config.model_copy(update={"packing": packing}), 0, 0, 1) for packing in (True, False)
+    )
+    assert packed.num_steps == plain.num_steps == 5
+    for step in range(5):
+        rows = packed.rows_of_step(step)
+        assert sorted(d for row in rows for d in row) == sorted(d for row in plain.rows_of_step(step) for d in row)
+        assert len(packed.micro_batches(step)) == len(rows) <= len(plain.micro_batches(step)) / 3
+    assert "a step: 128 documents, about 3" in packed.describe()[-1]
+    by_rows = Batches(tokens, config.model_copy(update={"batch_unit": "rows", "global_batch_size": 32}), 0, 0, 1)
+    assert "a step: 32 rows, about 12" in by_rows.describe()[-1]

@@ -1,0 +1,112 @@
+"""What training sees, painted: rows in the order of training, what is trained of them and what is only read."""
+
+import contextlib
+import itertools
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.text import Text
+from transformers import PreTrainedTokenizerFast
+
+from cluster.errors import InputError
+from cluster.model_source import locate_model
+from launcher.recipe import Recipe
+from trainer.batches import Batches
+from trainer.chat import IGNORE, end_of_turn_ids
+from trainer.data import Tokens, cache_key, load_tokens, prepare_tokens
+from trainer.job import TrainJob
+from trainer.model import load_tokenizer
+
+STYLES = {"masked": "dim", "trained": "green", "end": "reverse green"}
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Consecutive tokens of one document of which the same becomes."""
+
+    text: str
+    kind: str  # masked, trained, or end: a trained token that ends a turn
+
+
+def inspect_tokens(recipe: Recipe, num_rows: int, console: Console) -> None:
+    """Paint the first rows of a recipe's first epoch, then say what the whole of it holds. Writes nothing in the run.
+
+    Raises InputError for what training would refuse.
+    """
+    job = TrainJob(recipe.run, locate_model(recipe.model), recipe.train, recipe.seed)
+    if not recipe.train.data and not Path(job.sources[0].path).exists():
+        raise InputError(f"{recipe.run.root} has no dataset yet. Run `tunesmith synthesize` first, or give train.data.")
+    tokenizer, _ = load_tokenizer(job.model, recipe.train.chat_template)
+    ends = end_of_turn_ids(tokenizer) if recipe.train.objective == "chat" else {tokenizer.eos_token_id}
+    with _tokens(job, tokenizer) as tokens:
+        try:
+            batches = Batches(tokens, recipe.train, recipe.seed, 0, recipe.train.num_processes)
+        except ValueError as error:
+            raise InputError(str(error)) from error
+        rows = itertools.chain.from_iterable(map(batches.rows_of_step, range(batches.steps_per_epoch)))
+        for number, row in enumerate(itertools.islice(rows, num_rows), 1):
+            _paint_row(number, row, tokens, tokenizer, ends, recipe.train.max_seq_len, console)
+        for line in batches.describe():
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def _tokens(job: TrainJob, tokenizer: PreTrainedTokenizerFast) -> Iterator[Tokens]:
+    """The run's own tokens if it has them already, else made now and thrown away afterwards."""
+    cached = job.run.root / "tokens" / cache_key(job.config, tokenizer, job.sources)
+    if (cached / "tokens.json").is_file():
+        yield load_tokens(cached)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield load_tokens(prepare_tokens(job.config, tokenizer, job.sources, Path(folder)))
+
+
+def stretches(
+    tokenizer: PreTrainedTokenizerFast, input_ids: np.ndarray, labels: np.ndarray, ends: set[int]
+) -> list[Stretch]:
+    """One document as stretches of text. A token is trained if the position before it has it as its label."""
+    trained = np.concatenate([[False], labels[:-1] != IGNORE])
+    kinds = [
+        "masked" if not is_trained else "end" if int(token) in ends else "trained"
+        for token, is_trained in zip(input_ids, trained, strict=True)
+    ]
+    found, begin = [], 0
+    for kind, group in itertools.groupby(kinds):
+        end = begin + len(list(group))
+        found.append(Stretch(tokenizer.decode(input_ids[begin:end].tolist(), skip_special_tokens=False), kind))
+        begin = end
+    return found
+
+
+def painted(parts: list[Stretch], in_colour: bool) -> Text:
+    """In colour on a terminal; else with [[ ]] around what is trained."""
+    if in_colour:
+        return Text.assemble(*((part.text, STYLES[part.kind]) for part in parts))
+    text = ""
+    for is_masked, group in itertools.groupby(parts, lambda part: part.kind == "masked"):
+        joined = "".join(part.text for part in group)
+        text += joined if is_masked else f"[[{joined}]]"
+    return Text(text)
+
+
+def _paint_row(
+    number: int, row: list[int], tokens: Tokens, tokenizer: PreTrainedTokenizerFast, ends: set[int], capacity: int,
+    console: Console,
+) -> None:  # fmt: skip
+    used = int(tokens.lengths[row].sum())
+    console.print(f"━━ row {number}: {used} of {capacity} tokens, {len(row)} documents", style="bold", highlight=False)
+    last_documents = np.cumsum([source.num_documents for source in tokens.sources])
+    for document in row:
+        source = tokens.sources[int(np.searchsorted(last_documents, document, side="right"))]
+        border = (
+            f"── document {document} from {source.path}: {tokens.lengths[document]} tokens, "
+            f"{tokens.trained_lengths[document]} trained"
+        )
+        console.print(border, style="cyan", markup=False, highlight=False, soft_wrap=True)
+        span = tokens.span(document)
+        parts = stretches(tokenizer, tokens.input_ids[span], tokens.labels[span], ends)
+        console.print(painted(parts, console.is_terminal), soft_wrap=True)
