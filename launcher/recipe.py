@@ -153,7 +153,8 @@ def known_keys(keys: list[str], method: str) -> list[str]:
 
 def refuse_changes(old: dict, new: dict, run: RunDir) -> None:
     """Raise InputError if what differs between two resolved recipes has already shaped results in the run folder."""
-    shaped, free = [], ["train.checkpoint", "train.validation.every_steps", "train.validation.max_rows"]
+    shaped, free = [], ["train.validation.every_steps", "train.validation.max_rows"]
+    free += [f"train.{name}" for name in TrainConfig.NOT_DECIDING - {"data", "validation"}]
     if any(run.data.glob("*")):
         shaped += ["seed", "model", "synthesize"]
         free += [f"synthesize.{name}" for name in SynthesisConfig.NOT_DECIDING - {"budget"}]

@@ -27,9 +27,8 @@ class TrainJob:
         return self.config.data or (DataSource(path=str(self.run.data / SYNTHESIZED)),)
 
     def fingerprint(self, tokens_key: str) -> str:
-        """Hash of all that shapes the result. When to save or validate and how long to wait for ranks does not."""
-        outside = {"checkpoint", "data", "validation", "process_group_timeout_seconds"}
-        settings = self.config.model_dump(mode="json", exclude=outside)
+        """Hash of all that shapes the result. When to save or validate and how many ranks there are does not."""
+        settings = self.config.model_dump(mode="json", exclude=set(TrainConfig.NOT_DECIDING))
         shares = [[source.epochs, source.weight] for source in self.sources]
         held_out = self.config.validation.fraction if self.config.validation else None
         return sha256_json([settings, shares, held_out, model_revision(self.model), tokens_key, self.seed])

@@ -1,4 +1,4 @@
-"""Where checkpoints lie and how far each one is; read without loading torch or DeepSpeed."""
+"""Where checkpoints lie, how far each one is, and which may go; read without loading torch or DeepSpeed."""
 
 import json
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from pathlib import Path
 
 from cluster.errors import InputError
 from cluster.manifest import is_sealed
+from trainer.config import CheckpointConfig
 
 
 @dataclass(frozen=True)
@@ -19,16 +20,22 @@ class TrainState:
     world_size: int
     job: str  # hash of everything that shapes the training; a checkpoint of another job is refused
     finished: bool = False
+    train_loss: float | None = None  # mean over the steps since the checkpoint before
+    validation_loss: float | None = None  # None where nothing was validated at this step
 
 
 def step_folder(checkpoints: Path, step: int) -> Path:
     return checkpoints / f"step_{step:06d}"
 
 
+def complete(checkpoints: Path) -> list[Path]:
+    """All complete checkpoints, the newest last."""
+    return [folder for folder in sorted(checkpoints.glob("step_*")) if is_sealed(folder)]
+
+
 def newest(checkpoints: Path) -> Path | None:
     """The newest complete checkpoint, or None."""
-    complete = [folder for folder in sorted(checkpoints.glob("step_*")) if is_sealed(folder)]
-    return complete[-1] if complete else None
+    return folders[-1] if (folders := complete(checkpoints)) else None
 
 
 def read_state(folder: Path) -> TrainState:
@@ -38,3 +45,14 @@ def read_state(folder: Path) -> TrainState:
         return TrainState(**json.loads(file.read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{file}: corrupt ({error}). Remove {folder}: the run goes on from the one before.") from error
+
+
+def no_longer_kept(checkpoints: Path, config: CheckpointConfig) -> list[Path]:
+    """Complete checkpoints neither among the newest nor among the best. Of equally good ones the newer stay."""
+    folders = complete(checkpoints)
+    kept = set(folders[-config.keep_last :])
+    if config.keep_best:
+        metric = {folder: getattr(read_state(folder), config.best) for folder in reversed(folders)}
+        rated = [folder for folder, value in metric.items() if value is not None]
+        kept.update(sorted(rated, key=lambda folder: metric[folder])[: config.keep_best])
+    return [folder for folder in folders if folder not in kept]

@@ -179,6 +179,8 @@ def test_before_there_are_results_a_recipe_may_change(write, tmp_path: Path) -> 
         ("checkpoints/step_000001", "model.path=other/model", False),
         ("checkpoints/step_000001", "seed=1", False),
         ("checkpoints/step_000001", "train.checkpoint.every_steps=9", True),
+        ("checkpoints/step_000001", "train.num_processes=3", True),
+        ("checkpoints/step_000001", "train.watch.spike_window=9", True),
         ("checkpoints/step_000001", "synthesize.num_instructions=7", True),
         ("checkpoints/step_000001", "export.form=adapter", True),
         ("checkpoints/step_000001", "engine.num_replicas=3", True),

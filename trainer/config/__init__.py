@@ -1,6 +1,7 @@
 """What a recipe's `train:`, `export:` and `evaluate:` sections may say. Imports pydantic alone and does no I/O."""
 
-from typing import Literal
+import importlib.util
+from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -9,15 +10,24 @@ from trainer.config.after import EvaluateConfig, ExportConfig
 from trainer.config.checkpoints import CheckpointConfig
 from trainer.config.data import DataSource, ValidationConfig, as_sources, refuse_mixed_weights, refuse_other_formats
 from trainer.config.tuning import LoraConfig, PrefixConfig
+from trainer.config.watch import ProfileConfig, Tracker, WatchConfig
 
 __all__ = [
-    "CheckpointConfig", "DataSource", "EvaluateConfig", "ExportConfig", "LoraConfig", "PrefixConfig", "TrainConfig",
-    "ValidationConfig",
+    "CheckpointConfig", "DataSource", "EvaluateConfig", "ExportConfig", "LoraConfig", "PrefixConfig", "ProfileConfig",
+    "TrainConfig", "ValidationConfig", "WatchConfig",
 ]  # fmt: skip
 
 
 class TrainConfig(StrictModel):
     """One tuning job. Defaults are Alpaca's for 7B (Taori et al. 2023, train.py) where it has a value."""
+
+    # What may change between two starts of one job: the rows of a step and the steps stay what they are.
+    NOT_DECIDING: ClassVar[frozenset[str]] = frozenset(
+        {
+            "checkpoint", "data", "micro_batch_size", "num_processes", "process_group_timeout_seconds", "profile",
+            "report_to", "validation", "watch",
+        }
+    )  # fmt: skip
 
     data: tuple[DataSource, ...] = Field(
         (), description="datasets, each a path or {path, ...}; empty means the run's own synthesized dataset"
@@ -65,6 +75,9 @@ class TrainConfig(StrictModel):
 
     checkpoint: CheckpointConfig = CheckpointConfig()
     process_group_timeout_seconds: int = Field(3600, ge=30)
+    watch: WatchConfig = WatchConfig()
+    report_to: tuple[Tracker, ...] = Field((), description="where metrics go besides metrics.jsonl")
+    profile: ProfileConfig | None = Field(None, description="write a trace of some steps into the run folder")
 
     @field_validator("data", mode="before")
     @classmethod
@@ -76,6 +89,37 @@ class TrainConfig(StrictModel):
     def _weights_of_all_or_none(cls, value: tuple[DataSource, ...]) -> tuple[DataSource, ...]:
         refuse_mixed_weights(value)
         return value
+
+    @property
+    def stall_timeout_seconds(self) -> float:
+        """How long a rank may be at one place before it tells where it is."""
+        return self.watch.stall_timeout_seconds or min(300, self.process_group_timeout_seconds / 2)
+
+    @field_validator("report_to")
+    @classmethod
+    def _trackers_are_installed(cls, names: tuple[Tracker, ...]) -> tuple[Tracker, ...]:
+        for name in names:
+            if importlib.util.find_spec(name) is None:
+                raise ValueError(f"{name} is not installed. Install it (pip install {name}), or leave it out")
+        return names
+
+    @model_validator(mode="after")
+    def _stalls_are_told_in_time(self) -> "TrainConfig":
+        if self.stall_timeout_seconds >= self.process_group_timeout_seconds:
+            raise ValueError(
+                f"watch.stall_timeout_seconds={self.stall_timeout_seconds:g} is not below process_group_timeout_seconds"
+                f"={self.process_group_timeout_seconds}, which would end the ranks first. Set a lower one"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _best_is_measured(self) -> "TrainConfig":
+        if self.checkpoint.keep_best and self.checkpoint.best == "validation_loss" and self.validation is None:
+            raise ValueError(
+                "checkpoint.keep_best needs a validation loss, and train.validation is not set. "
+                "Set train.checkpoint.best=train_loss, or keep_best=0"
+            )
+        return self
 
     @model_validator(mode="after")
     def _combinations_that_work(self) -> "TrainConfig":

@@ -1,0 +1,34 @@
+"""Makes checkpoints of two ranks' files without end, in the background way: `python -m ... RUN LOCAL`. To be killed."""
+
+import sys
+from pathlib import Path
+
+from trainer.config import CheckpointConfig
+from trainer.sealing import Background, copy_files, partial_folder, put_in_place, remove_partial
+
+CONFIG = CheckpointConfig(keep_last=2)
+
+
+def main() -> None:
+    checkpoints, local = Path(sys.argv[1]), Path(sys.argv[2])
+    step = int(sys.argv[3])
+    background = Background()
+    while True:
+        step += 1
+        partial = partial_folder(checkpoints, step)
+        remove_partial(checkpoints)
+        partial.mkdir(parents=True)
+        for rank in range(2):
+            place = local / f"rank-{rank}" / partial.name
+            (place / "weights").mkdir(parents=True, exist_ok=True)
+            (place / f"part-{rank}").write_bytes(bytes([step % 256]) * 300_000)
+            (place / "weights" / f"w-{rank}").write_bytes(bytes([rank]) * step)
+            background.start(copy_files, place, partial)
+        background.start(put_in_place, checkpoints, step, CONFIG)
+        background.wait()
+        assert background.error is None
+        print(step, flush=True)
+
+
+if __name__ == "__main__":
+    main()

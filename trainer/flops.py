@@ -1,0 +1,76 @@
+"""Model FLOPs utilization: the arithmetic that a step needs, as a share of what the GPUs could do in its time.
+
+Convention (Chowdhery et al. 2022, arXiv 2204.02311, appendix B, with the attention halved as a causal mask halves it):
+- a weight that is tuned counts 6 FLOPs a token (2 forward, 4 backward), a frozen one 4, as its gradient is not made;
+- the input embedding is looked up and counts nothing; the head runs on tokens with a label alone and counts for those;
+- attention counts 6 * layers * heads * head_dim * length^2 for a document of `length` tokens, so packing costs nothing;
+- what is computed again for gradient checkpointing does not count.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+# Peak of dense bf16, in FLOP/s, from NVIDIA's datasheets (which print twice as much, for sparse matrices).
+# The first name that is part of the device's name holds.
+PEAK_FLOPS = {
+    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200 NVL": 835e12, "H200": 989e12, "GH200": 989e12,
+    "H800": 989e12, "H20": 148e12, "B200": 2250e12, "A100": 312e12, "A800": 312e12, "A40": 149.7e12, "A30": 165e12,
+    "A10": 125e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "RTX 4090": 165e12,
+}  # fmt: skip
+SPARSE = ("num_local_experts", "num_experts", "n_routed_experts")  # settings of models that use a part of their weights
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Peak of dense bf16 of a GPU by the name that torch gives it; None where it is not known."""
+    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None)
+
+
+@dataclass(frozen=True)
+class ModelFlops:
+    """FLOPs of one model, forward and backward."""
+
+    body: float  # per token
+    head: float  # per token with a label
+    attention: float  # per token and token before it, that is, per length^2 of a document
+
+    def of(self, lengths: np.ndarray, num_labels: float) -> float:
+        """FLOPs of documents of these lengths [D], of whose tokens `num_labels` have a label."""
+        lengths = lengths.astype(np.float64)
+        return float(self.body * lengths.sum() + self.head * num_labels + self.attention * (lengths**2).sum())
+
+
+def model_flops(lm: nn.Module) -> ModelFlops | None:
+    """Count the weights of a model, with or without adapters; None where the convention above does not fit it."""
+    settings = lm.config.get_text_config()
+    heads = getattr(settings, "num_attention_heads", None)
+    if heads is None or any(getattr(settings, name, None) for name in SPARSE):
+        return None
+    head_dim = getattr(settings, "head_dim", None) or settings.hidden_size // heads
+    embedding, output = lm.get_input_embeddings(), lm.get_output_embeddings()
+    in_head = {id(parameter) for parameter in output.parameters()}
+    in_embedding = {id(parameter) for parameter in embedding.parameters()}
+    body = head = 0.0
+    for parameter in lm.parameters():
+        flops = getattr(parameter, "ds_numel", parameter.numel()) * (6 if parameter.requires_grad else 4)
+        if id(parameter) in in_head:
+            head += flops
+        elif id(parameter) not in in_embedding:
+            body += flops
+    return ModelFlops(body, head, 6.0 * settings.num_hidden_layers * heads * head_dim)
+
+
+class Utilization:
+    """Turns the rows of a step into its share of the GPUs' peak. Without a known GPU or model there is none."""
+
+    def __init__(self, lm: nn.Module, num_gpus: int):
+        name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+        self.peak, self.num_gpus = peak_flops(name), num_gpus
+        self.flops = model_flops(lm) if self.peak else None
+
+    def of_step(self, lengths: np.ndarray, num_labels: float, seconds: float) -> float | None:
+        if self.flops is None or self.peak is None:
+            return None
+        return self.flops.of(lengths, num_labels) / seconds / (self.peak * self.num_gpus)
