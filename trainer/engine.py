@@ -19,8 +19,10 @@ ISOLATION_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}  # of the largest logit; a le
 
 def train_step(
     engine: deepspeed.DeepSpeedEngine, micro_batches: list[MicroBatch], num_labels: int, lr: float
-) -> tuple[float, float]:
-    """One optimizer step. Returns the mean loss a label over all ranks, and the gradients' norm before clipping.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One optimizer step. Returns the sum of losses over all ranks, and the gradients' norm before clipping.
+
+    Both are tensors without dimensions, where the model is: on a GPU, reading them waits for the step.
 
     Gradients are those of (sum of token losses) / (labels of the step over all micro-batches and ranks): DeepSpeed
     averages over ranks, so the sum is multiplied by their number; `scale_wrt_gas=False` makes accumulation a plain sum.
@@ -41,7 +43,7 @@ def train_step(
     if not keeps_no_norm(engine):
         norm = engine.get_global_grad_norm()
     dist.all_reduce(total)
-    return float(total) / num_labels, float(norm)
+    return total, torch.as_tensor(norm)
 
 
 def keeps_no_norm(engine: deepspeed.DeepSpeedEngine) -> bool:

@@ -1,19 +1,51 @@
 """One line a step on the terminal, one row a step in metrics.jsonl. Rank 0 writes both."""
 
 import time
+from dataclasses import dataclass
+
+import numpy as np
+import psutil
+import torch
 
 from cluster.rundir import RunDir, append_jsonl
+from trainer.flops import Utilization
 from trainer.state import TrainState
+from trainer.trackers import Report
+from trainer.watch import LossWatch
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step that was started. On a GPU it may still be at work: reading a tensor of it waits for it."""
+
+    state: TrainState  # after it
+    loss_sum: torch.Tensor  # [], over all ranks
+    grad_norm: torch.Tensor  # [], before clipping
+    lr: float
+    num_labels: int  # over all ranks
+    lengths: np.ndarray  # tokens of each document [D], over all ranks
 
 
 class StepLine:
-    """Reports steps and keeps the running figures of this attempt."""
+    """Reports steps and keeps the running figures of this attempt.
 
-    def __init__(self, run: RunDir, num_steps: int, first_step: int, is_writer: bool):
-        self.run, self.num_steps, self.first_step, self.is_writer = run, num_steps, first_step, is_writer
+    On a GPU (`is_lazy`) a step is told of when the next one was started, so that the GPU always has work waiting.
+    """
+
+    def __init__(
+        self, run: RunDir, num_steps: int, first_step: int, is_writer: bool, is_lazy: bool, watch: LossWatch,
+        utilization: Utilization, report: Report,
+    ):  # fmt: skip
+        self.run, self.num_steps, self.first_step = run, num_steps, first_step
+        self.is_writer, self.is_lazy = is_writer, is_lazy
+        self.watch, self.utilization, self.report = watch, utilization, report
         self.started = self.last = time.perf_counter()
         self.num_tokens = 0
         self.loss: float | None = None
+        self.unsaved_losses: list[float] = []
+        self.pending: Step | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -21,24 +53,59 @@ class StepLine:
         elapsed = time.perf_counter() - self.started
         return round(self.num_tokens / elapsed, 1) if self.num_tokens else 0.0
 
-    def step(self, state: TrainState, loss: float, lr: float, grad_norm: float, num_tokens: int) -> None:
+    def step(self, step: Step) -> None:
+        """Take note of a step, and tell of the one before if that was not done yet."""
+        self.flush()
+        self.pending = step
+        if not self.is_lazy:
+            self.flush()
+
+    def flush(self) -> None:
+        """Wait for the step at work and tell of it. Raises Diverged, on every rank, if its loss is no number."""
+        if self.pending is None:
+            return
+        step, self.pending = self.pending, None
+        loss, grad_norm = float(step.loss_sum) / step.num_labels, float(step.grad_norm)
         now = time.perf_counter()
         seconds, self.last = now - self.last, now
-        self.num_tokens += num_tokens
+        self.num_tokens += int(step.lengths.sum())
         self.loss = loss
-        if not self.is_writer:
-            return
+        if self.is_writer:
+            self._tell(step, loss, grad_norm, seconds, now)
+        warning = self.watch.check(step.state.step, loss, grad_norm, step.lr)
+        if warning and self.is_writer:
+            print(f"[train] warning: {warning}", flush=True)
+        self.unsaved_losses.append(loss)
+
+    def take_mean_loss(self) -> float | None:
+        """Mean loss of the steps since this was last asked for."""
+        losses, self.unsaved_losses = self.unsaved_losses, []
+        return sum(losses) / len(losses) if losses else None
+
+    def _tell(self, step: Step, loss: float, grad_norm: float, seconds: float, now: float) -> None:
+        state = step.state
+        rate = float(step.lengths.sum()) / seconds
+        figures = {
+            "loss": loss, "lr": step.lr, "grad_norm": grad_norm, "tokens_per_second": round(rate, 1),
+            "num_tokens": state.num_tokens, "seconds": round(seconds, 4), "memory_gib": round(memory_bytes() / GIB, 3),
+        }  # fmt: skip
+        mfu = self.utilization.of_step(step.lengths, step.num_labels, seconds)
+        if mfu is not None:
+            figures["mfu"] = round(mfu, 4)
         left = (now - self.started) / (state.step - self.first_step) * (self.num_steps - state.step)
-        rate = num_tokens / seconds
         print(
-            f"[train] step {state.step}/{self.num_steps} | loss {loss:.4f} | lr {lr:.2e} | grad norm {grad_norm:.3f} | "
-            f"{rate:,.0f} tok/s | {int(left) // 60}:{int(left) % 60:02d} left",
+            f"[train] step {state.step}/{self.num_steps} | loss {loss:.4f} | lr {step.lr:.2e} | "
+            f"grad norm {grad_norm:.3f} | {rate:,.0f} tok/s | {'' if mfu is None else f'MFU {mfu:.1%} | '}"
+            f"{figures['memory_gib']:.1f} GiB | {int(left) // 60}:{int(left) % 60:02d} left",
             flush=True,
         )
-        append_jsonl(
-            self.run.metrics,
-            {
-                "stage": "train", "step": state.step, "loss": loss, "lr": lr, "grad_norm": grad_norm,
-                "tokens_per_second": round(rate, 1), "num_tokens": state.num_tokens, "time": round(time.time(), 3),
-            },
-        )  # fmt: skip
+        row = {"stage": "train", "step": state.step, **figures, "time": round(time.time(), 3)}
+        append_jsonl(self.run.metrics, row)
+        self.report(state.step, figures)
+
+
+def memory_bytes() -> int:
+    """The most that this rank has had allocated on its GPU; without one, what its process has resident now."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return psutil.Process().memory_info().rss

@@ -10,9 +10,9 @@ import contextlib
 import datetime
 import io
 import os
-import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -32,37 +32,26 @@ from trainer import checkpoint
 from trainer.batches import Batches
 from trainer.data import Tokens, load_tokens, prepare_tokens
 from trainer.engine import check_head, check_isolation, make_engine, train_step
+from trainer.flops import Utilization
 from trainer.job import TrainJob, read_job
 from trainer.kernels import load_comm_kernel
-from trainer.metrics import StepLine
+from trainer.metrics import Step, StepLine
 from trainer.model import load_tokenizer
+from trainer.ranks import make_all_sum
 from trainer.schedule import learning_rate
-from trainer.state import TrainState, newest
+from trainer.state import TrainState, newest, read_state
+from trainer.stop import StopRequest
+from trainer.trackers import reporting
 from trainer.validation import make_validation
 from trainer.verdict import read_verdict
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-
-
-class StopRequest:
-    """Set by a signal, read at step boundaries. A second signal changes nothing, and children of ours do not react."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        owner = os.getpid()
-
-        def note(signum: int, frame: object) -> None:
-            if os.getpid() == owner:
-                self.requested = True
-
-        for signum in STOP_SIGNALS:
-            signal.signal(signum, note)
+from trainer.watch import LossWatch, StallWatch, describe_rows, profiling
 
 
 def train(job: TrainJob, stop: StopRequest) -> dict:
     """Train to the end, or to the step at which any rank was asked to stop. Returns the verdict."""
     config, run = job.config, job.run
     rank, world_size = dist.get_rank(), dist.get_world_size()
+    all_sum = make_all_sum(config.process_group_timeout_seconds)
     tokenizer, num_added = load_tokenizer(job.model, config.chat_template)
     tokens, job_hash = shared_tokens(job, tokenizer)
     batches = make_batches(tokens, job, rank, world_size)
@@ -77,38 +66,62 @@ def train(job: TrainJob, stop: StopRequest) -> dict:
 
     state = TrainState(0, 0, 0, 0, world_size, job_hash)
     if (last := newest(run.checkpoints)) is not None:
-        state = checkpoint.load(engine, last, job_hash, world_size)
+        state = replace(checkpoint.load(engine, last, job_hash, job.seed), world_size=world_size)
         if rank == 0:
             say(f"going on from {last}, step {state.step} of {batches.num_steps}")
 
-    line = StepLine(run, batches.num_steps, state.step, rank == 0)
-    saved_step = state.step
-    while state.step < batches.num_steps:
-        micro_batches = batches.micro_batches(state.step)
-        num_labels, num_tokens, stop_votes = all_sum(
-            sum(batch.num_labels for batch in micro_batches),
-            sum(tokens.lengths[d] for row in batches.rows_of_step(state.step) for d in row) if rank == 0 else 0,
-            int(stop.requested),
-        )
-        if stop_votes:
-            break
-        lr = learning_rate(config, state.step, batches.num_steps)
-        loss, grad_norm = train_step(engine, micro_batches, int(num_labels), lr)
-        num_rows = len(batches.rows_of_step(state.step))
-        state = TrainState(
-            state.step + 1, state.num_rows + num_rows, state.num_tokens + int(num_tokens),
-            state.num_trained_tokens + int(num_labels), world_size, job_hash, state.step + 1 == batches.num_steps,
-        )  # fmt: skip
-        line.step(state, loss, lr, grad_norm, int(num_tokens))
-        if validation is not None:
-            validation.at(engine, state.step, state.finished)
-        if state.finished or state.step % config.checkpoint.every_steps == 0:
-            checkpoint.save(engine, run.checkpoints, state, config.checkpoint.keep_last)
-            saved_step = state.step
-    if saved_step < state.step:
-        checkpoint.save(engine, run.checkpoints, state, config.checkpoint.keep_last)
+    watch = LossWatch(
+        config.watch, lambda step: describe_rows(batches.rows_of_step(step - 1), tokens, tokenizer.decode)
+    )
+    with (
+        StallWatch(config.stall_timeout_seconds, rank) as stall,
+        profiling(config.profile, run.root / "profile", rank == 0) as profile,
+        reporting(config.report_to if rank == 0 else (), run, config.model_dump(mode="json")) as report,
+        checkpoint.Saver(engine, run.checkpoints, config.checkpoint, all_sum) as saver,
+    ):
+        utilization = Utilization(engine.module.lm, world_size)
+        is_lazy = torch.cuda.is_available()
+        line = StepLine(run, batches.num_steps, state.step, rank == 0, is_lazy, watch, utilization, report)
+        saved_step, held_out_loss = state.step, None  # the loss on held-out data after the last step, where taken
+        while state.step < batches.num_steps:
+            stall.at(f"step {state.step + 1}, agreeing on it with the other ranks")
+            micro_batches = batches.micro_batches(state.step)
+            num_labels, stop_votes, *votes = all_sum(
+                sum(batch.num_labels for batch in micro_batches), int(stop.requested), *saver.votes()
+            )
+            saver.heed(*votes)
+            if stop_votes:
+                break
+            profile(state.step + 1)
+            stall.at(f"step {state.step + 1}, forward, backward and update")
+            lr = learning_rate(config, state.step, batches.num_steps)
+            loss_sum, grad_norm = train_step(engine, micro_batches, int(num_labels), lr)
+            rows = batches.rows_of_step(state.step)
+            lengths = tokens.lengths[[document for row in rows for document in row]]
+            state = after_step(state, len(rows), int(lengths.sum()), int(num_labels), batches.num_steps)
+            line.step(Step(state, loss_sum, grad_norm, lr, int(num_labels), lengths))
+            if validation is not None:
+                stall.at(f"step {state.step}, validating")
+                held_out_loss = validation.at(engine, state.step, state.finished)
+            if state.finished or state.step % config.checkpoint.every_steps == 0:
+                stall.at(f"step {state.step}, saving")
+                line.flush()
+                saver.save(replace(state, train_loss=line.take_mean_loss(), validation_loss=held_out_loss))
+                saved_step = state.step
+        line.flush()
+        if saved_step < state.step:
+            stall.at(f"step {state.step}, saving")
+            saver.save(replace(state, train_loss=line.take_mean_loss(), validation_loss=held_out_loss))
     answer = verdict(job, state, batches, tokens, line)
     return answer | ({"validation_loss": validation.last_loss} if validation is not None else {})
+
+
+def after_step(state: TrainState, num_rows: int, num_tokens: int, num_labels: int, num_steps: int) -> TrainState:
+    """The state when a step of so many rows, tokens and labels was added to it."""
+    return replace(
+        state, step=state.step + 1, num_rows=state.num_rows + num_rows, num_tokens=state.num_tokens + num_tokens,
+        num_trained_tokens=state.num_trained_tokens + num_labels, finished=state.step + 1 == num_steps,
+    )  # fmt: skip
 
 
 def shared_tokens(job: TrainJob, tokenizer: object) -> tuple[Tokens, str]:
@@ -125,7 +138,10 @@ def make_batches(tokens: Tokens, job: TrainJob, rank: int, world_size: int) -> B
     try:
         return Batches(tokens, job.config, job.seed, rank, world_size)
     except ValueError as error:
-        raise InputError(str(error)) from error
+        word = ""
+        if (last := newest(job.run.checkpoints)) is not None:
+            word = f" {last} was made by {read_state(last).world_size} ranks; its job keeps its global_batch_size."
+        raise InputError(f"{error}{word}") from error
 
 
 def announce(job: TrainJob, batches: Batches) -> None:
@@ -133,14 +149,6 @@ def announce(job: TrainJob, batches: Batches) -> None:
     for line in batches.describe():
         say(line)
     say(f"{job.config.tuning}, ZeRO-{job.config.zero_stage}, {job.config.precision}; {batches.num_steps} steps")
-
-
-def all_sum(*values: float) -> list[float]:
-    """Sums over all ranks, in float64 so that counts stay exact."""
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    tensor = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(tensor)
-    return tensor.tolist()
 
 
 def verdict(job: TrainJob, state: TrainState, batches: Batches, tokens: Tokens, line: StepLine) -> dict:
@@ -196,6 +204,7 @@ def main() -> int:
         if word is None or word["status"] != "failed":
             raise
         raise SystemExit(word["exit_code"]) from error
+    stop.done()
     if dist.get_rank() == 0:
         answer["seconds"] = round(time.time() - started, 1)
         write_json(job.run.verdict("train"), answer)

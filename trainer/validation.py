@@ -46,18 +46,19 @@ class Validation:
         self.rows = plan_rows(tokens, job.config, documents)
         self.last_loss: float | None = None
 
-    def at(self, engine: DeepSpeedEngine, step: int, is_last: bool) -> None:
-        """Validate and report if it is time after `step`. A collective."""
+    def at(self, engine: DeepSpeedEngine, step: int, is_last: bool) -> float | None:
+        """Validate and report if it is time after `step`, else return None. A collective."""
         if not is_last and step % self.job.config.validation.every_steps:
-            return
+            return None
         started = time.perf_counter()
         self.last_loss = validate(engine, self._micro_batches())
         if dist.get_rank() != 0:
-            return
+            return self.last_loss
         seconds = time.perf_counter() - started
         self.say(f"step {step} | validation loss {self.last_loss:.4f} | {seconds:.1f} s")
         row = {"stage": "validation", "step": step, "loss": self.last_loss, "num_documents": self.num_documents}
         append_jsonl(self.job.run.metrics, {**row, "seconds": round(seconds, 3), "time": round(time.time(), 3)})
+        return self.last_loss
 
     def _micro_batches(self) -> Iterable[MicroBatch]:
         rank, world_size = dist.get_rank(), dist.get_world_size()

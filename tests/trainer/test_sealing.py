@@ -83,7 +83,7 @@ def test_with_a_best_kept_the_newest_is_still_the_one_to_go_on_from(tmp_path: Pa
 
 
 def test_the_best_by_a_loss_that_nobody_measures_is_refused() -> None:
-    with pytest.raises(ValidationError, match=r"nothing is validated.*best=train_loss"):
+    with pytest.raises(ValidationError, match=r"train.validation is not set.*best=train_loss"):
         TrainConfig(checkpoint={"keep_best": 1})
     TrainConfig(checkpoint={"keep_best": 1, "best": "train_loss"})
 

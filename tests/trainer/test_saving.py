@@ -1,0 +1,118 @@
+"""Saving as training does it, on one rank: by way of a local disk, after a bad loss, with traces and trackers."""
+
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cluster.errors import TunesmithError
+from cluster.manifest import verify_manifest
+from tests.trainer.test_watch import fake_tracker
+from tests.trainer.tools import DEADLINE_SECONDS, num_steps_shown, trace, train_here, write_job
+from trainer import checkpoint
+from trainer.state import complete, newest, read_state
+from trainer.watch import Diverged
+
+NUM_STEPS = 6
+
+
+@pytest.fixture
+def run(tmp_path: Path, one_rank, chat_model: Path, chat_data: Path):
+    """Make a run folder with these settings."""
+
+    def make(name: str = "run", **train: object) -> Path:
+        settings = {"global_batch_size": 2, "max_steps": NUM_STEPS, "tuning": "lora", **train}
+        return write_job(tmp_path / name, chat_model, chat_data, **settings)
+
+    return make
+
+
+def steps_kept(folder: Path) -> list[int]:
+    return [read_state(checkpoint).step for checkpoint in complete(folder / "checkpoints")]
+
+
+def test_training_goes_on_while_a_checkpoint_is_copied_and_the_next_save_waits(run, tmp_path, monkeypatch) -> None:
+    local = tmp_path / "local"
+    by_way = run(checkpoint={"every_steps": 2, "local_dir": str(local), "keep_last": 9})
+    direct = run("direct", checkpoint={"every_steps": 2, "keep_last": 9})
+    kept_at_copy = []
+
+    def slow_copy(source: Path, target: Path) -> None:
+        saved = int(target.name[-6:])
+        deadline = time.monotonic() + DEADLINE_SECONDS
+        while num_steps_shown(by_way) < min(saved + 1, NUM_STEPS):
+            assert time.monotonic() < deadline, "training did not go on"
+            time.sleep(0.01)
+        kept_at_copy.append((saved, steps_kept(by_way)))
+        shutil.copytree(source, target, dirs_exist_ok=True)
+        shutil.rmtree(source)
+
+    monkeypatch.setattr(checkpoint, "copy_files", slow_copy)
+    answers = [train_here(by_way), train_here(direct)]
+    assert kept_at_copy == [(2, []), (4, [2]), (6, [2, 4])]
+    assert trace(by_way) == trace(direct)
+    for folder, other in zip(complete(by_way / "checkpoints"), complete(direct / "checkpoints"), strict=True):
+        names = [[file["name"] for file in verify_manifest(one)["files"]] for one in (folder, other)]
+        assert names[0] == names[1]
+        assert read_state(folder).train_loss == read_state(other).train_loss
+    assert [Path(answer["checkpoint"]).name for answer in answers] == ["step_000006"] * 2
+    assert not [path for path in local.rglob("*") if path.is_file()]
+    assert not list((by_way / "checkpoints").glob(".*"))
+
+
+def test_a_copy_that_fails_ends_training_at_the_next_step(run, tmp_path, monkeypatch) -> None:
+    folder = run(checkpoint={"every_steps": 2, "local_dir": str(tmp_path / "local")})
+    copy_files = checkpoint.copy_files
+
+    def fail_on_the_second(source: Path, target: Path) -> None:
+        if target.name.endswith("4"):
+            raise OSError("the cable is out")
+        copy_files(source, target)
+
+    monkeypatch.setattr(checkpoint, "copy_files", fail_on_the_second)
+    with pytest.raises(TunesmithError, match=r"could not be copied from .*local to .*: OSError: the cable is out"):
+        train_here(folder)
+    assert num_steps_shown(folder) in (4, 5)  # the copy may fail before or after the next step began
+    assert steps_kept(folder) == [2]
+    monkeypatch.undo()
+    assert train_here(folder)["status"] == "done"
+    assert steps_kept(folder) == [4, 6]
+
+
+@pytest.mark.parametrize("by_way", [False, True])
+def test_a_loss_that_is_no_number_ends_training_and_the_checkpoint_before_stays(run, tmp_path, by_way: bool) -> None:
+    local = {"local_dir": str(tmp_path / "local")} if by_way else {}
+    folder = run(learning_rate=1e30, warmup_ratio=0, tuning="full", checkpoint={"every_steps": 1, **local})
+    with pytest.raises(Diverged, match=r"step 2: .* gradient norm (inf|nan).*documents \d+ \('<\|im_start\|>") as told:
+        train_here(folder)
+    assert "learning_rate (" in str(told.value)
+    assert steps_kept(folder) == [1]
+    verify_manifest(newest(folder / "checkpoints"))
+
+
+def test_the_best_by_training_loss_stays(run) -> None:
+    settings = {"every_steps": 1, "keep_last": 1, "keep_best": 2, "best": "train_loss"}
+    folder = run(checkpoint=settings, learning_rate=0.05)
+    train_here(folder)
+    losses = {step: loss for step, (loss, _) in trace(folder).items()}
+    best = sorted(losses, key=losses.get)[:2]
+    assert set(steps_kept(folder)) == {NUM_STEPS, *best}
+    for kept in complete(folder / "checkpoints"):
+        assert read_state(kept).train_loss == losses[read_state(kept).step]
+
+
+def test_a_profile_and_a_tracker_are_there_when_asked_for(run, monkeypatch) -> None:
+    calls: list = []
+    monkeypatch.setitem(sys.modules, "trackio", fake_tracker("trackio", calls))
+    folder = run(profile={"start_step": 2, "num_steps": 2}, report_to=["trackio"])
+    train_here(folder)
+    (file,) = (folder / "profile").iterdir()
+    assert file.name == "steps-2-3.json"
+    assert json.loads(file.read_text())["traceEvents"]
+    assert [step for kind, step, *_ in calls[1:-1]] == list(range(1, NUM_STEPS + 1))
+    assert calls[-1] == ("finish",)
+    expected = {step: loss for step, (loss, _) in trace(folder).items()}
+    assert {step: figures["train/loss"] for _, step, figures in calls[1:-1]} == expected
