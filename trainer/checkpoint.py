@@ -77,14 +77,14 @@ class Saver:
                 dist.barrier()
                 write_parts(self.engine, place, state)
                 dist.barrier()
+            if self.rank == 0 and not self.local:
+                put_in_place(self.checkpoints, state.step, self.config)
         except Exception:
             shutil.rmtree(partial, ignore_errors=True)
             raise
         if self.local:
             self.background.start(copy_files, place, partial)
             self.copied_step = state.step
-        elif self.rank == 0:
-            put_in_place(self.checkpoints, state.step, self.config)
         dist.barrier()
 
     def votes(self) -> tuple[int, int]:

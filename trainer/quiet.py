@@ -18,7 +18,10 @@ def quieten_libraries() -> None:
     import datasets
     import transformers
 
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    deepspeed = logging.getLogger("DeepSpeed")
+    deepspeed.setLevel(logging.WARNING)
+    # Said by every rank that loads a universal checkpoint; we have no tensor parallelism.
+    deepspeed.addFilter(lambda record: not record.getMessage().startswith("MPU is not provided"))
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()

@@ -7,6 +7,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cluster.errors import TunesmithError
 from cluster.manifest import verify_manifest
@@ -116,3 +119,11 @@ def test_a_profile_and_a_tracker_are_there_when_asked_for(run, monkeypatch) -> N
     assert calls[-1] == ("finish",)
     expected = {step: loss for step, (loss, _) in trace(folder).items()}
     assert {step: figures["train/loss"] for _, step, figures in calls[1:-1]} == expected
+
+
+@given(st.integers(0, 10**9), st.integers(0, 10**6), st.integers(1, 64))
+def test_ranks_without_a_saved_random_state_get_seeds_that_can_be_made_again(seed: int, step: int, ranks: int) -> None:
+    seeds = [checkpoint.new_rank_seed(seed, step, rank) for rank in range(ranks)]
+    assert seeds == [checkpoint.new_rank_seed(seed, step, rank) for rank in range(ranks)]
+    assert len({*seeds, checkpoint.new_rank_seed(seed, step + 1, 0)}) == ranks + 1
+    torch.manual_seed(seeds[-1])

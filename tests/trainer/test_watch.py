@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from pydantic import ValidationError
 
 from cluster.rundir import RunDir
@@ -114,6 +115,10 @@ def test_frozen_weights_count_two_thirds_and_tied_ones_once() -> None:
     frozen = model_flops(untied)
     assert (frozen.body, frozen.head) == (whole.body * 4 / 6, whole.head * 4 / 6)
     assert frozen.attention == whole.attention
+    adapted = get_peft_model(tied, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear"))
+    adapters = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+    assert adapters > 0
+    assert model_flops(adapted) == ModelFlops(frozen.body + 6 * adapters, frozen.head, frozen.attention)
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=9), st.integers(0, 8))
