@@ -47,6 +47,7 @@ class Saver:
         self.background = Background()
         self.copied_step: int | None = None  # of the checkpoint that is being copied
         self.local = local_folder(Path(config.local_dir), checkpoints, self.rank) if config.local_dir else None
+        engine.module.register_state_dict_post_hook(drop_frozen_duplicates)
 
     def __enter__(self) -> "Saver":
         return self
@@ -141,6 +142,14 @@ def write_parts(engine: DeepSpeedEngine, place: Path, state: TrainState) -> None
     save_weights(engine.module.lm, place / "weights", max_shard_size="4GB")
     if dist.get_rank() == 0:
         write_json(place / "state.json", asdict(state))
+
+
+def drop_frozen_duplicates(module: torch.nn.Module, state_dict: dict, prefix: str, _: dict) -> None:
+    """Leave out second names of frozen weights, such as a tied head: DeepSpeed excludes them by their first alone."""
+    first = {name for name, _ in module.named_parameters()}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if name not in first and not parameter.requires_grad:
+            state_dict.pop(prefix + name, None)
 
 
 def has_frozen(engine: DeepSpeedEngine) -> bool:

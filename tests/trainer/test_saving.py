@@ -37,6 +37,29 @@ def steps_kept(folder: Path) -> list[int]:
     return [read_state(checkpoint).step for checkpoint in complete(folder / "checkpoints")]
 
 
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_a_checkpoint_of_an_adapter_is_small_beside_its_base(
+    tmp_path: Path, one_rank, tokenizer, chat_data: Path, zero_stage: int
+) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=2,
+        tie_word_embeddings=True, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    settings = {"zero_stage": zero_stage, "tuning": "lora", "lora": {"rank": 1}, "max_steps": 2}
+    folder = write_job(tmp_path / "run", tmp_path / "model", chat_data, **settings, checkpoint={"every_steps": 1})
+    train_here(folder)
+    num_bytes = sum(file["bytes"] for file in verify_manifest(newest(folder / "checkpoints"))["files"])
+    assert num_bytes < (tmp_path / "model" / "model.safetensors").stat().st_size / 10
+    shutil.rmtree(newest(folder / "checkpoints"))
+    expected = trace(folder)
+    assert train_here(folder)["status"] == "done"
+    assert trace(folder) == expected
+
+
 def test_training_goes_on_while_a_checkpoint_is_copied_and_the_next_save_waits(run, tmp_path, monkeypatch) -> None:
     local = tmp_path / "local"
     by_way = run(checkpoint={"every_steps": 2, "local_dir": str(local), "keep_last": 9})

@@ -1,0 +1,44 @@
+"""Trains run folders in one process group, each up to a step: `torchrun -m tests.trainer.elastic_worker RUN STEP ...`.
+
+STEP 0 stands for the end of the training.
+"""
+
+import sys
+from pathlib import Path
+
+from trainer.quiet import name_accelerator, quieten_libraries
+
+name_accelerator()
+
+import deepspeed  # noqa: E402
+import torch  # noqa: E402
+
+from trainer.job import read_job  # noqa: E402
+from trainer.kernels import load_comm_kernel  # noqa: E402
+from trainer.train import train  # noqa: E402
+
+
+class StopAfter:
+    """Asked before every step, says so after `num_steps` of them."""
+
+    def __init__(self, num_steps: int):
+        self.left = num_steps
+
+    @property
+    def requested(self) -> bool:
+        self.left -= 1
+        return self.left == -1
+
+
+def main() -> None:
+    quieten_libraries()
+    torch.set_num_threads(1)
+    load_comm_kernel()
+    deepspeed.init_distributed(dist_backend="gloo")
+    for run, step in zip(sys.argv[1::2], map(int, sys.argv[2::2]), strict=True):
+        train(read_job(Path(run)), StopAfter(step or 10**9))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
