@@ -10,7 +10,7 @@ from typing import get_args
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from cluster.config import ModelConfig, StrictModel
 from cluster.engine_config import EngineConfig
@@ -20,6 +20,7 @@ from cluster.rundir import RunDir
 from generation.config import DEFAULT_METHOD, METHOD_CONFIGS, SelfInstructConfig, SynthesisConfig, SynthesizeConfig
 from generation.config.filters import FILTER_CONFIGS
 from trainer.config import EvaluateConfig, ExportConfig, TrainConfig
+from trainer.config.tuning import form_refusal
 
 
 class Recipe(StrictModel):
@@ -34,6 +35,12 @@ class Recipe(StrictModel):
     train: TrainConfig = TrainConfig()
     export: ExportConfig = ExportConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+
+    @model_validator(mode="after")
+    def _an_export_that_can_be_made(self) -> "Recipe":
+        if (why := form_refusal(self.train.tuning, self.export.form)) is not None:
+            raise ValueError(why)
+        return self
 
     @property
     def run(self) -> RunDir:

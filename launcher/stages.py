@@ -47,6 +47,10 @@ def train(recipe: Recipe, run: RunDir) -> None:
         say(f"[train] done already: {run.checkpoints}")
         return
     require_compiler()
+    if recipe.train.tuning == "qlora":
+        from trainer.quantization import require_four_bits
+
+        require_four_bits()
     model_revision(locate_model(recipe.model))  # a missing model is said here, before any process is started
     run.verdict("train").unlink(missing_ok=True)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // recipe.train.num_processes)))

@@ -12,6 +12,7 @@ from trainer.chat import IGNORE
 from trainer.job import TrainJob
 from trainer.loss import loss_settings
 from trainer.model import CausalLMWithLoss, load_model
+from trainer.tuning import is_decayed
 from trainer.zero import deepspeed_config
 
 ISOLATION_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}  # of the largest logit; a leak between documents shows as 0.1 to 1
@@ -54,7 +55,7 @@ def keeps_no_norm(engine: deepspeed.DeepSpeedEngine) -> bool:
 def make_engine(
     job: TrainJob, tokenizer: object, num_added: int, grad_accum_steps: int, world_size: int
 ) -> deepspeed.DeepSpeedEngine:
-    """The model under DeepSpeed with torch's AdamW; norms and biases are not decayed."""
+    """The model under DeepSpeed with torch's AdamW; see `is_decayed` for what decays."""
     config = job.config
     settings = deepspeed_config(config, grad_accum_steps, world_size)
     # Must stay alive while the model is read: with ZeRO-3 transformers then partitions weights as they arrive.
@@ -62,8 +63,8 @@ def make_engine(
     module = CausalLMWithLoss(load_model(job.model, config, tokenizer, num_added), loss_settings(config))
     del partitioner
     trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    matrices = [p for _, p in trained if len(getattr(p, "ds_shape", p.shape)) >= 2]
-    vectors = [p for _, p in trained if len(getattr(p, "ds_shape", p.shape)) < 2]
+    matrices = [p for name, p in trained if is_decayed(name, p)]
+    vectors = [p for name, p in trained if not is_decayed(name, p)]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(
         [group for group in groups if group["params"]],
@@ -82,6 +83,7 @@ def check_head(engine: deepspeed.DeepSpeedEngine, batches: Batches, precision: s
         ours = _logits(engine, batch)
         own = engine.module.lm(input_ids=batch.input_ids.to(engine.device)).logits
     engine.train()
+    own = own[:, -batch.labels.shape[1] :]  # without virtual tokens
     expected = own[(batch.labels != IGNORE).to(own.device)].float()
     error = float((ours - expected).abs().max() / expected.abs().max())
     if error > ISOLATION_TOLERANCE[precision]:

@@ -20,11 +20,15 @@ from cluster.errors import InputError, TunesmithError
 from cluster.files import sha256_json, write_json
 from cluster.manifest import is_sealed, verify_manifest, write_manifest
 from cluster.rundir import RunDir
+from trainer.adapters import CONFIG_FILE, WEIGHTS_FILE
+from trainer.base import RECORD
 from trainer.chat import end_of_turn_ids
 from trainer.config import ExportConfig, TrainConfig
+from trainer.config.tuning import form_refusal
 from trainer.disk import explain_failed_write
 from trainer.model import DTYPES, load_tokenizer
 from trainer.state import newest, read_state
+from trainer.tuning import load_adapter
 
 CARD_TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 CHECK_TEXT = "The quick brown fox jumps over the lazy dog. 1 2 3"
@@ -105,27 +109,22 @@ def _load(model: ModelConfig, dtype: torch.dtype) -> torch.nn.Module:
 
 def _load_adapted(
     model: ModelConfig, adapter: Path, tokenizer: PreTrainedTokenizerFast, dtype: torch.dtype
-) -> PeftModel:
-    base = _load(model, dtype)
-    if len(tokenizer) > base.get_input_embeddings().num_embeddings:
-        base.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64, mean_resizing=True)
-    return PeftModel.from_pretrained(base, adapter).eval()
+) -> torch.nn.Module:
+    return load_adapter(_load(model, dtype), adapter, model.revision, len(tokenizer))
 
 
 def save_form(
     job: ExportJob, source: Path, trained: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, folder: Path
 ) -> None:
     """Write the weights in the form that was asked for, and everything that goes with them."""
+    if (why := form_refusal(job.train.tuning, job.config.form)) is not None:
+        raise InputError(f"{why}.")
     folder.mkdir(parents=True)
     tokenizer.save_pretrained(folder)
     if job.config.form == "adapter":
-        if job.train.tuning == "full":
-            raise InputError("export.form=adapter, but train.tuning=full has no adapter. Set export.form=merged.")
-        for file in ("adapter_config.json", "adapter_model.safetensors"):
+        for file in (CONFIG_FILE, WEIGHTS_FILE, RECORD):
             shutil.copy2(source / "weights" / file, folder / file)
         return
-    if job.train.tuning == "prefix":
-        raise InputError("export.form=merged, but a prefix cannot be merged into weights. Set export.form=adapter.")
     # Copies, so that the model as trained stays there to compare with.
     merged = copy.deepcopy(trained).merge_and_unload() if isinstance(trained, PeftModel) else copy.deepcopy(trained)
     merged = merged.to(DTYPES[job.train.precision if job.config.dtype == "same" else job.config.dtype])

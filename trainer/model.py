@@ -1,8 +1,6 @@
 """Load a causal language model, wrap it with adapters if asked, and give it the loss that training needs."""
 
 import torch
-from peft import LoraConfig as PeftLoraConfig
-from peft import PeftModel, PrefixTuningConfig, TaskType, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -10,7 +8,10 @@ from cluster.config import ModelConfig
 from cluster.errors import InputError
 from trainer.chat import IGNORE, set_chat_template
 from trainer.config import TrainConfig
+from trainer.config.tuning import METHODS
 from trainer.loss import PLAIN_LOSS, EmbeddingNoise, LossSettings, chunked_loss
+from trainer.quantization import four_bits, require_four_bits
+from trainer.tuning import adapt, base_of, has_virtual_tokens, with_virtual_tokens
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -42,20 +43,20 @@ class CausalLMWithLoss(nn.Module):
         if not wanted.any():
             # Padding alone, when rows run out. Every parameter still takes part, so that ranks stay in step.
             wanted[:, 0], factor = True, 0.0
-        hidden, head = self._hidden(input_ids, position_ids)[wanted], self.lm.get_output_embeddings()
+        hidden, head = self._hidden(input_ids, position_ids)[wanted], base_of(self.lm).get_output_embeddings()
         if return_logits:
             return head(hidden).float()
         return chunked_loss(head, hidden, labels[wanted].clamp(min=0), self.settings) * factor
 
     def _hidden(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        """What the head gets. [B, S, D]"""
-        if isinstance(self.lm, PeftModel) and self.lm.active_peft_config.is_prompt_learning:
-            # The prefix enters through PeftModel.forward, as attention cache.
-            whole = torch.ones_like(input_ids)
-            return self.lm(input_ids=input_ids, attention_mask=whole, output_hidden_states=True).hidden_states[-1]
-        lm = self.lm.get_base_model() if isinstance(self.lm, PeftModel) else self.lm
-        # No attention mask and no cache: with either, transformers stops isolating packed documents.
-        return lm.get_decoder()(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+        """What the head gets, without the virtual tokens of prompt and prefix tuning. [B, S, D]"""
+        if has_virtual_tokens(self.lm):
+            inputs = with_virtual_tokens(self.lm, input_ids)
+        else:
+            # No attention mask and no cache: with either, transformers stops isolating packed documents.
+            inputs = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
+        decoder = base_of(self.lm).get_decoder()
+        return decoder(**inputs).last_hidden_state[:, -input_ids.shape[1] :]
 
 
 def load_tokenizer(model: ModelConfig, template_file: str | None) -> tuple[PreTrainedTokenizerFast, int]:
@@ -80,7 +81,7 @@ def load_model(
     Under ZeRO-3 an `HfDeepSpeedConfig` must be alive, so that weights are partitioned as they are read.
     Raises InputError if added tokens could not be trained: a model must learn to write the one that ends its turn.
     """
-    if num_added and (config.tuning == "prefix" or (config.tuning == "lora" and config.zero_stage == 3)):
+    if num_added and config.zero_stage not in METHODS[config.tuning].token_stages:
         raise InputError(
             f"{model.path}: its vocabulary lacks {num_added} tokens of the chat template, which tuning={config.tuning} "
             f"with zero_stage={config.zero_stage} cannot train. Set train.tuning=full, or lora with a lower "
@@ -93,6 +94,7 @@ def load_model(
         attn_implementation=config.attention,
         use_safetensors=True,
         trust_remote_code=False,
+        **_in_four_bits(config),
     )
     if len(tokenizer) > lm.get_input_embeddings().num_embeddings:
         lm.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64, mean_resizing=True)
@@ -101,29 +103,15 @@ def load_model(
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if config.tuning != "full":
             lm.enable_input_require_grads()
-    if config.tuning == "lora":
-        added = list(range(len(tokenizer) - num_added, len(tokenizer)))
-        lm = get_peft_model(lm, _lora(config, _vocabulary_layers(lm), added))
-    elif config.tuning == "prefix":
-        settings = PrefixTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=config.prefix.num_virtual_tokens)
-        lm = get_peft_model(lm, settings)
-    return lm
+    return adapt(lm, model, config, list(range(len(tokenizer) - num_added, len(tokenizer))))
 
 
-def _vocabulary_layers(lm: nn.Module) -> list[str]:
-    """Names of the input embedding and the head. Where they are not tied, rows of both have to be trained."""
-    layers = (lm.get_input_embeddings(), lm.get_output_embeddings())
-    return [name.rpartition(".")[2] for name, module in lm.named_modules() if module in layers]
-
-
-def _lora(config: TrainConfig, vocabulary_layers: list[str], added_token_ids: list[int]) -> PeftLoraConfig:
-    lora = config.lora
-    targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
-    return PeftLoraConfig(
-        task_type=TaskType.CAUSAL_LM,
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=targets,
-        trainable_token_indices={name: added_token_ids for name in vocabulary_layers} if added_token_ids else None,
-    )
+def _in_four_bits(config: TrainConfig) -> dict[str, object]:
+    """How QLoRA reads its base: in 4 bits, straight onto this rank's GPU. Raises InputError where that cannot be."""
+    if config.tuning != "qlora":
+        return {}
+    require_four_bits()
+    return {
+        "quantization_config": four_bits(DTYPES[config.precision]),
+        "device_map": {"": torch.cuda.current_device()},
+    }

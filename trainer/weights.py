@@ -8,9 +8,10 @@ from pathlib import Path
 import deepspeed
 import torch
 import torch.distributed as dist
-from peft import PeftModel
 from safetensors.torch import save_file
 from torch import nn
+
+from trainer.tuning import is_adapted, save_adapter
 
 WEIGHTS_INDEX = "model.safetensors.index.json"
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -18,12 +19,11 @@ UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 def save_weights(lm: nn.Module, folder: Path, max_shard_size: str) -> None:
     """Save `lm` in Hugging Face form, or its adapter alone. A collective: every rank has to call it."""
-    if isinstance(lm, PeftModel):
+    if is_adapted(lm):
         trained = [parameter for parameter in lm.parameters() if parameter.requires_grad]
         with deepspeed.zero.GatheredParameters(trained, modifier_rank=None):
             if dist.get_rank() == 0:
-                # Rows of added tokens are in the adapter as it is; whole embeddings would make it many times larger.
-                lm.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
+                save_adapter(lm, folder)
     else:
         shards = ShardedWeights(folder, parse_size(max_shard_size)) if dist.get_rank() == 0 else None
         for name, tensor in _gathered(lm):

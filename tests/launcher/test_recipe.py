@@ -182,7 +182,7 @@ def test_before_there_are_results_a_recipe_may_change(write, tmp_path: Path) -> 
         ("checkpoints/step_000001", "train.num_processes=3", True),
         ("checkpoints/step_000001", "train.watch.spike_window=9", True),
         ("checkpoints/step_000001", "synthesize.num_instructions=7", True),
-        ("checkpoints/step_000001", "export.form=adapter", True),
+        ("checkpoints/step_000001", "export.dtype=bf16", True),
         ("checkpoints/step_000001", "engine.num_replicas=3", True),
         ("checkpoints/.saving_step_000001", "train.learning_rate=0.5", True),
         ("data/synthesized", "synthesize.num_instructions=7", False),

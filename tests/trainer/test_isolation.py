@@ -102,7 +102,9 @@ def test_tokens_the_template_adds_are_trained_by_an_adapter(tmp_path: Path, chat
     assert not [key for key, tensor in weights(run).items() if len(tensor) > 300], "whole embeddings were saved"
 
 
-@pytest.mark.parametrize("settings", [{"tuning": "prefix", "packing": False}, {"tuning": "lora", "zero_stage": 3}])
+@pytest.mark.parametrize(
+    "settings", [{"tuning": "prefix", "packing": False}, {"tuning": "ia3"}, {"tuning": "lora", "zero_stage": 3}]
+)
 def test_tokens_the_template_adds_and_nothing_would_train_are_an_error(
     tmp_path: Path, chat_data: Path, settings: dict
 ) -> None:

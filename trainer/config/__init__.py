@@ -9,12 +9,20 @@ from cluster.config import StrictModel
 from trainer.config.after import EvaluateConfig, ExportConfig
 from trainer.config.checkpoints import CheckpointConfig
 from trainer.config.data import DataSource, ValidationConfig, as_sources, refuse_mixed_weights, refuse_other_formats
-from trainer.config.tuning import LoraConfig, PrefixConfig
+from trainer.config.tuning import (
+    AdapterConfig,
+    Ia3Config,
+    LoraConfig,
+    PrefixConfig,
+    PromptConfig,
+    Tuning,
+    refusal,
+)
 from trainer.config.watch import ProfileConfig, Tracker, WatchConfig
 
 __all__ = [
-    "CheckpointConfig", "DataSource", "EvaluateConfig", "ExportConfig", "LoraConfig", "PrefixConfig", "ProfileConfig",
-    "TrainConfig", "ValidationConfig", "WatchConfig",
+    "CheckpointConfig", "DataSource", "EvaluateConfig", "ExportConfig", "ProfileConfig", "TrainConfig",
+    "ValidationConfig", "WatchConfig",
 ]  # fmt: skip
 
 
@@ -47,9 +55,12 @@ class TrainConfig(StrictModel):
     objective: Literal["chat", "text"] = Field(
         "chat", description="chat: loss on the assistant's turns; text: loss on every token of `text`"
     )
-    tuning: Literal["full", "lora", "prefix"] = "full"
+    tuning: Tuning = "full"
     lora: LoraConfig = LoraConfig()
+    ia3: Ia3Config = Ia3Config()
     prefix: PrefixConfig = PrefixConfig()
+    prompt: PromptConfig = PromptConfig()
+    adapter: AdapterConfig = AdapterConfig()
     chat_template: str | None = Field(None, description="a Jinja file; default: the tokenizer's own, else ChatML")
 
     zero_stage: Literal[0, 1, 2, 3] = 2
@@ -129,16 +140,10 @@ class TrainConfig(StrictModel):
                 "zero_stage=0 works with precision=fp32 alone: DeepSpeed sums bf16 gradients there in bf16. "
                 "Set train.zero_stage=1, which sums them in float32 and takes less memory"
             )
-        if self.tuning == "prefix" and self.packing:
-            raise ValueError(
-                "packing does not work with tuning=prefix: the prefix lives in the attention cache, which rules out "
-                "the isolation of packed documents. Set train.packing=false"
-            )
-        if self.tuning == "prefix" and self.gradient_checkpointing:
-            raise ValueError(
-                "gradient_checkpointing does not work with tuning=prefix: checkpointing turns off the attention cache "
-                "that holds the prefix. Set train.gradient_checkpointing=false"
-            )
+        if (why := refusal(self.tuning, self.zero_stage, self.gradient_checkpointing, self.packing)) is not None:
+            raise ValueError(why)
+        if self.tuning == "qlora" and self.lora.dora:
+            raise ValueError("lora.dora is not known to work on a base in 4 bits. Set train.lora.dora=false")
         if self.attention.startswith("flash") and self.packing and self.micro_batch_size != 1:
             raise ValueError(
                 "packed rows with flash attention need train.micro_batch_size=1: document boundaries are read from "
