@@ -1,16 +1,24 @@
 """Killed or asked to stop, a training goes on where it was, bit for bit. By the command line, on two ranks."""
 
+import contextlib
+import itertools
 import json
 import os
+import random
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
 
 from cluster.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_PREEMPTED, InputError, TunesmithError
+from cluster.manifest import verify_manifest
 from tests.trainer.tools import (
     DEADLINE_SECONDS,
     chat_documents,
@@ -25,7 +33,7 @@ from tests.trainer.tools import (
     write_chats,
     write_job,
 )
-from trainer.state import newest, read_state
+from trainer.state import complete, newest, read_state
 
 EVERY_STEPS = 4
 NUM_STEPS = 60
@@ -56,6 +64,10 @@ def stop_at_step(recipe: Path, run: Path, step: int, stop) -> int:
         end_tree(process)
 
 
+def is_rank(process: psutil.Process) -> bool:
+    return "trainer.train" in process.cmdline() and "LOCAL_RANK" in process.environ()
+
+
 def assert_same(run: Path, expected: Path) -> None:
     assert trace(run) == trace(expected)
     found, wanted = weights(run), weights(expected)
@@ -77,10 +89,22 @@ def undisturbed(tmp_path_factory, chat_model: Path, chat_data: Path) -> Path:
 
 
 def test_killed_training_goes_on_bit_for_bit(tmp_path: Path, chat_model: Path, chat_data: Path, undisturbed) -> None:
+    """Killed between two checkpoints, then at random instants of a training that nearly always saves."""
     recipe, run = write_recipe(tmp_path, chat_model, chat_data), tmp_path / "run"
     stop_at_step(recipe, run, KILLED_AT, end_tree)
+    rng = random.Random(0)
+    for more in ({}, {"local_dir": str(tmp_path / "local")}):
+        write_recipe(tmp_path, chat_model, chat_data, checkpoint={"every_steps": 1, **more})
+
+        def kill(process) -> None:
+            time.sleep(rng.random() * 0.5)
+            end_tree(process)
+
+        stop_at_step(recipe, run, num_steps_shown(run) + 4, kill)
+        for folder in complete(run / "checkpoints"):
+            verify_manifest(folder)
     state = read_state(newest(run / "checkpoints"))
-    assert EVERY_STEPS <= state.step < NUM_STEPS
+    assert EVERY_STEPS + 3 <= state.step < NUM_STEPS
     half = run / "checkpoints" / ".saving_step_000777"  # as if it had been killed while saving
     half.mkdir()
     (half / "state.json").write_text("{")
@@ -95,7 +119,22 @@ def test_asked_to_stop_it_saves_that_step_and_goes_on_bit_for_bit(
     tmp_path: Path, chat_model: Path, chat_data: Path, undisturbed
 ) -> None:
     recipe, run = write_recipe(tmp_path, chat_model, chat_data, checkpoint={"every_steps": 1000}), tmp_path / "run"
-    code = stop_at_step(recipe, run, KILLED_AT, lambda process: os.kill(process.pid, signal.SIGTERM))
+
+    def ask_again_and_again(process) -> None:
+        """Every rank, until it has ended: while it is saving, and while its interpreter ends."""
+        os.kill(process.pid, signal.SIGTERM)
+        ranks = [child for child in psutil.Process(process.pid).children(recursive=True) if is_rank(child)]
+        assert len(ranks) == SETTINGS["num_processes"]
+        for number in itertools.count():
+            ranks = [rank for rank in ranks if rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE]
+            if not ranks:
+                return
+            for rank in ranks:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    rank.send_signal((signal.SIGUSR1, signal.SIGTERM)[number % 2])
+            time.sleep(0.002)
+
+    code = stop_at_step(recipe, run, KILLED_AT, ask_again_and_again)
     output = (tmp_path / "output.txt").read_text()
     assert code == EXIT_PREEMPTED, output
     assert "The same command goes on" in output
@@ -174,12 +213,10 @@ def test_a_checkpoint_of_another_base_model_is_refused(unfinished: Path, tmp_pat
         train_here(unfinished)
 
 
-def test_a_checkpoint_of_another_number_of_ranks_is_refused(unfinished: Path) -> None:
-    from trainer import checkpoint
-
-    folder = newest(unfinished / "checkpoints")
-    with pytest.raises(InputError, match=r"made by 1 ranks, started with 2\. Start it with 1"):
-        checkpoint.load(None, folder, read_state(folder).job, world_size=2)
+def test_rows_that_do_not_divide_among_the_ranks_that_go_on_are_refused(unfinished: Path) -> None:
+    rewrite(unfinished, train={"micro_batch_size": 4})
+    with pytest.raises(InputError, match=r"global_batch_size=2 .* 4 x 1 ranks.*step_000003 was made by 1 ranks"):
+        train_here(unfinished)
 
 
 def test_saving_more_often_is_no_other_job_and_older_checkpoints_are_removed(unfinished: Path) -> None:
@@ -226,7 +263,7 @@ def test_changed_settings_end_the_command_with_exit_code_2_before_anything_start
 
 def test_ranks_stop_on_every_signal_that_their_supervisor_passes_on() -> None:
     from launcher import node
-    from trainer.train import STOP_SIGNALS, StopRequest
+    from trainer.stop import STOP_SIGNALS, StopRequest
 
     assert set(node.STOP_SIGNALS) <= set(STOP_SIGNALS)
     before = {signum: signal.getsignal(signum) for signum in STOP_SIGNALS}
@@ -239,3 +276,28 @@ def test_ranks_stop_on_every_signal_that_their_supervisor_passes_on() -> None:
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
+
+
+def test_children_of_a_rank_do_not_react_and_more_signals_change_nothing() -> None:
+    script = """if True:
+        import os, signal, time
+        from trainer.stop import STOP_SIGNALS, StopRequest
+        stop = StopRequest()
+        go_on, tell = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.read(go_on, 1)
+            os._exit(40 + stop.requested)
+        for signum in STOP_SIGNALS * 3:
+            os.kill(child, signum)
+            time.sleep(0.01)
+        os.write(tell, b".")
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 40
+        assert not stop.requested
+        for signum in STOP_SIGNALS * 3:
+            signal.raise_signal(signum)
+        assert stop.requested
+        stop.done()
+        raise SystemExit(75)
+    """
+    assert subprocess.run([sys.executable, "-c", script]).returncode == EXIT_PREEMPTED
