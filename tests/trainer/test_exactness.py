@@ -78,9 +78,12 @@ def trained(tmp_path_factory, chat_model: Path) -> dict[str, Path]:
 
 
 def document_loss(lm: torch.nn.Module, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Sum of token losses of one document, alone in its batch, over the whole vocabulary and sequence."""
+    """Sum of token losses of one document, alone in its batch, over the whole vocabulary and sequence.
+
+    Logits of virtual tokens, which come before it where a prompt is tuned, are left out.
+    """
     logits = lm(input_ids=ids[None], use_cache=False).logits[0].float()
-    return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
+    return F.cross_entropy(logits[-len(ids) :], labels, ignore_index=IGNORE, reduction="sum")
 
 
 def reference(job: TrainJob) -> tuple[dict[int, tuple[float, float]], torch.nn.Module]:
@@ -93,9 +96,11 @@ def reference(job: TrainJob) -> tuple[dict[int, tuple[float, float]], torch.nn.M
     torch.manual_seed(job.seed)
     lm = load_model(job.model, config, tokenizer, num_added).train()
     trained = [parameter for parameter in lm.parameters() if parameter.requires_grad]
+    matrices = [p for p in trained if p.ndim >= 2 and config.tuning != "ia3"]  # IA3 trains factors, in any shape
+    vectors = [p for p in trained if not any(p is matrix for matrix in matrices)]
     groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=1.0, betas=config.betas, eps=config.adam_epsilon)
     found = {}

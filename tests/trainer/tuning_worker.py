@@ -1,0 +1,68 @@
+"""Trains several run folders in one process group, and notes which weights of the base moved.
+
+`torchrun -m tests.trainer.tuning_worker RUN...` leaves `untouched.json` in each run folder: how many frozen weights
+were compared with the base's file after training, and the names of those that differ.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from trainer.quiet import name_accelerator, quieten_libraries
+
+name_accelerator()
+
+import deepspeed  # noqa: E402
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+
+from tests.trainer.tools import train_here  # noqa: E402
+from trainer import engine, train  # noqa: E402
+from trainer.job import read_job  # noqa: E402
+from trainer.kernels import load_comm_kernel  # noqa: E402
+
+partitioned_config, make_engine = engine.deepspeed_config, train.make_engine
+kept: list[deepspeed.DeepSpeedEngine] = []
+
+
+def partition_everything(*arguments: object) -> dict:
+    """DeepSpeed keeps small weights whole under ZeRO-3, and those of a tiny model are all small."""
+    settings = partitioned_config(*arguments)
+    settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    return settings
+
+
+def keep_engine(*arguments: object) -> deepspeed.DeepSpeedEngine:
+    kept[:] = [make_engine(*arguments)]
+    return kept[0]
+
+
+def compare_with_base(run: Path) -> None:
+    """Write which frozen weights of the engine that trained last differ from the file they were read from."""
+    base = load_file(Path(read_job(run).model.path) / "model.safetensors")
+    frozen = [(name, p) for name, p in kept[0].module.named_parameters() if not p.requires_grad]
+    changed = []
+    for name, parameter in frozen:
+        key = next(key for key in base if name.replace(".base_layer", "").endswith(key))
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=None):
+            if not torch.equal(parameter.detach(), base[key]):
+                changed.append(key)
+    if dist.get_rank() == 0:
+        (run / "untouched.json").write_text(json.dumps({"compared": len(frozen), "changed": changed}))
+
+
+def main() -> None:
+    quieten_libraries()
+    torch.set_num_threads(1)
+    load_comm_kernel()
+    engine.deepspeed_config, train.make_engine = partition_everything, keep_engine
+    deepspeed.init_distributed(dist_backend="gloo")
+    for run in sys.argv[1:]:
+        train_here(Path(run))
+        compare_with_base(Path(run))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
