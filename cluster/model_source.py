@@ -28,6 +28,17 @@ def locate_model(model: ModelConfig) -> ModelConfig:
     return ModelConfig(path=str(folder.resolve()), revision=model.revision)
 
 
+def find_config(model: ModelConfig) -> Path | None:
+    """The model's config.json if it is on this machine: in its folder, or in the hub's cache. Asks nobody."""
+    located = locate_model(model)
+    if Path(located.path).is_dir():
+        return Path(located.path) / "config.json"
+    from huggingface_hub import try_to_load_from_cache  # slow to import, and most runs use a folder
+
+    found = try_to_load_from_cache(located.path, "config.json", revision=located.revision)
+    return Path(found) if isinstance(found, str) else None
+
+
 def model_revision(model: ModelConfig) -> str:
     """What tells this model's weights from any others: the commit on the hub, or a hash of a folder's files.
 

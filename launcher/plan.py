@@ -5,8 +5,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from cluster.errors import InputError
+from cluster.model_source import find_config, locate_model
 from launcher.recipe import Recipe
 from trainer.config import TrainConfig
+from trainer.memory import amount, check_heads, choose_stage, estimate, read_facts, usable_bytes
 
 
 def stages_of(recipe: Recipe) -> list[tuple[str, str, str]]:
@@ -22,12 +25,7 @@ def stages_of(recipe: Recipe) -> list[tuple[str, str, str]]:
             )
         )
     stages += [
-        (
-            "train",
-            f"{train.tuning} tuning, ZeRO-{train.zero_stage}, {train.precision}, {train.num_processes} ranks here; "
-            f"{_batch(train)}; " + (f"{train.max_steps} steps" if train.max_steps else f"{train.num_epochs} epochs"),
-            str(run.checkpoints),
-        ),
+        ("train", _training(train), str(run.checkpoints)),
         ("export", f"{recipe.export.form} model as safetensors{_to(recipe)}", str(run.export)),
     ]
     if train.objective == "chat" and recipe.export.form == "merged":
@@ -50,15 +48,27 @@ def _synthesis(recipe: Recipe) -> str:
     return f"{name}: {goal}; {writer.path or recipe.model.path} on {engines}"
 
 
+def _training(train: TrainConfig) -> str:
+    """How the model is tuned, and the arithmetic of its batches."""
+    ranks, parts = train.num_processes, train.sequence_parallel_size
+    sharing = f" in groups of {parts} that share rows" if parts > 1 else ""
+    return (
+        f"{train.tuning} tuning, ZeRO-{train.zero_stage}, {train.precision}, {ranks} ranks here{sharing}; "
+        f"{_batch(train)}; " + (f"{train.max_steps} steps" if train.max_steps else f"{train.num_epochs} epochs")
+    )
+
+
 def _batch(train: TrainConfig) -> str:
     """What one optimizer step holds."""
-    size, ranks = train.global_batch_size, train.num_processes
+    size, parts = train.global_batch_size, train.sequence_parallel_size
+    groups = max(1, train.num_processes // parts)
+    sharers = f"{groups} {'groups' if parts > 1 else 'ranks'}"
     most = f"up to {size * train.max_seq_len:,} tokens a step"
     if train.batch_unit == "documents":
         rows = "packed into as few rows as they need" if train.packing else "one to a row"
-        return f"{size} documents a step, {rows}, {train.micro_batch_size} micro x {ranks} ranks; {most}"
-    accumulated = size // (train.micro_batch_size * ranks)
-    return f"{size} rows a step = {train.micro_batch_size} micro x {accumulated} accumulated x {ranks} ranks; {most}"
+        return f"{size} documents a step, {rows}, {train.micro_batch_size} micro x {sharers}; {most}"
+    accumulated = size // (train.micro_batch_size * groups)
+    return f"{size} rows a step = {train.micro_batch_size} micro x {accumulated} accumulated x {sharers}; {most}"
 
 
 def _to(recipe: Recipe) -> str:
@@ -72,4 +82,42 @@ def print_plan(recipe: Recipe, path: Path, console: Console) -> None:
     for row in stages_of(recipe):
         table.add_row(*row)
     console.print(table)
+    print_memory(recipe, console)
     console.print(f"Nothing was started. To run it: tunesmith run {path}", markup=False, highlight=False)
+
+
+def print_memory(recipe: Recipe, console: Console) -> None:
+    """What training takes on each rank with every ZeRO stage. Raises InputError if the recipe's stage cannot hold it.
+
+    Needs the model's config.json on this machine, and nothing else of it.
+    """
+    train = recipe.train
+    if find_config(recipe.model) is None:
+        console.print(f"Memory: not known, as config.json of {recipe.model.path} is not on this machine.", markup=False)
+        return
+    facts = read_facts(locate_model(recipe.model), train)
+    check_heads(facts, train)
+    usable = usable_bytes(train, train.num_processes)
+    chosen, complaint = None, None
+    try:
+        chosen = choose_stage(facts, train, train.num_processes, usable)
+    except InputError as error:
+        complaint = error  # the table says by how much, so it comes first
+    title = f"expected memory of each of {train.num_processes} ranks; {amount(usable)} usable"
+    table = Table(title=title, title_justify="left")
+    offloads = {train.zero.offload_optimizer, train.zero.offload_parameters} != {"none"}
+    for heading in ("ZeRO", "weights", "gradients", "AdamW", "working", "in all", *["on host"] * offloads, ""):
+        table.add_column(heading, justify="right")
+    for stage in train.stages:
+        found = estimate(facts, train, stage, train.num_processes)
+        parts = [found.weights, found.gradients, found.optimizer, found.working, found.total, *[found.host] * offloads]
+        verdict = "chosen" if chosen is not None and chosen.stage == stage else "fits"
+        table.add_row(str(stage), *map(amount, parts), verdict if found.total <= usable else "too much")
+    console.print(table)
+    if complaint is not None:
+        raise complaint
+    console.print(
+        f"{facts.num_trained:,} of {facts.num_parameters:,} parameters are trained. Working memory: buckets, "
+        "activations and logits, were every row full and every token labelled.",
+        markup=False, highlight=False,
+    )  # fmt: skip

@@ -6,9 +6,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from cluster.config import ModelConfig
 from cluster.errors import InputError
+from trainer.attention import choose_attention
 from trainer.chat import IGNORE, set_chat_template
 from trainer.config import TrainConfig
 from trainer.config.tuning import METHODS
+from trainer.layers import fit_layers
 from trainer.loss import PLAIN_LOSS, EmbeddingNoise, LossSettings, chunked_loss
 from trainer.quantization import four_bits, require_four_bits
 from trainer.tuning import adapt, base_of, has_virtual_tokens, with_virtual_tokens
@@ -30,11 +32,16 @@ class CausalLMWithLoss(nn.Module):
         self.noise = EmbeddingNoise(lm.get_input_embeddings(), alpha) if alpha else None
 
     def forward(
-        self, input_ids: torch.Tensor, position_ids: torch.Tensor, labels: torch.Tensor, return_logits: bool = False
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        labels: torch.Tensor,
+        return_logits: bool = False,
+        **bounds: torch.Tensor | int,
     ) -> torch.Tensor:
         """Arguments [B, S]; returns a float32 scalar: the sum over the L positions whose label is not IGNORE.
 
-        With `return_logits`, their logits [L, V] instead.
+        With `return_logits`, their logits [L, V] instead. `bounds` is what flash attention gets to know of documents.
         """
         if self.noise is not None:
             self.noise.follow(position_ids)
@@ -43,18 +50,18 @@ class CausalLMWithLoss(nn.Module):
         if not wanted.any():
             # Padding alone, when rows run out. Every parameter still takes part, so that ranks stay in step.
             wanted[:, 0], factor = True, 0.0
-        hidden, head = self._hidden(input_ids, position_ids)[wanted], base_of(self.lm).get_output_embeddings()
+        hidden, head = self._hidden(input_ids, position_ids, bounds)[wanted], base_of(self.lm).get_output_embeddings()
         if return_logits:
             return head(hidden).float()
         return chunked_loss(head, hidden, labels[wanted].clamp(min=0), self.settings) * factor
 
-    def _hidden(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+    def _hidden(self, input_ids: torch.Tensor, position_ids: torch.Tensor, bounds: dict) -> torch.Tensor:
         """What the head gets, without the virtual tokens of prompt and prefix tuning. [B, S, D]"""
         if has_virtual_tokens(self.lm):
             inputs = with_virtual_tokens(self.lm, input_ids)
         else:
             # No attention mask and no cache: with either, transformers stops isolating packed documents.
-            inputs = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
+            inputs = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False, **bounds}
         decoder = base_of(self.lm).get_decoder()
         return decoder(**inputs).last_hidden_state[:, -input_ids.shape[1] :]
 
@@ -91,7 +98,7 @@ def load_model(
         model.path,
         revision=model.revision,
         dtype=DTYPES[config.precision],
-        attn_implementation=config.attention,
+        attn_implementation=choose_attention(config),
         use_safetensors=True,
         trust_remote_code=False,
         **_in_four_bits(config),
@@ -99,10 +106,7 @@ def load_model(
     if len(tokenizer) > lm.get_input_embeddings().num_embeddings:
         lm.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64, mean_resizing=True)
     lm.config.use_cache = config.tuning == "prefix"
-    if config.gradient_checkpointing:
-        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        if config.tuning != "full":
-            lm.enable_input_require_grads()
+    fit_layers(lm, config)
     return adapt(lm, model, config, list(range(len(tokenizer) - num_added, len(tokenizer))))
 
 

@@ -39,6 +39,8 @@ from trainer.metrics import Step, StepLine
 from trainer.model import load_tokenizer
 from trainer.ranks import make_all_sum
 from trainer.schedule import learning_rate
+from trainer.sequence import SplitBatches
+from trainer.settle import settle
 from trainer.state import TrainState, newest, read_state
 from trainer.stop import StopRequest
 from trainer.trackers import reporting
@@ -49,6 +51,7 @@ from trainer.watch import LossWatch, StallWatch, describe_rows, profiling
 
 def train(job: TrainJob, stop: StopRequest) -> dict:
     """Train to the end, or to the step at which any rank was asked to stop. Returns the verdict."""
+    job = settle(job)
     config, run = job.config, job.run
     rank, world_size = dist.get_rank(), dist.get_world_size()
     all_sum = make_all_sum(config.process_group_timeout_seconds)
@@ -136,7 +139,8 @@ def shared_tokens(job: TrainJob, tokenizer: object) -> tuple[Tokens, str]:
 
 def make_batches(tokens: Tokens, job: TrainJob, rank: int, world_size: int) -> Batches:
     try:
-        return Batches(tokens, job.config, job.seed, rank, world_size)
+        kind = Batches if job.config.sequence_parallel_size == 1 else SplitBatches
+        return kind(tokens, job.config, job.seed, rank, world_size)
     except ValueError as error:
         word = ""
         if (last := newest(job.run.checkpoints)) is not None:

@@ -1,5 +1,6 @@
 """The command line answers at once, starts nothing it need not, and ends with the exit code that says what happened."""
 
+import json
 import os
 import subprocess
 import sys
@@ -72,6 +73,31 @@ def test_plan_shows_the_stages_and_their_arithmetic_and_writes_nothing(recipe: P
 def test_plan_says_that_a_step_is_counted_in_documents(recipe: Path) -> None:
     done = tunesmith("plan", recipe, "train.batch_unit=documents", "train.global_batch_size=127", cwd=recipe.parent)
     assert "127 documents a step, packed into as few rows" in " ".join(done.stdout.split())
+
+
+LLAMA_8B = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "intermediate_size": 14336,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
+}  # fmt: skip
+
+
+def test_plan_shows_the_memory_of_every_stage_from_the_config_alone(recipe: Path) -> None:
+    """8 B parameters over 8 ranks: ZeRO-1 keeps 56 GiB a rank, ZeRO-3 17 GiB. Nothing but config.json is there."""
+    folder = recipe.parent / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(LLAMA_8B))
+    arguments = ["model.path=./model", "train.num_processes=8", "train.gpu_memory_gib=60"]
+    done = tunesmith("plan", recipe, *arguments, cwd=recipe.parent)
+    assert done.returncode == 0, done.stderr
+    rows = [line.replace("│", "").split() for line in done.stdout.splitlines() if "GiB" in line and "│" in line]
+    verdicts = {row[0]: " ".join(row[-2:]) for row in rows if row[0] in "123"}
+    assert verdicts["1"] == "too much"
+    assert verdicts["2"].endswith("chosen")
+    assert verdicts["3"].endswith("fits")
+    refused = tunesmith("plan", recipe, *arguments, "train.zero_stage=1", cwd=recipe.parent)
+    assert refused.returncode == 2
+    assert "train.zero_stage=1 cannot hold this model" in refused.stderr
+    assert "Set train.zero_stage=auto" in refused.stderr
 
 
 @pytest.mark.parametrize(

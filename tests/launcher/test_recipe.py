@@ -93,7 +93,7 @@ def test_the_command_line_comes_before_the_file(write) -> None:
             "train.checkpoint.every_steps: Input should be greater than or equal to 1",
         ),
         ("name: test", "name: ../test", 1, "name: String should match pattern"),
-        ("  data: chats.jsonl", "  zero_stage: 4", 5, "train.zero_stage: Input should be 0, 1, 2 or 3"),
+        ("  data: chats.jsonl", "  zero_stage: 4", 5, "train.zero_stage: Input should be 'auto', 0, 1, 2 or 3"),
         ("  data: chats.jsonl", "  tuning: prefix", 4, "train: packing does not work with tuning=prefix"),
         ("  data: chats.jsonl", "  zero_stage: 0", 4, "train: zero_stage=0 works with precision=fp32 alone"),
         ("  data: chats.jsonl", "  attention: flash_attention_2", 4, "train: packed rows with flash attention need"),

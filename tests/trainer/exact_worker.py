@@ -9,9 +9,20 @@ name_accelerator()
 
 import deepspeed  # noqa: E402
 import torch  # noqa: E402
+from deepspeed.runtime.sequence_parallel import parallel_state_sp  # noqa: E402
+from deepspeed.utils import groups  # noqa: E402
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: E402
 
 from tests.trainer.tools import train_here  # noqa: E402
 from trainer.kernels import load_comm_kernel  # noqa: E402
+
+
+def forget_ulysses() -> None:
+    """Undo what sequence parallelism did to this process, for the next job in it."""
+    parallel_state_sp._release_sequence_parallel_groups()
+    groups.mpu = None
+    if "sdpa" in ALL_ATTENTION_FUNCTIONS._local_mapping:
+        del ALL_ATTENTION_FUNCTIONS["sdpa"]
 
 
 def main() -> None:
@@ -21,6 +32,7 @@ def main() -> None:
     deepspeed.init_distributed(dist_backend="gloo")
     for run in sys.argv[1:]:
         train_here(Path(run))
+        forget_ulysses()
     torch.distributed.destroy_process_group()
 
 

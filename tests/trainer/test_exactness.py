@@ -42,7 +42,6 @@ FULL = {
 UNCLIPPED = {
     f"zero{stage}-unclipped": {"zero_stage": stage, "max_grad_norm": 0.0, **ACCUMULATION[4]} for stage in (0, 2, 3)
 }
-CHECKPOINTED = {"zero3-recomputed": {"zero_stage": 3, "gradient_checkpointing": True, **ACCUMULATION[4]}}
 CHUNKS = {"loss_chunk_tokens": 48, **ACCUMULATION[4]}
 CHUNKED = {f"zero{stage}-chunked": {"zero_stage": stage, **CHUNKS} for stage in (2, 3)}
 HELD_OUT = {
@@ -53,10 +52,23 @@ DOCUMENTS = {
     f"zero{stage}-documents": {"zero_stage": stage, "batch_unit": "documents", "global_batch_size": 11, "num_epochs": 2}
     for stage in range(4)
 }  # fmt: skip
+CHECKPOINTED = {
+    f"zero{stage}-{kind}": {"zero_stage": stage, "activation_checkpointing": kind, **ACCUMULATION[4]}
+    for stage, kind in ((3, "full"), (2, "selective"))
+}
+OFFLOADED = {
+    f"zero{stage}-offloaded-{what}": {"zero_stage": stage, "zero": zero, **ACCUMULATION[4]}
+    for stage, what, zero in (
+        (1, "optimizer", {"offload_optimizer": "cpu"}), (2, "optimizer", {"offload_optimizer": "cpu"}),
+        (3, "all", {"offload_optimizer": "cpu", "offload_parameters": "cpu"}),
+    )
+}  # fmt: skip
+SHARED = {"sequence_parallel_size": 2, "packing": False, "global_batch_size": 8}
+SEQUENCE = {f"zero{stage}-sequence": {"zero_stage": stage, **SHARED} for stage in range(4)}
 ADAPTER = {"tuning": "lora", "lora": {"rank": 4, "alpha": 16}}
 LORA = {f"lora-zero{stage}": {"zero_stage": stage, **ADAPTER, **ACCUMULATION[4]} for stage in (2, 3)}
 BF16 = {f"bf16-zero{stage}": {"zero_stage": stage, "precision": "bf16", **ACCUMULATION[4]} for stage in (1, 2, 3)}
-JOBS = FULL | UNCLIPPED | CHECKPOINTED | CHUNKED | HELD_OUT | DOCUMENTS | LORA | BF16
+JOBS = FULL | UNCLIPPED | CHECKPOINTED | OFFLOADED | CHUNKED | HELD_OUT | DOCUMENTS | LORA | BF16 | SEQUENCE
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +141,9 @@ _references: dict[str, tuple] = {}
 def reference_of(run: Path) -> tuple[dict[int, tuple[float, float]], torch.nn.Module]:
     """The reference of a job. Jobs that differ in nothing it depends on share one."""
     job = read_job(run)
-    irrelevant = {"zero_stage", "gradient_checkpointing", "precision", "loss_chunk_tokens"}
+    irrelevant = {
+        "zero_stage", "zero", "activation_checkpointing", "precision", "sequence_parallel_size", "loss_chunk_tokens"
+    }  # fmt: skip
     key = job.config.model_dump_json(exclude=irrelevant)
     if key not in _references:
         _references[key] = reference(job)
@@ -148,7 +162,9 @@ def assert_same_trace(run: Path, expected: dict[int, tuple[float, float]], toler
         assert found[step][1] == pytest.approx(norm, rel=tolerance), f"gradient norm of step {step}"
 
 
-@pytest.mark.parametrize("name", FULL | UNCLIPPED | CHECKPOINTED | CHUNKED | HELD_OUT | DOCUMENTS)
+@pytest.mark.parametrize(
+    "name", FULL | UNCLIPPED | CHECKPOINTED | OFFLOADED | SEQUENCE | CHUNKED | HELD_OUT | DOCUMENTS
+)
 def test_two_ranks_train_as_plain_pytorch_does(trained: dict[str, Path], name: str) -> None:
     expected, lm = reference_of(trained[name])
     assert_same_trace(trained[name], expected, TOLERANCE)

@@ -58,7 +58,7 @@ def test_the_loss_is_the_sum_over_labels_of_the_models_own_logits(
 def test_a_model_whose_packed_documents_see_each_other_is_refused(
     tmp_path: Path, chat_model: Path, chat_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def leaking(self, input_ids, position_ids):
+    def leaking(self, input_ids, position_ids, bounds):
         return self.lm.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
 
     monkeypatch.setattr(CausalLMWithLoss, "_hidden", leaking)

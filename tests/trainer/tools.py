@@ -39,17 +39,19 @@ def make_tokenizer(*special_tokens: str):
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END, pad_token=END)
 
 
-def save_llama(folder: Path, tokenizer, tied: bool) -> Path:
-    """A folder with a random float32 Llama of two layers and `tokenizer`."""
+def save_llama(folder: Path, tokenizer, tied: bool, **sizes: int) -> Path:
+    """A folder with a random float32 Llama of two layers, or as `sizes` say, and `tokenizer`."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
+    settings = {
+        "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 512,
+    }  # fmt: skip
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=512, tie_word_embeddings=tied, bos_token_id=0, eos_token_id=0,
-        initializer_range=0.1,
-    )  # fmt: skip
+        **settings | sizes, tie_word_embeddings=tied, bos_token_id=0, eos_token_id=0, initializer_range=0.1
+    )
     LlamaForCausalLM(config).to(torch.float32).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

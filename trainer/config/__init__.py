@@ -10,6 +10,7 @@ from trainer.config.after import EvaluateConfig, ExportConfig
 from trainer.config.checkpoints import CheckpointConfig
 from trainer.config.data import DataSource, ValidationConfig, as_sources, refuse_mixed_weights, refuse_other_formats
 from trainer.config.tuning import (
+    METHODS,
     AdapterConfig,
     Ia3Config,
     LoraConfig,
@@ -19,21 +20,23 @@ from trainer.config.tuning import (
     refusal,
 )
 from trainer.config.watch import ProfileConfig, Tracker, WatchConfig
+from trainer.config.zero import Stage, ZeroConfig
 
 __all__ = [
     "CheckpointConfig", "DataSource", "EvaluateConfig", "ExportConfig", "ProfileConfig", "TrainConfig",
-    "ValidationConfig", "WatchConfig",
+    "ValidationConfig", "WatchConfig", "ZeroConfig",
 ]  # fmt: skip
 
 
 class TrainConfig(StrictModel):
     """One tuning job. Defaults are Alpaca's for 7B (Taori et al. 2023, train.py) where it has a value."""
 
-    # What may change between two starts of one job: the rows of a step and the steps stay what they are.
+    # What may change between two starts of one job: the rows of a step and what is computed of them stay the same.
     NOT_DECIDING: ClassVar[frozenset[str]] = frozenset(
         {
-            "checkpoint", "data", "micro_batch_size", "num_processes", "process_group_timeout_seconds", "profile",
-            "report_to", "validation", "watch",
+            "activation_checkpointing", "attention", "checkpoint", "compile", "data", "gpu_memory_gib", "liger",
+            "micro_batch_size", "num_processes", "process_group_timeout_seconds", "profile", "report_to", "validation",
+            "watch",
         }
     )  # fmt: skip
 
@@ -63,14 +66,23 @@ class TrainConfig(StrictModel):
     adapter: AdapterConfig = AdapterConfig()
     chat_template: str | None = Field(None, description="a Jinja file; default: the tokenizer's own, else ChatML")
 
-    zero_stage: Literal[0, 1, 2, 3] = 2
+    zero_stage: Stage = Field("auto", description="auto: the lowest stage that fits into the memory")
+    zero: ZeroConfig = ZeroConfig()
+    gpu_memory_gib: float | None = Field(None, gt=0, description="of one rank; default: what the machine has")
     precision: Literal["bf16", "fp32"] = "bf16"
-    attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "sdpa"
-    gradient_checkpointing: bool = False
+    attention: Literal["auto", "sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3"] = Field(
+        "auto", description="auto: flash attention where it is installed, flex for packed rows on a GPU, else sdpa"
+    )
+    activation_checkpointing: Literal["none", "selective", "full"] = Field(
+        "none", description="what is made again in the backward pass; selective: all but matrix products and attention"
+    )
+    liger: Literal["auto", True, False] = Field("auto", description="Liger's RMSNorm, rotary embedding and SwiGLU")
+    compile: bool = Field(False, description="torch.compile of every decoder layer; not with ZeRO-3")
     num_processes: int = Field(1, ge=1, description="ranks on this machine when started here; one per GPU on a cluster")
 
     max_seq_len: int = Field(512, ge=8, description="tokens in a row; longer documents are cut, without an end label")
     packing: bool = True
+    sequence_parallel_size: int = Field(1, ge=1, description="ranks that share every row, for rows too long for one")
     micro_batch_size: int = Field(4, ge=1, description="rows in one forward pass of one rank")
     global_batch_size: int = Field(128, ge=1, description="batch_unit's in one optimizer step over all ranks")
 
@@ -132,21 +144,81 @@ class TrainConfig(StrictModel):
             )
         return self
 
+    @model_validator(mode="before")
+    @classmethod
+    def _gradient_checkpointing_is_all_or_nothing(cls, values: object) -> object:
+        """The older key `gradient_checkpointing: true | false` means full | none."""
+        if not isinstance(values, dict) or "gradient_checkpointing" not in values:
+            return values
+        if "activation_checkpointing" in values:
+            raise ValueError("gradient_checkpointing is the older name of activation_checkpointing: give one of them")
+        rest = dict(values)
+        old = rest.pop("gradient_checkpointing")
+        if not isinstance(old, bool):
+            raise ValueError("gradient_checkpointing is true or false. Better, set activation_checkpointing")
+        return rest | {"activation_checkpointing": "full" if old else "none"}
+
     @model_validator(mode="after")
     def _combinations_that_work(self) -> "TrainConfig":
         refuse_other_formats(self.data, self.objective)
-        if self.zero_stage == 0 and self.precision == "bf16":
-            raise ValueError(
-                "zero_stage=0 works with precision=fp32 alone: DeepSpeed sums bf16 gradients there in bf16. "
-                "Set train.zero_stage=1, which sums them in float32 and takes less memory"
-            )
-        if (why := refusal(self.tuning, self.zero_stage, self.gradient_checkpointing, self.packing)) is not None:
+        if complaint := self.zero.complaint(self.zero_stage, self.precision):
+            raise ValueError(complaint)
+        checkpointing = self.activation_checkpointing != "none"
+        if (why := refusal(self.tuning, self.zero_stage, checkpointing, self.packing)) is not None:
             raise ValueError(why)
         if self.tuning == "qlora" and self.lora.dora:
             raise ValueError("lora.dora is not known to work on a base in 4 bits. Set train.lora.dora=false")
+        if self.compile and (self.zero_stage == 3 or self.zero.needs_stage_3):
+            raise ValueError("compile does not work with ZeRO-3, whose hooks gather weights. Set train.compile=false")
+        if self.activation_checkpointing == "selective" and (self.zero_stage == 3 or self.zero.needs_stage_3):
+            raise ValueError(
+                "activation_checkpointing=selective does not work with ZeRO-3: gathering weights a second time is not "
+                "what was recorded. Set train.activation_checkpointing=full"
+            )
+        if self.compile and self.activation_checkpointing == "selective":
+            raise ValueError(
+                "compile does not work with activation_checkpointing=selective: inside a compiled layer the operations "
+                "to keep are not seen. Set train.activation_checkpointing to full or none"
+            )
+        if self.sequence_parallel_size > 1:
+            self._refuse_what_ulysses_lacks()
         if self.attention.startswith("flash") and self.packing and self.micro_batch_size != 1:
             raise ValueError(
                 "packed rows with flash attention need train.micro_batch_size=1: document boundaries are read from "
                 "position_ids of a single row. Use a longer train.max_seq_len instead"
             )
         return self
+
+    @property
+    def stages(self) -> list[int]:
+        """The ZeRO stages that work with the rest of the recipe, lowest first."""
+        lacking = {0, 1, 2, 3} - set(METHODS[self.tuning].zero_stages)
+        if self.compile or self.activation_checkpointing == "selective":
+            lacking.add(3)
+        if self.sequence_parallel_size > 1 and self.precision == "bf16":
+            lacking.add(1)
+        return [stage for stage in self.zero.stages(self.precision) if stage not in lacking]
+
+    def _refuse_what_ulysses_lacks(self) -> None:
+        if self.packing and self.attention in ("sdpa", "flex_attention"):
+            raise ValueError(
+                "packed rows with sequence_parallel_size need train.attention=flash_attention_2 or 3: with the others "
+                "documents would see each other. Set that, or train.packing=false"
+            )
+        if self.attention in ("eager", "flex_attention"):
+            raise ValueError("sequence_parallel_size works with sdpa and flash attention. Set train.attention=sdpa")
+        if self.tuning in ("prefix", "prompt"):
+            raise ValueError(
+                f"sequence_parallel_size does not work with tuning={self.tuning}, whose virtual tokens are in no row. "
+                "Set train.sequence_parallel_size=1"
+            )
+        if self.validation is not None or self.neftune_alpha or self.batch_unit == "documents":
+            raise ValueError(
+                "sequence_parallel_size does not work with validation, neftune_alpha or batch_unit=documents yet. "
+                "Leave them out, or set train.sequence_parallel_size=1"
+            )
+        if self.zero_stage == 1 and self.precision == "bf16":
+            raise ValueError(
+                "sequence_parallel_size does not work with zero_stage=1 and bf16: DeepSpeed's optimizer for these two "
+                "has no gradients on the other ranks of a group. Set train.zero_stage=2"
+            )

@@ -93,20 +93,20 @@ METHODS: dict[str, Method] = {
 }  # fmt: skip
 
 
-def refusal(tuning: str, zero_stage: int, gradient_checkpointing: bool, packing: bool) -> str | None:
+def refusal(tuning: str, zero_stage: int | str, checkpointing: bool, packing: bool) -> str | None:
     """Why this combination cannot be trained, and what to set instead; None if it can."""
     method = METHODS[tuning]
-    if zero_stage not in method.zero_stages:
+    if zero_stage != "auto" and zero_stage not in method.zero_stages:
         return (
             f"zero_stage={zero_stage} does not work with tuning={tuning}: {method.other_stages}. "
             f"Set train.zero_stage={max(method.zero_stages)}"
         )
     if packing and method.no_packing:
         return f"packing does not work with tuning={tuning}: {method.no_packing}. Set train.packing=false"
-    if gradient_checkpointing and method.no_checkpointing:
+    if checkpointing and method.no_checkpointing:
         return (
-            f"gradient_checkpointing does not work with tuning={tuning}: {method.no_checkpointing}. "
-            "Set train.gradient_checkpointing=false"
+            f"activation_checkpointing does not work with tuning={tuning}: {method.no_checkpointing}. "
+            "Set train.activation_checkpointing=none"
         )
     return None
 

@@ -1,0 +1,96 @@
+"""Measures what training takes: `torchrun -m tests.trainer.memory_worker RESULT.json RUN...`.
+
+Every run folder is trained for two steps in this process group. `states`: bytes of all tensors alive after a backward
+pass of the second step, before the optimizer steps, less those that were there before the model. `peak`: the most that
+was allocated at a time during both steps, by the profiler's account of every allocation.
+"""
+
+import gc
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from trainer.quiet import name_accelerator, quieten_libraries
+
+name_accelerator()
+
+import deepspeed  # noqa: E402
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from torch.profiler import profile  # noqa: E402
+
+from trainer.engine import make_engine  # noqa: E402
+from trainer.job import TrainJob, read_job  # noqa: E402
+from trainer.kernels import load_comm_kernel  # noqa: E402
+from trainer.model import load_tokenizer  # noqa: E402
+from trainer.settle import settle  # noqa: E402
+from trainer.train import make_batches, shared_tokens  # noqa: E402
+
+
+def live_bytes() -> int:
+    """Bytes of all storages that some tensor made since `gc.freeze` refers to, each counted once."""
+    gc.collect()
+    storages = {}
+    for found in gc.get_objects():
+        if issubclass(type(found), torch.Tensor) and found.device.type == "cpu":
+            for tensor in (found, getattr(found, "ds_tensor", None)):
+                if tensor is not None:
+                    storage = tensor.untyped_storage()
+                    storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def measure(job: TrainJob) -> dict[str, int]:
+    before = live_bytes()
+    job = settle(job)
+    tokenizer, num_added = load_tokenizer(job.model, None)
+    tokens, _ = shared_tokens(job, tokenizer)
+    batches = make_batches(tokens, job, dist.get_rank(), dist.get_world_size())
+    engine = make_engine(job, tokenizer, num_added, batches.grad_accum_steps, dist.get_world_size())
+    micro_batches = batches.micro_batches(0)
+    start = live_bytes() - before
+    with profile(profile_memory=True) as profiler:  # from the first step on, so that no release is missed
+        accumulate(engine, micro_batches)
+        engine.step()
+        states = max(accumulate(engine, micro_batches, live_bytes)) - before
+        engine.step()
+    total = peak = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            total += event.nbytes()
+            peak = max(peak, total)
+    engine.destroy()
+    return {"states": states, "peak": start + peak}
+
+
+def accumulate(
+    engine: deepspeed.DeepSpeedEngine, micro_batches: list, look: Callable[[], int] = lambda: 0
+) -> list[int]:
+    """Forward and backward passes of all micro-batches, without the step. Returns what `look` says after each."""
+    seen = []
+    for number, batch in enumerate(micro_batches, 1):
+        engine.backward(engine(batch.input_ids, batch.position_ids, batch.labels) / 1000, scale_wrt_gas=False)
+        seen.append(look())
+        if number < len(micro_batches):
+            engine.step()
+    return seen
+
+
+def main() -> None:
+    quieten_libraries()
+    torch.set_num_threads(1)
+    load_comm_kernel()
+    deepspeed.init_distributed(dist_backend="gloo")
+    gc.freeze()  # what the libraries made is of no interest, and long to look through
+    results = {}
+    for run in sys.argv[2:]:
+        results[Path(run).name] = measure(read_job(Path(run)))
+        gc.collect()
+        if dist.get_rank() == 0:
+            Path(sys.argv[1]).write_text(json.dumps(results, indent=2))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

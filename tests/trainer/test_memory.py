@@ -1,0 +1,177 @@
+"""What a job is expected to take is what it takes, and the stage that is chosen follows from it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.errors import InputError
+from tests.trainer.tools import DEADLINE_SECONDS, chat_documents, save_llama, train_here, write_chats, write_job
+from trainer.config import TrainConfig, ZeroConfig
+from trainer.job import read_job
+from trainer.memory import GIB, RESERVED_BYTES, USABLE_SHARE, ModelFacts, choose_stage, estimate, read_facts
+
+SMALL_BUCKETS = {"reduce_bucket_size": 100_000, "max_live_parameters": 200_000}
+MEASURED = {
+    "float32, ZeRO-1": {"zero_stage": 1}, "float32, ZeRO-3": {"zero_stage": 3},
+    "bf16, ZeRO-1": {"zero_stage": 1, "precision": "bf16"}, "bf16, ZeRO-2": {"zero_stage": 2, "precision": "bf16"},
+    "LoRA, float32, ZeRO-2, selective": {"zero_stage": 2, "tuning": "lora", "activation_checkpointing": "selective"},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory, tokenizer) -> dict[str, tuple[dict, Path]]:
+    """For every job: the bytes that its first rank of two was seen to take, and its run folder."""
+    root = tmp_path_factory.mktemp("memory")
+    sizes = {"vocab_size": 2000, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4}
+    model = save_llama(root / "model", tokenizer, tied=False, **sizes)
+    data = write_chats(root / "chats.jsonl", chat_documents(60))
+    common = {"micro_batch_size": 2, "global_batch_size": 8, "max_seq_len": 256, "zero": SMALL_BUCKETS}
+    runs = [write_job(root / name, model, data, **common, **settings) for name, settings in MEASURED.items()]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*torchrun, "-m", "tests.trainer.memory_worker", root / "measured.json", *runs]
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        list(map(str, command)), env=environ, capture_output=True, text=True, timeout=DEADLINE_SECONDS
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads((root / "measured.json").read_text())
+    return {run.name: (found[run.name], run) for run in runs}
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_the_estimate_is_what_is_taken(measured: dict, name: str) -> None:
+    """States to a few per cent; the peak from above, as logits are counted for every token and most have a label."""
+    found, run = measured[name]
+    job = read_job(run)
+    expected = estimate(read_facts(job.model, job.config), job.config, job.config.zero_stage, world_size=2)
+    mib = [f"{value / 2**20:.1f}" for value in (expected.states, found["states"], expected.total, found["peak"])]
+    print(f"\n| {name} | {' | '.join(mib)} |")  # a row of docs/measurements.md
+    assert found["states"] == pytest.approx(expected.states, rel=0.05), (found["states"], expected)
+    assert 0.9 < expected.total / found["peak"] < 1.5, (found["peak"], expected)
+
+
+FACTS = ModelFacts(
+    num_parameters=8_030_261_248, num_trained=8_030_261_248, num_persistent=0, num_largest=525_336_576,
+    num_layers=32, hidden_size=4096, intermediate_size=14336,
+    num_heads=32, num_kv_heads=8, head_size=128, vocab_size=128_256,
+)  # fmt: skip
+
+
+def config_of(**settings: object) -> TrainConfig:
+    return TrainConfig(**{"micro_batch_size": 1, "global_batch_size": 128, "max_seq_len": 4096, **settings})
+
+
+def test_an_8b_model_takes_what_the_arithmetic_says() -> None:
+    """bf16 weights 16 GB; float32 masters and moments 96 GB; float32 gradients 32 GB, and 16 GB in bf16 on stage 1."""
+    billion = 8.030261248
+    for stage, states in ((1, 2 + 6 + 12 / 8), (2, 2 + 4 / 8 + 12 / 8), (3, 2 / 8 + 4 / 8 + 12 / 8)):
+        found = estimate(FACTS, config_of(), stage, world_size=8)
+        assert found.states / 1e9 == pytest.approx(states * billion, rel=1e-6)
+
+
+@given(stage=st.integers(1, 2), ranks=st.integers(1, 512), precision=st.sampled_from(["bf16", "fp32"]))
+def test_more_ranks_and_higher_stages_never_take_more(stage: int, ranks: int, precision: str) -> None:
+    config = config_of(precision=precision)
+    here = estimate(FACTS, config, stage, ranks)
+    assert estimate(FACTS, config, stage, ranks * 2).states < here.states
+    assert estimate(FACTS, config, stage + 1, ranks).states <= here.states
+
+
+@given(stage=st.sampled_from([1, 2, 3]), ranks=st.sampled_from([1, 2, 8, 64]))
+def test_offloading_and_recomputing_never_take_more(stage: int, ranks: int) -> None:
+    plain = estimate(FACTS, config_of(), stage, ranks)
+    offloaded = estimate(FACTS, config_of(zero={"offload_optimizer": "cpu"}), stage, ranks)
+    assert offloaded.total < plain.total
+    assert offloaded.host > 0 == plain.host
+    totals = [
+        estimate(FACTS, config_of(activation_checkpointing=kind), stage, ranks).total
+        for kind in ("none", "selective", "full")
+    ]
+    assert sorted(totals, reverse=True) == totals
+
+
+@given(usable=st.integers(20 * GIB, 200 * GIB), ranks=st.sampled_from([4, 8, 16]))
+def test_auto_is_the_lowest_stage_that_fits(usable: int, ranks: int) -> None:
+    totals = {stage: estimate(FACTS, config_of(), stage, ranks).total for stage in (1, 2, 3)}
+    fitting = [stage for stage, total in totals.items() if total <= usable]
+    if fitting:
+        assert choose_stage(FACTS, config_of(), ranks, usable).stage == min(fitting)
+    else:
+        with pytest.raises(InputError, match="no stage fits"):
+            choose_stage(FACTS, config_of(), ranks, usable)
+
+
+@given(usable=st.integers(4 * GIB, 200 * GIB), ranks=st.sampled_from([1, 2, 8, 16]), stage=st.sampled_from([1, 2, 3]))
+def test_what_is_proposed_fits(usable: int, ranks: int, stage: int) -> None:
+    """A refusal ends with settings; with them the same machine is enough."""
+    config = config_of(zero_stage=stage, micro_batch_size=4)
+    try:
+        chosen = choose_stage(FACTS, config, ranks, usable)
+        assert chosen.stage == stage
+        assert chosen.states <= usable
+        return
+    except InputError as error:
+        message = str(error)
+    assert f"train.zero_stage={stage} cannot hold this model" in message
+    assert estimate(FACTS, config, stage, ranks).states > usable
+    proposal = message.partition("usable. ")[2]
+    if not proposal.startswith("Set "):
+        assert proposal.startswith("Train on more ranks")
+        return
+    values = dict(word.removeprefix("train.").split("=") for word in proposal[4:-1].split(", "))
+    offload = {key.removeprefix("zero."): values.pop(key) for key in list(values) if key.startswith("zero.")}
+    changed = config.model_dump() | values | {"zero": ZeroConfig(**offload)}
+    changed["micro_batch_size"] = int(changed["micro_batch_size"])
+    assert choose_stage(FACTS, TrainConfig(**changed), ranks, usable).total <= usable
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"tuning": "lora", "lora": {"rank": 3}},
+        {"tuning": "lora", "lora": {"target_modules": ["q_proj"]}},
+        {"tuning": "prefix", "packing": False},
+    ],
+)
+def test_facts_are_those_of_the_loaded_model(tmp_path: Path, tokenizer, tied: bool, settings: dict) -> None:
+    from trainer.model import load_model, load_tokenizer
+    from trainer.settle import settled
+
+    job = read_job(write_job(tmp_path / "run", save_llama(tmp_path / "model", tokenizer, tied=tied), None, **settings))
+    config = settled(job.config, stage=0, attention="sdpa")
+    lm = load_model(job.model, config, *load_tokenizer(job.model, None))
+    facts = read_facts(job.model, config)
+    trained = sum(parameter.numel() for parameter in lm.parameters() if parameter.requires_grad)
+    adapters = trained if settings else 0
+    assert facts.num_trained == trained
+    assert facts.num_parameters == sum(parameter.numel() for parameter in lm.parameters()) - adapters
+
+
+def test_a_job_too_large_for_the_memory_is_refused_before_it_starts(
+    one_rank: None, tmp_path: Path, chat_model: Path, chat_data: Path
+) -> None:
+    tiny = RESERVED_BYTES / USABLE_SHARE / GIB + 1e-5
+    run = write_job(tmp_path / "run", chat_model, chat_data, gpu_memory_gib=tiny, zero_stage=2)
+    with pytest.raises(InputError, match=r"train\.zero_stage=2 cannot hold this model: weights"):
+        train_here(run)
+    assert not (run / "tokens").exists()
+
+
+def test_a_job_that_goes_on_keeps_its_stage(one_rank: None, tmp_path: Path, chat_model: Path, chat_data: Path) -> None:
+    """However much memory is free then: its checkpoints are those of that stage."""
+    settings = {"max_steps": 2, "checkpoint": {"every_steps": 1}, "precision": "fp32"}
+    run = write_job(tmp_path / "run", chat_model, chat_data, **settings)
+    train_here(run)
+    choice = json.loads((run / "zero.json").read_text())
+    assert choice["zero_stage"] == 0
+    (run / "zero.json").write_text(json.dumps(choice | {"zero_stage": 2}))
+    with pytest.raises(InputError, match="made by other data, model or settings"):
+        train_here(run)  # it believes that it was 2, and not what it would choose now
