@@ -12,8 +12,10 @@ from tests.trainer.test_batches import Plan, plans
 from tests.trainer.test_memory import FACTS, config_of
 from trainer.batches import Batches
 from trainer.chat import IGNORE
+from trainer.config import TrainConfig
 from trainer.memory import check_heads
 from trainer.sequence import SplitBatches
+from trainer.settle import settled
 
 
 @given(plan=plans(), num_groups=st.integers(1, 3), num_parts=st.integers(2, 5))
@@ -53,3 +55,9 @@ def test_heads_that_ranks_cannot_share_are_refused(heads: int, kv_heads: int, pa
         return
     with pytest.raises(InputError, match=complaint):
         check_heads(facts, config)
+
+
+def test_packed_rows_are_refused_where_there_is_no_flash_attention() -> None:
+    """Left open in the recipe, attention turns out to be PyTorch's own, with which packed documents would mix."""
+    with pytest.raises(InputError, match=r"train: packed rows with sequence_parallel_size need train\.attention=flash"):
+        settled(TrainConfig(sequence_parallel_size=2), stage=2, attention="sdpa")
