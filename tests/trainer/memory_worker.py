@@ -1,4 +1,4 @@
-"""Measures what training takes: `torchrun -m tests.trainer.memory_worker RESULT.json RUN...`.
+"""Measures what training takes: `torchrun -m tests.trainer.memory_worker RESULT.json [--peak] RUN...`.
 
 Every run folder is trained for two steps in this process group. `states`: bytes of all tensors alive after a backward
 pass of the second step, before the optimizer steps, less those that were there before the model. `peak`: the most that
@@ -9,6 +9,7 @@ import gc
 import json
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 from trainer.quiet import name_accelerator, quieten_libraries
@@ -41,7 +42,7 @@ def live_bytes() -> int:
     return sum(storages.values())
 
 
-def measure(job: TrainJob) -> dict[str, int]:
+def measure(job: TrainJob, with_peak: bool) -> dict[str, int]:
     before = live_bytes()
     job = settle(job)
     tokenizer, num_added = load_tokenizer(job.model, None)
@@ -50,17 +51,20 @@ def measure(job: TrainJob) -> dict[str, int]:
     engine = make_engine(job, tokenizer, num_added, batches.grad_accum_steps, dist.get_world_size())
     micro_batches = batches.micro_batches(0)
     start = live_bytes() - before
-    with profile(profile_memory=True) as profiler:  # from the first step on, so that no release is missed
+    # Watched from the first step on, so that no release is missed. Slow, by the profiler's reading of its own records.
+    with profile(profile_memory=True) if with_peak else nullcontext() as profiler:
         accumulate(engine, micro_batches)
         engine.step()
         states = max(accumulate(engine, micro_batches, live_bytes)) - before
         engine.step()
+    engine.destroy()
+    if profiler is None:
+        return {"states": states}
     total = peak = 0
     for event in profiler.profiler.kineto_results.events():
         if event.name() == "[memory]":
             total += event.nbytes()
             peak = max(peak, total)
-    engine.destroy()
     return {"states": states, "peak": start + peak}
 
 
@@ -84,8 +88,8 @@ def main() -> None:
     deepspeed.init_distributed(dist_backend="gloo")
     gc.freeze()  # what the libraries made is of no interest, and long to look through
     results = {}
-    for run in sys.argv[2:]:
-        results[Path(run).name] = measure(read_job(Path(run)))
+    for run in [argument for argument in sys.argv[2:] if argument != "--peak"]:
+        results[Path(run).name] = measure(read_job(Path(run)), "--peak" in sys.argv)
         gc.collect()
         if dist.get_rank() == 0:
             Path(sys.argv[1]).write_text(json.dumps(results, indent=2))

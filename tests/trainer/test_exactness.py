@@ -68,6 +68,7 @@ SEQUENCE = {f"zero{stage}-sequence": {"zero_stage": stage, **SHARED} for stage i
 ADAPTER = {"tuning": "lora", "lora": {"rank": 4, "alpha": 16}}
 LORA = {f"lora-zero{stage}": {"zero_stage": stage, **ADAPTER, **ACCUMULATION[4]} for stage in (2, 3)}
 BF16 = {f"bf16-zero{stage}": {"zero_stage": stage, "precision": "bf16", **ACCUMULATION[4]} for stage in (1, 2, 3)}
+BF16["bf16-zero3-hpz"] = {"zero_stage": 3, "precision": "bf16", "zero": {"hpz_partition_size": 2}, **ACCUMULATION[4]}
 JOBS = FULL | UNCLIPPED | CHECKPOINTED | OFFLOADED | CHUNKED | HELD_OUT | DOCUMENTS | LORA | BF16 | SEQUENCE
 
 
