@@ -1,4 +1,4 @@
-"""What is made again in the backward pass, compiled layers, and what attention is told of packed documents."""
+"""What is made again in the backward pass, and what attention is told of packed documents."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cluster.errors import InputError
-from tests.trainer.tools import trace, train_here, write_job
+from tests.trainer.tools import write_job
 from trainer.attention import choose_attention, document_bounds
 from trainer.batches import MicroBatch
 from trainer.config import TrainConfig
@@ -67,19 +67,6 @@ def test_recomputing_changes_no_gradient_and_selective_repeats_no_product(
         assert found[kind][0].others > plain.others
     assert found["selective"][0].products == plain.products
     assert found["full"][0].products > plain.products
-
-
-def test_compiled_layers_train_as_they_do_uncompiled(
-    one_rank: None, tmp_path: Path, chat_model: Path, chat_data: Path
-) -> None:
-    runs = {}
-    for compiled, recomputed in ((False, "none"), (True, "full")):
-        settings = {"compile": compiled, "activation_checkpointing": recomputed, "max_steps": 3, "zero_stage": 2}
-        runs[compiled] = write_job(tmp_path / str(compiled), chat_model, chat_data, **settings)
-        assert train_here(runs[compiled])["status"] == "done"
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
-    for step, (loss, norm) in trace(runs[False]).items():
-        assert trace(runs[True])[step] == (pytest.approx(loss, rel=1e-4), pytest.approx(norm, rel=1e-4))
 
 
 @given(lengths=st.lists(st.integers(1, 50), min_size=1, max_size=8))

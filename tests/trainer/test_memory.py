@@ -20,7 +20,6 @@ SMALL_BUCKETS = {"reduce_bucket_size": 100_000, "max_live_parameters": 200_000}
 MEASURED = {
     "float32, ZeRO-1": {"zero_stage": 1}, "float32, ZeRO-3": {"zero_stage": 3},
     "bf16, ZeRO-1": {"zero_stage": 1, "precision": "bf16"}, "bf16, ZeRO-2": {"zero_stage": 2, "precision": "bf16"},
-    "LoRA, float32, ZeRO-2, selective": {"zero_stage": 2, "tuning": "lora", "activation_checkpointing": "selective"},
 }  # fmt: skip
 
 
