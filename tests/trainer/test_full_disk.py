@@ -10,7 +10,7 @@ from cluster.manifest import verify_manifest
 from tests.conftest import SmallDisk
 from tests.trainer.tools import chat_documents, command, train_here, write_chats, write_job
 from trainer import export
-from trainer.config import ExportConfig, TrainConfig
+from trainer.config import DataSource, ExportConfig, TrainConfig
 from trainer.data import load_tokens, prepare_tokens
 from trainer.export import ExportJob
 from trainer.job import read_job
@@ -100,6 +100,6 @@ def test_encoding_survives_a_full_disk(chatml, tmp_path: Path, small_disk: Small
     data = write_chats(tmp_path / "chats.jsonl", chat_documents(600))
     cache = small_disk.path / "tokens"
     with pytest.raises(InputError, match=f"{small_disk.path}.*: the disk is full"):
-        prepare_tokens(TrainConfig(), chatml, [data], cache)
+        prepare_tokens(TrainConfig(), chatml, [DataSource(path=str(data))], cache)
     small_disk.resize(8 * MIB)
-    assert load_tokens(prepare_tokens(TrainConfig(), chatml, [data], cache)).num_documents == 600
+    assert load_tokens(prepare_tokens(TrainConfig(), chatml, [DataSource(path=str(data))], cache)).num_documents == 600

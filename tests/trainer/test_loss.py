@@ -166,3 +166,22 @@ def test_the_figure_that_is_reported_is_plain_cross_entropy(
     assert bent[1][0] == plain[1][0]
     assert bent[1][1] != pytest.approx(plain[1][1], rel=1e-3), "the gradient is not the plain one"
     assert bent[2][0] != plain[2][0]
+
+
+def test_zero_3_sees_the_same_order_of_modules_however_many_labels_there_are(
+    tmp_path: Path, one_rank, chat_model: Path, chat_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it forgets what it could fetch ahead. The checks before the first step run other orders."""
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
+
+    run = write_job(
+        tmp_path / "run", chat_model, chat_data, zero_stage=3, packing=False, global_batch_size=4, max_steps=6,
+        loss_chunk_tokens=48,
+    )  # fmt: skip
+    forgotten_at, forget = [], Coordinator._invalidate_trace
+    monkeypatch.setattr(
+        Coordinator, "_invalidate_trace", lambda self: (forgotten_at.append(num_steps_shown(run)), forget(self))[1]
+    )
+    train_here(run)
+    assert num_steps_shown(run) == 6
+    assert max(forgotten_at, default=0) == 0

@@ -15,7 +15,7 @@ from trainer.mixture import held_out
 from trainer.model import load_model, load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_rank")
-SETTINGS = {"global_batch_size": 4, "max_steps": 5, "neftune_alpha": 5.0, "loss_chunk_tokens": 64}
+SETTINGS = {"global_batch_size": 4, "num_epochs": 2, "max_steps": 5, "neftune_alpha": 5.0, "loss_chunk_tokens": 64}
 
 
 def validated(run: Path) -> dict[int, float]:
