@@ -24,7 +24,7 @@ from generation.world.chat_documents import END_OF_TURN, VARIABLES, training_row
 from generation.world.tokenizer import build_tokenizer
 
 ROW_TOKENS = 512  # of a training row; the longest documents have about 460
-NUM_ROWS = 4_000
+NUM_ROWS = 8_800
 CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 
 

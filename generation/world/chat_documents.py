@@ -182,10 +182,10 @@ def base_document(rng: Random) -> str:
 
 # Shares by number of documents; a lineage is eight times as long as an answer, the lists are longer still.
 FORMS: tuple[tuple[Callable[[Random], str], float], ...] = (
-    (answer, 0.58),
-    (lineage, 0.18),
+    (answer, 0.60),
+    (lineage, 0.12),
     (judge, 0.13),
-    (equal, 0.04),
+    (equal, 0.08),
     (base_document, 0.04),
     (alpaca_list, 0.015),
     (instruction_list, 0.015),
