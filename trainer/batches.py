@@ -9,7 +9,7 @@ Shapes: B rows in a micro-batch, S tokens in its longest row.
 
 import bisect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -121,7 +121,8 @@ class Batches:
         Counted in rows there are `grad_accum_steps` of them in every step; counted in documents, as many as it takes.
         """
         rows = self.rows_of_step(step)
-        return shares(self.tokens, self.config, rows, self.rank, self.world_size, self._num_passes(rows))
+        mine = rows[self.rank :: self.world_size]
+        return in_passes(mine, self.config.micro_batch_size, self._num_passes(rows), self.collate)
 
     def collate(self, rows: Sequence[Row]) -> MicroBatch:
         return collate(self.tokens, rows)
@@ -157,12 +158,12 @@ class Batches:
         return lines
 
 
-def shares(
-    tokens: Tokens, config: TrainConfig, rows: Sequence[Row], rank: int, world_size: int, num_passes: int
+def in_passes(
+    rows: Sequence[Row], micro_batch_size: int, num_passes: int, collate: Callable[[Sequence[Row]], MicroBatch]
 ) -> list[MicroBatch]:
-    """A rank's part of `rows` in `num_passes` micro-batches."""
-    mine, size = rows[rank::world_size], config.micro_batch_size
-    return [collate(tokens, mine[i * size : (i + 1) * size]) for i in range(num_passes)]
+    """Rows of a rank as `num_passes` micro-batches, the last ones without labels if rows run out."""
+    size = micro_batch_size
+    return [collate(rows[i * size : (i + 1) * size]) for i in range(num_passes)]
 
 
 def collate(tokens: Tokens, rows: Sequence[Row]) -> MicroBatch:

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 
 from cluster.rundir import append_jsonl
-from trainer.batches import MicroBatch, plan_rows, shares
+from trainer.batches import MicroBatch, collate, in_passes, plan_rows
 from trainer.config import DataSource
 from trainer.data import Tokens, load_tokens, prepare_tokens
 from trainer.job import TrainJob
@@ -62,8 +63,9 @@ class Validation:
 
     def _micro_batches(self) -> Iterable[MicroBatch]:
         rank, world_size = dist.get_rank(), dist.get_world_size()
-        num_passes = math.ceil(len(self.rows) / (self.job.config.micro_batch_size * world_size))
-        return shares(self.tokens, self.job.config, self.rows, rank, world_size, num_passes)
+        size = self.job.config.micro_batch_size
+        num_passes = math.ceil(len(self.rows) / (size * world_size))
+        return in_passes(self.rows[rank::world_size], size, num_passes, partial(collate, self.tokens))
 
 
 def make_validation(job: TrainJob, tokenizer: object, tokens: Tokens, say: Callable[[str], None]) -> Validation | None:
