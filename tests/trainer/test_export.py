@@ -33,14 +33,14 @@ def export_job(run: Path, **config: object) -> ExportJob:
 def train_and_keep(run: Path) -> torch.nn.Module:
     """Train; return the live model of the engine, as it was when the last checkpoint was saved."""
     kept = []
-    original = checkpoint.save
+    original = checkpoint.Saver.save
 
-    def save(engine, *arguments):
-        kept.append(engine.module.lm)
-        return original(engine, *arguments)
+    def save(saver, *arguments):
+        kept.append(saver.engine.module.lm)
+        return original(saver, *arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "save", save)
+        patch.setattr(checkpoint.Saver, "save", save)
         train_here(run)
     return kept[-1].eval()
 
