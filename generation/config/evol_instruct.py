@@ -30,7 +30,11 @@ class EqualitySampling(Sampling):
     """How the judge says whether two instructions are the same."""
 
     temperature: float = Field(0.0, ge=0)
-    max_tokens: int = Field(8, ge=1)
+    max_tokens: int = Field(
+        32,
+        ge=1,
+        description="the form ends the answer; a tokenizer may need one for each of its letters",
+    )
 
 
 class EvolInstructConfig(SynthesisConfig):
