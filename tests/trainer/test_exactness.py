@@ -155,6 +155,14 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
+def assert_same_weights(run: Path, wanted: dict[str, torch.Tensor]) -> None:
+    """The newest checkpoint holds these tensors and no others."""
+    found = weights(run)
+    assert found.keys() == wanted.keys()
+    for key, tensor in found.items():
+        assert relative(tensor, wanted[key].detach()) < TOLERANCE, key
+
+
 def assert_same_trace(run: Path, expected: dict[int, tuple[float, float]], tolerance: float) -> None:
     found = trace(run)
     assert found.keys() == expected.keys()
@@ -169,10 +177,7 @@ def assert_same_trace(run: Path, expected: dict[int, tuple[float, float]], toler
 def test_two_ranks_train_as_plain_pytorch_does(trained: dict[str, Path], name: str) -> None:
     expected, lm = reference_of(trained[name])
     assert_same_trace(trained[name], expected, TOLERANCE)
-    found, wanted = weights(trained[name]), dict(lm.named_parameters())
-    assert found.keys() == wanted.keys()
-    for key, tensor in found.items():
-        assert relative(tensor, wanted[key].detach()) < TOLERANCE, key
+    assert_same_weights(trained[name], dict(lm.named_parameters()))
 
 
 def test_the_jobs_have_what_makes_them_hard(trained: dict[str, Path]) -> None:
@@ -222,10 +227,7 @@ def test_an_adapter_trains_as_in_plain_pytorch(trained: dict[str, Path], name: s
 
     expected, lm = reference_of(trained[name])
     assert_same_trace(trained[name], expected, TOLERANCE)
-    found, wanted = weights(trained[name]), get_peft_model_state_dict(lm)
-    assert found.keys() == wanted.keys()
-    for key, tensor in found.items():
-        assert relative(tensor, wanted[key]) < TOLERANCE, key
+    assert_same_weights(trained[name], get_peft_model_state_dict(lm))
 
 
 @pytest.mark.parametrize("name", BF16)

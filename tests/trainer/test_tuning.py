@@ -14,8 +14,8 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 
-from tests.trainer.test_exactness import TOLERANCE, assert_same_trace, reference_of, relative
-from tests.trainer.tools import DEADLINE_SECONDS, chat_documents, weights, write_chats, write_job
+from tests.trainer.test_exactness import TOLERANCE, assert_same_trace, assert_same_weights, reference_of
+from tests.trainer.tools import DEADLINE_SECONDS, chat_documents, write_chats, write_job
 from trainer.config.tuning import refusal
 
 COMMON = {
@@ -93,10 +93,7 @@ def test_every_way_of_tuning_trains_as_plain_pytorch_does(trained: dict[str, Pat
     expected, lm = reference_of(trained[name])
     assert len(expected) >= 2
     assert_same_trace(trained[name], expected, TOLERANCE)
-    found, wanted = weights(trained[name]), tuned_part(lm)
-    assert found.keys() == wanted.keys()
-    for key, tensor in found.items():
-        assert relative(tensor, wanted[key]) < TOLERANCE, key
+    assert_same_weights(trained[name], tuned_part(lm))
 
 
 @pytest.mark.parametrize("name", JOBS)
