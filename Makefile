@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup demo test lint base-model chat-model bench bench-synthesis bench-training clean-demo
+.PHONY: help setup demo test test-all lint base-model chat-model bench bench-synthesis bench-training clean-demo
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -15,6 +15,9 @@ demo: setup ## A small model instructs itself, end to end, with real parts (minu
 
 test: setup ## Run the tests, in two processes
 	@$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+test-all: setup ## Run the tests with those that are left out of `make test` because they take long
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup -m ""
 
 lint: setup ## Check style
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -12,6 +12,14 @@ settings.register_profile("untimed", deadline=None)  # a machine that is busy wi
 settings.load_profile("untimed")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Models of a few kilobytes gain nothing from threads, and lose a lot where others use the machine."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     """Byte-level BPE with ChatML's tokens and no template of its own."""

@@ -1,6 +1,7 @@
 """Every way of tuning trains as plain PyTorch does, with each ZeRO stage, gradient checkpointing and packing it allows.
 
-All jobs run in one torchrun of two ranks, where ZeRO-3 partitions even the smallest weight.
+All jobs run in one torchrun of two ranks, where ZeRO-3 partitions even the smallest weight. A short run has every
+way with each stage, and over the stages with each pair of the other two; a long one has all combinations.
 """
 
 import itertools
@@ -15,7 +16,7 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 
 from tests.trainer.test_exactness import TOLERANCE, assert_same_trace, assert_same_weights, reference_of
-from tests.trainer.tools import DEADLINE_SECONDS, chat_documents, write_chats, write_job
+from tests.trainer.tools import DEADLINE_SECONDS, chat_documents, chosen, names_of, write_chats, write_job
 from trainer.config.tuning import refusal
 
 COMMON = {
@@ -46,9 +47,10 @@ def settings_of(zero_stage: int, checkpointing: bool, packing: bool) -> dict:
     return {"zero_stage": zero_stage, "gradient_checkpointing": checkpointing, "packing": packing}
 
 
-def jobs() -> dict[str, dict]:
-    found = {}
-    for (variant, settings), combination in itertools.product(VARIANTS.items(), COMBINATIONS):
+def jobs() -> tuple[dict[str, dict], set[str]]:
+    """Settings by name, and the names of those for long runs."""
+    found, long = {}, set()
+    for (shift, (variant, settings)), combination in itertools.product(enumerate(VARIANTS.items()), COMBINATIONS):
         zero_stage, checkpointing, packing = combination
         if refusal(settings["tuning"], *combination) is not None:
             continue
@@ -56,19 +58,23 @@ def jobs() -> dict[str, dict]:
             continue
         if variant == "full" and not checkpointing:
             continue  # test_exactness.py has them, with accumulation
-        found[name_of(variant, *combination)] = settings | settings_of(*combination)
-    return found
+        name = name_of(variant, *combination)
+        found[name] = settings | settings_of(*combination)
+        if variant not in ALIKE and (zero_stage + shift) % 4 != 2 * checkpointing + packing:
+            long.add(name)
+    return found, long
 
 
-JOBS = jobs()
+JOBS, LONG = jobs()
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, chat_model: Path) -> dict[str, Path]:
+def trained(request, tmp_path_factory, chat_model: Path) -> dict[str, Path]:
     """Every job's run folder, after training on two ranks."""
     root = tmp_path_factory.mktemp("tuning")
     data = write_chats(root / "chats.jsonl", chat_documents(12))
-    runs = {name: write_job(root / name, chat_model, data, **COMMON | settings) for name, settings in JOBS.items()}
+    jobs = chosen(request, JOBS, LONG)
+    runs = {name: write_job(root / name, chat_model, data, **COMMON | settings) for name, settings in jobs.items()}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     log = root / "output.txt"
     with open(log, "w") as output:
@@ -88,7 +94,7 @@ def tuned_part(lm: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: parameter.detach() for name, parameter in lm.named_parameters() if parameter.requires_grad}
 
 
-@pytest.mark.parametrize("name", JOBS)
+@pytest.mark.parametrize("name", names_of(JOBS, LONG))
 def test_every_way_of_tuning_trains_as_plain_pytorch_does(trained: dict[str, Path], name: str) -> None:
     expected, lm = reference_of(trained[name])
     assert len(expected) >= 2
@@ -96,7 +102,7 @@ def test_every_way_of_tuning_trains_as_plain_pytorch_does(trained: dict[str, Pat
     assert_same_weights(trained[name], tuned_part(lm))
 
 
-@pytest.mark.parametrize("name", JOBS)
+@pytest.mark.parametrize("name", names_of(JOBS, LONG))
 def test_nothing_but_what_is_tuned_changes(trained: dict[str, Path], chat_model: Path, name: str) -> None:
     from safetensors.torch import load_file
 

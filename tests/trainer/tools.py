@@ -6,15 +6,28 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from pathlib import Path
 
 import psutil
+import pytest
 import yaml
 
 IM_START, IM_END, END = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 WORDS = ["apple", "brook", "cedar", "dune", "ember", "fjord", "grove", "heron", "inlet", "jetty", "knoll", "larch"]
 DEADLINE_SECONDS = 300  # for machines that are busy with other work
+
+
+def names_of(jobs: Iterable[str], long: Container[str]) -> list:
+    """Parameters `name` of a test: every job, those in `long` with the marker of that name."""
+    return [pytest.param(name, marks=pytest.mark.long) if name in long else name for name in jobs]
+
+
+def chosen(request: pytest.FixtureRequest, jobs: dict[str, dict], long: Container[str]) -> dict[str, dict]:
+    """The jobs to train for the tests of a module that were selected: the long ones only where a test wants them."""
+    items = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
+    wanted = {item.callspec.params.get("name") for item in items}
+    return {name: settings for name, settings in jobs.items() if name not in long or name in wanted}
 
 
 class NoStop:
