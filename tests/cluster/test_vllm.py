@@ -298,6 +298,7 @@ def engine_actors() -> list[psutil.Process]:
     return [p for p in everyone if p.pid in mine and "ray::EngineActor" in " ".join(p.info["cmdline"] or ())]
 
 
+@pytest.mark.long
 def test_two_processes_that_share_each_layer_answer_as_one(ray_cluster, tiny_model, reference):
     config = EngineConfig(
         tensor_parallel_size=2, max_num_seqs=4, max_model_len=MAX_MODEL_LEN, dtype="float32", enforce_eager=True

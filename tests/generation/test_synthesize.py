@@ -207,7 +207,10 @@ def test_killed_at_any_point_the_bytes_are_the_same_and_no_logged_request_is_gen
     assert contents(run_root) == undisturbed[0]
 
 
-@pytest.mark.parametrize("signals", [[signal.SIGTERM], [signal.SIGINT, signal.SIGINT, signal.SIGTERM]])
+@pytest.mark.parametrize(
+    "signals",
+    [pytest.param([signal.SIGTERM], marks=pytest.mark.long), [signal.SIGINT, signal.SIGINT, signal.SIGTERM]],
+)
 def test_a_signal_ends_it_as_preempted_and_more_signals_break_nothing(undisturbed, model, tmp_path, signals):
     write_script(model, latency_ms=60)
     driver = start_driver(model, tmp_path / "run", 1)

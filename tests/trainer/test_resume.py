@@ -36,7 +36,7 @@ from tests.trainer.tools import (
 from trainer.state import complete, newest, read_state
 
 EVERY_STEPS = 4
-NUM_STEPS = 60
+NUM_STEPS = 40
 KILLED_AT = 10  # between two checkpoints
 SETTINGS = {
     "tuning": "lora", "lora": {"rank": 4, "dropout": 0.2},  # dropout: the random state has to come back too
@@ -88,21 +88,23 @@ def undisturbed(tmp_path_factory, chat_model: Path, chat_data: Path) -> Path:
     return root / "run"
 
 
-def test_killed_training_goes_on_bit_for_bit(tmp_path: Path, chat_model: Path, chat_data: Path, undisturbed) -> None:
-    """Killed between two checkpoints, then at random instants of a training that nearly always saves."""
+@pytest.mark.parametrize("more", [{"local_dir": "local"}, pytest.param({}, marks=pytest.mark.long)])
+def test_killed_training_goes_on_bit_for_bit(
+    tmp_path: Path, chat_model: Path, chat_data: Path, undisturbed, more: dict[str, str]
+) -> None:
+    """Killed between two checkpoints, then at a random instant of a training that nearly always saves."""
     recipe, run = write_recipe(tmp_path, chat_model, chat_data), tmp_path / "run"
     stop_at_step(recipe, run, KILLED_AT, end_tree)
-    rng = random.Random(0)
-    for more in ({}, {"local_dir": str(tmp_path / "local")}):
-        write_recipe(tmp_path, chat_model, chat_data, checkpoint={"every_steps": 1, **more})
+    local = {key: str(tmp_path / folder) for key, folder in more.items()}
+    write_recipe(tmp_path, chat_model, chat_data, checkpoint={"every_steps": 1, **local})
 
-        def kill(process) -> None:
-            time.sleep(rng.random() * 0.5)
-            end_tree(process)
+    def kill(process) -> None:
+        time.sleep(random.random() * 0.5)
+        end_tree(process)
 
-        stop_at_step(recipe, run, num_steps_shown(run) + 4, kill)
-        for folder in complete(run / "checkpoints"):
-            verify_manifest(folder)
+    stop_at_step(recipe, run, num_steps_shown(run) + 4, kill)
+    for folder in complete(run / "checkpoints"):
+        verify_manifest(folder)
     state = read_state(newest(run / "checkpoints"))
     assert EVERY_STEPS + 3 <= state.step < NUM_STEPS
     half = run / "checkpoints" / ".saving_step_000777"  # as if it had been killed while saving
