@@ -1,11 +1,15 @@
 """Which attention a job uses, and what flash attention has to be told of packed rows."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from cluster.errors import InputError
-from trainer.batches import MicroBatch
 from trainer.config import TrainConfig
+
+if TYPE_CHECKING:
+    from trainer.batches import MicroBatch
 
 HOPPER = 9  # compute capability; the kernels of flash attention 3 are for it alone
 
@@ -32,7 +36,7 @@ def choose_attention(config: TrainConfig) -> str:
     return "flex_attention" if config.packing and config.sequence_parallel_size == 1 else "sdpa"
 
 
-def document_bounds(batch: MicroBatch) -> dict[str, torch.Tensor | int]:
+def document_bounds(batch: "MicroBatch") -> dict[str, torch.Tensor | int]:
     """What transformers' FlashAttentionKwargs want for a micro-batch of one packed row, as a batch on the CPU has it.
 
     Without them every layer looks for the documents in `position_ids` on the GPU, and waits for the answer.
