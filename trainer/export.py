@@ -2,18 +2,24 @@
 
 Needs no DeepSpeed: every checkpoint holds the weights, or the adapter, in Hugging Face form. The folder is built beside
 its place, loaded again, compared with the trained weights on logits, and only then renamed into place.
+
+Decoder layers stay on the disk until they are needed, so that a fully tuned model of any size takes the memory of its
+embeddings, one layer and one shard. A model with an adapter is held once, in float32, to be merged.
 """
 
-import copy
 import json
 import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from huggingface_hub import HfApi, ModelCard, ModelCardData
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from cluster.config import ModelConfig
 from cluster.errors import InputError, TunesmithError
@@ -79,9 +85,8 @@ def _build(job: ExportJob, source: Path, key: str) -> dict:
     shutil.rmtree(partial, ignore_errors=True)
     tokenizer, _ = load_tokenizer(job.model, job.train.chat_template)
     with explain_failed_write(job.run.root):
-        trained = load_trained(job, source, tokenizer)
-        save_form(job, source, trained, tokenizer, partial)
-        error = compare_with(trained, partial, job, tokenizer)
+        expected = write_form(job, source, tokenizer, partial)
+        error = check_form(job, expected, tokenizer, partial)
         card(job, source, error).save(partial / "README.md")
         files = sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file())
         write_manifest(partial, files, key=key, checkpoint=source.name)
@@ -94,64 +99,86 @@ def _build(job: ExportJob, source: Path, key: str) -> dict:
     }  # fmt: skip
 
 
-def load_trained(job: ExportJob, source: Path, tokenizer: PreTrainedTokenizerFast) -> torch.nn.Module:
-    """The trained model of a checkpoint, on the CPU, in its training precision."""
-    if job.train.tuning == "full":
-        return _load(ModelConfig(path=str(source / "weights")), DTYPES[job.train.precision])
-    return _load_adapted(job.model, source / "weights", tokenizer, DTYPES[job.train.precision])
+def write_form(job: ExportJob, source: Path, tokenizer: PreTrainedTokenizerFast, folder: Path) -> torch.Tensor:
+    """Write the weights in the form that was asked for, and everything that goes with them.
 
-
-def _load(model: ModelConfig, dtype: torch.dtype) -> torch.nn.Module:
-    return AutoModelForCausalLM.from_pretrained(
-        model.path, revision=model.revision, dtype=dtype, use_safetensors=True, trust_remote_code=False
-    ).eval()
-
-
-def _load_adapted(
-    model: ModelConfig, adapter: Path, tokenizer: PreTrainedTokenizerFast, dtype: torch.dtype
-) -> torch.nn.Module:
-    return load_adapter(_load(model, dtype), adapter, model.revision, len(tokenizer))
-
-
-def save_form(
-    job: ExportJob, source: Path, trained: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, folder: Path
-) -> None:
-    """Write the weights in the form that was asked for, and everything that goes with them."""
+    Returns the logits that the trained model gives on the text of the check.
+    """
     if (why := form_refusal(job.train.tuning, job.config.form)) is not None:
         raise InputError(f"{why}.")
     folder.mkdir(parents=True)
     tokenizer.save_pretrained(folder)
+    dtype = DTYPES[job.train.precision if job.config.dtype == "same" else job.config.dtype]
+    if job.train.tuning == "full":
+        with layers_on_disk(source / "weights", torch.float32) as trained:
+            expected = logits_of(trained, tokenizer)
+        with layers_on_disk(source / "weights", dtype) as trained:
+            save_whole(trained, job, tokenizer, folder)
+        return expected
+    adapted = _load_adapted(job.model, source / "weights", tokenizer)
+    expected = logits_of(adapted, tokenizer)
     if job.config.form == "adapter":
         for file in (CONFIG_FILE, WEIGHTS_FILE, RECORD):
             shutil.copy2(source / "weights" / file, folder / file)
-        return
-    # Copies, so that the model as trained stays there to compare with.
-    merged = copy.deepcopy(trained).merge_and_unload() if isinstance(trained, PeftModel) else copy.deepcopy(trained)
-    merged = merged.to(DTYPES[job.train.precision if job.config.dtype == "same" else job.config.dtype])
-    ends = sorted(end_of_turn_ids(tokenizer)) if job.train.objective == "chat" else [tokenizer.eos_token_id]
-    merged.generation_config = GenerationConfig(
-        bos_token_id=merged.generation_config.bos_token_id, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id
+    else:
+        save_whole(adapted.merge_and_unload().to(dtype), job, tokenizer, folder)
+    return expected
+
+
+@contextmanager
+def layers_on_disk(folder: Path, dtype: torch.dtype) -> Iterator[PreTrainedModel]:
+    """A model whose decoder layers are read from its files whenever they are used, as `dtype`."""
+    with torch.device("meta"):
+        shape = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    layers = [name for name, module in shape.named_modules() if isinstance(module, GradientCheckpointingLayer)]
+    inside = tuple(f"{name}." for name in layers)
+    others = {name.rpartition(".")[0] for name in shape.state_dict() if not name.startswith(inside)}
+    places = dict.fromkeys(sorted(others), "cpu") | dict.fromkeys(layers, "disk")
+    with tempfile.TemporaryDirectory(prefix="tunesmith-") as spare:  # for weights that are not in the files as they are
+        yield AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, device_map=places, offload_folder=spare
+        ).eval()
+
+
+def _load_adapted(model: ModelConfig, adapter: Path, tokenizer: PreTrainedTokenizerFast) -> torch.nn.Module:
+    """The base with an adapter, in float32: what bf16 holds is the same there, and merging rounds once."""
+    base = AutoModelForCausalLM.from_pretrained(
+        model.path, revision=model.revision, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
     )
-    merged.config.use_cache = True
-    merged.save_pretrained(folder, safe_serialization=True, max_shard_size=job.config.max_shard_size)
+    return load_adapter(base.eval(), adapter, model.revision, len(tokenizer))
 
 
-def compare_with(trained: torch.nn.Module, folder: Path, job: ExportJob, tokenizer: PreTrainedTokenizerFast) -> float:
+def save_whole(lm: PreTrainedModel, job: ExportJob, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write a whole model a shard at a time."""
+    ends = sorted(end_of_turn_ids(tokenizer)) if job.train.objective == "chat" else [tokenizer.eos_token_id]
+    lm.generation_config = GenerationConfig(
+        bos_token_id=lm.generation_config.bos_token_id, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id
+    )
+    lm.config.use_cache = True
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")  # on purpose
+        lm.save_pretrained(folder, safe_serialization=True, max_shard_size=job.config.max_shard_size)
+
+
+def logits_of(lm: torch.nn.Module, tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
+    ids = tokenizer(CHECK_TEXT, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        return lm(input_ids=ids).logits
+
+
+def check_form(job: ExportJob, expected: torch.Tensor, tokenizer: PreTrainedTokenizerFast, folder: Path) -> float:
     """Load `folder` as a user would and compare its logits with the trained model's, both in float32.
 
     Returns the largest difference as a share of the largest logit; raises TunesmithError beyond the tolerance.
     """
     if job.config.form == "adapter":
-        loaded = _load_adapted(job.model, folder, tokenizer, torch.float32)
+        found = logits_of(_load_adapted(job.model, folder, tokenizer), tokenizer)
     else:
-        loaded = _load(ModelConfig(path=str(folder)), torch.float32)
-    ids = tokenizer(CHECK_TEXT, return_tensors="pt", add_special_tokens=False)["input_ids"]
-    with torch.no_grad():
-        expected = trained.float()(input_ids=ids).logits
-        found = loaded(input_ids=ids).logits
+        with layers_on_disk(folder, torch.float32) as loaded:
+            found = logits_of(loaded, tokenizer)
     error = float((expected - found).abs().max() / expected.abs().max())
     lossless = job.train.precision == "fp32" and job.config.dtype in ("same", "fp32")
-    if error > LOGIT_TOLERANCE["fp32" if lossless else "bf16"]:
+    if not error <= LOGIT_TOLERANCE["fp32" if lossless else "bf16"]:
         raise TunesmithError(
             f"{folder}: the exported model gives other logits than the trained one (by {error:.2%} of the largest). "
             "Nothing was put in place; the checkpoint is untouched."

@@ -2,6 +2,9 @@
 
 import functools
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -168,6 +171,23 @@ def test_weights_come_in_shards_of_the_size_asked_for(runs) -> None:
     assert greedy(loaded, ids) == greedy(live, ids)
 
 
+def test_an_export_takes_the_memory_of_a_shard_and_not_of_the_model(
+    tmp_path: Path, tokenizer, chat_data: Path, runs
+) -> None:
+    """Twelve layers of 4 MB and embeddings of 0.4 MB: what it allocates stays far below the whole."""
+    sizes = {"hidden_size": 320, "intermediate_size": 960, "num_hidden_layers": 12}
+    model = save_llama(tmp_path / "model", tokenizer, tied=True, **sizes)
+    num_bytes = (model / "model.safetensors").stat().st_size
+    assert num_bytes > 45e6
+    run = write_job(tmp_path / "run", model, chat_data, max_steps=1)
+    train_here(run)
+    command = [sys.executable, "-m", "tests.trainer.export_worker", str(runs["full"][0]), str(run), "5MB"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert int(done.stdout.split()[-1]) < 0.6 * num_bytes
+    assert len(list((run / "export").glob("*.safetensors"))) >= 10
+
+
 def test_the_same_export_is_made_once_and_another_form_replaces_it(runs, capsys) -> None:
     run, _ = runs["lora"]
     export.run(export_job(run, form="adapter"))
@@ -201,14 +221,15 @@ def test_an_export_that_does_not_load_back_equal_is_not_put_in_place(runs, monke
     run, _ = runs["full"]
     export.run(export_job(run))
     before = (run / "export" / "manifest.json").read_text()
-    original = export.save_form
+    original = export.write_form
 
-    def save_wrong(*arguments) -> None:
-        original(*arguments)
+    def save_wrong(*arguments) -> torch.Tensor:
+        expected = original(*arguments)
         file = arguments[-1] / "model.safetensors"
         save_file({name: tensor * 1.1 for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+        return expected
 
-    monkeypatch.setattr(export, "save_form", save_wrong)
+    monkeypatch.setattr(export, "write_form", save_wrong)
     with pytest.raises(TunesmithError, match="other logits than the trained one"):
         export.run(export_job(run, max_shard_size="3GB"))
     assert (run / "export" / "manifest.json").read_text() == before
