@@ -40,6 +40,11 @@ class Recipe(StrictModel):
     def _an_export_that_can_be_made(self) -> "Recipe":
         if (why := form_refusal(self.train.tuning, self.export.form)) is not None:
             raise ValueError(why)
+        if self.export.checkpoint == "best" and not self.train.checkpoint.keep_best:
+            raise ValueError(
+                "export.checkpoint=best, and train.checkpoint.keep_best=0 keeps none but the newest. "
+                "Set train.checkpoint.keep_best=1"
+            )
         return self
 
     @property

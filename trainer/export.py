@@ -33,7 +33,7 @@ from trainer.config import ExportConfig, TrainConfig
 from trainer.config.tuning import form_refusal
 from trainer.disk import explain_failed_write
 from trainer.model import DTYPES, load_tokenizer
-from trainer.state import newest, read_state
+from trainer.state import best_first, newest, read_state
 from trainer.tuning import load_adapter
 
 CARD_TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
@@ -52,14 +52,12 @@ class ExportJob:
 
 
 def run(job: ExportJob) -> dict:
-    """Export the newest checkpoint of a run. Returns the verdict. Does nothing if the same is there already.
+    """Export the newest or best checkpoint of a run. Returns the verdict. Does nothing if the same is there already.
 
     Raises InputError if there is no complete checkpoint, TunesmithError if the export does not load back equal.
     """
-    source = newest(job.run.checkpoints)
-    if source is None:
-        raise InputError(f"{job.run.checkpoints}: no complete checkpoint. Run `tunesmith train` first.")
-    if not read_state(source).finished:
+    source = chosen(job)
+    if job.config.checkpoint == "newest" and not read_state(source).finished:
         say(f"{source} is not the end of its training; exporting it as it is")
     verify_manifest(source)
     key = sha256_json(
@@ -74,6 +72,23 @@ def run(job: ExportJob) -> dict:
     write_json(job.run.verdict("export"), verdict)
     job.run.event("export", "done", folder=str(job.run.export))
     return verdict
+
+
+def chosen(job: ExportJob) -> Path:
+    """The checkpoint that the recipe wants. Raises InputError if there is none."""
+    source = newest(job.run.checkpoints)
+    if source is None:
+        raise InputError(f"{job.run.checkpoints}: no complete checkpoint. Run `tunesmith train` first.")
+    if job.config.checkpoint == "newest":
+        return source
+    metric = job.train.checkpoint.best
+    if not (folders := best_first(job.run.checkpoints, metric)):
+        raise InputError(
+            f"{job.run.checkpoints}: no checkpoint has a {metric}, so none is best. Set export.checkpoint=newest, or "
+            "train with train.validation, or with train.checkpoint.best=train_loss."
+        )
+    say(f"{folders[0]} has the lowest {metric}: {getattr(read_state(folders[0]), metric):.4f}")
+    return folders[0]
 
 
 def say(text: str) -> None:

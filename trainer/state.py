@@ -38,6 +38,12 @@ def newest(checkpoints: Path) -> Path | None:
     return folders[-1] if (folders := complete(checkpoints)) else None
 
 
+def best_first(checkpoints: Path, metric: str) -> list[Path]:
+    """Complete checkpoints that have this loss, the lowest first, and of equal ones the newer."""
+    losses = {folder: getattr(read_state(folder), metric) for folder in reversed(complete(checkpoints))}
+    return sorted((folder for folder, loss in losses.items() if loss is not None), key=lambda folder: losses[folder])
+
+
 def read_state(folder: Path) -> TrainState:
     """The state of a checkpoint. Raises InputError if its file is missing or corrupt."""
     file = folder / "state.json"
@@ -52,7 +58,5 @@ def no_longer_kept(checkpoints: Path, config: CheckpointConfig) -> list[Path]:
     folders = complete(checkpoints)
     kept = set(folders[-config.keep_last :])
     if config.keep_best:
-        metric = {folder: getattr(read_state(folder), config.best) for folder in reversed(folders)}
-        rated = [folder for folder, value in metric.items() if value is not None]
-        kept.update(sorted(rated, key=lambda folder: metric[folder])[: config.keep_best])
+        kept.update(best_first(checkpoints, config.best)[: config.keep_best])
     return [folder for folder in folders if folder not in kept]

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cluster.errors import InputError, TunesmithError
 from cluster.rundir import RunDir
-from tests.trainer.tools import IM_END, make_tokenizer, save_llama, train_here, write_job
+from tests.trainer.tools import IM_END, make_tokenizer, save_llama, trace, train_here, write_job
 from trainer import checkpoint, export
 from trainer.config import ExportConfig
 from trainer.export import ExportJob
@@ -186,6 +186,26 @@ def test_an_export_takes_the_memory_of_a_shard_and_not_of_the_model(
     assert done.returncode == 0, done.stderr[-3000:]
     assert int(done.stdout.split()[-1]) < 0.6 * num_bytes
     assert len(list((run / "export").glob("*.safetensors"))) >= 10
+
+
+def test_the_best_checkpoint_is_exported_where_that_is_asked_for(
+    tmp_path: Path, chat_model: Path, chat_data: Path
+) -> None:
+    keep = {"every_steps": 1, "keep_last": 1, "keep_best": 1, "best": "train_loss"}
+    settings = {"learning_rate": 0.5, "warmup_ratio": 0.0, "max_steps": 3, "checkpoint": keep}
+    run = write_job(tmp_path / "run", chat_model, chat_data, **settings)
+    train_here(run)
+    losses = {step: loss for step, (loss, _) in trace(run).items()}
+    best = min(losses, key=losses.get)
+    assert best != max(losses), "such a learning rate makes it worse"
+    assert Path(export.run(export_job(run, checkpoint="best"))["checkpoint"]).name == f"step_{best:06d}"
+    assert Path(export.run(export_job(run))["checkpoint"]).name == f"step_{max(losses):06d}"
+
+
+def test_no_checkpoint_is_the_best_where_nothing_was_validated(runs) -> None:
+    run, _ = runs["full"]
+    with pytest.raises(InputError, match=r"no checkpoint has a validation_loss.*export\.checkpoint=newest"):
+        export.run(export_job(run, checkpoint="best"))
 
 
 def test_the_same_export_is_made_once_and_another_form_replaces_it(runs, capsys) -> None:

@@ -10,6 +10,9 @@ from cluster.engine_config import Sampling
 
 class ExportConfig(StrictModel):
     form: Literal["merged", "adapter"] = Field("merged", description="adapter: only the PEFT weights")
+    checkpoint: Literal["newest", "best"] = Field(
+        "newest", description="best: of those that train.checkpoint.keep_best kept, by train.checkpoint.best"
+    )
     dtype: Literal["same", "bf16", "fp32"] = "same"
     max_shard_size: str = "4GB"
     to: str | None = Field(
