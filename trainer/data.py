@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from cluster.errors import InputError
@@ -30,7 +30,11 @@ from trainer.chat import (
     end_of_turn_ids,
 )
 from trainer.config import DataSource, TrainConfig
-from trainer.sources import Format, open_source
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from trainer.sources import Format
 
 ENCODING = 2  # changes when the same rows would give other tokens or labels, so that older caches are not used
 
@@ -113,6 +117,8 @@ def prepare_tokens(
     Rows that cannot be masked right are left out and counted by reason. Raises InputError, which names `key` of
     the recipe, if a source cannot be read or none of it is left.
     """
+    from trainer.sources import open_source  # imports datasets: a second that only the rank that encodes has to spend
+
     folder = cache_folder / cache_key(config, tokenizer, sources)
     if (folder / "tokens.json").is_file():
         return folder
@@ -166,7 +172,7 @@ def load_tokens(folder: Path) -> Tokens:
 
 
 def _encode_rows(
-    config: TrainConfig, tokenizer: PreTrainedTokenizerFast, dataset: Dataset, form: Format, dropped: Counter
+    config: TrainConfig, tokenizer: PreTrainedTokenizerFast, dataset: "Dataset", form: "Format", dropped: Counter
 ) -> Iterator[Encoded]:
     if config.objective == "text":
         yield from _encode_texts(config, tokenizer, dataset, dropped)
@@ -187,7 +193,7 @@ def _encode_rows(
 
 
 def _encode_texts(
-    config: TrainConfig, tokenizer: PreTrainedTokenizerFast, dataset: Dataset, dropped: Counter
+    config: TrainConfig, tokenizer: PreTrainedTokenizerFast, dataset: "Dataset", dropped: Counter
 ) -> Iterator[Encoded]:
     if tokenizer.eos_token_id is None:
         raise InputError(

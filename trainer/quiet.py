@@ -15,7 +15,6 @@ def name_accelerator() -> None:
 
 def quieten_libraries() -> None:
     """No progress bars, and no warnings that a user cannot act on; the others still come through."""
-    import datasets
     import transformers
 
     deepspeed = logging.getLogger("DeepSpeed")
@@ -24,4 +23,4 @@ def quieten_libraries() -> None:
     deepspeed.addFilter(lambda record: not record.getMessage().startswith("MPU is not provided"))
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+    os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"  # for when it is imported: few ranks need to

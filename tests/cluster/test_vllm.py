@@ -267,6 +267,7 @@ def test_statistics_count_tokens_prefix_hits_and_time(serving):
     assert after.engines[0].num_requests == after.num_requests
 
 
+@pytest.mark.long
 def test_a_model_that_cannot_be_loaded_fails_with_vllms_own_reason(ray_cluster, tiny_model, tmp_path):
     broken = tmp_path / "broken"
     shutil.copytree(tiny_model, broken)

@@ -1,4 +1,4 @@
-"""The demo, run once for all tests of this folder, and killed three times on its way."""
+"""The demo, run once for all tests of this folder, and killed on its way: once, or three times in long runs."""
 
 import os
 import signal
@@ -66,17 +66,22 @@ def attempt(run_dir: Path, until: Callable[[], bool] | None = None, signum: int 
 
 
 @pytest.fixture(scope="session")
-def demo(tmp_path_factory) -> Demo:
-    """Killed while it synthesizes and while it trains, stopped with Ctrl-C while it evaluates, then run to its end."""
+def demo(request, tmp_path_factory) -> Demo:
+    """Killed while it synthesizes, then run to its end.
+
+    Where a long test was selected, killed while it trains as well, and stopped with Ctrl-C while it evaluates.
+    """
+    is_long = any(item.get_closest_marker("long") for item in request.session.items)
     run_dir = tmp_path_factory.mktemp("demo") / "run"
     log, metrics = run_dir / "requests" / "00000.log", run_dir / "metrics.jsonl"
     predictions = run_dir / "evaluation" / "base.json"
-    attempts = [
-        attempt(run_dir, lambda: log.is_file() and log.stat().st_size > 100_000),
-        attempt(run_dir, lambda: metrics.is_file() and '"step": 30,' in metrics.read_text()),
-        attempt(run_dir, lambda: predictions.is_file(), signal.SIGINT),
-        attempt(run_dir),
-    ]
+    attempts = [attempt(run_dir, lambda: log.is_file() and log.stat().st_size > 100_000)]
+    if is_long:
+        attempts += [
+            attempt(run_dir, lambda: metrics.is_file() and '"step": 30,' in metrics.read_text()),
+            attempt(run_dir, lambda: predictions.is_file(), signal.SIGINT),
+        ]
+    attempts += [attempt(run_dir)]
     orphans = [child for attempt in attempts for child in attempt.children]
     _, alive = psutil.wait_procs(orphans, timeout=120)  # Ray's own agents take a minute to notice
     assert not alive, f"outlived the command: {[process.cmdline()[:4] for process in alive]}"

@@ -22,12 +22,16 @@ def accuracy(demo: Demo) -> dict[str, dict[str, float]]:
     }
 
 
+def test_the_demo_ends_well_after_a_kill_and_says_that_it_goes_on(demo):
+    first, second, *_ = demo.attempts
+    assert first.exit_code == -9
+    assert demo.attempts[-1].exit_code == 0
+    assert "none will be generated again" in second.output
+
+
+@pytest.mark.long
 def test_the_demo_ends_well_after_two_kills_and_one_ctrl_c(demo):
     assert [attempt.exit_code for attempt in demo.attempts] == [-9, -9, 75, 0]
-
-
-def test_it_says_that_it_goes_on(demo):
-    assert "none will be generated again" in demo.attempts[1].output
     assert "going on from" in demo.attempts[2].output
     assert "answers are there already" in demo.attempts[3].output
 
@@ -39,6 +43,7 @@ def test_no_finished_request_is_generated_again(demo):
     assert len(ids) == len(set(ids))
 
 
+@pytest.mark.long
 def test_training_loses_no_step_beyond_the_last_checkpoint(demo):
     rows = [json.loads(line) for line in (demo.run_dir / "metrics.jsonl").open()]
     steps = [row["step"] for row in rows if row["stage"] == "train"]

@@ -49,7 +49,7 @@ SHRINKING = {
     "bf16-zero1": {"zero_stage": 1, "precision": "bf16"},
 }  # fmt: skip
 JOBS = GROWING | SHRINKING
-LONG = ("zero0", "lora-zero2", "bf16-zero1")
+LONG = ("zero0", "lora-zero2", "lora-zero3", "bf16-zero1")
 
 
 def torchrun(num_ranks: int, runs: dict[Path, int], log: Path) -> str:
@@ -120,7 +120,7 @@ def test_a_checkpoint_is_converted_once_and_the_other_form_goes_with_the_next_sa
     assert "converting it" not in (root / "3.txt").read_text()
     assert len(list((root / "kept").glob(f"{CONVERTED}*"))) == 1
     jobs = [folder for folder in root.iterdir() if (folder / "moved").is_dir()]
-    assert len(jobs) >= 4
+    assert len(jobs) >= 3
     for job in jobs:
         folders = [path for path in (job / "moved" / "checkpoints").iterdir() if path.is_dir()]
         assert {path.name.split("_")[0] for path in folders} == {"step"}

@@ -30,7 +30,7 @@ MEASURED = {
     "float32, ZeRO-1": {"zero_stage": 1}, "float32, ZeRO-3": {"zero_stage": 3},
     "bf16, ZeRO-1": {"zero_stage": 1, "precision": "bf16"}, "bf16, ZeRO-2": {"zero_stage": 2, "precision": "bf16"},
 }  # fmt: skip
-LONG = ("float32, ZeRO-1", "bf16, ZeRO-1")
+LONG = ("float32, ZeRO-1", "float32, ZeRO-3", "bf16, ZeRO-1")
 
 
 @pytest.fixture(scope="module")

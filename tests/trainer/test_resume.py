@@ -237,6 +237,7 @@ def test_when_deepspeed_loads_nothing_training_does_not_begin_anew(unfinished: P
         train_here(unfinished)
 
 
+@pytest.mark.long
 def test_a_corrupt_checkpoint_ends_the_command_with_exit_code_2(
     tmp_path: Path, chat_model: Path, chat_data: Path, undisturbed: Path
 ) -> None:
