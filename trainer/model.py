@@ -6,7 +6,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from cluster.config import ModelConfig
 from cluster.errors import InputError
-from trainer.attention import choose_attention
+from trainer.attention import BY_DOCUMENT, bounds_of, choose_attention
 from trainer.chat import IGNORE, set_chat_template
 from trainer.config import TrainConfig
 from trainer.config.tuning import METHODS
@@ -57,6 +57,8 @@ class CausalLMWithLoss(nn.Module):
 
     def _hidden(self, input_ids: torch.Tensor, position_ids: torch.Tensor, bounds: dict) -> torch.Tensor:
         """What the head gets, without the virtual tokens of prompt and prefix tuning. [B, S, D]"""
+        if self.lm.config._attn_implementation == BY_DOCUMENT:
+            bounds = {"cu_seq_lens_q": bounds_of(position_ids)}
         if has_virtual_tokens(self.lm):
             inputs = with_virtual_tokens(self.lm, input_ids)
         else:
@@ -103,6 +105,8 @@ def load_model(
         trust_remote_code=False,
         **_in_four_bits(config),
     )
+    if lm.config._attn_implementation == BY_DOCUMENT and not lm._supports_sdpa:
+        raise InputError(f"{type(lm).__name__} has an attention of its own. Set train.attention=eager.")
     if len(tokenizer) > lm.get_input_embeddings().num_embeddings:
         lm.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64, mean_resizing=True)
     lm.config.use_cache = config.tuning == "prefix"

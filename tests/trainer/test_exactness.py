@@ -117,7 +117,8 @@ def reference(job: TrainJob) -> tuple[dict[int, tuple[float, float]], torch.nn.M
     tokens = load_tokens(cache)
     batches = Batches(tokens, config, job.seed, 0, 1)
     torch.manual_seed(job.seed)
-    lm = load_model(job.model, config, tokenizer, num_added).train()
+    plain = config.model_copy(update={"attention": "sdpa"})
+    lm = load_model(job.model, plain, tokenizer, num_added).train()
     trained = [parameter for parameter in lm.parameters() if parameter.requires_grad]
     matrices = [p for p in trained if p.ndim >= 2 and config.tuning != "ia3"]  # IA3 trains factors, in any shape
     vectors = [p for p in trained if not any(p is matrix for matrix in matrices)]

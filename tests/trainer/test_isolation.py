@@ -30,7 +30,7 @@ def logits_of(module: CausalLMWithLoss, batches: Batches, rows: list[list[int]])
         return module(batch.input_ids, batch.position_ids, batch.labels, return_logits=True)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", "sdpa_by_document", "eager"])
 def test_a_batch_of_packed_rows_gives_the_logits_of_its_documents_alone(
     tmp_path: Path, chat_model: Path, chat_data: Path, attention: str
 ) -> None:

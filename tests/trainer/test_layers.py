@@ -1,16 +1,18 @@
 """What is made again in the backward pass, and what attention is told of packed documents."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cluster.errors import InputError
 from tests.trainer.tools import write_job
-from trainer.attention import choose_attention, document_bounds
+from trainer.attention import attend_by_document, bounds_of, choose_attention, document_bounds
 from trainer.batches import MicroBatch
 from trainer.config import TrainConfig
 from trainer.layers import uses_liger
@@ -79,6 +81,43 @@ def test_bounds_are_those_of_the_documents(lengths: list[int]) -> None:
     assert type(bounds["max_length_q"]) is int  # a tensor would be waited for
 
 
+@given(
+    rows=st.lists(st.lists(st.integers(1, 12), min_size=1, max_size=4), min_size=1, max_size=3),
+    window=st.sampled_from([None, 1, 4]),
+)
+def test_attention_by_document_is_that_under_a_mask(rows: list[list[int]], window: int | None) -> None:
+    """Values and gradients, with fewer heads of keys than of queries; rows are filled up by documents of padding."""
+    width = max(map(sum, rows)) + 1
+    filled = [[*lengths, width - sum(lengths)] for lengths in rows]
+    position_ids = torch.stack([torch.cat([torch.arange(length) for length in row]) for row in filled])
+    number = (position_ids == 0).cumsum(1)
+    allowed = (number[:, :, None] == number[:, None, :]) & torch.ones(width, width, dtype=torch.bool).tril()
+    if window is not None:
+        allowed &= (torch.arange(width)[:, None] - torch.arange(width)[None]) < window
+    generator = torch.Generator().manual_seed(0)
+    states = [torch.randn(len(rows), heads, width, 8, generator=generator, requires_grad=True) for heads in (4, 2, 2)]
+    found, _ = attend_by_document(
+        SimpleNamespace(num_key_value_groups=2), *states, None, scaling=0.3, sliding_window=window,
+        cu_seq_lens_q=bounds_of(position_ids),
+    )  # fmt: skip
+    query, key, value = (part.repeat_interleave(4 // part.shape[1], dim=1) for part in states)
+    expected = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed[:, None], scale=0.3).transpose(1, 2)
+    torch.testing.assert_close(found, expected)
+    weight = torch.randn(found.shape, generator=generator)
+    gradients = [torch.autograd.grad((output * weight).sum(), states) for output in (found, expected)]
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_attention_by_document_refuses_masks_and_caches() -> None:
+    states = [torch.zeros(1, 2, 4, 8) for _ in range(3)]
+    module = SimpleNamespace(num_key_value_groups=1)
+    with pytest.raises(ValueError, match="no masks and no caches"):
+        attend_by_document(module, *states, torch.ones(1, 1, 4, 4))
+    with pytest.raises(ValueError, match="no masks and no caches"):
+        attend_by_document(module, states[0][:, :, :1], *states[1:], None)
+
+
 def test_attention_is_told_the_bounds(tmp_path: Path, chat_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An attention that knows of documents by their bounds alone, as flash attention does, isolates them."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -100,7 +139,8 @@ def test_attention_is_told_the_bounds(tmp_path: Path, chat_model: Path, monkeypa
 
 
 def test_without_a_gpu_attention_is_pytorch_s_own() -> None:
-    assert choose_attention(TrainConfig()) == "sdpa"
+    assert choose_attention(TrainConfig()) == "sdpa_by_document"
+    assert choose_attention(TrainConfig(packing=False)) == "sdpa"
     assert choose_attention(TrainConfig(attention="eager")) == "eager"
     with pytest.raises(InputError, match="no backward pass of it on CPUs"):
         choose_attention(TrainConfig(attention="flex_attention"))

@@ -37,6 +37,7 @@ from trainer.config import TrainConfig
         ({"compile": True, "zero": {"offload_parameters": "cpu"}}, "compile does not work with ZeRO-3"),
         ({"sequence_parallel_size": 2, "attention": "sdpa"}, "packed rows with sequence_parallel_size"),
         ({"sequence_parallel_size": 2, "attention": "eager", "packing": False}, "Set train.attention=sdpa"),
+        ({"attention": "sdpa_by_document", "packing": False}, "sdpa_by_document is for packed rows"),
         ({"sequence_parallel_size": 2, "tuning": "prefix", "packing": False}, "does not work with tuning=prefix"),
         ({"sequence_parallel_size": 2, "zero_stage": 1, "packing": False}, "does not work with zero_stage=1 and bf16"),
         ({"gradient_checkpointing": True, "activation_checkpointing": "full"}, "give one of them"),

@@ -70,8 +70,12 @@ class TrainConfig(StrictModel):
     zero: ZeroConfig = ZeroConfig()
     gpu_memory_gib: float | None = Field(None, gt=0, description="of one rank; default: what the machine has")
     precision: Literal["bf16", "fp32"] = "bf16"
-    attention: Literal["auto", "sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3"] = Field(
-        "auto", description="auto: flash attention where it is installed, flex for packed rows on a GPU, else sdpa"
+    attention: Literal[
+        "auto", "sdpa", "sdpa_by_document", "eager", "flex_attention", "flash_attention_2", "flash_attention_3"
+    ] = Field(
+        "auto",
+        description="auto: flash attention where it is installed, flex for packed rows on a GPU, sdpa_by_document for "
+        "them on a CPU, else sdpa",
     )
     activation_checkpointing: Literal["none", "selective", "full"] = Field(
         "none", description="what is made again in the backward pass; selective: all but matrix products and attention"
@@ -187,6 +191,8 @@ class TrainConfig(StrictModel):
                 "packed rows with flash attention need train.micro_batch_size=1: document boundaries are read from "
                 "position_ids of a single row. Use a longer train.max_seq_len instead"
             )
+        if self.attention == "sdpa_by_document" and not self.packing:
+            raise ValueError("attention=sdpa_by_document is for packed rows. Set train.attention=sdpa")
         return self
 
     @property
@@ -200,7 +206,7 @@ class TrainConfig(StrictModel):
         return [stage for stage in self.zero.stages(self.precision) if stage not in lacking]
 
     def _refuse_what_ulysses_lacks(self) -> None:
-        if self.packing and self.attention in ("sdpa", "flex_attention"):
+        if self.packing and self.attention in ("sdpa", "sdpa_by_document", "flex_attention"):
             raise ValueError(
                 "packed rows with sequence_parallel_size need train.attention=flash_attention_2 or 3: with the others "
                 "documents would see each other. Set that, or train.packing=false"
