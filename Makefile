@@ -13,7 +13,7 @@ setup: ## Make .venv and install everything for a machine without a GPU
 demo: setup ## A small model instructs itself, end to end, with real parts (minutes); ARGS="key=value --run-dir DIR"
 	@$(BIN)/tunesmith run recipes/demo.yaml $(ARGS)
 
-test: setup ## Run the tests, in two processes (a quarter of an hour)
+test: setup ## Run the tests, in two processes
 	@$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-all: setup ## Run the tests with those that are left out of `make test` because they take long
