@@ -67,7 +67,8 @@ def test_the_command_line_comes_before_the_file(write) -> None:
 
 def test_the_best_checkpoint_can_be_exported_only_where_one_is_kept(write) -> None:
     assert "Set train.checkpoint.keep_best=1" in complaint(write(GOOD), "export.checkpoint=best")
-    recipe = recipes.load(write(GOOD), ["export.checkpoint=best", "train.checkpoint.keep_best=1"])
+    kept = ["train.checkpoint.keep_best=1", "train.checkpoint.best=train_loss"]
+    recipe = recipes.load(write(GOOD), ["export.checkpoint=best", *kept])
     assert recipe.export.checkpoint == "best"
 
 
