@@ -17,7 +17,7 @@ test: setup ## Run the tests, in two processes
 	@$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-all: setup ## Run the tests with those that are left out of `make test` because they take long
-	@$(BIN)/python -m pytest -n 3 --dist loadgroup -m ""
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup -m ""
 
 lint: setup ## Check style
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
