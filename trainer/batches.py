@@ -36,6 +36,18 @@ class MicroBatch:
     def num_labels(self) -> int:
         return int((self.labels != IGNORE).sum())
 
+    @property
+    def inputs(self) -> dict[str, torch.Tensor]:
+        """What `CausalLMWithLoss` takes. Which positions have a label, int64 [L], is found here, on the CPU: asking a
+        GPU how many there are means waiting until it has done all its work."""
+        labelled = (self.labels.flatten() != IGNORE).nonzero().flatten()
+        return {
+            "input_ids": self.input_ids,
+            "position_ids": self.position_ids,
+            "labels": self.labels,
+            "labelled": labelled,
+        }
+
 
 def plan_rows(tokens: Tokens, config: TrainConfig, documents: Sequence[int]) -> list[Row]:
     """The rows that hold `documents`: several to a row with packing, else one."""

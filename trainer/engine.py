@@ -51,7 +51,7 @@ def train_step(
 
 def model_inputs(engine: deepspeed.DeepSpeedEngine, batch: MicroBatch) -> dict[str, torch.Tensor | int]:
     """A micro-batch on the engine's device, as `CausalLMWithLoss` takes it. Copies to a GPU go on behind our back."""
-    inputs: dict = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "labels": batch.labels}
+    inputs: dict = dict(batch.inputs)
     attention = engine.module.lm.config._attn_implementation
     if attention.startswith("flash") and len(batch.input_ids) == 1 and engine.sequence_parallel_size == 1:
         inputs |= document_bounds(batch)

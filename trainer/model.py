@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from cluster.config import ModelConfig
 from cluster.errors import InputError
 from trainer.attention import BY_DOCUMENT, bounds_of, choose_attention
-from trainer.chat import IGNORE, set_chat_template
+from trainer.chat import set_chat_template
 from trainer.config import TrainConfig
 from trainer.config.tuning import METHODS
 from trainer.layers import fit_layers
@@ -36,24 +36,26 @@ class CausalLMWithLoss(nn.Module):
         input_ids: torch.Tensor,
         position_ids: torch.Tensor,
         labels: torch.Tensor,
+        labelled: torch.Tensor,
         return_logits: bool = False,
         **bounds: torch.Tensor | int,
     ) -> torch.Tensor:
         """Arguments [B, S]; returns a float32 scalar: the sum over the L positions whose label is not IGNORE.
 
-        With `return_logits`, their logits [L, V] instead. `bounds` is what flash attention gets to know of documents.
+        `labelled` [L] counts those positions through all rows. With `return_logits`, their logits [L, V] instead.
+        `bounds` is what flash attention gets to know of documents.
         """
         if self.noise is not None:
             self.noise.follow(position_ids)
-        wanted = labels != IGNORE  # [B, S]
         factor = 1.0
-        if not wanted.any():
+        if not len(labelled):
             # Padding alone, when rows run out. Every parameter still takes part, so that ranks stay in step.
-            wanted[:, 0], factor = True, 0.0
-        hidden, head = self._hidden(input_ids, position_ids, bounds)[wanted], base_of(self.lm).get_output_embeddings()
+            labelled, factor = labelled.new_zeros(1), 0.0
+        hidden = self._hidden(input_ids, position_ids, bounds).flatten(0, 1)[labelled]  # [L, D]
+        head = base_of(self.lm).get_output_embeddings()
         if return_logits:
             return head(hidden).float()
-        return chunked_loss(head, hidden, labels[wanted].clamp(min=0), self.settings) * factor
+        return chunked_loss(head, hidden, labels.flatten()[labelled].clamp(min=0), self.settings) * factor
 
     def _hidden(self, input_ids: torch.Tensor, position_ids: torch.Tensor, bounds: dict) -> torch.Tensor:
         """What the head gets, without the virtual tokens of prompt and prefix tuning. [B, S, D]"""

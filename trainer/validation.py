@@ -14,6 +14,7 @@ from cluster.rundir import append_jsonl
 from trainer.batches import MicroBatch, collate, in_passes, plan_rows
 from trainer.config import DataSource
 from trainer.data import Tokens, load_tokens, prepare_tokens
+from trainer.engine import model_inputs
 from trainer.job import TrainJob
 from trainer.mixture import hashed, held_out
 
@@ -29,8 +30,7 @@ def validate(engine: DeepSpeedEngine, batches: Iterable[MicroBatch]) -> float:
     engine.eval()
     with torch.no_grad():
         for batch in batches:
-            inputs = (part.to(engine.device) for part in (batch.input_ids, batch.position_ids, batch.labels))
-            totals[0] += engine(*inputs)
+            totals[0] += engine(**model_inputs(engine, batch))
             totals[1] += batch.num_labels
     engine.train()
     dist.all_reduce(totals)

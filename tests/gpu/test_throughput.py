@@ -55,9 +55,10 @@ def test_rows_are_full_and_no_label_crosses_a_border(max_seq_len: int) -> None:
     found = list(islice(rows(100, max_seq_len), 20))
     assert sum(row.lengths.sum() for row in found) > 0.97 * 20 * max_seq_len
     for row in found:
-        starts = (row.position_ids[0] == 0).nonzero().flatten()
+        batch = row.batch
+        starts = (batch.position_ids[0] == 0).nonzero().flatten()
         assert len(starts) == len(row.lengths)
-        ends = [*(starts[1:] - 1), row.labels.shape[1] - 1]
-        assert all(row.labels[0, end] == -100 for end in ends)
-        labelled = (row.labels[0] != -100).nonzero().flatten()
-        assert (row.labels[0, labelled] == row.input_ids[0, labelled + 1]).all()
+        ends = [*(starts[1:] - 1), batch.labels.shape[1] - 1]
+        assert all(batch.labels[0, end] == -100 for end in ends)
+        labelled = (batch.labels[0] != -100).nonzero().flatten()
+        assert (batch.labels[0, labelled] == batch.input_ids[0, labelled + 1]).all()

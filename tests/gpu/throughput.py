@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from cluster.config import ModelConfig
 from trainer.attention import choose_attention, document_bounds
+from trainer.batches import MicroBatch
 from trainer.config import TrainConfig
 from trainer.flops import model_flops, peak_flops
 from trainer.layers import fit_layers, uses_liger
@@ -72,11 +73,9 @@ DEFAULT_JOBS = [name for name in JOBS if not name.startswith("tiny")]
 
 @dataclass(frozen=True)
 class Row:
-    """One packed row, [1, S] each."""
+    """One packed row."""
 
-    input_ids: torch.Tensor
-    position_ids: torch.Tensor
-    labels: torch.Tensor
+    batch: MicroBatch
     lengths: np.ndarray  # of its documents
 
 
@@ -92,7 +91,7 @@ def rows(vocab_size: int, max_seq_len: int) -> Iterator[Row]:
             answer = np.concatenate([np.arange(length) >= (1 - SHARE_TRAINED) * length for length in chosen])
             last = np.append(positions[1:] == 0, True)  # a document's last token predicts nothing
             labels = np.where(answer & ~last, np.roll(ids, -1), -100)
-            yield Row(*(torch.from_numpy(array)[None] for array in (ids, positions, labels)), chosen)
+            yield Row(MicroBatch(*(torch.from_numpy(array)[None] for array in (ids, positions, labels))), chosen)
 
 
 def make_module(job: Job, config: TrainConfig, device: torch.device) -> CausalLMWithLoss:
@@ -136,12 +135,12 @@ class MasterAdamW:
 
 def step(module: CausalLMWithLoss, optimizer: MasterAdamW, batch: list[Row], device: torch.device) -> torch.Tensor:
     """One optimizer step over the rows. Returns the loss a label, without waiting for it."""
-    num_labels = sum(int((row.labels != -100).sum()) for row in batch)
+    num_labels = sum(row.batch.num_labels for row in batch)
     total = torch.zeros((), device=device)
     for row in batch:
-        inputs = {"input_ids": row.input_ids, "position_ids": row.position_ids, "labels": row.labels}
+        inputs: dict = dict(row.batch.inputs)
         if module.lm.config._attn_implementation.startswith("flash"):
-            inputs |= document_bounds(row)
+            inputs |= document_bounds(row.batch)
         on_device = {
             name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
             for name, value in inputs.items()
@@ -179,7 +178,7 @@ def measure(name: str, max_seq_len: int, num_steps: int, rows_a_step: int, say: 
         say(f"{name}: step {number + 1}, {lengths.sum() / seconds:,.0f} tokens/s, loss {losses[-1]:.3f}")
         if number >= NUM_WARM_UP:
             rates.append(float(lengths.sum() / seconds))
-            labels = sum(int((row.labels != -100).sum()) for row in batch)
+            labels = sum(row.batch.num_labels for row in batch)
             shares += [flops.of(lengths, labels) / seconds / peak] if peak else []
     return {
         "job": name, "device": torch.cuda.get_device_name() if on_gpu else "CPU", "attention": config.attention,

@@ -74,7 +74,7 @@ def accumulate(
     """Forward and backward passes of all micro-batches, without the step. Returns what `look` says after each."""
     seen = []
     for number, batch in enumerate(micro_batches, 1):
-        engine.backward(engine(batch.input_ids, batch.position_ids, batch.labels) / 1000, scale_wrt_gas=False)
+        engine.backward(engine(**batch.inputs) / 1000, scale_wrt_gas=False)
         seen.append(look())
         if number < len(micro_batches):
             engine.step()

@@ -27,7 +27,7 @@ def packed_job(tmp_path: Path, model: Path, data: Path, **train: object) -> tupl
 def logits_of(module: CausalLMWithLoss, batches: Batches, rows: list[list[int]]) -> torch.Tensor:
     batch = batches.collate(rows)
     with torch.no_grad():
-        return module(batch.input_ids, batch.position_ids, batch.labels, return_logits=True)
+        return module(**batch.inputs, return_logits=True)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "sdpa_by_document", "eager"])
@@ -49,7 +49,7 @@ def test_the_loss_is_the_sum_over_labels_of_the_models_own_logits(
     module, batches = packed_job(tmp_path, chat_model, chat_data, packing=False)
     batch = batches.collate([[3]])
     with torch.no_grad():
-        found = module(batch.input_ids, batch.position_ids, batch.labels)
+        found = module(**batch.inputs)
         logits = module.lm(input_ids=batch.input_ids, use_cache=False).logits
     expected = torch.nn.functional.cross_entropy(logits[0], batch.labels[0], reduction="sum", ignore_index=-100)
     torch.testing.assert_close(found, expected)

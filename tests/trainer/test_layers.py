@@ -60,7 +60,7 @@ def test_recomputing_changes_no_gradient_and_selective_repeats_no_product(
         module = load(run, activation_checkpointing=kind)
         module.lm.enable_input_require_grads()  # as recomputing does: frozen layers then pass gradients on
         with Count() as count:
-            module(batch.input_ids, batch.position_ids, batch.labels).backward()
+            module(**batch.inputs).backward()
         found[kind] = count, [p.grad for p in module.parameters() if p.requires_grad]
     plain, gradients = found["none"]
     assert gradients
@@ -132,10 +132,43 @@ def test_attention_is_told_the_bounds(tmp_path: Path, chat_model: Path, monkeypa
         return torch.cat(parts, 1), None
 
     module, batch = load(write_job(tmp_path / "run", chat_model, None)), batch_of(9, 14, 3)
-    expected = module(batch.input_ids, batch.position_ids, batch.labels)
+    expected = module(**batch.inputs)
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "sdpa", by_bounds)
-    found = module(batch.input_ids, batch.position_ids, batch.labels, **document_bounds(batch))
+    found = module(**batch.inputs, **document_bounds(batch))
     torch.testing.assert_close(found, expected)
+
+
+class Waits(TorchDispatchMode):
+    """Notes the operations whose result's value or size the CPU has to know: on a GPU each waits for all work there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        by_mask = func is torch.ops.aten.index.Tensor and any(
+            index is not None and index.dtype == torch.bool for index in args[1]
+        )
+        if by_mask or func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_pass_never_waits_for_the_gpu(tmp_path: Path, chat_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    module, batch = load(write_job(tmp_path / "run", chat_model, None)), batch_of(9, 14, 3)
+    module.lm.config._attn_implementation = "told"  # of bounds, as flash attention is: no mask has to be found
+    monkeypatch.setitem(
+        ALL_ATTENTION_FUNCTIONS._local_mapping, "told", lambda module, query, *_, **__: (query.transpose(1, 2), None)
+    )
+    with Waits() as waits:
+        module(**batch.inputs, **document_bounds(batch))
+    assert waits.found, "the CPU itself finds the labels; this checks that it would be seen"
+    inputs = batch.inputs | document_bounds(batch)
+    with Waits() as waits:
+        module(**inputs).backward()
+    assert not waits.found
 
 
 def test_without_a_gpu_attention_is_pytorch_s_own() -> None:
