@@ -30,9 +30,10 @@ bench-synthesis: ## Measure synthesis against raw vLLM, ray.data.llm, rouge_scor
 	@$(BIN)/python -m tests.benchmarks.novelty
 	@$(BIN)/python -m tests.benchmarks.storage
 
-bench-training: ## Measure training against TRL and bare PyTorch loops, side by side (a quarter of an hour)
+bench-training: ## Measure training, and saving, against TRL and bare PyTorch loops, side by side (20 minutes)
 	@$(PYTHON) launcher/bootstrap.py cpu dev bench
 	@$(BIN)/python -m tests.benchmarks.training
+	@$(BIN)/python -m tests.benchmarks.saving
 
 base-model: setup ## Train the embedded base model again from nothing (half an hour on 2 cores)
 	@$(BIN)/python -m generation.world.build data --out runs/base-model/world --seed 0

@@ -59,7 +59,7 @@ def run(job: ExportJob) -> dict:
     source = chosen(job)
     if job.config.checkpoint == "newest" and not read_state(source).finished:
         say(f"{source} is not the end of its training; exporting it as it is")
-    verify_manifest(source)
+    verify_manifest(source, below="weights")
     key = sha256_json(
         [(source / "manifest.json").read_text(), job.config.model_dump(mode="json", exclude={"to"}), job.name]
     )

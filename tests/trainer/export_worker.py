@@ -4,19 +4,14 @@ Before it a small run is exported, for what the libraries load on use. Memory th
 such as that of mapped files, does not count.
 """
 
-import re
 import sys
-import threading
 from pathlib import Path
 
 from cluster.rundir import RunDir
+from tests.benchmarks.peak import highest_bytes
 from trainer import export
 from trainer.config import ExportConfig
 from trainer.job import read_job
-
-
-def anonymous_bytes() -> int:
-    return 1024 * int(re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 
 def main() -> None:
@@ -28,19 +23,9 @@ def main() -> None:
         export.run(export.ExportJob(RunDir(Path(run)), "worker", job.model, job.config, config))
 
     export_all_of(warm_up)
-    before, highest, done = anonymous_bytes(), 0, threading.Event()
-
-    def watch() -> None:
-        nonlocal highest
-        while not done.wait(0.001):
-            highest = max(highest, anonymous_bytes())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    export_all_of(run)
-    done.set()
-    watcher.join()
-    print(highest - before)
+    with highest_bytes() as highest:
+        export_all_of(run)
+    print(highest())
 
 
 if __name__ == "__main__":

@@ -1,0 +1,84 @@
+"""One rank of the benchmark of saving: `torchrun -m tests.benchmarks.saving_worker RUN ROUNDS`.
+
+Trains nothing but one step, so that the optimizer has its moments; then saves and loads. Rank 0 prints what it took.
+"""
+
+import datetime
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from trainer.quiet import name_accelerator, quieten_libraries
+
+name_accelerator()
+
+import deepspeed  # noqa: E402
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+
+from tests.benchmarks.peak import highest_bytes  # noqa: E402
+from trainer import checkpoint  # noqa: E402
+from trainer.checkpoint import Saver  # noqa: E402
+from trainer.config import CheckpointConfig  # noqa: E402
+from trainer.engine import make_engine, train_step  # noqa: E402
+from trainer.job import read_job  # noqa: E402
+from trainer.kernels import load_comm_kernel  # noqa: E402
+from trainer.model import load_tokenizer  # noqa: E402
+from trainer.ranks import make_all_sum  # noqa: E402
+from trainer.settle import settle  # noqa: E402
+from trainer.state import TrainState, newest  # noqa: E402
+from trainer.train import make_batches, shared_tokens  # noqa: E402
+
+
+def timed(work: Callable[[], object]) -> tuple[float, int]:
+    """Seconds until every rank is through, and by how many bytes this rank's memory rose at most."""
+    dist.barrier()
+    started = time.perf_counter()
+    with highest_bytes() as highest:
+        work()
+        dist.barrier()
+    return time.perf_counter() - started, highest()
+
+
+def main() -> None:
+    run, num_rounds = Path(sys.argv[1]), int(sys.argv[2])
+    quieten_libraries()
+    torch.set_num_threads(1)
+    load_comm_kernel()
+    deepspeed.init_distributed(dist_backend="gloo", timeout=datetime.timedelta(minutes=10))
+    job = settle(read_job(run))
+    tokenizer, num_added = load_tokenizer(job.model, None)
+    tokens, job_hash = shared_tokens(job, tokenizer)
+    batches = make_batches(tokens, job, dist.get_rank(), dist.get_world_size())
+    engine = make_engine(job, tokenizer, num_added, batches.grad_accum_steps, dist.get_world_size())
+    train_step(engine, batches.micro_batches(0), 1000, 1e-4)
+    found: dict[str, list] = {"alone": [], "ours": [], "held": [], "sealed": [], "load": []}
+    state, all_sum = TrainState(0, 0, 0, 0, dist.get_world_size(), job_hash), make_all_sum(600)
+    with Saver(engine, job.run.checkpoints, CheckpointConfig(every_steps=1, keep_last=1), all_sum) as saver:
+        for number in range(1, num_rounds + 1):
+            folder = run / "alone"
+            found["alone"].append(timed(lambda folder=folder: engine.save_checkpoint(str(folder), save_latest=False)))
+            dist.barrier()
+            if dist.get_rank() == 0:
+                shutil.rmtree(folder)
+            found["ours"].append(timed(lambda number=number: saver.save(replace(state, step=number))))
+            last = newest(job.run.checkpoints)
+            found["load"].append(timed(lambda last=last: checkpoint.load(engine, last, job_hash, job.seed)))
+    config = CheckpointConfig(every_steps=1, keep_last=1, local_dir=str(run / "local"))
+    with Saver(engine, job.run.checkpoints, config, all_sum) as saver:
+        for number in range(1, num_rounds + 1):
+            held = timed(lambda number=number: saver.save(replace(state, step=num_rounds + number)))
+            rest = timed(saver.finish)
+            found["held"].append(held)
+            found["sealed"].append((held[0] + rest[0], max(held[1], rest[1])))
+    if dist.get_rank() == 0:
+        print(json.dumps(found), flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
