@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from cluster.config import ModelConfig
 from cluster.engine_config import Completion, EngineConfig, EngineReport, GenerationRequest, Prompt, Sample, Sampling
 from cluster.errors import InputError, TunesmithError
+from cluster.imports import without_collection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,14 +41,15 @@ class VLLMEngine:
     def __init__(self, config: EngineConfig, model: ModelConfig, num_gpus: int, adapters: tuple[str, ...] = ()) -> None:
         """Load the model: half a minute on a CPU, minutes for a large one. `num_gpus` 0 means a CPU build of vLLM."""
         set_environment(config, model, num_gpus)
-        from vllm import AsyncEngineArgs  # after the environment, which vLLM reads when imported
-        from vllm.inputs import tokens_input
-        from vllm.lora.request import LoRARequest
-        from vllm.usage.usage_lib import UsageContext
-        from vllm.v1.engine.async_llm import AsyncLLM
-        from vllm.v1.engine.exceptions import EngineDeadError
+        with without_collection():
+            from vllm import AsyncEngineArgs  # after the environment, which vLLM reads when imported
+            from vllm.inputs import tokens_input
+            from vllm.lora.request import LoRARequest
+            from vllm.usage.usage_lib import UsageContext
+            from vllm.v1.engine.async_llm import AsyncLLM
+            from vllm.v1.engine.exceptions import EngineDeadError
 
-        from cluster.vllm_stats import ReportingLogger
+            from cluster.vllm_stats import ReportingLogger
 
         optional = {
             name: value

@@ -15,38 +15,41 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import torch
+from cluster.imports import without_collection
 
-from trainer.quiet import name_accelerator, quieten_libraries
+with without_collection():
+    import torch
 
-name_accelerator()
+    from trainer.quiet import name_accelerator, quieten_libraries
 
-import deepspeed
-import torch.distributed as dist
+    name_accelerator()
 
-from cluster.errors import EXIT_DONE, EXIT_PREEMPTED, InputError, TunesmithError
-from cluster.files import write_json
-from cluster.orphans import die_with_parent
-from cluster.rundir import RunDir, append_jsonl
-from trainer import checkpoint
-from trainer.batches import Batches
-from trainer.data import Tokens, load_tokens, prepare_tokens
-from trainer.engine import check_head, check_isolation, make_engine, train_step
-from trainer.flops import Utilization
-from trainer.job import TrainJob, read_job
-from trainer.kernels import load_comm_kernel
-from trainer.metrics import Step, StepLine
-from trainer.model import load_tokenizer
-from trainer.ranks import make_all_sum
-from trainer.schedule import learning_rate
-from trainer.sequence import SplitBatches
-from trainer.settle import settle
-from trainer.state import TrainState, newest, read_state
-from trainer.stop import StopRequest
-from trainer.trackers import reporting
-from trainer.validation import make_validation
-from trainer.verdict import read_verdict
-from trainer.watch import LossWatch, StallWatch, describe_rows, profiling
+    import deepspeed
+    import torch.distributed as dist
+
+    from cluster.errors import EXIT_DONE, EXIT_PREEMPTED, InputError, TunesmithError
+    from cluster.files import write_json
+    from cluster.orphans import die_with_parent
+    from cluster.rundir import RunDir, append_jsonl
+    from trainer import checkpoint
+    from trainer.batches import Batches
+    from trainer.data import Tokens, load_tokens, prepare_tokens
+    from trainer.engine import check_head, check_isolation, make_engine, train_step
+    from trainer.flops import Utilization
+    from trainer.job import TrainJob, read_job
+    from trainer.kernels import load_comm_kernel
+    from trainer.metrics import Step, StepLine
+    from trainer.model import load_tokenizer
+    from trainer.ranks import make_all_sum
+    from trainer.schedule import learning_rate
+    from trainer.sequence import SplitBatches
+    from trainer.settle import settle
+    from trainer.state import TrainState, newest, read_state
+    from trainer.stop import StopRequest
+    from trainer.trackers import reporting
+    from trainer.validation import make_validation
+    from trainer.verdict import read_verdict
+    from trainer.watch import LossWatch, StallWatch, describe_rows, profiling
 
 
 def train(job: TrainJob, stop: StopRequest) -> dict:

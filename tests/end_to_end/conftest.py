@@ -1,4 +1,7 @@
-"""The demo, run once for all tests of this folder, and killed on its way: once, or three times in long runs."""
+"""The demo, run once for all tests of this folder, and killed on its way.
+
+In long runs it is the whole demo, killed three times; else one of fewer instructions, killed once.
+"""
 
 import os
 import signal
@@ -14,6 +17,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 CANARY = "hf_canary0123456789"
+SMALLER = ("synthesize.num_instructions=300",)
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,7 @@ class Attempt:
 @dataclass(frozen=True)
 class Demo:
     run_dir: Path
+    overrides: tuple[str, ...]
     attempts: list[Attempt]
 
     @property
@@ -34,14 +39,20 @@ class Demo:
         return self.attempts[-1].output
 
 
-def attempt(run_dir: Path, until: Callable[[], bool] | None = None, signum: int = signal.SIGKILL) -> Attempt:
+def attempt(
+    run_dir: Path,
+    overrides: tuple[str, ...],
+    until: Callable[[], bool] | None = None,
+    signum: int = signal.SIGKILL,
+) -> Attempt:
     """Run the demo to its end by `make demo`; or by its command, and send `signum` to that once `until` is true."""
     log = run_dir / "requests" / "00000.log"
     logged = log.stat().st_size if log.is_file() else 0
     output = run_dir.parent / "output.txt"
-    command = ["make", "--no-print-directory", "demo", f"ARGS=--run-dir {run_dir}"]
+    arguments = [*overrides, "--run-dir", str(run_dir)]
+    command = ["make", "--no-print-directory", "demo", f"ARGS={' '.join(arguments)}"]
     if until is not None:
-        command = [sys.executable, "-m", "launcher.cli", "run", "recipes/demo.yaml", "--run-dir", str(run_dir)]
+        command = [sys.executable, "-m", "launcher.cli", "run", "recipes/demo.yaml", *arguments]
     environment = {**os.environ, "HF_TOKEN": CANARY, "PYTHONUNBUFFERED": "1"}
     with open(output, "w") as file:
         process = subprocess.Popen(
@@ -75,14 +86,15 @@ def demo(request, tmp_path_factory) -> Demo:
     run_dir = tmp_path_factory.mktemp("demo") / "run"
     log, metrics = run_dir / "requests" / "00000.log", run_dir / "metrics.jsonl"
     predictions = run_dir / "evaluation" / "base.json"
-    attempts = [attempt(run_dir, lambda: log.is_file() and log.stat().st_size > 100_000)]
+    overrides = () if is_long else SMALLER
+    attempts = [attempt(run_dir, overrides, lambda: log.is_file() and log.stat().st_size > 100_000)]
     if is_long:
         attempts += [
-            attempt(run_dir, lambda: metrics.is_file() and '"step": 30,' in metrics.read_text()),
-            attempt(run_dir, lambda: predictions.is_file(), signal.SIGINT),
+            attempt(run_dir, overrides, lambda: metrics.is_file() and '"step": 30,' in metrics.read_text()),
+            attempt(run_dir, overrides, lambda: predictions.is_file(), signal.SIGINT),
         ]
-    attempts += [attempt(run_dir)]
+    attempts += [attempt(run_dir, overrides)]
     orphans = [child for attempt in attempts for child in attempt.children]
     _, alive = psutil.wait_procs(orphans, timeout=120)  # Ray's own agents take a minute to notice
     assert not alive, f"outlived the command: {[process.cmdline()[:4] for process in alive]}"
-    return Demo(run_dir, attempts)
+    return Demo(run_dir, overrides, attempts)

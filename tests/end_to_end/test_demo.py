@@ -56,7 +56,7 @@ def test_the_dataset_opens_with_plain_datasets_and_says_where_rows_come_from(dem
     folder = demo.run_dir / "data" / "synthesized"
     manifest = verify_manifest(folder)
     dataset = load_from_disk(str(folder))
-    assert dataset.num_rows == manifest["rows"] > 1000
+    assert dataset.num_rows == manifest["rows"] > (300 if demo.overrides else 1000)
     assert len(set(dataset["id"])) == dataset.num_rows
     assert set(dataset["method"]) == {"seed", "self_instruct"}
     written = next(row for row in dataset if row["method"] == "self_instruct")
@@ -70,11 +70,17 @@ def test_rejected_rows_are_kept_with_their_reason(demo):
     assert Counter(rejected["reason"]) == counts and counts["not_novel"] > 0
 
 
-def test_the_tuned_model_beats_the_base_on_unseen_phrasings_and_is_mostly_right(demo):
+UNSEEN_PHRASINGS = "seen families, unseen phrasings"
+
+
+def test_the_tuned_model_beats_the_base_on_unseen_phrasings(demo):
     figures = accuracy(demo)
-    group = "seen families, unseen phrasings"
-    assert figures["tuned"][group] > 0.5
-    assert figures["tuned"][group] > figures["base, chat"][group] + 0.1
+    assert figures["tuned"][UNSEEN_PHRASINGS] > figures["base, chat"][UNSEEN_PHRASINGS] + 0.1
+
+
+@pytest.mark.long
+def test_the_tuned_model_is_mostly_right_on_unseen_phrasings(demo):
+    assert accuracy(demo)["tuned"][UNSEEN_PHRASINGS] > 0.5
 
 
 def test_the_tables_show_the_figures_of_the_verdicts(demo):
@@ -90,7 +96,7 @@ def test_a_finished_demo_does_nothing_again(demo):
     from tests.end_to_end.conftest import attempt
 
     before = {path: path.stat().st_mtime_ns for path in demo.run_dir.glob("export/*")}
-    again = attempt(demo.run_dir)
+    again = attempt(demo.run_dir, demo.overrides)
     assert again.exit_code == 0
     assert {path: path.stat().st_mtime_ns for path in demo.run_dir.glob("export/*")} == before
 

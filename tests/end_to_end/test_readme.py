@@ -34,7 +34,7 @@ def test_the_readme_names_commands():
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c not in RUN_ELSEWHERE and c not in NEEDS_A_HUB])
 @pytest.mark.timeout(1200)
 def test_command_works_on_the_finished_demo(demo, command):
-    done = tunesmith(f"{command} --run-dir {demo.run_dir}")
+    done = tunesmith(f"{command} {' '.join(demo.overrides)} --run-dir {demo.run_dir}")
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -51,7 +51,8 @@ def test_own_file(tmp_path):
     row = '{"messages": [{"role": "user", "content": "Say hello."}, {"role": "assistant", "content": "hello"}]}\n'
     data.write_text(row * 16)
     done = tunesmith(
-        f"tunesmith train recipes/demo.yaml train.data={data} train.num_epochs=1 --run-dir {tmp_path / 'mine'}"
+        f"tunesmith train recipes/demo.yaml train.data={data} train.num_epochs=1 train.num_processes=1 "
+        f"--run-dir {tmp_path / 'mine'}"
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "mine" / "verdict-train.json").is_file()

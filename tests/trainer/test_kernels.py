@@ -6,20 +6,36 @@ import subprocess
 import sys
 from pathlib import Path
 
-from torch.utils.cpp_extension import _get_build_directory
+import pytest
 
-from trainer.kernels import LOCK
+from trainer.kernels import LOCK, name_extensions_folder
 
 ROOT = Path(__file__).parents[2]
 NAME = "deepspeed_shm_comm"
-LOAD = [sys.executable, "-c", "from trainer.kernels import load_comm_kernel; load_comm_kernel()"]
+SCRIPT = "import os; from trainer import kernels; kernels.load_comm_kernel(); print(os.environ['TORCH_EXTENSIONS_DIR'])"
+LOAD = [sys.executable, "-c", SCRIPT]
 
 
-def test_the_lock_of_a_killed_compilation_hangs_nobody(tmp_path):
-    subprocess.run(LOAD, cwd=ROOT, check=True, timeout=400, capture_output=True)  # compiles it if nobody has yet
-    shutil.copytree(_get_build_directory(NAME, verbose=False), tmp_path / NAME)
+def test_the_lock_of_a_killed_compilation_hangs_nobody(tmp_path: Path) -> None:
+    done = subprocess.run(LOAD, cwd=ROOT, check=True, timeout=400, capture_output=True, text=True)
+    compiled = Path(done.stdout.splitlines()[-1]) / NAME  # now, if nobody had yet
+    shutil.copytree(compiled, tmp_path / NAME)
     (tmp_path / NAME / LOCK).touch()
     environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path)}
     done = subprocess.run(LOAD, cwd=ROOT, env=environment, timeout=200, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == str(tmp_path), "the user's own folder is kept to"
     assert not (tmp_path / NAME / LOCK).exists()
+
+
+def test_every_environment_compiles_in_a_folder_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    import deepspeed
+
+    folders = []
+    for place in ("/one/site-packages/deepspeed/__init__.py", "/other/site-packages/deepspeed/__init__.py"):
+        with monkeypatch.context() as context:
+            context.setattr(deepspeed, "__file__", place)
+            context.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+            name_extensions_folder()
+            folders.append(os.environ.pop("TORCH_EXTENSIONS_DIR"))
+    assert len(set(folders)) == 2

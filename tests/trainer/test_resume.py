@@ -64,6 +64,21 @@ def stop_at_step(recipe: Path, run: Path, step: int, stop) -> int:
         end_tree(process)
 
 
+def ask_again_and_again(process) -> None:
+    """Every rank, until it has ended: while it is saving, and while its interpreter ends."""
+    os.kill(process.pid, signal.SIGTERM)
+    ranks = [child for child in psutil.Process(process.pid).children(recursive=True) if is_rank(child)]
+    assert len(ranks) == SETTINGS["num_processes"]
+    for number in itertools.count():
+        ranks = [rank for rank in ranks if rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE]
+        if not ranks:
+            return
+        for rank in ranks:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                rank.send_signal((signal.SIGUSR1, signal.SIGTERM)[number % 2])
+        time.sleep(0.002)
+
+
 def is_rank(process: psutil.Process) -> bool:
     return "trainer.train" in process.cmdline() and "LOCAL_RANK" in process.environ()
 
@@ -88,7 +103,8 @@ def undisturbed(tmp_path_factory, chat_model: Path, chat_data: Path) -> Path:
     return root / "run"
 
 
-@pytest.mark.parametrize("more", [{"local_dir": "local"}, pytest.param({}, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("more", [{"local_dir": "local"}, {}])
 def test_killed_training_goes_on_bit_for_bit(
     tmp_path: Path, chat_model: Path, chat_data: Path, undisturbed, more: dict[str, str]
 ) -> None:
@@ -117,26 +133,17 @@ def test_killed_training_goes_on_bit_for_bit(
     assert not half.exists()
 
 
-def test_asked_to_stop_it_saves_that_step_and_goes_on_bit_for_bit(
+def test_killed_and_then_asked_to_stop_it_goes_on_bit_for_bit(
     tmp_path: Path, chat_model: Path, chat_data: Path, undisturbed
 ) -> None:
-    recipe, run = write_recipe(tmp_path, chat_model, chat_data, checkpoint={"every_steps": 1000}), tmp_path / "run"
-
-    def ask_again_and_again(process) -> None:
-        """Every rank, until it has ended: while it is saving, and while its interpreter ends."""
-        os.kill(process.pid, signal.SIGTERM)
-        ranks = [child for child in psutil.Process(process.pid).children(recursive=True) if is_rank(child)]
-        assert len(ranks) == SETTINGS["num_processes"]
-        for number in itertools.count():
-            ranks = [rank for rank in ranks if rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE]
-            if not ranks:
-                return
-            for rank in ranks:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    rank.send_signal((signal.SIGUSR1, signal.SIGTERM)[number % 2])
-            time.sleep(0.002)
-
-    code = stop_at_step(recipe, run, KILLED_AT, ask_again_and_again)
+    """Killed between two checkpoints; asked to stop, it saves the step at hand, which no checkpoint was due for."""
+    recipe, run = write_recipe(tmp_path, chat_model, chat_data), tmp_path / "run"
+    stop_at_step(recipe, run, KILLED_AT, end_tree)
+    killed_at = num_steps_shown(run)
+    saved = read_state(newest(run / "checkpoints")).step
+    assert saved <= killed_at < NUM_STEPS
+    write_recipe(tmp_path, chat_model, chat_data, checkpoint={"every_steps": 1000})
+    code = stop_at_step(recipe, run, num_steps_shown(run) + 4, ask_again_and_again)
     output = (tmp_path / "output.txt").read_text()
     assert code == EXIT_PREEMPTED, output
     assert "The same command goes on" in output
@@ -145,7 +152,8 @@ def test_asked_to_stop_it_saves_that_step_and_goes_on_bit_for_bit(
     assert json.loads((run / "verdict-train.json").read_text())["status"] == "preempted"
     code, output = command("train", recipe, "--run-dir", run, cwd=tmp_path)
     assert code == EXIT_DONE, output
-    assert len((run / "metrics.jsonl").read_text().splitlines()) == NUM_STEPS, "a step was done twice"
+    num_rows = len((run / "metrics.jsonl").read_text().splitlines())
+    assert num_rows == NUM_STEPS + killed_at - saved, "only what the kill cost was done twice"
     assert_same(run, undisturbed)
 
 
