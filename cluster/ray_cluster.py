@@ -8,23 +8,14 @@ ever looked for: guessing attaches to a neighbor's.
 """
 
 import contextlib
-import fcntl
 import os
-import secrets
-import shutil
-import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
 
 from cluster.errors import InputError, TunesmithError
+from cluster.ray_folder import RAY_FOLDER, keep_logs, new_token, private_folder, ray_environment
 
-FOLDER_PREFIX = "tunesmith-ray-"
-RAY_FOLDER = "r"
 START_ATTEMPTS = 3
-LEFTOVER_SECONDS = 600.0
-MAX_SOCKET_FOLDER_CHARS = 45  # Ray appends about 60, and the kernel takes 107 for a socket's path
 
 
 @contextlib.contextmanager
@@ -68,71 +59,17 @@ def _joined(address: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _private(run_root: Path) -> Iterator[None]:
-    _remove_abandoned()
-    folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX))  # 0700, and Ray's own inside it, which it opens to all
-    token_file = _write_token(folder)
-    try:
-        if len(str(folder)) > MAX_SOCKET_FOLDER_CHARS:
-            raise InputError(f"TMPDIR is too long for Ray's sockets ({folder}). Set TMPDIR=/tmp.")
-        with _environment(_private_environment(folder)):
-            _start(folder)
-            import ray
+    with private_folder(new_token()) as folder, _environment(ray_environment(folder)):
+        _start(folder)
+        import ray
 
-            try:
-                yield
-            except BaseException:
-                _keep_logs(folder, run_root / "logs" / "ray")
-                raise
-            finally:
-                ray.shutdown()
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)  # a worker on its way out may still write there
-        token_file.close()
-
-
-def _write_token(folder: Path) -> TextIO:
-    """Write a random token that only we can read. The open file holds a lock: the folder is in use while we live."""
-    descriptor = os.open(folder / "token.new", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    file = os.fdopen(descriptor, "w")
-    file.write(secrets.token_hex(32))
-    file.flush()
-    os.rename(folder / "token.new", folder / "token")  # so no one ever sees a token without its lock
-    return file
-
-
-def _remove_abandoned() -> None:
-    """Remove the folders of sessions that were killed: nobody holds the lock on their token.
-
-    Ray processes that outlive a session by seconds make its folder anew, without a token: age tells those.
-    """
-    for folder in Path(tempfile.gettempdir()).glob(f"{FOLDER_PREFIX}*"):
-        with contextlib.suppress(FileNotFoundError):  # another session may be removing it at this moment
-            if folder.stat().st_uid == os.getuid() and _is_abandoned(folder):
-                shutil.rmtree(folder, ignore_errors=True)
-
-
-def _is_abandoned(folder: Path) -> bool:
-    token = folder / "token"
-    if not token.exists():
-        return time.time() - folder.stat().st_mtime > LEFTOVER_SECONDS
-    with open(token) as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
-
-
-def _private_environment(folder: Path) -> dict[str, str]:
-    return {
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
-        "RAY_worker_niceness": "0",  # Ray's 15 would let any other process starve the engines
-        "VLLM_RPC_BASE_PATH": str(folder),  # a killed engine leaves its sockets
-    }
+            yield
+        except BaseException:
+            keep_logs(folder, run_root / "logs" / "ray")
+            raise
+        finally:
+            ray.shutdown()
 
 
 def _start(folder: Path) -> None:
@@ -175,14 +112,6 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
-
-
-def _keep_logs(folder: Path, destination: Path) -> None:
-    """Copy what the workers said: a dead engine's last words are there and nowhere else."""
-    for log in folder.glob(f"{RAY_FOLDER}?/session_2*/logs/worker-*"):
-        if log.stat().st_size:
-            destination.mkdir(parents=True, exist_ok=True)
-            shutil.copy(log, destination)
 
 
 def _last_line(error: BaseException) -> str:

@@ -82,6 +82,13 @@ def _resolve_own_name() -> list[str]:
         return []
 
 
+def own_address() -> tuple[str, str]:
+    """This node's address and the interface that has it. Honors GLOO_SOCKET_IFNAME."""
+    local = local_addresses()
+    address = choose_address(local, _resolve_own_name(), os.environ.get("GLOO_SOCKET_IFNAME"))
+    return address, local[address]
+
+
 def free_port(job_id: str) -> int:
     """A port on which this node can listen now, the first from a place that the job id decides."""
     start = int(job_id) * NUM_PORT_TRIES
@@ -115,10 +122,9 @@ def meet(topology: Topology, run_dir: Path, timeout_seconds: float = MEET_SECOND
     """
     folder = topology.generation_dir(run_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    local = local_addresses()
-    address = choose_address(local, _resolve_own_name(), os.environ.get("GLOO_SOCKET_IFNAME"))
+    address, interface = own_address()
     port = free_port(topology.job_id) if topology.node_rank == 0 else None
-    own = NodeAddress(topology.hosts[topology.node_rank], address, local[address], port, topology.step_id)
+    own = NodeAddress(topology.hosts[topology.node_rank], address, interface, port, topology.step_id)
     write_json(folder / f"node-{topology.node_rank}.json", asdict(own))
     deadline = time.monotonic() + timeout_seconds
     nodes = [

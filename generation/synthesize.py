@@ -122,6 +122,7 @@ class Synthesis:
         sink.seal(inputs_sha=inputs.sha, counts=counts, budget=config.budget.model_dump())
         seconds = round(time.monotonic() - self._start, 1)
         return {
+            "status": "done",
             "method": method.NAME,
             **counts,
             "resumed_requests": requester.num_resumed,
@@ -215,8 +216,9 @@ def _skip(inputs: Inputs, run: RunDir, progress: Progress) -> dict | None:
     run.event(STAGE, "skipped", num_rows=manifest["rows"])
     if run.verdict(STAGE).is_file():
         return json.loads(run.verdict(STAGE).read_text())
-    write_json(run.verdict(STAGE), counts)  # killed between the manifest and the verdict
-    return counts
+    verdict = {"status": "done", **counts}
+    write_json(run.verdict(STAGE), verdict)  # killed between the manifest and the verdict
+    return verdict
 
 
 def _first(errors: BaseExceptionGroup) -> BaseException:

@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 
 from cluster.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, TunesmithError
 
@@ -37,6 +38,13 @@ def export(recipe: list[str]) -> int:
     return run_step([*srun(), "--nodes=1", "--ntasks=1", *python_module("launcher.cli", "export", *recipe)])
 
 
+def generate(stage: str, recipe: list[str]) -> int:
+    """A Ray over all nodes, and the stage as its driver on this one."""
+    from launcher.slurm import ray_job
+
+    return ray_job.run(stage, recipe, asked)
+
+
 def srun() -> list[str]:
     """srun, told how many CPUs a task has: since 22.05 it no longer takes that over from sbatch."""
     cpus = os.environ.get("SLURM_CPUS_PER_TASK")
@@ -62,7 +70,12 @@ def run_step(argv: list[str]) -> int:
                 step.send_signal(signal.SIGUSR2)
 
 
-STAGES = {"train": train, "export": export}
+STAGES = {
+    "synthesize": partial(generate, "synthesize"),
+    "train": train,
+    "export": export,
+    "evaluate": partial(generate, "evaluate"),
+}
 
 
 def main(argv: list[str]) -> int:

@@ -1,0 +1,280 @@
+"""A stage that generates, over all nodes of a job: a Ray of its own, and the stage's process as its driver.
+
+On every node runs a step (ray_node.py), on the job's first node the driver, and above all of them this supervisor:
+
+    start the head's step, then those of the other nodes     a step that ends now ends the job
+    wait until Ray counts exactly these nodes as alive
+    run the driver                                           head gone: end at once; a worker gone: go on without it
+    take down what was started, and nothing else
+
+The exit code is the driver's. What srun returns decides nothing.
+"""
+
+import contextlib
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.allocation import Share, node_step, read_allocation, step_environment
+from cluster.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, Preempted, TunesmithError
+from cluster.files import write_json
+from cluster.manifest import is_sealed
+from cluster.orphans import die_with_parent
+from cluster.ray_folder import new_token, private_folder, ray_environment
+from cluster.rundir import RunDir
+from launcher.recipe import Recipe, load
+from launcher.slurm.ray_node import DONE, KEEP_LOGS, RayNode
+
+POLL_SECONDS = 0.2
+UP_SECONDS = 300  # from the first step to the last node that is alive; NFS may show a file a minute late
+SAVE_SECONDS = 300  # for a driver that was asked to stop, if Slurm gives it that long
+SAVE_WITHOUT_HEAD_SECONDS = 15  # its calls to Ray hang; every finished request is on disk already
+END_SECONDS = 30  # for a node to take its Ray down
+
+
+@dataclass
+class NodeStep:
+    """The step that keeps Ray up on one node."""
+
+    rank: int
+    share: Share
+    srun: subprocess.Popen
+    meeting: Path
+
+    @property
+    def has_ended(self) -> bool:
+        return self.srun.poll() is not None
+
+    def address(self) -> RayNode | None:
+        """What the node told of itself, once it has."""
+        values = read_json(self.meeting / f"node-{self.rank}.json")
+        return RayNode(**values) if values else None
+
+    def why_ended(self) -> str:
+        """The node's own word if it could leave one."""
+        word = read_json(self.meeting / f"node-{self.rank}.exit.json")
+        reason = word["reason"] if word and word["reason"] else f"its step ended (srun: {self.srun.poll()})"
+        return f"node {self.share.host}: {reason}"
+
+    def tell(self, word: str) -> None:
+        """Send a line. A node that is gone does not hear it."""
+        with contextlib.suppress(BrokenPipeError):
+            self.srun.stdin.write(f"{word}\n".encode())
+            self.srun.stdin.flush()
+
+
+class RayJob:
+    """Everything that one attempt starts."""
+
+    def __init__(self, run: RunDir, meeting: Path, shares: list[Share], asked: list[int]) -> None:
+        self.steps: list[NodeStep] = []
+        self._run = run
+        self._meeting = meeting
+        self._shares = shares
+        self._asked = asked
+        self._token = new_token()
+        self._others: list[subprocess.Popen] = []  # processes on this node
+
+    def main(self, command: list[str]) -> int:
+        """Bring Ray up, run `command` on it, and take Ray down. Returns the exit code."""
+        word = KEEP_LOGS
+        with private_folder(self._token) as folder:
+            environment = {**os.environ, **ray_environment(folder)}
+            environment.pop("RAY_AUTH_TOKEN", None)  # it would go before the file
+            try:
+                head = self._bring_up(environment)
+                code = self._drive(command, {**environment, "RAY_ADDRESS": head})
+                word = DONE if code in (EXIT_DONE, EXIT_PREEMPTED) else KEEP_LOGS
+                return code
+            finally:
+                self._take_down(word)
+
+    def _bring_up(self, environment: dict[str, str]) -> str:
+        """Start Ray on all nodes and return where its head listens. Raises TunesmithError naming a node that fails."""
+        deadline = time.monotonic() + UP_SECONDS
+        self._start_step(0, None)
+        while (node := self.steps[0].address()) is None or not is_listening(node.address, node.head_port):
+            self._wait(deadline)
+        head = f"{node.address}:{node.head_port}"
+        for rank in range(1, len(self._shares)):
+            self._start_step(rank, head)
+        nodes = []
+        for step in self.steps:
+            while (node := step.address()) is None:
+                self._wait(deadline)
+            nodes.append(node.address)
+        seconds = str(max(1, round(deadline - time.monotonic())))
+        check = self._start("cluster.ray_ready", head, seconds, *nodes, environment=environment)
+        while check.poll() is None:
+            self._wait(deadline + END_SECONDS)
+        if check.returncode != 0:
+            raise TunesmithError("Ray did not come up on all nodes of the job; which are missing is said above.")
+        num_cpus, num_gpus = (sum(getattr(share, name) for share in self._shares) for name in ("num_cpus", "num_gpus"))
+        say(f"Ray is up: {', '.join(self._hosts())}; {num_cpus} CPUs, {num_gpus} GPUs")
+        return head
+
+    def _hosts(self) -> list[str]:
+        return [step.share.host for step in self.steps]
+
+    def _start_step(self, rank: int, head: str | None) -> None:
+        share = self._shares[rank]
+        arguments = [str(self._meeting), str(rank), f"--cpus={share.num_cpus}", f"--gpus={share.num_gpus}"]
+        arguments += [f"--memory-mib={share.memory_mib}", f"--logs={self._run.logs / 'ray'}"]
+        arguments += [] if head is None else [f"--head={head}"]
+        srun = subprocess.Popen(
+            [*node_step(share), *module_argv("launcher.slurm.ray_node", *arguments)],
+            env=step_environment(os.environ),
+            stdin=subprocess.PIPE,
+            preexec_fn=die_with_parent,
+        )
+        self.steps.append(NodeStep(rank, share, srun, self._meeting))
+        self.steps[-1].tell(self._token)
+
+    def _wait(self, deadline: float) -> None:
+        """Wait a moment for nodes that are coming up. Raises if one of them has ended, or if there is no point."""
+        for step in self.steps:
+            if step.has_ended:
+                raise TunesmithError(step.why_ended())
+        if self._asked:
+            raise Preempted("asked to stop before Ray was up; nothing had begun.")
+        if time.monotonic() > deadline:
+            late = [step.share.host for step in self.steps if step.address() is None] or self._hosts()
+            raise TunesmithError(
+                f"Ray is not up after {UP_SECONDS} s; waited for {', '.join(late)}. Look for their errors above; or "
+                f"the run folder {self._run.root} is not on a file system that all nodes share."
+            )
+        time.sleep(POLL_SECONDS)
+
+    def _drive(self, command: list[str], environment: dict[str, str]) -> int:
+        """Run the driver to its end, watching the nodes beside it."""
+        driver = subprocess.Popen(command, env=environment, preexec_fn=die_with_parent)
+        self._others.append(driver)
+        head, workers = self.steps[0], self.steps[1:]
+        save_until = None  # set once the driver has been asked to stop
+        while driver.poll() is None:
+            if self._is_asked() and save_until is None:
+                driver.send_signal(signal.SIGTERM)
+                save_until = time.monotonic() + SAVE_SECONDS
+            if head.has_ended:
+                if save_until is None:
+                    driver.kill()
+                    raise TunesmithError(f"Ray's head is gone, so nothing can go on. {head.why_ended()}")
+                save_until = min(save_until, time.monotonic() + SAVE_WITHOUT_HEAD_SECONDS)
+            if save_until is not None and time.monotonic() > save_until:
+                driver.kill()
+            for step in [step for step in workers if step.has_ended]:
+                workers.remove(step)
+                say(f"{step.why_ended()}; going on with {1 + len(workers)} of {len(self.steps)} nodes")
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                driver.wait(POLL_SECONDS)
+        code = driver.returncode
+        was_ended_by_us = code < 0 or head.has_ended
+        if save_until is not None and was_ended_by_us and code != EXIT_DONE:
+            raise Preempted("stopped as asked; what had finished is on disk.")
+        return code if code >= 0 else 128 - code
+
+    def _is_asked(self) -> bool:
+        """Whether Slurm wants this job to stop: it told this process, or the step on this node."""
+        return bool(self._asked) or (self._meeting / "node-0.asked").exists()
+
+    def _start(self, module: str, *arguments: str, environment: dict[str, str]) -> subprocess.Popen:
+        process = subprocess.Popen(
+            module_argv(module, *arguments), env=environment, stdin=subprocess.DEVNULL, preexec_fn=die_with_parent
+        )
+        self._others.append(process)
+        return process
+
+    def _take_down(self, word: str) -> None:
+        """End what this attempt has started: the workers first, as they would complain of a head that is gone."""
+        for process in self._others:
+            process.kill()
+            process.wait()
+        for step in reversed(self.steps):
+            step.tell(word)
+            with contextlib.suppress(BrokenPipeError):
+                step.srun.stdin.close()
+        deadline = time.monotonic() + END_SECONDS
+        for end in (None, signal.SIGTERM, signal.SIGKILL):
+            for step in self.steps:
+                if end is not None and not step.has_ended:
+                    step.srun.send_signal(end)
+            for step in self.steps:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    step.srun.wait(max(0, deadline - time.monotonic()))
+            deadline = time.monotonic() + END_SECONDS / 3
+
+
+def run(stage: str, arguments: list[str], asked: list[int]) -> int:
+    """One attempt at `stage` of a recipe. asked: grows when Slurm wants the job to stop. Returns the exit code."""
+    recipe = load(Path(arguments[0]), arguments[1:])
+    run = RunDir(recipe.run_dir.resolve()).create()
+    job, attempt = os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_RESTART_COUNT", "0")
+    meeting = run.root / f"gen-{job}-{attempt}" / f"ray-{secrets.token_hex(4)}"  # new, so no word of an earlier one
+    meeting.mkdir(parents=True)
+    shares = read_allocation(job)
+    say_what_stays_idle(recipe, shares)
+    leave_verdict(run, stage, None)
+    code, message = EXIT_FAILED, ""
+    try:
+        code = RayJob(run, meeting, shares, asked).main(module_argv("launcher.cli", stage, *arguments))
+        message = f"the stage ended with exit code {code}; why is in the log of job {job}."
+    except TunesmithError as error:
+        code, message = error.exit_code, str(error)
+        run.event(stage, "preempted" if code == EXIT_PREEMPTED else "failed", reason=message, job_id=job)
+        raise
+    finally:
+        if code != EXIT_DONE:
+            status = "preempted" if code == EXIT_PREEMPTED else "failed"
+            leave_verdict(run, stage, {"status": status, "exit_code": code, "message": message, "job_id": job})
+    return code
+
+
+def leave_verdict(run: RunDir, stage: str, verdict: dict | None) -> None:
+    """Replace the stage's verdict, or remove it, unless the dataset that the old one is about is there and sealed."""
+    if stage == "synthesize" and is_sealed(run.data / "synthesized"):
+        return
+    if verdict is None:
+        run.verdict(stage).unlink(missing_ok=True)
+    else:
+        write_json(run.verdict(stage), verdict)
+
+
+def say_what_stays_idle(recipe: Recipe, shares: list[Share]) -> None:
+    """One engine on four nodes is allowed, and hardly ever meant."""
+    num_engines, num_gpus = recipe.engine.num_replicas, sum(share.num_gpus for share in shares)
+    if num_gpus and (idle := num_gpus - num_engines * recipe.engine.gpus_per_engine) > 0:
+        say(f"engine.num_replicas={num_engines} leaves {idle} of {num_gpus} GPUs idle")
+    elif not num_gpus and num_engines < len(shares):
+        say(f"engine.num_replicas={num_engines} leaves some of the {len(shares)} nodes idle")
+
+
+def module_argv(module: str, *arguments: str) -> list[str]:
+    """The command line of one of our modules. -P: a folder of the same name in the working directory is not ours."""
+    return [sys.executable, "-P", "-m", module, *arguments]
+
+
+def is_listening(address: str, port: int) -> bool:
+    try:
+        socket.create_connection((address, port), timeout=5).close()
+    except OSError:
+        return False
+    return True
+
+
+def read_json(path: Path) -> dict | None:
+    """What a node has written, or None if it has not yet."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+
+
+def say(text: str) -> None:
+    print(f"[ray] {text}", flush=True)
