@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from cluster.errors import TunesmithError
 
 FIRST_PORT, BLOCK_SIZE, NUM_BLOCKS = 10000, 250, 40  # up to 19999: below where nodes of a training meet
-WORKER_OFFSET = 10  # the rest of a block is for Ray's worker processes: one port for each engine and driver
+WORKER_OFFSET = 11  # the rest of a block is for Ray's worker processes: one port for each engine and driver
 OFFSETS = {
     "node-manager": 2,
     "object-manager": 3,
@@ -27,6 +27,7 @@ OFFSETS = {
 }
 HEAD_OFFSET = 1
 HEAD_OFFSETS = {"dashboard": 8, "ray-client-server": 9}  # Ray starts the second whether anybody needs it or not
+DASHBOARD_METRICS_OFFSET = 10
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,12 @@ class PortBlock:
         """Where the head of a cluster listens."""
         return self.first + HEAD_OFFSET
 
+    def environment(self) -> dict[str, str]:
+        """The one port for which `ray start` has no option."""
+        return {"DASHBOARD_METRIC_PORT": str(self.first + DASHBOARD_METRICS_OFFSET)}
+
     def options(self, is_head: bool) -> list[str]:
-        """The options of `ray start` for every port that it opens."""
+        """The options of `ray start` for all other ports that it opens."""
         offsets = OFFSETS | (HEAD_OFFSETS if is_head else {})
         options = [f"--{name}-port={self.first + offset}" for name, offset in offsets.items()]
         options += [f"--min-worker-port={self.first + WORKER_OFFSET}"]

@@ -10,6 +10,7 @@ In MEETING, a folder that all nodes see, it tells its address (node-<i>.json) an
 
 import argparse
 import os
+import re
 import resource
 import select
 import signal
@@ -36,7 +37,8 @@ END_SECONDS = 15.0
 START_ATTEMPTS = 3  # Ray gives its own processes 30 seconds, which is too few under load
 MIN_STORE_MIB, MAX_STORE_MIB = 80, 1024  # Ray takes no less; requests and answers are small and need no more
 STORE_SHARE = 0.3  # of the node's memory and of what is free in /dev/shm, at most
-STARTED = "Ray runtime started"
+EXITED = re.compile(r"(\w+) \[exit code=(-?\d+)\]")  # as `ray start --block` tells of its processes
+COLOR = re.compile(r"\x1b\[[0-9;]*m")
 MAX_FILES = 65535
 
 
@@ -83,7 +85,8 @@ def run(arguments: argparse.Namespace) -> int:
         write_json(arguments.meeting / f"node-{arguments.rank}.json", asdict(node))
         word = None
         try:
-            word = keep_up(ray_start(arguments, block, address), ray_environ(folder, address), folder, line, arguments)
+            environment = {**ray_environ(folder, address), **block.environment()}
+            word = keep_up(ray_start(arguments, block, address), environment, folder, line, arguments)
         finally:
             end_descendants(END_SECONDS)
             if word != DONE:
@@ -161,11 +164,11 @@ def watch(ray: subprocess.Popen, line: Line, asked: Path) -> str | None:
 
 def why_ended(log: Path) -> str:
     """The reason as far as `ray start` told it."""
-    said = log.read_text(errors="replace")
-    lines = [text.strip() for text in said.splitlines() if text.strip() and "will be killed" not in text]
-    if STARTED not in said:
-        return f"Ray did not start: {lines[-1] if lines else 'it said nothing'}"
-    return f"Ray ended by itself: {' '.join(lines[-3:])}"
+    said = COLOR.sub("", log.read_text(errors="replace"))
+    if ended := EXITED.findall(said):
+        return "Ray ended by itself: " + ", ".join(f"{process} (exit code {code})" for process, code in ended)
+    lines = [text.strip() for text in said.splitlines() if text.strip()]
+    return f"Ray did not start: {lines[-1] if lines else 'it said nothing'}"
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
