@@ -91,6 +91,11 @@ class Watch:
             "num_engine_restarts": sum(each.num_restarts for each in stats),
             "num_engine_restarts_hung": sum(each.num_restarts_hung for each in stats),
             "num_quarantined": sum(each.num_quarantined for each in stats),
+            "engines": [
+                {name: getattr(engine, name) for name in ("node", "num_requests", "num_completion_tokens")}
+                for each in stats
+                for engine in each.engines
+            ],
             "tokens_per_second": round(self._tokens_per_second(), 1),
             "driver_seconds": {name: round(value, 3) for name, value in sorted(self._attribution.seconds.items())},
             "time": self.time_shares(),

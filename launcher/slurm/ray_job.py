@@ -221,10 +221,10 @@ def run(stage: str, arguments: list[str], asked: list[int]) -> int:
     shares = read_allocation(job)
     say_what_stays_idle(recipe, shares)
     leave_verdict(run, stage, None)
-    code, message = EXIT_FAILED, ""
+    code, message = EXIT_FAILED, f"the supervisor of the job broke; where is in the log of job {job}."
     try:
         code = RayJob(run, meeting, shares, asked).main(module_argv("launcher.cli", stage, *arguments))
-        message = f"the stage ended with exit code {code}; why is in the log of job {job}."
+        message = f"{stage} ended with exit code {code}; what it said is in the log of job {job}."
     except TunesmithError as error:
         code, message = error.exit_code, str(error)
         run.event(stage, "preempted" if code == EXIT_PREEMPTED else "failed", reason=message, job_id=job)

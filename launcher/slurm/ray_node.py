@@ -193,7 +193,7 @@ def main(argv: list[str]) -> int:
     code, reason = EXIT_FAILED, "it was killed"
     try:
         code, reason = run(arguments), ""
-    except TunesmithError as error:
+    except (TunesmithError, OSError) as error:  # an OSError is of this node's /tmp, /dev/shm or processes
         reason = str(error)
         print(f"error: {socket.gethostname()}: {reason}", file=sys.stderr)
     finally:

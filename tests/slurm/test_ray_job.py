@@ -1,0 +1,239 @@
+"""Synthesis as a Slurm job of several nodes: a real Ray on each, and every part of it killed once."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import stat
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cluster.manifest import verify_manifest
+from generation.request_log import RequestLog
+from generation.store import read_rows
+from tests.fakes import generated_ids, write_script
+from tests.slurm.bed import FINAL_STATES, SlurmBed
+from tests.slurm.machine import PROJECT
+from tests.slurm.test_bed import processes_of
+
+SCRIPTS = PROJECT / "slurm"
+NUM_INSTRUCTIONS = 60
+ENV = {"TUNESMITH_PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+TWO_NODES = ["--nodes=2", "--nodelist=n[1-2]", "--cpus-per-task=1", "--mem=1500"]
+RAY_SECONDS = 240  # for Ray to come up, or a job to end, on a machine that does other things as well
+STALE_TOKEN = "left-by-an-earlier-ray-of-this-user"
+
+
+class Place:
+    """A folder below the shared one with a recipe, and what its jobs do."""
+
+    def __init__(self, bed: SlurmBed, folder: Path) -> None:
+        self.bed = bed
+        self.folder = folder
+        self.run = folder / "run"
+        self.model = folder / "model"
+        folder.mkdir()
+        (folder / "home" / ".ray").mkdir(parents=True)
+        (folder / "home" / ".ray" / "auth_token").write_text(STALE_TOKEN)
+
+    def write_recipe(self, **values: object) -> None:
+        (self.folder / "recipe.yaml").write_text(yaml.safe_dump({"name": "tiny", "run_dir": "run", **values}))
+
+    def scripted(self, **script: object) -> None:
+        """Let scripted engines make the dataset, one a node."""
+        write_script(self.model, **script)
+        engine = {"backend": "tests.fakes:ScriptedEngine", "num_replicas": 2, "max_num_seqs": 4, "max_restarts": 8}
+        synthesize = {"num_instructions": NUM_INSTRUCTIONS, "rows_per_shard": 40}
+        self.write_recipe(model={"path": "model"}, engine=engine, synthesize=synthesize)
+
+    def submit(self, *values: str, stage: str = "synthesize", options: list[str] = TWO_NODES) -> int:
+        env = {**ENV, "HOME": str(self.folder / "home")}
+        script = SCRIPTS / f"{stage}.sbatch"
+        return self.bed.sbatch(script, "recipe.yaml", *values, options=options, cwd=self.folder, env=env)
+
+    def wait_for_requests(self, job: int, num: int) -> None:
+        """Wait until scripted engines have finished so many requests."""
+
+        def is_there() -> bool:
+            assert self.bed.job(job)["JobState"] not in FINAL_STATES, self.bed.output(job)
+            return len(generated_ids(self.model)) >= num
+
+        self.bed._wait(f"{num} requests", is_there, RAY_SECONDS, lambda: self.bed.output(job))
+
+    def end(self, job: int, state: str, exit_code: str, timeout_seconds: float = RAY_SECONDS) -> None:
+        """Wait for the job's end in this state, and for nothing to be left of it."""
+        fields = self.bed.wait_state(job, {state}, timeout_seconds)
+        assert fields["ExitCode"] == exit_code, self.bed.output(job)
+        self.bed._wait("empty nodes", lambda: not left_behind(self.bed), 60, lambda: str(left_behind(self.bed)))
+
+    def verdict(self, stage: str = "synthesize") -> dict:
+        return json.loads((self.run / f"verdict-{stage}.json").read_text())
+
+    def logged_ids(self) -> set[str]:
+        """Ids in a copy of the request log, so that reading it repairs nothing."""
+        copy = self.folder / "copy"
+        shutil.copytree(self.run / "requests", copy, dirs_exist_ok=True)
+        with RequestLog(copy) as log:
+            return log.ids()
+
+
+@pytest.fixture
+def place(slurm_cluster: SlurmBed, request: pytest.FixtureRequest) -> Iterator[Place]:
+    folder = slurm_cluster.shared / re.sub(r"\W", "-", request.node.name)
+    yield Place(slurm_cluster, folder)
+    for job in slurm_cluster.squeue():
+        slurm_cluster.client("scancel", str(job))
+
+
+def running(bed: SlurmBed, node: str, words: str = "") -> dict[int, str]:
+    """Pid (on the host) -> command line of a node's processes but for its init and slurmd."""
+    machine = bed.nodes[node]
+    if not machine.alive:
+        return {}
+    found = processes_of("\0", {machine.network})
+    own = (str(Path("tests/slurm/node_init.py")), "slurmd -N")
+    return {pid: line for pid, line in found.items() if words in line and not any(word in line for word in own)}
+
+
+def tmp_of(bed: SlurmBed, node: str) -> Path:
+    return Path(f"/proc/{bed.nodes[node].init_pid}/root/tmp")
+
+
+def left_behind(bed: SlurmBed) -> list[str]:
+    """Processes on any node, and folders of Ray in its /tmp."""
+    alive = [node for node, machine in bed.nodes.items() if machine.alive]
+    folders = [str(path) for node in alive for path in tmp_of(bed, node).glob("tunesmith-ray-*")]
+    return folders + [line for node in alive for line in running(bed, node).values()]
+
+
+def kill(bed: SlurmBed, node: str, words: str) -> None:
+    """kill -9 the node's one process with these words in its command line."""
+    (pid,) = running(bed, node, words)
+    os.kill(pid, signal.SIGKILL)
+
+
+def lines_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def test_the_scripts_differ_in_what_they_ask_for_and_in_the_stage() -> None:
+    common = set()
+    for stage in ("synthesize", "train", "export", "evaluate"):
+        text = (SCRIPTS / f"{stage}.sbatch").read_text()
+        _, begin, rest = text.partition("# A job that Slurm starts again by itself")
+        assert begin and f"#SBATCH --job-name=tunesmith-{stage}\n" in text
+        common.add(rest.replace(f"launcher.slurm.attempt {stage} ", "launcher.slurm.attempt STAGE "))
+        assert ("#SBATCH --no-kill\n" in text) == (stage in ("synthesize", "evaluate"))
+    (shared,) = common
+    for line in ("#SBATCH --no-requeue", "#SBATCH --open-mode=append", "#SBATCH --signal=B:USR2@300", "exec "):
+        assert f"\n{line}" in shared
+
+
+def assert_secrets_are_kept(place: Place, job: int) -> None:
+    """The token is where it belongs and nowhere else: no command line, no environment, no log, no other file."""
+    tokens = set()
+    for node in ("n1", "n2"):
+        files = [path for path in tmp_of(place.bed, node).glob("tunesmith-ray-*/**/*") if path.is_file()]
+        secret = {path for path in files if path.name == "token"}
+        assert secret
+        for path in secret:
+            assert stat.S_IMODE(path.stat().st_mode) == 0o600
+            assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+        tokens |= {path.read_text() for path in secret}
+        (token,) = tokens
+        assert len(token) == 64
+        exposed = [path for path in files if path not in secret and token in path.read_text(errors="replace")]
+        for pid in running(place.bed, node):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                process = Path(f"/proc/{pid}")
+                told = (process / "cmdline").read_bytes() + (process / "environ").read_bytes()
+                exposed += [process] if token.encode() in told else []
+        assert not exposed
+    assert not [path for path in place.run.rglob("*") if path.is_file() and token in path.read_text(errors="replace")]
+    assert token not in place.bed.output(job)
+
+
+@pytest.mark.slurm
+def test_a_killed_head_ends_the_job_at_once_and_a_killed_worker_does_not(slurm_cluster: SlurmBed, place: Place) -> None:
+    place.scripted(latency_ms=600)
+    job = place.submit()
+    place.wait_for_requests(job, 12)
+    assert_secrets_are_kept(place, job)
+    kill(slurm_cluster, "n1", "gcs/gcs_server")
+    killed_at = time.monotonic()
+    slurm_cluster.wait_state(job, {"FAILED"}, 30)  # Ray's driver alone would notice after 60 s
+    place.end(job, "FAILED", "1:0")
+    reason = "Ray's head is gone, so nothing can go on. node n1: Ray ended by itself: gcs_server (exit code -9)"
+    assert (place.verdict()["status"], place.verdict()["message"]) == ("failed", reason), time.monotonic() - killed_at
+    assert f"error: {reason}" in slurm_cluster.output(job)
+    assert lines_of(place.run / "events.jsonl")[-1]["reason"] == reason
+    assert list((place.run / "logs" / "ray" / "n1").glob("gcs_server.*"))
+    before, logged = len(generated_ids(place.model)), place.logged_ids()
+    assert logged
+
+    job = place.submit()
+    place.wait_for_requests(job, before + 12)
+    kill(slurm_cluster, "n2", "raylet/raylet")
+    place.end(job, "COMPLETED", "0:0")
+    said = slurm_cluster.output(job)
+    assert "[ray] node n2: Ray ended by itself: raylet (exit code -9); going on with 1 of 2 nodes" in said
+    assert logged.isdisjoint(generated_ids(place.model)[before:])
+    verdict = place.verdict()
+    assert (verdict["status"], verdict["num_kept"], verdict["is_complete"]) == ("done", NUM_INSTRUCTIONS, True)
+    assert verdict["num_engine_restarts"] >= 1
+    assert verify_manifest(place.run / "data" / "synthesized")["rows"] == verdict["num_rows"]
+    rows = Counter(row["id"] for row in read_rows(place.run / "data" / "synthesized"))
+    assert max(rows.values()) == 1
+
+
+@pytest.mark.slurm
+def test_a_node_that_ray_cannot_use_ends_the_job_and_is_named(slurm_cluster: SlurmBed, place: Place) -> None:
+    place.scripted()
+    shm = Path(f"/proc/{slurm_cluster.nodes['n2'].init_pid}/root/dev/shm")
+    with open(shm / "filler", "wb") as file:
+        os.posix_fallocate(file.fileno(), 0, os.statvfs(shm).f_bavail * os.statvfs(shm).f_bsize)
+    try:
+        place.end(place.submit(), "FAILED", "1:0")
+    finally:
+        (shm / "filler").unlink()
+    assert place.verdict()["message"].startswith("node n2: Ray needs 80 MiB of /dev/shm")
+
+
+@pytest.mark.slurm
+def test_vllm_on_two_nodes_answers_on_both_and_saves_when_asked_to_stop(slurm_cluster: SlurmBed, place: Place) -> None:
+    model = {"path": str(PROJECT / "models" / "world-chat")}
+    engine = {"num_replicas": 2, "enforce_eager": True, "max_num_seqs": 2, "max_model_len": 512}
+    place.write_recipe(model=model, engine=engine, synthesize={"method": "magpie", "num_instructions": 100_000})
+    job = place.submit()
+
+    def requests_by_node() -> dict[str, int]:
+        assert slurm_cluster.job(job)["JobState"] not in FINAL_STATES, slurm_cluster.output(job)
+        latest = lines_of(place.run / "metrics.jsonl")[-1:]
+        return {engine["node"]: engine["num_requests"] for line in latest for engine in line["pools"][0]["engines"]}
+
+    def both_answer() -> bool:
+        numbers = requests_by_node()
+        return set(numbers) == {"10.77.0.11", "10.77.0.12"} and min(numbers.values()) > 0
+
+    slurm_cluster._wait("answers of both nodes", both_answer, 400, lambda: slurm_cluster.output(job))
+    slurm_cluster.client("scancel", "--batch", "--signal=USR2", str(job))  # what --signal=B:USR2@300 does
+    slurm_cluster.wait_state(job, {"FAILED"}, 120)
+    place.end(job, "FAILED", "75:0")
+    assert place.verdict()["status"] == "preempted"
+    assert len(place.logged_ids()) >= sum(requests_by_node_of(place.run).values()) > 0
+
+
+def requests_by_node_of(run: Path) -> Counter[str]:
+    """Requests that each node has answered, by the last line of the metrics."""
+    numbers: Counter[str] = Counter()
+    for engine in lines_of(run / "metrics.jsonl")[-1]["pools"][0]["engines"]:
+        numbers[engine["node"]] += engine["num_requests"]
+    return numbers
