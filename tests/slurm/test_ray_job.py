@@ -208,32 +208,112 @@ def test_a_node_that_ray_cannot_use_ends_the_job_and_is_named(slurm_cluster: Slu
 
 
 @pytest.mark.slurm
-def test_vllm_on_two_nodes_answers_on_both_and_saves_when_asked_to_stop(slurm_cluster: SlurmBed, place: Place) -> None:
+def test_vllm_engines_on_two_nodes_make_one_dataset(slurm_cluster: SlurmBed, place: Place) -> None:
+    """Who writes and who answers have an engine each, and a node has room for one: no row is the work of one node."""
+    model = str(PROJECT / "models" / "world-chat")
+    engine = {"enforce_eager": True, "max_num_seqs": 8}
+    models = {"writer": {"path": model}, "answerer": {"path": model, "engine": {**engine, "max_num_seqs": 4}}}
+    synthesize = {"method": "instruction_wild", "num_instructions": 4, "models": models}
+    place.write_recipe(model={"path": model}, engine=engine, synthesize=synthesize)
+    place.end(place.submit(), "COMPLETED", "0:0", 400)
+    verdict = place.verdict()
+    assert (verdict["status"], verdict["num_kept"]) == ("done", 4)
+    assert verify_manifest(place.run / "data" / "synthesized")["rows"] == verdict["num_rows"] > 0
+    numbers = {engine["node"]: engine["num_requests"] for engine in verdict["engines"]}
+    assert set(numbers) == {"10.77.0.11", "10.77.0.12"} and min(numbers.values()) > 0
+
+
+@pytest.mark.long
+@pytest.mark.slurm
+def test_vllm_replicas_of_two_nodes_share_the_work_and_save_when_asked_to_stop(
+    slurm_cluster: SlurmBed, place: Place
+) -> None:
     model = {"path": str(PROJECT / "models" / "world-chat")}
     engine = {"num_replicas": 2, "enforce_eager": True, "max_num_seqs": 2, "max_model_len": 512}
     place.write_recipe(model=model, engine=engine, synthesize={"method": "magpie", "num_instructions": 100_000})
     job = place.submit()
 
-    def requests_by_node() -> dict[str, int]:
-        assert slurm_cluster.job(job)["JobState"] not in FINAL_STATES, slurm_cluster.output(job)
-        latest = lines_of(place.run / "metrics.jsonl")[-1:]
-        return {engine["node"]: engine["num_requests"] for line in latest for engine in line["pools"][0]["engines"]}
-
     def both_answer() -> bool:
-        numbers = requests_by_node()
+        assert slurm_cluster.job(job)["JobState"] not in FINAL_STATES, slurm_cluster.output(job)
+        numbers = requests_by_node(place.run)
         return set(numbers) == {"10.77.0.11", "10.77.0.12"} and min(numbers.values()) > 0
 
     slurm_cluster._wait("answers of both nodes", both_answer, 400, lambda: slurm_cluster.output(job))
     slurm_cluster.client("scancel", "--batch", "--signal=USR2", str(job))  # what --signal=B:USR2@300 does
-    slurm_cluster.wait_state(job, {"FAILED"}, 120)
     place.end(job, "FAILED", "75:0")
     assert place.verdict()["status"] == "preempted"
-    assert len(place.logged_ids()) >= sum(requests_by_node_of(place.run).values()) > 0
+    assert len(place.logged_ids()) >= sum(requests_by_node(place.run).values()) > 0
 
 
-def requests_by_node_of(run: Path) -> Counter[str]:
-    """Requests that each node has answered, by the last line of the metrics."""
-    numbers: Counter[str] = Counter()
-    for engine in lines_of(run / "metrics.jsonl")[-1]["pools"][0]["engines"]:
-        numbers[engine["node"]] += engine["num_requests"]
-    return numbers
+def requests_by_node(run: Path) -> dict[str, int]:
+    """Requests that each node's engine has answered, by the latest metrics."""
+    latest = lines_of(run / "metrics.jsonl")[-1:]
+    return {engine["node"]: engine["num_requests"] for line in latest for engine in line["pools"][0]["engines"]}
+
+
+@pytest.mark.long
+@pytest.mark.slurm
+def test_asked_to_stop_it_saves_and_the_same_command_goes_on(slurm_cluster: SlurmBed, place: Place) -> None:
+    place.scripted(latency_ms=600)
+    logged: set[str] = set()
+    for signal_options in (["--batch", "--signal=USR2"], ["--signal=TERM"]):  # the second reaches all steps alone
+        before = len(generated_ids(place.model))
+        job = place.submit()
+        place.wait_for_requests(job, before + 12)
+        slurm_cluster.client("scancel", *signal_options, str(job))
+        place.end(job, "FAILED", "75:0")
+        assert f"error: stopped by SIGTERM; {len(place.logged_ids())} finished" in slurm_cluster.output(job)
+        assert place.verdict()["status"] == "preempted"
+        assert logged.isdisjoint(generated_ids(place.model)[before:])
+        logged = place.logged_ids()
+    before = len(generated_ids(place.model))
+    place.end(place.submit(), "COMPLETED", "0:0")
+    assert logged.isdisjoint(generated_ids(place.model)[before:])
+    assert place.verdict()["num_kept"] == NUM_INSTRUCTIONS
+
+
+@pytest.mark.long
+@pytest.mark.slurm
+def test_a_lost_node_takes_its_engine_along_and_nothing_else(slurm_cluster: SlurmBed, place: Place) -> None:
+    place.scripted(latency_ms=600)
+    job = place.submit()
+    place.wait_for_requests(job, 12)
+    slurm_cluster.nodes["n2"].kill()
+    try:
+        place.end(job, "COMPLETED", "0:0")
+    finally:
+        slurm_cluster.restart("n2")
+    assert place.verdict()["num_kept"] == NUM_INSTRUCTIONS
+    rows = Counter(row["id"] for row in read_rows(place.run / "data" / "synthesized"))
+    assert max(rows.values()) == 1
+
+
+@pytest.mark.long
+@pytest.mark.slurm
+def test_two_jobs_on_one_node_do_not_meet(slurm_cluster: SlurmBed, place: Place) -> None:
+    """The second ends first; it must have left the first one's Ray alone."""
+    other = Place(slurm_cluster, place.folder / "other")
+    place.scripted(latency_ms=1500)
+    other.scripted()
+    options = ["--nodes=1", "--nodelist=n1", "--cpus-per-task=2", "--mem=1500"]
+    first = place.submit(options=options)
+    place.wait_for_requests(first, 4)
+    second = other.submit(options=options)
+    slurm_cluster.wait_state(second, {"COMPLETED"}, RAY_SECONDS)
+    assert slurm_cluster.job(first)["JobState"] == "RUNNING"
+    place.end(first, "COMPLETED", "0:0")
+    for each in (place, other):
+        assert (each.verdict()["num_kept"], each.verdict()["num_engine_restarts"]) == (NUM_INSTRUCTIONS, 0)
+
+
+@pytest.mark.long
+@pytest.mark.slurm
+def test_a_full_tmp_ends_the_job_and_the_node_is_named(slurm_cluster: SlurmBed, place: Place) -> None:
+    place.scripted()
+    slurm_cluster.nodes["n2"].fill_tmp()
+    try:
+        place.end(place.submit(), "FAILED", "1:0")
+    finally:
+        (tmp_of(slurm_cluster, "n2") / "filler").unlink()
+    assert place.verdict()["message"].startswith("node n2: ")
+    assert "No space left" in place.verdict()["message"]
