@@ -1,0 +1,48 @@
+"""What a job has on each node, as Slurm tells it, and what a step of one node asks for."""
+
+import pytest
+
+from cluster.allocation import Share, node_step, parse_allocation, step_environment
+from cluster.errors import InputError
+
+DETAILS = """JobId=7 JobName=tunesmith-synthesize
+   NodeList=n[3,1-2]
+   NumNodes=3 NumCPUs=12 NumTasks=3 CPUs/Task=4 ReqB:S:C:T=0:0:*:*
+     Nodes=n[1-2] CPU_IDs=0-3,8 Mem=4000 GRES=gpu:a100:2(IDX:0-1),nic:1(IDX:0)
+     Nodes=n3 CPU_IDs=5 Mem=0 GRES=
+   TresPerJob=gres:gpu:4
+"""
+
+
+def expand(host_list: str) -> list[str]:
+    return {"n[3,1-2]": ["n3", "n1", "n2"], "n[1-2]": ["n1", "n2"], "n3": ["n3"]}[host_list]
+
+
+def test_each_node_has_its_own_share_in_the_order_of_the_job() -> None:
+    assert parse_allocation(DETAILS, expand) == [
+        Share("n3", 1, 0, 0),
+        Share("n1", 5, 2, 4000),
+        Share("n2", 5, 2, 4000),
+    ]
+
+
+@pytest.mark.parametrize("lost", ["     Nodes=n3 CPU_IDs=5 Mem=0 GRES=\n", "   NodeList=n[3,1-2]\n"])
+def test_a_node_that_slurm_does_not_tell_of_is_an_error(lost: str) -> None:
+    with pytest.raises(InputError, match="does not tell what the job has on each node"):
+        parse_allocation(DETAILS.replace(lost, ""), expand)
+
+
+def test_gpus_of_several_kinds_add_up() -> None:
+    details = DETAILS.replace("nic:1(IDX:0)", "gpu:h100:3(IDX:2-4)")
+    assert parse_allocation(details, expand)[1].num_gpus == 5
+
+
+def test_a_step_asks_for_all_of_its_node_and_not_for_what_the_whole_job_has() -> None:
+    step = node_step(Share("n1", 5, 2, 4000))
+    assert {"--overlap", "--exact", "--nodelist=n1", "--cpus-per-task=5", "--gres=gpu:2"} < set(step)
+    assert "--gres=none" in node_step(Share("n3", 1, 0, 0))
+    asked = dict.fromkeys(
+        ("SLURM_GPUS", "SLURM_GPUS_PER_TASK", "SLURM_NTASKS", "SLURM_MEM_PER_CPU", "SLURM_NNODES"), "4"
+    )
+    kept = {"SLURM_JOB_ID": "7", "HF_TOKEN": "x", "SLURM_GPUS_ON_NODE": "2", "SLURM_CONF": "/etc"}
+    assert step_environment(asked | kept) == kept
