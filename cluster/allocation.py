@@ -15,8 +15,10 @@ from cluster.topology import expand_host_list
 # As `scontrol --details show job` has it: "Nodes=n[1-2] CPU_IDs=0-3,8 Mem=4000 GRES=gpu:a100:2(IDX:0-1)".
 _NODES = re.compile(r"^ *Nodes=(\S+) CPU_IDs=(\S+) Mem=(\d+) GRES=(\S*)", re.MULTILINE)
 _GPUS = re.compile(r"\bgpu:(?:[^:,()]+:)?(\d+)")
-# What sbatch was asked for the whole job, srun would ask for a step of one node.
-_WHOLE_JOB = re.compile(r"SLURM_(GPUS|GPUS_PER_\w+|GRES|MEM_PER_\w+|CPUS_PER_\w+|NTASKS\w*|NPROCS|NNODES|TRES_\w+)")
+# What sbatch was asked for the whole job, srun would ask for a step of one node. (EXPORT_ENV: of --export=NONE.)
+_WHOLE_JOB = re.compile(
+    r"SLURM_(EXPORT_ENV|GPUS|GPUS_PER_\w+|GRES|MEM_PER_\w+|CPUS_PER_\w+|NTASKS\w*|NPROCS|NNODES|TRES_\w+)"
+)
 
 
 @dataclass(frozen=True)

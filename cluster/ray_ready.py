@@ -46,4 +46,6 @@ def await_nodes(head: str, expected: set[str], timeout_seconds: float) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(await_nodes(sys.argv[1], set(sys.argv[3:]), float(sys.argv[2])) or 0)
+    wrong = await_nodes(sys.argv[1], set(sys.argv[3:]), float(sys.argv[2]))
+    print(wrong)
+    sys.exit(bool(wrong))

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from cluster.allocation import Share, node_step, read_allocation, step_environment
 from cluster.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, Preempted, TunesmithError
-from cluster.files import write_json
+from cluster.files import exclusive_lock, write_json
 from cluster.manifest import is_sealed
 from cluster.orphans import die_with_parent
 from cluster.ray_folder import new_token, private_folder, ray_environment
@@ -105,20 +105,29 @@ class RayJob:
         head = f"{node.address}:{node.head_port}"
         for rank in range(1, len(self._shares)):
             self._start_step(rank, head)
-        nodes = []
-        for step in self.steps:
-            while (node := step.address()) is None:
-                self._wait(deadline)
-            nodes.append(node.address)
-        seconds = str(max(1, round(deadline - time.monotonic())))
-        check = self._start("cluster.ray_ready", head, seconds, *nodes, environment=environment)
-        while check.poll() is None:
-            self._wait(deadline + END_SECONDS)
-        if check.returncode != 0:
-            raise TunesmithError("Ray did not come up on all nodes of the job; which are missing is said above.")
+        self._await_all(head, deadline, environment)
         num_cpus, num_gpus = (sum(getattr(share, name) for share in self._shares) for name in ("num_cpus", "num_gpus"))
         say(f"Ray is up: {', '.join(self._hosts())}; {num_cpus} CPUs, {num_gpus} GPUs")
         return head
+
+    def _await_all(self, head: str, deadline: float, environment: dict[str, str]) -> None:
+        """Wait until the nodes that Ray counts as alive are those of this job."""
+        addresses = []
+        for step in self.steps:
+            while (node := step.address()) is None:
+                self._wait(deadline)
+            addresses.append(node.address)
+        if len(set(addresses)) < len(addresses):
+            told = ", ".join(map(" ".join, zip(self._hosts(), addresses, strict=True)))
+            raise TunesmithError(f"nodes with the same address ({told}): set GLOO_SOCKET_IFNAME to their interface.")
+        seconds = str(max(1, round(deadline - time.monotonic())))
+        command = module_argv("cluster.ray_ready", head, seconds, *addresses)
+        check = self._start(command, environment, stdout=subprocess.PIPE)
+        while check.poll() is None:
+            self._wait(deadline + END_SECONDS)
+        if check.returncode != 0:
+            reason = check.stdout.read().decode(errors="replace").strip().splitlines()[-1:] or ["the check was killed."]
+            raise TunesmithError(reason[0])
 
     def _hosts(self) -> list[str]:
         return [step.share.host for step in self.steps]
@@ -154,8 +163,7 @@ class RayJob:
 
     def _drive(self, command: list[str], environment: dict[str, str]) -> int:
         """Run the driver to its end, watching the nodes beside it."""
-        driver = subprocess.Popen(command, env=environment, preexec_fn=die_with_parent)
-        self._others.append(driver)
+        driver = self._start(command, environment)
         head, workers = self.steps[0], self.steps[1:]
         save_until = None  # set once the driver has been asked to stop
         while driver.poll() is None:
@@ -184,9 +192,10 @@ class RayJob:
         """Whether Slurm wants this job to stop: it told this process, or the step on this node."""
         return bool(self._asked) or (self._meeting / "node-0.asked").exists()
 
-    def _start(self, module: str, *arguments: str, environment: dict[str, str]) -> subprocess.Popen:
+    def _start(self, argv: list[str], environment: dict[str, str], stdout: int | None = None) -> subprocess.Popen:
+        """Start a process on this node that does not outlive this one."""
         process = subprocess.Popen(
-            module_argv(module, *arguments), env=environment, stdin=subprocess.DEVNULL, preexec_fn=die_with_parent
+            argv, env=environment, stdin=subprocess.DEVNULL, stdout=stdout, preexec_fn=die_with_parent
         )
         self._others.append(process)
         return process
@@ -215,6 +224,8 @@ def run(stage: str, arguments: list[str], asked: list[int]) -> int:
     """One attempt at `stage` of a recipe. asked: grows when Slurm wants the job to stop. Returns the exit code."""
     recipe = load(Path(arguments[0]), arguments[1:])
     run = RunDir(recipe.run_dir.resolve()).create()
+    with exclusive_lock(run.root / ".lock", f"run folder {run.root}"):
+        pass  # the driver will hold it; that another job does is better said now than when Ray is up
     job, attempt = os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_RESTART_COUNT", "0")
     meeting = run.root / f"gen-{job}-{attempt}" / f"ray-{secrets.token_hex(4)}"  # new, so no word of an earlier one
     meeting.mkdir(parents=True)

@@ -41,8 +41,7 @@ def test_a_step_asks_for_all_of_its_node_and_not_for_what_the_whole_job_has() ->
     step = node_step(Share("n1", 5, 2, 4000))
     assert {"--overlap", "--exact", "--nodelist=n1", "--cpus-per-task=5", "--gres=gpu:2"} < set(step)
     assert "--gres=none" in node_step(Share("n3", 1, 0, 0))
-    asked = dict.fromkeys(
-        ("SLURM_GPUS", "SLURM_GPUS_PER_TASK", "SLURM_NTASKS", "SLURM_MEM_PER_CPU", "SLURM_NNODES"), "4"
-    )
+    of_the_job = ("GPUS", "GPUS_PER_TASK", "NTASKS", "MEM_PER_CPU", "NNODES", "EXPORT_ENV")
+    asked = {f"SLURM_{name}": "4" for name in of_the_job}
     kept = {"SLURM_JOB_ID": "7", "HF_TOKEN": "x", "SLURM_GPUS_ON_NODE": "2", "SLURM_CONF": "/etc"}
     assert step_environment(asked | kept) == kept
