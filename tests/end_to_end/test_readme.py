@@ -13,6 +13,9 @@ COMMANDS = re.findall(r"^\$ (.+)$", README, flags=re.MULTILINE)
 RUN_ELSEWHERE = {
     "make demo": "tests/end_to_end/conftest.py:attempt",
     "make test": ".ci/run:make test",
+    "sbatch --nodes 2 slurm/synthesize.sbatch recipes/demo.yaml engine.num_replicas=2": (
+        "tests/slurm/test_ray_job.py:def test_vllm_engines_on_two_nodes"
+    ),
     "sbatch --nodes 2 slurm/train.sbatch recipes/demo.yaml": "tests/slurm/test_train_sbatch.py:def test_two_nodes",
     "ray job submit -- tunesmith synthesize recipes/demo.yaml": "tests/end_to_end/test_ray_job.py:ray job submit",
     "tunesmith synthesize recipes/evol_instruct.yaml": "tests/end_to_end/test_methods.py:recipes/evol_instruct.yaml",

@@ -317,3 +317,32 @@ def test_a_full_tmp_ends_the_job_and_the_node_is_named(slurm_cluster: SlurmBed, 
         (tmp_of(slurm_cluster, "n2") / "filler").unlink()
     assert place.verdict()["message"].startswith("node n2: ")
     assert "No space left" in place.verdict()["message"]
+
+
+@pytest.mark.long
+@pytest.mark.slurm
+def test_a_trained_run_is_exported_and_evaluated(slurm_cluster: SlurmBed, place: Place, tiny_model: Path) -> None:
+    shutil.copytree(tiny_model, place.model)
+    row = {"messages": [{"role": "user", "content": "Say fig"}, {"role": "assistant", "content": "fig"}]}
+    (place.folder / "rows.jsonl").write_text(f"{json.dumps(row)}\n" * 8)
+    task = {"id": "1", "task": "say", "group": "all", "instruction": "Say fig", "input": "", "references": ["fig"]}
+    (place.folder / "tasks.jsonl").write_text(json.dumps(task) + "\n")
+    train = {"data": ["rows.jsonl"], "precision": "fp32", "packing": False, "max_seq_len": 64, "num_epochs": 1}
+    train |= {"micro_batch_size": 1, "global_batch_size": 4, "zero_stage": 0}
+    place.write_recipe(model={"path": "model"}, train=train, evaluate={"sets": ["tasks.jsonl"]})
+    one_node = ["--nodes=1", "--nodelist=n1", "--cpus-per-task=1", "--mem=1500"]
+    for stage in ("train", "export", "evaluate"):
+        place.end(place.submit(stage=stage, options=one_node), "COMPLETED", "0:0", 400)
+        assert place.verdict(stage)["status"] == "done"
+    assert "tuned" in place.verdict("evaluate")["contenders"]
+
+
+@pytest.mark.long
+@pytest.mark.slurm
+def test_a_killed_supervisor_takes_everything_along(slurm_cluster: SlurmBed, place: Place) -> None:
+    place.scripted(latency_ms=600)
+    job = place.submit()
+    place.wait_for_requests(job, 12)
+    kill(slurm_cluster, "n1", "-m launcher.slurm.attempt")
+    place.end(job, "FAILED", "0:9")
+    assert not (place.run / "verdict-synthesize.json").exists()
