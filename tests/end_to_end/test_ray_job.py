@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import psutil
@@ -66,9 +66,11 @@ def ray_head() -> Iterator[dict[str, str]]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def submit(environment: dict[str, str], *command: str | Path) -> subprocess.CompletedProcess:
+def submit(
+    environment: dict[str, str], *command: str | Path, options: Iterable[str | Path] = ()
+) -> subprocess.CompletedProcess:
     """`ray job submit -- command`, tried again while the cluster is coming up."""
-    words = [BIN / "ray", "job", "submit", "--", *command]
+    words = [BIN / "ray", "job", "submit", *options, "--", *command]
     for _ in range(60):
         done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300, check=False)
         if done.returncode == 0 or not any(sign in done.stderr for sign in NOT_UP_YET):
@@ -77,21 +79,38 @@ def submit(environment: dict[str, str], *command: str | Path) -> subprocess.Comp
     raise AssertionError(f"the Ray cluster did not come up: {done.stderr[-1000:]}")
 
 
-@pytest.mark.timeout(400)
-def test_ray_job_submit_runs_the_stage_on_that_cluster(tmp_path):
-    model = write_script(tmp_path / "model")
+def write_recipe(folder: Path, name: str, backend: str) -> Path:
+    model = write_script(folder / "model")
     recipe = {
-        "name": "job",
-        "run_dir": str(tmp_path / "run"),
+        "name": name,
+        "run_dir": str(folder / name),
         "model": {"path": model.path},
-        "engine": {"backend": "tests.fakes:ScriptedEngine"},
+        "engine": {"backend": backend},
         "synthesize": {"num_instructions": 20},
     }
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
+    return folder / f"{name}.yaml"
+
+
+def ship_code(folder: Path) -> Path:
+    """A copy of the code with an engine that is nowhere else."""
+    for package in ("cluster", "generation", "trainer", "launcher"):
+        shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "tests" / "fakes.py", folder / "shipped_engine.py")
+    return folder
+
+
+@pytest.mark.timeout(400)
+def test_ray_job_submit_runs_the_stage_on_that_cluster_with_the_code_there_or_with_code_it_brings(tmp_path):
+    there = write_recipe(tmp_path, "there", "tests.fakes:ScriptedEngine")
+    brought = write_recipe(tmp_path, "brought", "shipped_engine:ScriptedEngine")
+    code = ship_code(tmp_path / "code")
     with ray_head() as environment:
-        command = (BIN / "tunesmith", "synthesize", tmp_path / "recipe.yaml")
-        done = submit(environment, *command)
+        done = submit(environment, BIN / "tunesmith", "synthesize", there)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-        assert "already done" in submit(environment, *command).stdout  # and the cluster is still there
-    verdict = json.loads((tmp_path / "run" / "verdict-synthesize.json").read_text())
-    assert verdict["num_kept"] == 20
+        command = (BIN / "python", "-m", "launcher.cli", "synthesize", brought)
+        done = submit(environment, *command, options=["--working-dir", code])  # the cluster is still there
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    for name in ("there", "brought"):
+        verdict = json.loads((tmp_path / name / "verdict-synthesize.json").read_text())
+        assert verdict["num_kept"] == 20
