@@ -12,6 +12,7 @@ import fcntl
 import os
 import secrets
 import shutil
+import socket
 import tempfile
 import time
 from collections.abc import Iterator
@@ -35,16 +36,21 @@ def new_token() -> str:
 @contextlib.contextmanager
 def private_folder(token: str) -> Iterator[Path]:
     """A new folder with the token in it, removed at the end. Folders of processes that were killed go as well."""
-    _remove_abandoned()
-    folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX))  # 0700
-    token_file = _write_token(folder, token)
-    try:
+    parent = own_tmp()
+    _remove_abandoned(parent)
+    with contextlib.ExitStack() as stack:
+        try:
+            folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=parent))  # 0700
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)  # a worker on its way out may still write there
+            stack.push(_write_token(folder, token))
+        except OSError as error:
+            raise InputError(
+                f"{parent} on {socket.gethostname()}: {error.strerror}. Ray's folder has to be there: make room, or "
+                "set TMPDIR to another folder that is this machine's own."
+            ) from error
         if len(str(folder)) > MAX_SOCKET_FOLDER_CHARS:
             raise InputError(f"TMPDIR is too long for Ray's sockets ({folder}). Set TMPDIR=/tmp.")
         yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)  # a worker on its way out may still write there
-        token_file.close()
 
 
 def _write_token(folder: Path, token: str) -> TextIO:
@@ -58,12 +64,17 @@ def _write_token(folder: Path, token: str) -> TextIO:
     return file
 
 
-def _remove_abandoned() -> None:
+def own_tmp() -> Path:
+    """TMPDIR or /tmp. Not Python's answer: with a full /tmp that would be some other folder, which nodes may share."""
+    return Path(os.environ.get("TMPDIR") or "/tmp")
+
+
+def _remove_abandoned(parent: Path) -> None:
     """Remove the folders of sessions that were killed: nobody holds the lock on their token.
 
     Ray processes that outlive a session by seconds make its folder anew, without a token: age tells those.
     """
-    for folder in Path(tempfile.gettempdir()).glob(f"{FOLDER_PREFIX}*"):
+    for folder in parent.glob(f"{FOLDER_PREFIX}*"):
         with contextlib.suppress(FileNotFoundError):  # another session may be removing it at this moment
             if folder.stat().st_uid == os.getuid() and _is_abandoned(folder):
                 shutil.rmtree(folder, ignore_errors=True)

@@ -3,7 +3,8 @@
     srun ... python -P -m launcher.slurm.ray_node MEETING RANK --cpus N --gpus N --memory-mib N [--head HOST:PORT]
 
 Standard input is the line to the supervisor (ray_job.py): first comes the token, and at the end DONE, or KEEP_LOGS.
-If it breaks off, the supervisor is gone, and Ray goes as well. Without --head this node is the head.
+If it breaks off, the supervisor is gone, and Ray goes as well; where Slurm does not let it break off, it ends the step.
+Without --head this node is the head.
 
 In MEETING, a folder that all nodes see, it tells its address (node-<i>.json) and how it ended (node-<i>.exit.json).
 """
