@@ -1,6 +1,10 @@
 """The base of every config model a user writes: unknown keys are errors, values never change after validation."""
 
-from pydantic import BaseModel, ConfigDict, Field
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+EnvName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 
 
 class StrictModel(BaseModel):
@@ -14,3 +18,9 @@ class ModelConfig(StrictModel):
 
     path: str = Field(min_length=1, description="a folder in Hugging Face's form, or org/name on the hub")
     revision: str | None = Field(None, description="commit or tag of a model on the hub; none: its main branch")
+
+
+class SecretRef(StrictModel):
+    """A secret, by the name of the environment variable that holds it. Its value is in no recipe and no run folder."""
+
+    env: EnvName

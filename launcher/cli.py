@@ -1,11 +1,13 @@
 """The command line: `tunesmith run | synthesize | train | export | evaluate | plan RECIPE [key.sub=value ...]`.
 
-`tunesmith inspect tokens RECIPE_OR_RUN` shows what training sees.
+`tunesmith inspect tokens RECIPE_OR_RUN` shows what training sees; the commands about a run that was started, such as
+`tunesmith status RUN`, are in launcher/slurm/commands.py.
 
 Nothing heavy is imported here, so that `--help` answers at once; each stage imports what it needs.
 """
 
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +15,7 @@ import typer
 from rich.console import Console
 
 from cluster.errors import TunesmithError
+from launcher.slurm import commands
 
 app = typer.Typer(
     help="Instruction tuning, end to end: a model writes and answers instructions, and learns from them.",
@@ -29,6 +32,16 @@ Overrides = Annotated[
 RunDirOption = Annotated[Path | None, typer.Option("--run-dir", help="where the run lives; default: runs/<name>")]
 
 
+class Place(StrEnum):
+    """Where a recipe runs."""
+
+    here = "here"
+    slurm = "slurm"
+
+
+OnOption = Annotated[Place, typer.Option("--on", help="here, or as a chain of jobs on Slurm")]
+
+
 def read(path: Path, overrides: list[str] | None, run_dir: Path | None):
     from launcher.recipe import load
 
@@ -39,18 +52,22 @@ def read(path: Path, overrides: list[str] | None, run_dir: Path | None):
 
 
 @app.command()
-def run(recipe: RecipePath, overrides: Overrides = None, run_dir: RunDirOption = None) -> None:
-    """Run every stage of a recipe here, skipping what is done. Interrupted, the same command goes on."""
-    from launcher.plan import stages_of
-    from launcher.stages import run_stage
-    from launcher.summary import print_summary
+def run(
+    recipe: RecipePath, overrides: Overrides = None, run_dir: RunDirOption = None, on: OnOption = Place.here
+) -> None:
+    """Run every stage of a recipe, skipping what is done. Interrupted, the same command goes on."""
+    from launcher.slurm.sweep import members_of, save_index
+    from launcher.stages import run_all
 
     resolved = read(recipe, overrides, run_dir)
-    stages = [stage for stage, _, _ in stages_of(resolved)]
-    for number, stage in enumerate(stages, 1):
-        typer.echo(f"[{stage}] stage {number} of {len(stages)}")
-        run_stage(stage, resolved)
-    print_summary(resolved, Console())
+    if on == Place.slurm:
+        commands.run_on_slurm(recipe, overrides or [], resolved)
+        return
+    members = members_of(recipe, overrides or [], resolved)
+    if members:
+        save_index(resolved.run_dir, members)
+    for one in [member.recipe for member in members] or [resolved]:
+        run_all(one)
 
 
 @app.command()
@@ -78,11 +95,17 @@ def evaluate(recipe: RecipePath, overrides: Overrides = None, run_dir: RunDirOpt
 
 
 @app.command()
-def plan(recipe: RecipePath, overrides: Overrides = None, run_dir: RunDirOption = None) -> None:
-    """Show what a recipe would do. Starts nothing and writes nothing."""
+def plan(
+    recipe: RecipePath, overrides: Overrides = None, run_dir: RunDirOption = None, on: OnOption = Place.here
+) -> None:
+    """Show what a recipe would do. Starts nothing, and writes nothing but, for Slurm, plan.json and the code."""
     from launcher.plan import print_plan
 
-    print_plan(read(recipe, overrides, run_dir), recipe, Console())
+    resolved = read(recipe, overrides, run_dir)
+    if on == Place.slurm:
+        commands.plan_on_slurm(recipe, overrides or [], resolved)
+    else:
+        print_plan(resolved, recipe, Console())
 
 
 inspect = typer.Typer(help="Look at what a run works on.", no_args_is_help=True)
@@ -107,6 +130,9 @@ def inspect_tokens(
     from launcher.inspect_tokens import inspect_tokens as paint
 
     paint(resolved, rows, Console())
+
+
+commands.add_to(app)
 
 
 def _one_stage(stage: str, recipe: Path, overrides: list[str] | None, run_dir: Path | None) -> None:

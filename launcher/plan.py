@@ -1,5 +1,6 @@
 """What a recipe would do, without doing it."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
@@ -12,7 +13,7 @@ from trainer.config import TrainConfig
 from trainer.memory import amount, check_heads, choose_stage, estimate, read_facts, usable_bytes
 
 
-def stages_of(recipe: Recipe) -> list[tuple[str, str, str]]:
+def stages_of(recipe: Recipe, place: str = " here") -> list[tuple[str, str, str]]:
     """(stage, what it does, what it leaves) in the order in which `tunesmith run` runs them."""
     run, train = recipe.run, recipe.train
     stages = []
@@ -25,7 +26,7 @@ def stages_of(recipe: Recipe) -> list[tuple[str, str, str]]:
             )
         )
     stages += [
-        ("train", _training(train), str(run.checkpoints)),
+        ("train", _training(train, place), str(run.checkpoints)),
         ("export", f"{recipe.export.form} model as safetensors{_to(recipe)}", str(run.export)),
     ]
     if train.objective == "chat" and recipe.export.form == "merged":
@@ -48,12 +49,12 @@ def _synthesis(recipe: Recipe) -> str:
     return f"{name}: {goal}; {writer.path or recipe.model.path} on {engines}"
 
 
-def _training(train: TrainConfig) -> str:
+def _training(train: TrainConfig, place: str) -> str:
     """How the model is tuned, and the arithmetic of its batches."""
     ranks, parts = train.num_processes, train.sequence_parallel_size
     sharing = f" in groups of {parts} that share rows" if parts > 1 else ""
     return (
-        f"{train.tuning} tuning, ZeRO-{train.zero_stage}, {train.precision}, {ranks} ranks here{sharing}; "
+        f"{train.tuning} tuning, ZeRO-{train.zero_stage}, {train.precision}, {ranks} ranks{place}{sharing}; "
         f"{_batch(train)}; " + (f"{train.max_steps} steps" if train.max_steps else f"{train.num_epochs} epochs")
     )
 
@@ -86,10 +87,18 @@ def print_plan(recipe: Recipe, path: Path, console: Console) -> None:
     console.print(f"Nothing was started. To run it: tunesmith run {path}", markup=False, highlight=False)
 
 
-def print_memory(recipe: Recipe, console: Console) -> None:
+def usable_here(train: TrainConfig) -> int:
+    """Bytes that a rank may use on this machine."""
+    return usable_bytes(train, train.num_processes)
+
+
+def print_memory(
+    recipe: Recipe, console: Console, usable_of: Callable[[TrainConfig], int | None] = usable_here
+) -> None:
     """What training takes on each rank with every ZeRO stage. Raises InputError if the recipe's stage cannot hold it.
 
-    Needs the model's config.json on this machine, and nothing else of it.
+    Needs the model's config.json on this machine, and nothing else of it. Nothing is refused where `usable_of` gives
+    None, as it is not known what a rank may use.
     """
     train = recipe.train
     if find_config(recipe.model) is None:
@@ -97,13 +106,14 @@ def print_memory(recipe: Recipe, console: Console) -> None:
         return
     facts = read_facts(locate_model(recipe.model), train)
     check_heads(facts, train)
-    usable = usable_bytes(train, train.num_processes)
+    usable = usable_of(train)
     chosen, complaint = None, None
     try:
-        chosen = choose_stage(facts, train, train.num_processes, usable)
+        chosen = None if usable is None else choose_stage(facts, train, train.num_processes, usable)
     except InputError as error:
         complaint = error  # the table says by how much, so it comes first
-    title = f"expected memory of each of {train.num_processes} ranks; {amount(usable)} usable"
+    room = "how much there is, is not known" if usable is None else f"{amount(usable)} usable"
+    title = f"expected memory of each of {train.num_processes} ranks; {room}"
     table = Table(title=title, title_justify="left")
     offloads = {train.zero.offload_optimizer, train.zero.offload_parameters} != {"none"}
     for heading in ("ZeRO", "weights", "gradients", "AdamW", "working", "in all", *["on host"] * offloads, ""):
@@ -112,7 +122,9 @@ def print_memory(recipe: Recipe, console: Console) -> None:
         found = estimate(facts, train, stage, train.num_processes)
         parts = [found.weights, found.gradients, found.optimizer, found.working, found.total, *[found.host] * offloads]
         verdict = "chosen" if chosen is not None and chosen.stage == stage else "fits"
-        table.add_row(str(stage), *map(amount, parts), verdict if found.total <= usable else "too much")
+        if usable is None or found.total > usable:
+            verdict = "" if usable is None else "too much"
+        table.add_row(str(stage), *map(amount, parts), verdict)
     console.print(table)
     if complaint is not None:
         raise complaint

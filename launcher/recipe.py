@@ -10,7 +10,7 @@ from typing import get_args
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from cluster.config import ModelConfig, StrictModel
 from cluster.engine_config import EngineConfig
@@ -19,6 +19,8 @@ from cluster.files import write_atomic
 from cluster.rundir import RunDir
 from generation.config import DEFAULT_METHOD, METHOD_CONFIGS, SelfInstructConfig, SynthesisConfig, SynthesizeConfig
 from generation.config.filters import FILTER_CONFIGS
+from launcher.secrets import refuse_literal_tokens
+from launcher.slurm.config import SlurmConfig
 from trainer.config import EvaluateConfig, ExportConfig, TrainConfig
 from trainer.config.tuning import form_refusal
 
@@ -35,6 +37,25 @@ class Recipe(StrictModel):
     train: TrainConfig = TrainConfig()
     export: ExportConfig = ExportConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    slurm: SlurmConfig = SlurmConfig()
+    sweep: dict[str, tuple[bool | int | float | str | None, ...]] = Field(
+        {}, description="dotted keys with the values to try: one run for each combination"
+    )
+
+    @field_validator("sweep", mode="before")
+    @classmethod
+    def _sweep_keys_are_dotted(cls, value: object) -> object:
+        return flatten(value) if isinstance(value, dict) and value else value
+
+    @field_validator("sweep")
+    @classmethod
+    def _sweeps_make_runs(cls, sweep: dict) -> dict:
+        for key, values in sweep.items():
+            if key.split(".")[0] in ("name", "run_dir", "sweep"):
+                raise ValueError(f"{key} is given by the sweep itself. Leave it out")
+            if not values or len(set(values)) != len(values):
+                raise ValueError(f"{key} wants one value or more, each once")
+        return sweep
 
     @model_validator(mode="after")
     def _an_export_that_can_be_made(self) -> "Recipe":
@@ -56,10 +77,16 @@ class Recipe(StrictModel):
 
         Raises InputError if the folder belongs to another recipe, that is, if results there would not be this one's.
         """
+        self.refuse_another(run)
         resolved = self.model_dump(mode="json")
-        if run.recipe.is_file():
-            refuse_changes(yaml.safe_load(run.recipe.read_text()), resolved, run)
         write_atomic(run.recipe, yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
+
+    def refuse_another(self, run: RunDir) -> None:
+        """Raise InputError if the folder belongs to another recipe, or if this one is many runs and not one."""
+        if self.sweep:
+            raise InputError(f"{self.name} sweeps {', '.join(self.sweep)}: many runs. Start them with `tunesmith run`.")
+        if run.recipe.is_file():
+            refuse_changes(yaml.safe_load(run.recipe.read_text()), self.model_dump(mode="json"), run)
 
 
 def load(path: Path, overrides: list[str]) -> Recipe:
@@ -77,6 +104,7 @@ def load(path: Path, overrides: list[str]) -> Recipe:
         raise InputError(
             f"{path} with {' '.join(overrides) or 'no overrides'}: {str(error).splitlines()[0]}"
         ) from error
+    refuse_literal_tokens(values)
     try:
         recipe = Recipe(**values)
     except ValidationError as error:

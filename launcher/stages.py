@@ -30,6 +30,20 @@ def run_stage(stage: str, recipe: Recipe) -> None:
             raise Preempted(f"{stage} was stopped; the same command goes on from what is saved.") from None
 
 
+def run_all(recipe: Recipe) -> None:
+    """Run every stage of a recipe here, and print what it came to."""
+    from rich.console import Console
+
+    from launcher.plan import stages_of
+    from launcher.summary import print_summary
+
+    stages = [stage for stage, _, _ in stages_of(recipe)]
+    for number, stage in enumerate(stages, 1):
+        say(f"[{stage}] stage {number} of {len(stages)}")
+        run_stage(stage, recipe)
+    print_summary(recipe, Console())
+
+
 def synthesize(recipe: Recipe, run: RunDir) -> None:
     from generation import synthesize as stage
 

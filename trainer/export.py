@@ -8,6 +8,7 @@ embeddings, one layer and one shard. A model with an adapter is held once, in fl
 """
 
 import json
+import os
 import shutil
 import tempfile
 import warnings
@@ -21,9 +22,9 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from cluster.config import ModelConfig
+from cluster.config import ModelConfig, SecretRef
 from cluster.errors import InputError, TunesmithError
-from cluster.files import sha256_json, write_json
+from cluster.files import write_json
 from cluster.manifest import is_sealed, verify_manifest, write_manifest
 from cluster.rundir import RunDir
 from trainer.adapters import CONFIG_FILE, WEIGHTS_FILE
@@ -35,6 +36,7 @@ from trainer.disk import explain_failed_write
 from trainer.model import DTYPES, load_tokenizer
 from trainer.state import best_first, newest, read_state
 from trainer.tuning import load_adapter
+from trainer.verdict import export_key
 
 CARD_TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 CHECK_TEXT = "The quick brown fox jumps over the lazy dog. 1 2 3"
@@ -60,15 +62,13 @@ def run(job: ExportJob) -> dict:
     if job.config.checkpoint == "newest" and not read_state(source).finished:
         say(f"{source} is not the end of its training; exporting it as it is")
     verify_manifest(source, below="weights")
-    key = sha256_json(
-        [(source / "manifest.json").read_text(), job.config.model_dump(mode="json", exclude={"to"}), job.name]
-    )
+    key = export_key(source, job.config, job.name)
     if is_sealed(job.run.export) and verify_manifest(job.run.export).get("key") == key:
         verdict = json.loads(job.run.verdict("export").read_text())
     else:
         verdict = _build(job, source, key)
     if job.config.to is not None:
-        verdict["uploaded_to"] = upload(job.run.export, job.config.to)
+        verdict["uploaded_to"] = upload(job.run.export, job.config.to, job.config.hub_token)
     write_json(job.run.verdict("export"), verdict)
     job.run.event("export", "done", folder=str(job.run.export))
     return verdict
@@ -225,11 +225,13 @@ def card(job: ExportJob, source: Path, error: float) -> ModelCard:
     )
 
 
-def upload(folder: Path, target: str) -> str:
-    """Upload an export to `hub:<org>/<name>`, private at first. The library finds the token in the environment."""
+def upload(folder: Path, target: str, secret: SecretRef | None) -> str:
+    """Upload an export to `hub:<org>/<name>`, private at first. Without `secret` the library looks for a token."""
     scheme, _, repo_id = target.partition(":")
     if scheme != "hub" or repo_id.count("/") != 1:
         raise InputError(f"export.to: {target!r} is not hub:<org>/<name>.")
-    api = HfApi()
+    if secret is not None and not os.environ.get(secret.env):
+        raise InputError(f"export.hub_token: the environment variable {secret.env} is not set. Set it to the token.")
+    api = HfApi(token=os.environ[secret.env] if secret is not None else None)
     api.create_repo(repo_id, private=True, exist_ok=True)
     return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Export of a tunesmith run"))

@@ -1,8 +1,11 @@
-"""What the training stage left in its run folder, read without loading torch."""
+"""What the stages of this package left in a run folder, read without loading torch."""
 
 import json
+from pathlib import Path
 
+from cluster.files import sha256_json
 from cluster.rundir import RunDir
+from trainer.config import ExportConfig
 from trainer.state import newest, read_state
 
 
@@ -22,3 +25,9 @@ def read_failure(run: RunDir) -> str | None:
     """What the ranks gave as the reason of their failure, if they could."""
     verdict = read_verdict(run, "train")
     return verdict["message"] if verdict and verdict["status"] == "failed" else None
+
+
+def export_key(source: Path, config: ExportConfig, name: str) -> str:
+    """What tells an export of the checkpoint `source` from any other. Where it is uploaded to does not."""
+    settings = config.model_dump(mode="json", exclude={"to", "hub_token"})
+    return sha256_json([(source / "manifest.json").read_text(), settings, name])

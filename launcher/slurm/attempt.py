@@ -13,6 +13,7 @@ import sys
 from functools import partial
 
 from cluster.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, TunesmithError
+from launcher.slurm import container
 
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 POLL_SECONDS = 0.2
@@ -20,8 +21,12 @@ asked: list[int] = []  # stop signals that nobody has passed on yet
 
 
 def python_module(module: str, *arguments: str) -> list[str]:
-    """The command line of one of our modules. -P: a folder of the same name in the working directory is not ours."""
-    return [sys.executable, "-P", "-m", module, *arguments]
+    """The command line of one of our modules, inside the job's container if it has one.
+
+    -P: a folder of the same name in the working directory is not ours.
+    """
+    inside = container.of_job()
+    return [*(inside.command() if inside else [sys.executable]), "-P", "-m", module, *arguments]
 
 
 def train(recipe: list[str]) -> int:
@@ -46,9 +51,15 @@ def generate(stage: str, recipe: list[str]) -> int:
 
 
 def srun() -> list[str]:
-    """srun, told how many CPUs a task has: since 22.05 it no longer takes that over from sbatch."""
+    """srun, told what it does not take over from sbatch, or should not.
+
+    Since 22.05 it no longer takes over how many CPUs a task has. It does take over the --export of a job that lists
+    variables, and would pass on those alone: not PYTHONPATH, which the job's script has set.
+    """
     cpus = os.environ.get("SLURM_CPUS_PER_TASK")
-    return ["srun", *([f"--cpus-per-task={cpus}"] if cpus else [])]
+    inside = container.of_job()
+    options = [f"--cpus-per-task={cpus}"] if cpus else []
+    return ["srun", "--export=ALL", *options, *(inside.srun_options() if inside else [])]
 
 
 def run_step(argv: list[str]) -> int:

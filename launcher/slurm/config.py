@@ -1,8 +1,42 @@
 """The `slurm:` section of a recipe: what its jobs ask of Slurm."""
 
-from pydantic import Field
+import re
+from typing import Literal
 
-from cluster.config import StrictModel
+from pydantic import Field, field_validator
+
+from cluster.config import EnvName, StrictModel
+
+# Options of sbatch that the launcher writes itself, and those that would hide a job from it or change what it is.
+OWNED = (
+    "array", "chdir", "clusters", "cluster", "dependency", "error", "export", "export-file", "get-user-env", "help",
+    "hold", "input", "job-name", "kill-on-invalid-dep", "no-requeue", "ntasks", "ntasks-per-node", "open-mode",
+    "output", "parsable", "quiet", "requeue", "signal", "test-only", "usage", "version", "wait", "wrap",
+)  # fmt: skip
+FIELD_OF_OPTION = {
+    "nodes": "nodes", "gpus": "gpus_per_node", "gpus-per-node": "gpus_per_node", "cpus-per-task": "cpus_per_task",
+    "mem": "memory", "time": "time", "partition": "partition", "account": "account", "qos": "qos",
+    "exclusive": "exclusive", "exclude": "exclude", "container": "container.image",
+}  # fmt: skip
+_OPTION = re.compile(r"--([a-z][a-z0-9-]*)(=[^\x00-\x1f\x7f]*)?")
+_TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
+
+
+class ContainerConfig(StrictModel):
+    """The image that the steps of a job run in. The job's own script runs outside it."""
+
+    runtime: Literal["pyxis", "apptainer"] = Field("pyxis", description="pyxis: srun --container-image")
+    image: str = Field(pattern=r"^[^\s,\x00]+$")
+    mounts: tuple[str, ...] = Field((), description="OUTSIDE:INSIDE[:ro]; the run folder and yours are added")
+    python: str = Field("python3", pattern=r"^[^\s\x00]+$", description="inside the image")
+
+    @field_validator("mounts")
+    @classmethod
+    def _mounts_are_paths(cls, mounts: tuple[str, ...]) -> tuple[str, ...]:
+        for mount in mounts:
+            if not re.fullmatch(r"/[^\s,:\x00]*:/[^\s,:\x00]*(:[a-z+]+)?", mount):
+                raise ValueError(f"{mount!r} is not /outside:/inside or /outside:/inside:ro")
+        return mounts
 
 
 class JobConfig(StrictModel):
@@ -20,11 +54,95 @@ class JobConfig(StrictModel):
     exclude: str | None = Field(None, pattern=r"^[A-Za-z0-9_.,\[\]-]+$", description="nodes never to run on")
     options: tuple[str, ...] = Field((), description="further options of sbatch, such as --constraint=h100")
 
+    @field_validator("time", mode="before")
+    @classmethod
+    def _minutes_are_a_number(cls, value: object) -> object:
+        """YAML reads 90 as a number, and 1:30:00 too: as 5400, in base sixty."""
+        if isinstance(value, int) and not isinstance(value, bool):
+            if value >= 3600:
+                raise ValueError("YAML reads H:M:S without quotes as a number. Put the time in quotes")
+            return str(value)
+        return value
+
+    @field_validator("time")
+    @classmethod
+    def _a_time_of_slurm(cls, value: str | None) -> str | None:
+        if value is not None and not seconds_of(value):
+            raise ValueError("expected minutes, H:M:S or D-H:M:S, and more than nothing")
+        return value
+
+    @field_validator("options", mode="before")
+    @classmethod
+    def _one_option_is_a_list_too(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("options")
+    @classmethod
+    def _options_are_free(cls, options: tuple[str, ...]) -> tuple[str, ...]:
+        for option in options:
+            refuse_option(option)
+        return options
+
+    @property
+    def ranks(self) -> int:
+        """Ranks of a training: one a GPU, or one a node where the job has no GPUs."""
+        return (self.nodes or 1) * (self.gpus_per_node or 1)
+
+
+def refuse_option(option: str) -> None:
+    """Raise ValueError if an option of sbatch is none, or is the launcher's to give."""
+    match = _OPTION.fullmatch(option)
+    if match is None:
+        raise ValueError(f"{option!r} is not of the form --name or --name=value, on one line")
+    name = match[1]
+    if name in FIELD_OF_OPTION:
+        raise ValueError(f"--{name} has a field of its own: set slurm.{FIELD_OF_OPTION[name]}")
+    # sbatch takes any unambiguous beginning of a name: --dep is --dependency.
+    if (owned := next((known for known in OWNED if known.startswith(name)), None)) is not None:
+        raise ValueError(f"--{name}: the launcher sets --{owned} itself. Leave it out")
+
+
+def seconds_of(time: str) -> int | None:
+    """Seconds of a time as sbatch takes it: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S. None if it is not one."""
+    match = _TIME.fullmatch(time)
+    if match is None:
+        return None
+    days, *parts = match.groups()
+    values = [int(part) for part in parts if part is not None]
+    if days is not None:
+        hours, minutes, seconds = values + [0] * (3 - len(values))
+        return ((int(days) * 24 + hours) * 60 + minutes) * 60 + seconds
+    if len(values) == 3:
+        return (values[0] * 60 + values[1]) * 60 + values[2]
+    minutes, seconds = values + [0] * (2 - len(values))
+    return minutes * 60 + seconds
+
+
+class OneNodeJobConfig(JobConfig):
+    """A stage that runs on one node however many the others have."""
+
+    nodes: int | None = Field(1, ge=1)
+
 
 class SlurmConfig(JobConfig):
     """What the jobs of a run ask for, and what differs for single stages."""
 
     synthesize: JobConfig = JobConfig()
     train: JobConfig = JobConfig()
-    export: JobConfig = JobConfig()
-    evaluate: JobConfig = JobConfig()
+    export: OneNodeJobConfig = OneNodeJobConfig()
+    evaluate: OneNodeJobConfig = OneNodeJobConfig()
+    container: ContainerConfig | None = None
+    environment: tuple[EnvName, ...] = Field(
+        (), description="names of variables that jobs get from your environment besides the usual ones"
+    )
+    max_attempts_without_progress: int = Field(
+        3, ge=1, description="attempts in a row that may bring a stage no further before its chain is stopped"
+    )
+    preflight: bool | None = Field(None, description="check the nodes before a stage; default: if it has several")
+
+    def of(self, stage: str) -> JobConfig:
+        """What a stage's job asks for: its own fields, else those of the whole section. Options add up."""
+        own: JobConfig = getattr(self, stage)
+        fields = {name: getattr(self, name) for name in JobConfig.model_fields}
+        fields |= {name: value for name in JobConfig.model_fields if (value := getattr(own, name)) is not None}
+        return JobConfig(**fields | {"options": (*self.options, *own.options)})

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from cluster.config import StrictModel
+from cluster.config import SecretRef, StrictModel
 from cluster.engine_config import Sampling
 
 
@@ -15,8 +15,9 @@ class ExportConfig(StrictModel):
     )
     dtype: Literal["same", "bf16", "fp32"] = "same"
     max_shard_size: str = "4GB"
-    to: str | None = Field(
-        None, description="hub:<org>/<name> uploads the folder as well; HF_TOKEN is read from the environment"
+    to: str | None = Field(None, description="hub:<org>/<name> uploads the folder as well")
+    hub_token: SecretRef | None = Field(
+        None, description="{env: NAME} of the token for `to`; default: HF_TOKEN, or what `hf auth login` left"
     )
 
 

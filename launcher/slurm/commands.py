@@ -1,0 +1,155 @@
+"""The commands that need, or ask, Slurm: run and plan `--on slurm`, status, logs, cancel, resume, runs.
+
+Nothing heavy is imported here, as everywhere behind the command line: each command imports what it needs.
+"""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="a run folder, such as runs/demo", show_default=False)]
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the commands about runs to the command line."""
+    for command in (status, logs, cancel, resume, runs):
+        app.command()(command)
+
+
+def status(run: RunFolder) -> None:
+    """Say how far a run or a sweep is, stage by stage. Needs the run folder, and squeue where it has jobs."""
+    from launcher.slurm.client import Slurm
+    from launcher.slurm.status import read_all
+    from launcher.slurm.sweep import read_index
+    from launcher.slurm.tables import print_runs, print_status
+
+    if members := read_index(run):
+        existing = [(folder, values) for folder, values in members if (folder / "recipe.yaml").is_file()]
+        states = read_all([folder for folder, _ in existing], Slurm())
+        print_runs([(state, values) for state, (_, values) in zip(states, existing, strict=True)], Console())
+        if missing := len(members) - len(existing):
+            typer.echo(f"{missing} of the sweep's {len(members)} runs were not started.")
+        return
+    print_status(read_all([run], Slurm())[0], Console())
+
+
+def runs(
+    folder: Annotated[Path, typer.Argument(metavar="[FOLDER]", help="where to look for runs")] = Path("runs"),
+) -> None:
+    """List the runs in a folder, with their states."""
+    from launcher.slurm.client import Slurm
+    from launcher.slurm.status import find_runs, read_all
+    from launcher.slurm.tables import print_runs
+
+    found = find_runs(folder)
+    states = read_all([place for place, _ in found], Slurm())
+    print_runs([(state, values) for state, (_, values) in zip(states, found, strict=True)], Console())
+
+
+def logs(
+    run: RunFolder,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="go on until the run has ended")] = False,
+    stage: Annotated[str | None, typer.Option("--stage", help="only this stage")] = None,
+) -> None:
+    """Show what the jobs of a run print, across its attempts."""
+    from launcher.slurm.client import Slurm
+    from launcher.slurm.logs import print_logs
+    from launcher.slurm.status import read_run, still_goes_on
+
+    slurm = Slurm()
+    _, folder = read_run(run)
+    print_logs(folder, stage, follow, lambda: still_goes_on(run, stage, slurm), typer.echo)
+
+
+def cancel(run: RunFolder) -> None:
+    """End all jobs of a run or a sweep, the last of each chain first. What is saved stays."""
+    from launcher.slurm.cancel import cancel_run
+    from launcher.slurm.client import Slurm
+    from launcher.slurm.sweep import folders_of
+
+    slurm = Slurm()
+    for folder in folders_of(run):
+        cancelled = cancel_run(folder, slurm)
+        typer.echo(f"{folder}: " + (f"cancelled {', '.join(cancelled)}" if cancelled else "no jobs in the queue"))
+    typer.echo(f"To go on: tunesmith resume {run}")
+
+
+def resume(run: RunFolder) -> None:
+    """Go on with a run or a sweep: what is done is skipped, the rest is submitted, or run here if it began here."""
+    from launcher.slurm.status import read_run
+    from launcher.slurm.submitted import read_jobs
+    from launcher.slurm.sweep import folders_of
+
+    for folder in folders_of(run):
+        recipe, place = read_run(folder)
+        jobs = read_jobs(place)
+        if not jobs:
+            from launcher.stages import run_all
+
+            run_all(recipe)
+            continue
+        start = next(word.partition("=")[2] for word in jobs[-1].argv if word.startswith("--chdir="))
+        _submit_all([recipe], Path(start), place.root / "code")
+
+
+def run_on_slurm(path: Path, overrides: list[str], recipe) -> None:
+    """Submit a recipe, or each run of its sweep, as a chain of jobs."""
+    from launcher.slurm.sweep import members_of, save_index
+
+    members = members_of(path, overrides, recipe)
+    if members:
+        save_index(recipe.run_dir, members)
+    _submit_all([member.recipe for member in members] or [recipe], Path.cwd(), recipe.run_dir / "code")
+    where = recipe.run_dir
+    typer.echo(f"\nNext: tunesmith status {where}    # or: logs -f, cancel, resume")
+
+
+def _submit_all(recipes: list, folder: Path, code: Path) -> None:
+    """Check all of them, then submit them one by one."""
+    import shlex
+
+    from launcher.slurm.client import Slurm
+    from launcher.slurm.done import what_again
+    from launcher.slurm.submit import check_with_slurm, prepare, refuse_live_jobs, submit
+
+    slurm = Slurm()
+    chains = [prepare(recipe, folder, Path(os.path.abspath(code))) for recipe in recipes]
+    for prepared in chains:
+        refuse_live_jobs(prepared.chain.recipe, slurm)
+        check_with_slurm(prepared, slurm)
+    for prepared in chains:
+        run = prepared.chain.recipe.run
+        for stage in sorted(prepared.chain.skip):
+            typer.echo(f"{stage}: done already, skipped")
+        for job in prepared.jobs:
+            if job.attempt > 1:
+                typer.echo(f"{job.stage}: {what_again(job.stage, run)}")
+        if not prepared.jobs:
+            typer.echo(f"{run.root}: everything is done, so nothing was submitted")
+            continue
+        ids = submit(prepared, slurm, lambda argv: typer.echo(f"$ {shlex.join(argv)}"))
+        typer.echo(f"$ scontrol release {ids[prepared.jobs[0].stage]}")
+        words = ", ".join(f"{stage} {job_id}" for stage, job_id in ids.items())
+        typer.echo(f"{run.root}: submitted {words}")
+
+
+def plan_on_slurm(path: Path, overrides: list[str], recipe) -> None:
+    """Show the jobs of a recipe. Writes plan.json and a copy of the code into the run folder."""
+    from launcher.slurm.client import NoSlurm, Slurm
+    from launcher.slurm.plan import print_slurm_plan
+    from launcher.slurm.submit import check_with_slurm, prepare
+    from launcher.slurm.sweep import members_of
+
+    code = Path(os.path.abspath(recipe.run_dir)) / "code"
+    recipes = [member.recipe for member in members_of(path, overrides, recipe)] or [recipe]
+    slurm = Slurm()
+    for one in recipes:
+        prepared = prepare(one, Path.cwd(), code)
+        print_slurm_plan(prepared, path, Console())
+        try:
+            check_with_slurm(prepared, slurm)
+        except NoSlurm:
+            typer.echo("There is no Slurm on this machine, so it was not asked whether it would run these jobs.")

@@ -1,0 +1,64 @@
+"""How long before its time limit a job is asked to save and stop."""
+
+import json
+from pathlib import Path
+
+from cluster.errors import InputError
+from cluster.manifest import MANIFEST
+from cluster.rundir import RunDir
+from launcher.slurm.config import JobConfig, seconds_of
+from trainer.state import newest
+
+SLURM_SECONDS = 60  # Slurm may send the signal so much later than it was told to
+SAVE_SECONDS = 90  # of a checkpoint that has never been written; with the other values 300 s in all
+STEP_SECONDS = 60  # of a step that has never been made
+FLUSH_SECONDS = 30  # other stages write as they go, or begin anew
+LAST_STEPS = 100
+TAIL_BYTES = 65536
+
+
+def lead_seconds(run: RunDir, stage: str) -> int:
+    """For training: twice the time to save, the longest of the last steps, and Slurm's own inaccuracy.
+
+    Saving and steps are timed by what an earlier attempt left, and assumed where there was none.
+    """
+    if stage != "train":
+        return FLUSH_SECONDS + SLURM_SECONDS
+    saving, step = last_save_seconds(run), longest_step_seconds(run)
+    saving = SAVE_SECONDS if saving is None else saving
+    step = STEP_SECONDS if step is None else step
+    return round(2 * saving + step) + SLURM_SECONDS
+
+
+def last_save_seconds(run: RunDir) -> float | None:
+    """From the first to the last file of the newest checkpoint. The manifest is written last."""
+    folder = newest(run.checkpoints)
+    if folder is None:
+        return None
+    times = [path.stat().st_mtime for path in folder.rglob("*") if path.is_file()]
+    return max(0.0, (folder / MANIFEST).stat().st_mtime - min(times))
+
+
+def longest_step_seconds(run: RunDir) -> float | None:
+    seconds = [row["seconds"] for row in last_rows(run.metrics) if row.get("stage") == "train" and "step" in row]
+    return max(seconds[-LAST_STEPS:], default=None)
+
+
+def last_rows(path: Path) -> list[dict]:
+    """The last rows of a JSON-lines file that may be long, without a row that is cut off or still being written."""
+    if not path.is_file():
+        return []
+    with open(path, "rb") as file:
+        size = file.seek(0, 2)
+        file.seek(max(0, size - TAIL_BYTES))
+        lines = file.read().split(b"\n")
+    return [json.loads(line) for line in lines[1 if size > TAIL_BYTES else 0 : -1] if line.strip()]
+
+
+def check_time(stage: str, config: JobConfig, lead: int) -> None:
+    """Raise InputError if a job of this limit would be asked to stop as soon as it starts."""
+    if config.time is not None and seconds_of(config.time) <= lead:
+        raise InputError(
+            f"slurm.time={config.time} of {stage} is {seconds_of(config.time)} s, and the job is asked to save and "
+            f"stop {lead} s before its end. Give it more."
+        )

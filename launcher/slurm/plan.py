@@ -1,0 +1,89 @@
+"""What the chain of a recipe would be, and where each job's size comes from, for people."""
+
+import shlex
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from launcher.plan import print_memory, stages_of
+from launcher.recipe import Recipe
+from launcher.slurm.config import JobConfig
+from launcher.slurm.jobs import Job
+from launcher.slurm.submit import Prepared
+from trainer.config import TrainConfig
+from trainer.memory import USABLE_SHARE, usable_bytes
+
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def print_slurm_plan(prepared: Prepared, path: Path, console: Console) -> None:
+    """The jobs, the memory of training on them, and every command."""
+    planned = on_the_cluster(prepared.chain.recipe)
+    console.print(job_table(prepared, planned, path))
+    if any(job.stage == "train" for job in prepared.jobs):
+        asked = planned.slurm.of("train")
+        print_memory(planned, console, lambda train: usable_on_a_node(train, asked))
+    say = _plain(console)
+    say(f"Jobs start in {prepared.chain.folder} and run the code in {prepared.chain.snapshot}.")
+    for job in prepared.jobs:
+        say(f"\n{job.stage}: {script_of(job)}")
+        say(job.shell_line())
+    if prepared.jobs:
+        say(f"\nscontrol release ${prepared.jobs[0].stage}")
+    say(f"\nThe same is in {prepared.chain.recipe.run.plan}. Nothing was submitted.")
+    say(f"To submit it: tunesmith run {shlex.quote(str(path))} --on slurm")
+
+
+def on_the_cluster(recipe: Recipe) -> Recipe:
+    """The recipe with as many ranks as its training job has."""
+    ranks = recipe.slurm.of("train").ranks
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"num_processes": ranks})})
+
+
+def job_table(prepared: Prepared, planned: Recipe, path: Path) -> Table:
+    table = Table(title=f"{planned.name}: {path}, on Slurm", title_justify="left", show_lines=True)
+    for heading in ("job", "after", "asks for", "what", "result"):
+        table.add_column(heading, overflow="fold")
+    jobs = {job.stage: job for job in prepared.jobs}
+    for stage, what, result in stages_of(planned, place=" in the job"):
+        if stage in jobs:
+            after = ", ".join(jobs[stage].parents) or "-"
+            table.add_row(stage, after, asked_for(jobs[stage].config), Text(what), Text(result))
+        else:
+            table.add_row(stage, "-", "done already, no job", Text(what), Text(result))
+    return table
+
+
+def asked_for(config: JobConfig) -> str:
+    """`4 nodes x 8 GPUs, 32 CPUs a task, 6:00:00`."""
+    nodes, gpus = config.nodes or 1, config.gpus_per_node or 0
+    words = [f"{nodes} node{'s' if nodes > 1 else ''}" + (f" x {gpus} GPU{'s' if gpus > 1 else ''}" if gpus else "")]
+    words += [f"{config.cpus_per_task} CPUs a task"] if config.cpus_per_task else []
+    words += [f"{config.memory} a node"] if config.memory else []
+    words += [config.time] if config.time else []
+    words += [f"partition {config.partition}"] if config.partition else []
+    words += ["whole nodes"] if config.exclusive else []
+    return ", ".join([*words, *config.options])
+
+
+def usable_on_a_node(train: TrainConfig, asked: JobConfig) -> int | None:
+    """Bytes that a rank may use on the cluster; None where neither the recipe nor what it asks for tells."""
+    if train.gpu_memory_gib is not None:
+        return usable_bytes(train, 1)
+    if asked.gpus_per_node or asked.memory is None:
+        return None
+    number, unit = asked.memory.rstrip("KMGT"), asked.memory[-1]
+    return int(int(number) * _UNITS.get(unit, _UNITS["M"]) * USABLE_SHARE)  # one rank a node where there are no GPUs
+
+
+def script_of(job: Job) -> str:
+    return job.words[-2]
+
+
+def _plain(console: Console):
+    def say(text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    return say

@@ -1,0 +1,223 @@
+"""From a recipe to a chain of jobs in Slurm's queue: the whole of it, or nothing.
+
+Nothing starts until all of it is there: the first job is held, each other waits for the one before it, Slurm is asked
+whether it knows them all, and only then is the first one released. What fails on the way takes everything back.
+"""
+
+import difflib
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from cluster.errors import InputError, TunesmithError
+from cluster.files import exclusive_lock, write_atomic, write_json
+from cluster.rundir import STAGES, append_jsonl
+from launcher.recipe import Recipe
+from launcher.slurm import container
+from launcher.slurm.client import Partition, Slurm, scrubbed
+from launcher.slurm.config import JobConfig, seconds_of
+from launcher.slurm.done import is_done
+from launcher.slurm.jobs import Chain, Job, container_file, jobs_of
+from launcher.slurm.snapshot import take_snapshot
+from launcher.slurm.submitted import Submitted, cancelled_file, jobs_file, next_attempt, read_jobs
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A chain that can be submitted."""
+
+    chain: Chain
+    jobs: list[Job]
+
+
+def prepare(recipe: Recipe, folder: Path, code: Path) -> Prepared:
+    """The jobs of what is not done, with a copy of the code in the folder `code`. Submits nothing.
+
+    Raises InputError if the run folder is another recipe's, or if the jobs could not be what the recipe says.
+    """
+    recipe = recipe.model_copy(update={"run_dir": Path(os.path.abspath(recipe.run_dir))})
+    run = recipe.run
+    recipe.refuse_another(run)
+    check_batch(recipe)
+    earlier = read_jobs(run)
+    chain = Chain(
+        recipe=recipe,
+        folder=folder,
+        snapshot=take_snapshot(code),
+        python=sys.executable,
+        environ=scrubbed(os.environ),
+        attempts={stage: next_attempt(earlier, stage) for stage in STAGES},
+        skip=frozenset(stage for stage in STAGES if is_done(stage, recipe, run)),
+    )
+    prepared = Prepared(chain, jobs_of(chain))
+    save_plan(prepared)
+    return prepared
+
+
+def check_batch(recipe: Recipe) -> None:
+    """Raise InputError if the ranks of the training job cannot share its batches equally."""
+    train, job = recipe.train, recipe.slurm.of("train")
+    ranks, parts = job.ranks, train.sequence_parallel_size
+    unit = "GPUs" if job.gpus_per_node else "rank"
+    what = f"{job.nodes or 1} nodes x {job.gpus_per_node or 1} {unit} = {ranks} ranks"
+    if ranks % parts:
+        raise InputError(f"slurm.train: {what}, and train.sequence_parallel_size={parts} does not divide them.")
+    per_pass = train.micro_batch_size * ranks // parts
+    if train.batch_unit == "rows" and train.global_batch_size % per_pass:
+        raise InputError(
+            f"slurm.train: {what}; train.global_batch_size={train.global_batch_size} is not a multiple of "
+            f"micro_batch_size {train.micro_batch_size} x {ranks // parts} = {per_pass}. Change one of them."
+        )
+
+
+def save_plan(prepared: Prepared) -> None:
+    """Write `plan.json`. A stage's id stands as $stage in the commands of those that wait for it."""
+    chain = prepared.chain
+    jobs = [
+        {
+            "stage": job.stage,
+            "attempt": job.attempt,
+            "parents": job.parents,
+            "argv": job.argv({parent: f"${parent}" for parent in job.parents}),
+            "log": job.log,
+            "asks": job.config.model_dump(),
+        }
+        for job in prepared.jobs
+    ]
+    chain.recipe.run.create()
+    write_json(
+        chain.recipe.run.plan,
+        {
+            "folder": str(chain.folder), "code": str(chain.snapshot), "python": chain.python,
+            "done": sorted(chain.skip), "jobs": jobs,
+        },
+    )  # fmt: skip
+
+
+def check_with_slurm(prepared: Prepared, slurm: Slurm) -> None:
+    """Raise InputError if a job of the chain could never run here, with the recipe's key for it."""
+    partitions = slurm.partitions()
+    for job in prepared.jobs:
+        check_request(job.stage, job.config, partitions)
+        try:
+            slurm.test(job.argv(dict.fromkeys(job.parents, "1")))
+        except InputError as error:
+            raise InputError(
+                f"Slurm would never run {job.stage}: {error} Asked with: {' '.join(job.words[:-2])}. "
+                f"Change slurm.{job.stage} or slurm in the recipe; `sinfo -l` shows what there is."
+            ) from error
+
+
+def check_request(stage: str, config: JobConfig, partitions: list[Partition]) -> None:
+    """Raise InputError if a partition is unknown or down, or has neither the nodes nor the time that are asked for."""
+    known = {partition.name: partition for partition in partitions}
+    if config.partition is None:
+        chosen = [partition for partition in partitions if partition.is_default]
+    else:
+        for name in config.partition.split(","):
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean `{near[0]}`?" if near else f"there are {', '.join(sorted(known))}."
+                raise InputError(f"slurm.partition of {stage}: there is no partition {name} here; {hint}")
+        chosen = [known[name] for name in config.partition.split(",")]
+    if not chosen:
+        return
+    if not any(partition.is_up for partition in chosen):
+        raise InputError(f"slurm.partition of {stage}: {chosen[0].name} is down. Choose another one; see `sinfo`.")
+    nodes, most = config.nodes or 1, max(partition.num_nodes for partition in chosen)
+    if nodes > most:
+        where = " or ".join(partition.name for partition in chosen)
+        raise InputError(f"slurm.nodes={nodes} of {stage}: partition {where} has {most}. Ask for fewer.")
+    limits = [partition.limit_seconds for partition in chosen]
+    if config.time is not None and None not in limits and (wanted := seconds_of(config.time)) > max(limits):
+        raise InputError(
+            f"slurm.time={config.time} of {stage} is {wanted} s, and partition {chosen[0].name} allows "
+            f"{max(limits)} s. Ask for less, or take another partition."
+        )
+
+
+def refuse_live_jobs(recipe: Recipe, slurm: Slurm) -> None:
+    """Raise InputError if jobs of the run wait or run: two at once would undo each other's work."""
+    ids = [job.job_id for job in read_jobs(recipe.run)]
+    known = slurm.queue(ids)
+    live = [
+        f"{job_id} ({known[job_id].state.lower()})" for job_id in ids if job_id in known and not known[job_id].is_over
+    ]
+    if live:
+        raise InputError(
+            f"{recipe.run.root} has jobs in the queue: {', '.join(live)}. See `tunesmith status {recipe.run.root}`, "
+            f"or end them with `tunesmith cancel {recipe.run.root}`."
+        )
+
+
+def submit(prepared: Prepared, slurm: Slurm, tell: Callable[[list[str]], None]) -> dict[str, str]:
+    """Submit the chain and return the jobs' ids by stage; `tell` hears every sbatch command that was run."""
+    recipe = prepared.chain.recipe
+    run = recipe.run.create()
+    with exclusive_lock(run.root / ".lock-submit", f"submission of {run.root}"):
+        refuse_live_jobs(recipe, slurm)
+        with exclusive_lock(run.root / ".lock", f"run folder {run.root}"):
+            recipe.save(run)
+        lay_out(prepared)
+        file, ids = jobs_file(run), {}
+        before = file.read_bytes() if file.is_file() else None
+        try:
+            for job in prepared.jobs:
+                argv = job.argv(ids)
+                ids[job.stage] = slurm.submit(argv)
+                tell(argv)
+            check_chain(prepared.jobs, ids, slurm)
+            for job in prepared.jobs:
+                append_jsonl(file, row_of(job, ids))
+            cancelled_file(run).unlink(missing_ok=True)
+            slurm.release(ids[prepared.jobs[0].stage])
+        except BaseException:
+            if before is None:
+                file.unlink(missing_ok=True)
+            else:
+                write_atomic(file, before)
+            take_back(list(reversed(ids.values())), slurm)
+            raise
+    run.event("slurm", "submitted", jobs=ids)
+    return ids
+
+
+def take_back(job_ids: list[str], slurm: Slurm) -> None:
+    """Cancel the jobs of a chain that did not become whole, the last first, so that none finds its parent over."""
+    try:
+        slurm.cancel(job_ids)
+    except TunesmithError as error:
+        raise TunesmithError(f"{error} A part of a chain is left in the queue: scancel {' '.join(job_ids)}") from error
+
+
+def lay_out(prepared: Prepared) -> None:
+    """What the jobs find in the run folder before they start: folders for their logs, and the container's settings."""
+    recipe = prepared.chain.recipe
+    for job in prepared.jobs:
+        Path(job.log).parent.mkdir(parents=True, exist_ok=True)
+    if recipe.slurm.container is not None:
+        folders = (recipe.run.root, prepared.chain.folder)
+        settings = container.configured(recipe.slurm.container, folders)
+        write_atomic(container_file(recipe), settings.dump())
+
+
+def check_chain(jobs: list[Job], ids: Mapping[str, str], slurm: Slurm) -> None:
+    """Raise TunesmithError unless Slurm knows every job and what it waits for: it accepts a parent that never was."""
+    known = slurm.queue(ids.values())
+    for job in jobs:
+        entry = known.get(ids[job.stage])
+        awaited = set() if entry is None else set(re.findall(r"[0-9]+", entry.dependency))
+        if entry is None or entry.state != "PENDING" or not awaited >= {ids[parent] for parent in job.parents}:
+            found = "is unknown to it" if entry is None else f"is {entry.state}, waiting for {entry.dependency}"
+            raise TunesmithError(f"Slurm took job {ids[job.stage]} ({job.stage}), which now {found}. Try again.")
+
+
+def row_of(job: Job, ids: Mapping[str, str]) -> dict:
+    """The job's line in jobs.jsonl."""
+    parents = tuple(ids[parent] for parent in job.parents)
+    argv = tuple(job.argv(ids))
+    return asdict(Submitted(round(time.time(), 3), job.stage, ids[job.stage], job.attempt, parents, argv, "submitted"))

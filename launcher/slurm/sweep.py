@@ -1,0 +1,75 @@
+"""A sweep: one run for each combination of the values in a recipe's `sweep:`, each in a folder of its own.
+
+<run>/sweep.json names them with their values; <run>/sweep/<name>/ is the run folder of one.
+"""
+
+import itertools
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.errors import InputError
+from cluster.files import write_json
+from launcher.recipe import Recipe, load
+
+INDEX = "sweep.json"
+FOLDER = "sweep"
+_NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._]+")
+
+
+@dataclass(frozen=True)
+class Member:
+    """One run of a sweep."""
+
+    name: str
+    values: dict[str, object]
+    recipe: Recipe
+
+
+def members_of(path: Path, overrides: list[str], recipe: Recipe) -> list[Member]:
+    """The runs of a recipe that sweeps; none if it does not. Raises InputError naming the run that is not valid."""
+    if not recipe.sweep:
+        return []
+    keys, members = list(recipe.sweep), []
+    for number, values in enumerate(itertools.product(*recipe.sweep.values()), 1):
+        name = member_name(number, dict(zip(keys, values, strict=True)))
+        settings = [f"{key}={json.dumps(value)}" for key, value in zip(keys, values, strict=True)]
+        try:
+            member = load(path, [*overrides, *settings])
+        except InputError as error:
+            raise InputError(f"run {name} of the sweep: {error}") from error
+        place = {"name": f"{recipe.name}-{name}", "run_dir": recipe.run_dir / FOLDER / name, "sweep": {}}
+        members.append(Member(name, dict(zip(keys, values, strict=True)), member.model_copy(update=place)))
+    return members
+
+
+def member_name(number: int, values: dict[str, object]) -> str:
+    """`003_learning_rate-0.001_rank-8`: the number tells apart what looks the same in a name."""
+    parts = [f"{key.rpartition('.')[2]}-{_NOT_IN_NAMES.sub('-', str(value))}" for key, value in values.items()]
+    return f"{number:03d}_{'_'.join(parts)}"[:100]
+
+
+def save_index(root: Path, members: list[Member]) -> None:
+    """Write which runs belong to the sweep. Raises InputError if the folder holds one run, or another sweep."""
+    root.mkdir(parents=True, exist_ok=True)
+    index = {"runs": [{"name": member.name, "values": member.values} for member in members]}
+    if (root / "recipe.yaml").exists():
+        raise InputError(f"{root} holds a single run. Give another folder with `--run-dir`, or remove this one.")
+    if (root / INDEX).is_file() and json.loads((root / INDEX).read_text()) != json.loads(json.dumps(index)):
+        raise InputError(f"{root} holds another sweep. Give another folder with `--run-dir`, or remove this one.")
+    write_json(root / INDEX, index)
+
+
+def folders_of(root: Path) -> list[Path]:
+    """The run folders below a sweep's, as far as they were started; of a single run its own."""
+    members = read_index(root)
+    return [folder for folder, _ in members if (folder / "recipe.yaml").is_file()] if members else [root]
+
+
+def read_index(root: Path) -> list[tuple[Path, dict[str, object]]]:
+    """(run folder, values) of each run of the sweep in `root`; none if it holds no sweep."""
+    if not (root / INDEX).is_file():
+        return []
+    runs = json.loads((root / INDEX).read_text())["runs"]
+    return [(root / FOLDER / run["name"], run["values"]) for run in runs]
