@@ -114,6 +114,15 @@ def load(path: Path, overrides: list[str]) -> Recipe:
     return recipe.model_copy(update={"run_dir": recipe.run_dir.expanduser()})
 
 
+def read_resolved(path: Path) -> Recipe:
+    """The recipe of a run folder, which `save` wrote: nothing to merge or to interpolate. Many are read in a second."""
+    try:
+        return Recipe(**getattr(yaml, "CSafeLoader", yaml.SafeLoader)(path.read_text()).get_single_data())
+    except (ValidationError, yaml.YAMLError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{path}: not a resolved recipe of this version ({reason}). Start the run again.") from error
+
+
 def read_mapping(path: Path) -> tuple[str, dict]:
     """Text and content of a YAML file that holds a mapping with names as keys. Raises InputError if it does not."""
     try:

@@ -36,7 +36,7 @@ from trainer.disk import explain_failed_write
 from trainer.model import DTYPES, load_tokenizer
 from trainer.state import best_first, newest, read_state
 from trainer.tuning import load_adapter
-from trainer.verdict import export_key
+from trainer.verdict import export_key, read_verdict
 
 CARD_TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 CHECK_TEXT = "The quick brown fox jumps over the lazy dog. 1 2 3"
@@ -63,9 +63,9 @@ def run(job: ExportJob) -> dict:
         say(f"{source} is not the end of its training; exporting it as it is")
     verify_manifest(source, below="weights")
     key = export_key(source, job.config, job.name)
-    if is_sealed(job.run.export) and verify_manifest(job.run.export).get("key") == key:
-        verdict = json.loads(job.run.verdict("export").read_text())
-    else:
+    verdict = read_verdict(job.run, "export") or {}
+    is_there = is_sealed(job.run.export) and verify_manifest(job.run.export).get("key") == key
+    if not is_there or verdict.get("status") != "done":
         verdict = _build(job, source, key)
     if job.config.to is not None:
         verdict["uploaded_to"] = upload(job.run.export, job.config.to, job.config.hub_token)

@@ -5,10 +5,13 @@ Nothing heavy is imported here, as everywhere behind the command line: each comm
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+
+if TYPE_CHECKING:
+    from launcher.recipe import Recipe
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="a run folder, such as runs/demo", show_default=False)]
 
@@ -95,7 +98,7 @@ def resume(run: RunFolder) -> None:
         _submit_all([recipe], Path(start), place.root / "code")
 
 
-def run_on_slurm(path: Path, overrides: list[str], recipe) -> None:
+def run_on_slurm(path: Path, overrides: list[str], recipe: "Recipe") -> None:
     """Submit a recipe, or each run of its sweep, as a chain of jobs."""
     from launcher.slurm.sweep import members_of, save_index
 
@@ -107,7 +110,7 @@ def run_on_slurm(path: Path, overrides: list[str], recipe) -> None:
     typer.echo(f"\nNext: tunesmith status {where}    # or: logs -f, cancel, resume")
 
 
-def _submit_all(recipes: list, folder: Path, code: Path) -> None:
+def _submit_all(recipes: list["Recipe"], folder: Path, code: Path) -> None:
     """Check all of them, then submit them one by one."""
     import shlex
 
@@ -136,7 +139,7 @@ def _submit_all(recipes: list, folder: Path, code: Path) -> None:
         typer.echo(f"{run.root}: submitted {words}")
 
 
-def plan_on_slurm(path: Path, overrides: list[str], recipe) -> None:
+def plan_on_slurm(path: Path, overrides: list[str], recipe: "Recipe") -> None:
     """Show the jobs of a recipe. Writes plan.json and a copy of the code into the run folder."""
     from launcher.slurm.client import NoSlurm, Slurm
     from launcher.slurm.plan import print_slurm_plan

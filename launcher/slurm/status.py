@@ -9,10 +9,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from cluster.errors import InputError
 from cluster.rundir import RunDir
 from launcher.plan import stages_of
-from launcher.recipe import Recipe, load
+from launcher.recipe import Recipe, read_resolved
 from launcher.slurm.client import Queued, Slurm, SlurmSilent
 from launcher.slurm.done import is_done
 from launcher.slurm.lead import last_rows
@@ -78,7 +80,7 @@ def read_run(folder: Path) -> tuple[Recipe, RunDir]:
     run = RunDir(folder.resolve())
     if not run.recipe.is_file():
         raise InputError(f"{folder} is no run folder: there is no {run.recipe.name} in it. See `tunesmith runs`.")
-    return load(run.recipe, []).model_copy(update={"run_dir": run.root}), run
+    return read_resolved(run.recipe).model_copy(update={"run_dir": run.root}), run
 
 
 def read_status(folder: Path, slurm: Slurm) -> RunState:
@@ -211,6 +213,10 @@ def is_locked(run: RunDir) -> bool:
     if not (run.root / ".lock").is_file():
         return False
     with open(run.root / ".lock") as file:
+        holder = file.read()
+        # Asking the kernel takes the lock for a moment, so it is asked only where somebody is known to hold it.
+        if not holder.isdigit() or not psutil.pid_exists(int(holder)):
+            return False
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -33,7 +33,16 @@ def recipe(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["train", "--help"], ["inspect", "tokens", "--help"], ["plan", "recipe.yaml"], ["run", "absent.yaml"]],
+    [
+        ["--help"],
+        ["train", "--help"],
+        ["inspect", "tokens", "--help"],
+        ["plan", "recipe.yaml"],
+        ["run", "absent.yaml"],
+        ["plan", "recipe.yaml", "--on", "slurm"],
+        ["status", "."],
+        ["runs", "."],
+    ],
 )
 def test_answering_loads_no_heavy_library(recipe: Path, arguments: list[str]) -> None:
     code = f"""
@@ -53,7 +62,23 @@ assert not loaded, loaded
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("command", ["run", "synthesize", "train", "export", "evaluate", "plan", "inspect"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "run",
+        "synthesize",
+        "train",
+        "export",
+        "evaluate",
+        "plan",
+        "inspect",
+        "status",
+        "logs",
+        "cancel",
+        "resume",
+        "runs",
+    ],
+)
 def test_help_lists_every_command(tmp_path: Path, command: str) -> None:
     done = tunesmith("--help", cwd=tmp_path)
     assert done.returncode == 0

@@ -1,0 +1,130 @@
+"""A sweep is one run for each combination of values, each in a folder of its own."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from rich.console import Console
+from typer.testing import CliRunner
+
+from cluster.errors import InputError
+from cluster.files import write_json
+from launcher.cli import app
+from launcher.recipe import Recipe, load
+from launcher.slurm.status import find_runs, read_all
+from launcher.slurm.sweep import folders_of, members_of, read_index, save_index
+from launcher.slurm.tables import print_runs
+from tests.launcher.slurm_chain import FakeSlurm
+
+VALUES = {"name": "tiny", "model": {"path": "some/model"}, "train": {"data": ["rows.jsonl"], "precision": "fp32"}}
+SWEEP = {"train": {"learning_rate": ["1e-3", 0.01]}, "train.lora.rank": [4, 8]}
+
+
+def write(folder: Path, **sections: object) -> Path:
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(VALUES | {"run_dir": str(folder / "run")} | sections))
+    return folder / "recipe.yaml"
+
+
+def members(path: Path, *overrides: str):
+    return members_of(path, list(overrides), load(path, list(overrides)))
+
+
+def test_every_combination_is_a_run_of_its_own(tmp_path: Path) -> None:
+    runs = members(write(tmp_path, sweep=SWEEP), "train.tuning=lora", "seed=3")
+    assert [run.name for run in runs] == [
+        "001_learning_rate-1e-3_rank-4", "002_learning_rate-1e-3_rank-8", "003_learning_rate-0.01_rank-4",
+        "004_learning_rate-0.01_rank-8",
+    ]  # fmt: skip
+    settings = [(run.recipe.train.learning_rate, run.recipe.train.lora.rank, run.recipe.seed) for run in runs]
+    assert settings == [(0.001, 4, 3), (0.001, 8, 3), (0.01, 4, 3), (0.01, 8, 3)]
+    assert runs[0].recipe.run_dir == tmp_path / "run" / "sweep" / runs[0].name and runs[0].recipe.sweep == {}
+    again = Recipe(**yaml.safe_load(yaml.safe_dump(runs[0].recipe.model_dump(mode="json"))))
+    assert again.name == "tiny-001_learning_rate-1e-3_rank-4"
+
+
+def test_a_recipe_without_a_sweep_has_no_members(tmp_path: Path) -> None:
+    assert members(write(tmp_path)) == []
+
+
+@pytest.mark.parametrize(
+    ("sweep", "complaint"),
+    [
+        ({"train.learning_rate": []}, "train.learning_rate wants one value or more"),
+        ({"train.learning_rate": [1, 1]}, "each once"),
+        ({"run_dir": ["a", "b"]}, "run_dir is given by the sweep itself"),
+        ({"train.learning_rate": 3}, "valid tuple"),
+    ],
+)
+def test_a_sweep_that_makes_no_runs_is_refused(tmp_path: Path, sweep: dict, complaint: str) -> None:
+    with pytest.raises(InputError, match=complaint):
+        load(write(tmp_path, sweep=sweep), [])
+
+
+def test_a_value_that_is_not_valid_is_told_with_its_run(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"run 002_learning_rate-fast of the sweep: .*learning_rate: Input should"):
+        members(write(tmp_path, sweep={"train.learning_rate": [0.1, "fast"]}))
+
+
+def test_one_stage_of_a_sweep_is_refused(tmp_path: Path) -> None:
+    recipe = load(write(tmp_path, sweep=SWEEP), [])
+    with pytest.raises(InputError, match=r"tiny sweeps train.learning_rate, train.lora.rank: many runs"):
+        recipe.save(recipe.run.create())
+
+
+def test_the_folder_remembers_its_runs_and_refuses_others(tmp_path: Path) -> None:
+    runs = members(write(tmp_path, sweep=SWEEP))
+    save_index(tmp_path / "run", runs)
+    save_index(tmp_path / "run", runs)
+    assert [values for _, values in read_index(tmp_path / "run")] == [run.values for run in runs]
+    with pytest.raises(InputError, match="holds another sweep"):
+        save_index(tmp_path / "run", runs[:2])
+    (tmp_path / "single").mkdir()
+    (tmp_path / "single" / "recipe.yaml").write_text("name: x\n")
+    with pytest.raises(InputError, match="holds a single run"):
+        save_index(tmp_path / "single", runs)
+
+
+def test_one_table_has_the_values_the_states_and_what_came_of_them(tmp_path: Path) -> None:
+    runs = members(write(tmp_path, sweep={"train.learning_rate": [0.1, 0.2]}))
+    save_index(tmp_path / "run", runs)
+    for run in runs:
+        run.recipe.save(run.recipe.run.create())
+    write_json(runs[1].recipe.run.verdict("train"), {"status": "failed", "message": "no", "validation_loss": 1.25})
+    group = {"num_rows": 4, "exact_match": 0.5, "rouge_l": 0.1}
+    figures = {"contenders": {"tuned": {"a": group, "b": group | {"exact_match": 1.0, "num_rows": 12}}}}
+    write_json(runs[1].recipe.run.verdict("evaluate"), {"status": "done", **figures})
+    found = find_runs(tmp_path)
+    assert [place for place, _ in found] == folders_of(tmp_path / "run") == [run.recipe.run_dir for run in runs]
+    console = Console(width=200, record=True)
+    print_runs(list(zip(read_all([p for p, _ in found], FakeSlurm()), (v for _, v in found), strict=True)), console)
+    rows = [[cell.strip() for cell in line.strip("│┃").split("│")] for line in console.export_text().splitlines()]
+    assert ["001_learning_rate-0.1", "0.1", "NOT STARTED", "train", "-", "", ""] in rows
+    assert ["002_learning_rate-0.2", "0.2", "FAILED", "train", "-", "1.2500", "87.5%"] in rows
+
+
+def test_each_run_of_a_sweep_is_a_chain_and_the_folder_stands_for_all(tmp_path: Path, monkeypatch) -> None:
+    slurm = FakeSlurm()
+    monkeypatch.setattr("launcher.slurm.client.Slurm", lambda: slurm)
+    monkeypatch.setenv("COLUMNS", "200")
+    recipe, run = write(tmp_path, sweep={"train.learning_rate": [0.1, 0.2]}), tmp_path / "run"
+
+    def tunesmith(*words: str) -> str:
+        done = CliRunner().invoke(app, list(words))
+        assert done.exit_code == 0, done.output + str(done.exception)
+        return done.output
+
+    assert "sbatch --parsable --hold --job-name=tiny-002_learning_rate-0.2-train" in tunesmith(
+        "plan", str(recipe), "--on", "slurm"
+    )
+    said = tunesmith("run", str(recipe), "--on", "slurm")
+    assert said.count("$ sbatch") == 6 and said.count("$ scontrol release") == 2
+    assert [path.name for path in run.iterdir() if (path / "slurm").exists()] == []
+    assert len(list((run / "code").iterdir())) == 1 and not list(run.glob("sweep/*/code"))  # one copy for all
+    rows = [
+        [cell.strip() for cell in line.strip("│").split("│")] for line in tunesmith("status", str(run)).splitlines()
+    ]
+    assert ["001_learning_rate-0.1", "0.1", "WAITING", "train", "101"] in rows
+    assert "cancelled 103, 102, 101" in tunesmith("cancel", str(run))
+    said = tunesmith("resume", str(run))
+    assert said.count("$ sbatch") == 6 and "train: begins anew" in said
+    assert "attempt-2/train-%j.log" in said and f"--chdir={Path.cwd()}" in said

@@ -1,0 +1,211 @@
+"""`tunesmith run --on slurm` and the commands about a run, under a real Slurm with a real model."""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from cluster.files import exclusive_lock
+from launcher.slurm.snapshot import code_files
+from tests.slurm.bed import SlurmBed
+from tests.slurm.machine import PROJECT
+
+pytestmark = pytest.mark.slurm
+
+SECRET = "canary-5d0c7e93b1"
+ENV = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "MY_SECRET": SECRET, "COLUMNS": "200", "PYTHONSAFEPATH": "1"}
+
+
+ENV |= {name: os.environ[name] for name in ("TORCH_EXTENSIONS_DIR",) if name in os.environ}
+
+
+class User:
+    """Somebody who types commands on the controller, in a folder of their own, with a checkout of their own."""
+
+    def __init__(self, bed: SlurmBed, folder: Path) -> None:
+        self.bed, self.folder, self.checkout = bed, folder, folder / "checkout"
+        for file in code_files(PROJECT):
+            (self.checkout / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(PROJECT / file, self.checkout / file)
+
+    def argv(self, *words: object) -> list[str]:
+        return [sys.executable, "-m", "launcher.cli", *map(str, words)]
+
+    def tunesmith(self, *words: object, code: int = 0, **env: str) -> str:
+        """Run a command that has to end with `code`; returns what it prints."""
+        where = ENV | {"PYTHONPATH": str(self.checkout)} | env
+        try:
+            output, ended = self.bed.client(*self.argv(*words), cwd=self.folder, env=where), 0
+        except subprocess.CalledProcessError as error:
+            output, ended = error.stdout + error.stderr, error.returncode
+        assert ended == code, output
+        return output
+
+    def status(self, run: str = "run") -> dict[str, str]:
+        """The state of each stage."""
+        return {words[0]: words[1] for words in self.rows("status", run)}
+
+    def rows(self, *words: object) -> list[list[str]]:
+        lines = self.tunesmith(*words).splitlines()
+        return [[cell.strip() for cell in line.strip("│").split("│")] for line in lines if line.startswith("│")]
+
+    def jobs(self, run: str = "run") -> list[dict]:
+        return [json.loads(line) for line in (self.folder / run / "jobs.jsonl").read_text().splitlines()]
+
+    def wait(self, what: str, check: Callable[[], object], timeout_seconds: float = 240) -> object:
+        deadline = time.monotonic() + timeout_seconds
+        while not (found := check()):
+            logs = [path.read_text() for path in self.folder.rglob("*.log")]
+            assert time.monotonic() < deadline, f"{what}: {self.status()}\n{logs}\n{self.bed.log()}"
+            time.sleep(0.3)
+        return found
+
+
+@pytest.fixture
+def user(slurm_cluster: SlurmBed, tiny_model: Path, request: pytest.FixtureRequest) -> Iterator[User]:
+    folder = slurm_cluster.shared / request.node.name
+    shutil.copytree(tiny_model, folder / "model")
+    rows = [
+        {"messages": [{"role": "user", "content": f"Say {word}"}, {"role": "assistant", "content": word}]}
+        for word in ("fig", "pear", "plum", "lime", "kiwi", "date", "sloe", "quince")
+    ]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train = {
+        "data": ["rows.jsonl"],
+        "tuning": "lora",
+        "zero_stage": 2,
+        "precision": "fp32",
+        "packing": False,
+        "max_seq_len": 64,
+        "micro_batch_size": 1,
+        "global_batch_size": 4,
+        "num_epochs": 1,
+        "process_group_timeout_seconds": 120,
+    }
+    values = {"name": "tiny", "run_dir": "run", "model": {"path": "model"}, "train": train}
+    values |= {"export": {"form": "adapter"}, "slurm": {"train": {"nodes": 2}, "environment": ["MY_SECRET"]}}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
+    user = User(slurm_cluster, folder)
+    yield user
+    for job in slurm_cluster.squeue():
+        slurm_cluster.client("scancel", str(job))
+
+
+def environ_of_a_rank(job_id: str) -> dict[str, str] | None:
+    for process in psutil.process_iter():
+        try:
+            environ = process.environ()
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+        if environ.get("SLURM_JOB_ID") == job_id and "LOCAL_RANK" in environ:
+            return environ
+    return None
+
+
+@pytest.mark.timeout(900)
+def test_a_chain_is_planned_submitted_watched_and_resumed(slurm_cluster: SlurmBed, user: User) -> None:
+    run = user.folder / "run"
+
+    # What the plan shows is what is submitted.
+    said = user.tunesmith("plan", "recipe.yaml", "--on", "slurm")
+    assert sorted(path.name for path in run.iterdir()) == ["code", "plan.json"]
+    planned = json.loads((run / "plan.json").read_text())["jobs"]
+    assert [job["stage"] for job in planned] == ["train", "export"]
+    assert "2 ranks in the job" in " ".join(said.replace("│", " ").split())
+    said = user.tunesmith("run", "recipe.yaml", "--on", "slurm")
+    first, second = user.jobs()
+    for job, plan in zip((first, second), planned, strict=True):
+        assert job["argv"] == [word.replace("$train", first["job_id"]) for word in plan["argv"]]
+        assert f"$ {shlex.join(job['argv'])}\n" in said
+    assert (first["parent_job_ids"], second["parent_job_ids"]) == ([], [first["job_id"]])
+    assert [(job["stage"], job["attempt"], job["reason"]) for job in (first, second)] == [
+        ("train", 1, "submitted"), ("export", 1, "submitted"),
+    ]  # fmt: skip
+
+    # From here on the checkout is broken, and the jobs do not notice; the commands are those of the snapshot.
+    broken, [snapshot] = user.checkout, (run / "code").iterdir()
+    user.checkout = snapshot
+    for path in broken.rglob("*.py"):
+        path.write_text("raise SystemExit('this is not the code that was submitted')\n")
+    shutil.rmtree(broken / "slurm")
+
+    # While it waits and runs.
+    assert user.status()["export"] == "WAITING"
+    refused = user.tunesmith("run", "recipe.yaml", "--on", "slurm", code=2)
+    assert f"has jobs in the queue: {first['job_id']}" in refused and len(user.jobs()) == 2
+    environ = user.wait("a rank", lambda: environ_of_a_rank(first["job_id"]))
+    assert environ["MY_SECRET"] == SECRET
+    assert user.status()["train"] == "RUNNING"
+    shown = [slurm_cluster.client("scontrol", "show", "job", job["job_id"]) for job in (first, second)]
+
+    # `logs -f` ends when the run does, and has both jobs.
+    logs = follow(user)
+    assert user.status() == {"train": "DONE", "export": "DONE"}, logs
+    assert f"==> train, attempt 1, job {first['job_id']}" in logs and "[export] adapter model in" in logs
+    assert json.loads((run / "export" / "manifest.json").read_text())["checkpoint"] == "step_000002"
+
+    # The secret is nowhere but in the environment.
+    kept = [path for path in user.folder.rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()]
+    assert not kept
+    assert SECRET not in json.dumps(shown) + said + logs
+
+    # What is done is skipped; what is not is submitted again, and can be cancelled.
+    assert "everything is done, so nothing was submitted" in user.tunesmith("resume", "run")
+    shutil.rmtree(run / "export")
+    said = user.tunesmith("resume", "run")
+    assert "train: done already, skipped" in said and "export: is done again" in said
+    third = user.jobs()[2]
+    assert (third["stage"], third["attempt"], third["parent_job_ids"]) == ("export", 2, [])
+    user.wait("a job that runs", lambda: user.status()["export"] == "RUNNING")
+    assert f"cancelled {third['job_id']}" in user.tunesmith("cancel", "run")
+    user.wait("its end", lambda: user.status() == {"train": "DONE", "export": "CANCELLED"}, 60)
+    assert slurm_cluster.squeue() == {}
+    assert user.rows("runs", ".")[0][1:3] == ["CANCELLED", "export"]
+
+
+def follow(user: User) -> str:
+    """What `logs -f` prints until it ends by itself."""
+    where = user.bed.env | ENV | {"PYTHONPATH": str(user.checkout)}
+    return user.bed.controller.run(*user.argv("logs", "-f", "run"), cwd=user.folder, env=where, timeout_seconds=400)
+
+
+def test_a_parent_that_fails_takes_its_children_along(user: User) -> None:
+    """It finds the run folder in use."""
+    later = "slurm.train.options=[--begin=now+4]"
+    assert "submitted train" in user.tunesmith("run", "recipe.yaml", later, "--on", "slurm")
+    run = user.folder / "run"
+    with exclusive_lock(run / ".lock", "test"):
+        user.wait("the end of both", lambda: not {"WAITING", "RUNNING"} & set(user.status().values()))
+    rows = {row[0]: row for row in user.rows("status", "run")}
+    assert rows["train"][1] == "FAILED" and rows["export"][1] in ("FAILED", "CANCELLED")
+    assert "is in use by another process" in user.tunesmith("logs", "run", "--stage", "train")
+    assert not (run / "export").exists()
+    assert user.rows("runs", ".")[0][1:3] == ["FAILED", "train"]
+
+
+def test_bad_input_is_one_refusal_before_anything_is_submitted(user: User) -> None:
+    other = user.folder / "other"
+    (other / "checkpoints" / "step_000001").mkdir(parents=True)
+    values = yaml.safe_load((user.folder / "recipe.yaml").read_text()) | {"seed": 7}
+    (other / "recipe.yaml").write_text(yaml.safe_dump(values))
+    cases = {
+        ("slurm.partition=hgih",): "there is no partition hgih here; did you mean `high`?",
+        ("slurm.train.nodes=4",): "slurm.nodes=4 of train: partition low has 3. Ask for fewer.",
+        ("slurm.export.gpus_per_node=7",): "Slurm would never run export: sbatch: allocation failure: Requested node",
+        ("--run-dir", "other"): "holds results of another recipe: seed (was 7, now 0)",
+    }
+    for arguments, expected in cases.items():
+        said = user.tunesmith("run", "recipe.yaml", *arguments, "--on", "slurm", code=2)
+        errors = [line for line in said.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1 and expected in errors[0], said
+        assert "Traceback" not in said
+    assert user.bed.squeue() == {} and not list(user.folder.rglob("jobs.jsonl"))
