@@ -86,6 +86,11 @@ def test_other_options_are_passed_on(option: str) -> None:
     refuse_option(option)
 
 
+def test_the_options_of_a_recipe_are_checked(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"slurm.train.options: --wrap: the launcher sets --wrap itself"):
+        recipe_of(tmp_path, {"train": {"options": ["--wrap=true"]}})
+
+
 @pytest.mark.parametrize(
     ("text", "seconds"),
     [
