@@ -89,11 +89,14 @@ def sha256_json(value: object) -> str:
 
 
 @contextlib.contextmanager
-def exclusive_lock(path: Path, what: str) -> Iterator[None]:
-    """Hold `path` as a lock. Raises InputError if another process holds it. The kernel releases it when we die."""
+def exclusive_lock(path: Path, what: str, shared: bool = False) -> Iterator[None]:
+    """Hold `path` as a lock. Raises InputError if another process holds it. The kernel releases it when we die.
+
+    `shared`: beside others that share it.
+    """
     with open(path, "a+") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.seek(0)
             holder = file.read().strip() or "unknown"

@@ -16,6 +16,7 @@ from pathlib import Path
 import msgspec
 
 from cluster.errors import InputError
+from cluster.fence import Fence
 from cluster.files import explain_full_disk, fsync_folder
 from generation.log_segments import (
     ID_BYTES,
@@ -50,10 +51,16 @@ class RequestLog:
         self.rebuilt: list[Path] = []
         self._segment_bytes = segment_bytes
         self._descriptor = -1
+        self._fence = Fence(path.parent)
+        self._fence.check()
         with explain_full_disk(path):
             path.mkdir(parents=True, exist_ok=True)
             self._sealed = self._open_sealed()
             self._open_active()
+            if self._fence.generation is not None:
+                # An earlier generation may not know yet that it is one: what it still appends must not come between
+                # the records of this one, so its segment is closed and this one has a segment of its own.
+                self._seal()
         self._last_sync = time.monotonic()
 
     def __enter__(self) -> "RequestLog":
@@ -93,8 +100,10 @@ class RequestLog:
         """Add a finished request. It survives the process at once, and the machine about a second later.
 
         Raises ValueError for an id that is there already or is no SHA-256 in hex, and InputError if the disk is full;
-        the log then is as before the call.
+        the log then is as before the call. Raises Superseded if a newer generation owns the run; that is looked up
+        before every new segment and twice a second, not for every record.
         """
+        self._fence.check_now_and_then()
         id_bytes = _to_bytes(request_id)
         if len(id_bytes) != ID_BYTES:
             raise ValueError(f"request id {request_id!r} is not a SHA-256 in lower-case hex")
@@ -189,10 +198,11 @@ class RequestLog:
 
     def _seal(self) -> None:
         """Put the full segment and its index on the disk, and begin the next. If that fails, nothing has changed."""
+        self._fence.check()
         self.sync()
         number = len(self._sealed)
         path = self.path / f"{number:05d}.index"
-        offsets, lengths = zip(*self._places.values(), strict=True)
+        offsets, lengths = zip(*self._places.values(), strict=True) if self._places else ((), ())
         write_index(path, Records(list(self._places), offsets, lengths, self._size))
         self._sealed.append(open_index(path, self._size))
         try:

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 import pyarrow as pa
 
 from cluster.errors import InputError
+from cluster.fence import verify
 from cluster.files import write_atomic
 from cluster.manifest import is_sealed
 from cluster.rundir import RunDir
@@ -107,6 +108,7 @@ class DataSink:
 
         Killed at any instant, the next `open` finds this checkpoint or the one before.
         """
+        verify(self._run.root)
         self._number += 1
         for writer in self._writers.values():
             writer.save_tail(self._number)
@@ -119,6 +121,7 @@ class DataSink:
             "rejected": self.rejected,
             "state": state,
         }
+        verify(self._run.root)
         write_atomic(self._run.data / "progress.json", json.dumps(progress, ensure_ascii=False))
         self._committed = datasets
         for writer in self._writers.values():
@@ -134,8 +137,10 @@ class DataSink:
 
     def seal(self, **fields: object) -> None:
         """Finish all three datasets, `synthesized` last; `fields` go into the manifest of each."""
+        verify(self._run.root)
         self._rejected.seal(**fields)
         self._instructions.seal(**fields)
+        verify(self._run.root)
         self._rows.seal(**fields)
         remove_progress(self._run)
 

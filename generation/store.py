@@ -11,6 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from cluster.errors import InputError
+from cluster.fence import verify
 from cluster.files import sha256_json, write_atomic, write_json
 from cluster.manifest import MANIFEST, verify_manifest, write_manifest
 
@@ -115,6 +116,7 @@ class DatasetWriter:
             for batch in batches:
                 stream.write_batch(batch)
         content = buffer.getvalue()
+        verify(self.folder.parents[1])  # <run>/data/<name>
         write_atomic(self.folder / name, content)
         return {"name": name, "rows": sum(batch.num_rows for batch in batches), "bytes": content.size}
 

@@ -14,7 +14,8 @@ import time
 from cluster.config import ModelConfig
 from cluster.engine_config import EngineConfig
 from cluster.errors import InputError, Preempted, TunesmithError
-from cluster.files import exclusive_lock, write_json
+from cluster.fence import Superseded, run_lock, verify
+from cluster.files import write_json
 from cluster.manifest import is_sealed, verify_manifest
 from cluster.progress import Progress
 from cluster.ray_cluster import ray_session
@@ -45,7 +46,7 @@ def run(config: SynthesisConfig, model: ModelConfig, engine: EngineConfig, run: 
     TunesmithError if the engines fail or nothing could be kept.
     """
     run.create()
-    with exclusive_lock(run.root / ".lock-synthesize", str(run.root)), Progress(STAGE) as progress:
+    with run_lock(run.root / ".lock-synthesize", str(run.root)), Progress(STAGE) as progress:
         inputs = load_inputs(config, model, engine, seed)
         claim(run, inputs)
         if is_sealed(run.data / "synthesized") and (done := _skip(inputs, run, progress)):
@@ -58,9 +59,12 @@ def run(config: SynthesisConfig, model: ModelConfig, engine: EngineConfig, run: 
         except Preempted as stopped:
             run.event(STAGE, "preempted", reason=str(stopped))
             raise
+        except Superseded:
+            raise
         except TunesmithError as error:
             run.event(STAGE, "failed", reason=str(error))
             raise
+        verify(run.root)
         write_json(run.verdict(STAGE), verdict)
         append_jsonl(run.metrics, {"stage": STAGE, **verdict})
         run.event(STAGE, "finished", num_rows=verdict["num_rows"])
@@ -217,6 +221,7 @@ def _skip(inputs: Inputs, run: RunDir, progress: Progress) -> dict | None:
     if run.verdict(STAGE).is_file():
         return json.loads(run.verdict(STAGE).read_text())
     verdict = {"status": "done", **counts}
+    verify(run.root)
     write_json(run.verdict(STAGE), verdict)  # killed between the manifest and the verdict
     return verdict
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
+from cluster.fence import Fence
 from cluster.files import write_json
 from cluster.pool import EnginePool
 from cluster.pool_stats import EngineStats
@@ -49,6 +50,7 @@ class Watch:
     ) -> None:
         """num_gpus: of all engines together, 0 where there are none."""
         self._run = run
+        self._fence = Fence(run.root)
         self._progress = progress
         self._driver = driver
         self._method = method
@@ -77,7 +79,7 @@ class Watch:
             if self._forecast is None and self._driver.pilot.is_full:
                 self._make_forecast()
             self._progress.update(self._line())
-            if time.monotonic() - last_metrics >= METRICS_SECONDS:
+            if time.monotonic() - last_metrics >= METRICS_SECONDS and not self._fence.is_superseded:
                 last_metrics = time.monotonic()
                 append_jsonl(self._run.metrics, {"stage": STAGE, **self._metrics()})
             await asyncio.sleep(REPORT_SECONDS)

@@ -25,7 +25,8 @@ from pathlib import Path
 import psutil
 
 from cluster.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, Preempted, TunesmithError
-from cluster.files import exclusive_lock, write_json
+from cluster.fence import Fence, run_lock
+from cluster.files import write_json
 from cluster.rendezvous import meet
 from cluster.rundir import RunDir
 from cluster.topology import Topology, read_topology
@@ -33,6 +34,7 @@ from trainer.verdict import is_trained, read_verdict
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 POLL_SECONDS = 0.5
+FENCE_SECONDS = 5.0  # how often every node looks for a newer generation
 AGREE_SECONDS = 60  # all ranks end together after a preemption; a shared file system may take its time to show it
 
 
@@ -145,12 +147,17 @@ class StopSignals:
             raise Preempted(f"{self.names[-1]} came before training began. The same command starts it.")
 
 
-def supervise(argv: list[str], env: dict[str, str], stops: StopSignals) -> int:
-    """Run torchrun to its end, passing stop signals on to its ranks. Returns its exit code."""
+def supervise(argv: list[str], env: dict[str, str], stops: StopSignals, fence: Fence) -> int:
+    """Run torchrun to its end, passing stop signals on to its ranks. Returns its exit code.
+
+    Raises Superseded, with all of them killed, when a newer generation owns the run: ranks of a node that is cut off
+    may wait for those of other nodes, and then nobody else tells them.
+    """
     stops.has_begun = True
     agent = subprocess.Popen(argv, env=env, process_group=0)
     try:
         while (code := _wait(agent)) is None:
+            fence.check_now_and_then(FENCE_SECONDS)
             ranks = find_ranks(agent.pid)
             for _ in range(len(stops.waiting)):
                 signum = stops.waiting.popleft()
@@ -232,7 +239,7 @@ def run_node(topology: Topology, run_dir: Path, command: list[str], is_training:
         try:
             rendezvous = join_job(topology, run_dir)
             argv = torchrun_argv(topology.num_nodes, topology.procs_per_node, rendezvous, command)
-            code = supervise(argv, child_env(rendezvous), stops)
+            code = supervise(argv, child_env(rendezvous), stops, Fence(run_dir))
             code = settled_code(RunDir(run_dir), code) if is_training else code
         except TunesmithError as error:
             code = error.exit_code
@@ -260,7 +267,8 @@ def train(environ: Mapping[str, str], procs_per_node: int | None, recipe_path: P
     os.environ.setdefault("OMP_NUM_THREADS", str(cpus_per_rank))
     with contextlib.ExitStack() as stack:
         if topology.node_rank == 0:  # all of it before the head publishes its address, for which the others wait
-            stack.enter_context(exclusive_lock(run.root / ".lock", f"run folder {run.root}"))
+            stack.enter_context(run_lock(run.root / ".lock", f"run folder {run.root}"))
+            Fence(run.root).check()
             recipe.save(run)
             run.verdict("train").unlink(missing_ok=True)
         return run_node(topology, run.root, train_command(run.root), is_training=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 import typer
 
 from cluster.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_PREEMPTED, InputError, Preempted, TunesmithError
-from cluster.files import exclusive_lock
+from cluster.fence import run_lock, verify
 from cluster.rundir import RunDir
 from launcher.recipe import Recipe
 
@@ -22,7 +22,8 @@ def say(text: str) -> None:
 def run_stage(stage: str, recipe: Recipe) -> None:
     """Run one stage to its end, under the run folder's lock. Raises TunesmithError, or Preempted if asked to stop."""
     run = recipe.run.create()
-    with exclusive_lock(run.root / ".lock", f"run folder {run.root}"):
+    with run_lock(run.root / ".lock", f"run folder {run.root}"):
+        verify(run.root)
         recipe.save(run)
         try:
             RUNNERS[stage](recipe, run)
@@ -66,6 +67,7 @@ def train(recipe: Recipe, run: RunDir) -> None:
 
         require_four_bits()
     model_revision(locate_model(recipe.model))  # a missing model is said here, before any process is started
+    verify(run.root)
     run.verdict("train").unlink(missing_ok=True)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // recipe.train.num_processes)))
     local = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}

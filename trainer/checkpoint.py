@@ -22,6 +22,7 @@ from deepspeed import DeepSpeedEngine
 from safetensors.torch import load_file, save_file
 
 from cluster.errors import EXIT_BAD_INPUT, InputError, TunesmithError
+from cluster.fence import verify
 from cluster.files import write_json
 from cluster.manifest import verify_manifest
 from trainer.config import CheckpointConfig
@@ -70,6 +71,7 @@ class Saver:
         try:
             with explain_failed_write(self.local or self.checkpoints.parent):
                 if self.rank == 0:
+                    verify(self.checkpoints.parent)
                     remove_partial(self.checkpoints)
                     partial.mkdir(parents=True)
                 if self.local:

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from cluster.config import ModelConfig
 from cluster.engine_config import EngineConfig, GenerationRequest, Sampling
 from cluster.errors import InputError
+from cluster.fence import verify
 from cluster.files import read_jsonl, sha256_json, write_json
 from cluster.manifest import is_sealed
 from cluster.model_source import model_revision
@@ -69,6 +70,7 @@ def run(job: EvaluateJob) -> dict:
             mine = [contender for contender in contenders if contender.model == model]
             results |= asyncio.run(_evaluate_model(job, model, mine, rows, progress))
     verdict = {"status": "done", "num_rows": len(rows), "contenders": results}
+    verify(job.run.root)
     write_json(job.run.verdict("evaluate"), verdict)
     append_jsonl(job.run.metrics, {"stage": "evaluate", **verdict})
     return verdict
@@ -103,6 +105,7 @@ async def _evaluate_model(
                     answers = await _generate(pool, contender, prompts[contender], job.config.sampling, progress)
                     scored = [score(row, answer) for row, answer in zip(rows, answers, strict=True)]
                     file.parent.mkdir(exist_ok=True)
+                    verify(job.run.root)
                     write_json(file, {"key": key, "rows": scored})
                     results[contender.title] = summarise(scored)
                     progress.line(f"{contender.title}: {describe(results[contender.title])}")

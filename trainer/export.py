@@ -24,6 +24,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from cluster.config import ModelConfig, SecretRef
 from cluster.errors import InputError, TunesmithError
+from cluster.fence import own_generation, verify
 from cluster.files import write_json
 from cluster.manifest import is_sealed, verify_manifest, write_manifest
 from cluster.rundir import RunDir
@@ -69,6 +70,7 @@ def run(job: ExportJob) -> dict:
         verdict = _build(job, source, key)
     if job.config.to is not None:
         verdict["uploaded_to"] = upload(job.run.export, job.config.to, job.config.hub_token)
+    verify(job.run.root)
     write_json(job.run.verdict("export"), verdict)
     job.run.event("export", "done", folder=str(job.run.export))
     return verdict
@@ -96,8 +98,10 @@ def say(text: str) -> None:
 
 
 def _build(job: ExportJob, source: Path, key: str) -> dict:
-    partial = job.run.export.with_name(f".{job.run.export.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    verify(job.run.root)
+    for leftover in job.run.root.glob(f".{job.run.export.name}.partial*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial = job.run.export.with_name(f".{job.run.export.name}.partial{own_generation() or ''}")
     tokenizer, _ = load_tokenizer(job.model, job.train.chat_template)
     with explain_failed_write(job.run.root):
         expected = write_form(job, source, tokenizer, partial)
@@ -105,6 +109,7 @@ def _build(job: ExportJob, source: Path, key: str) -> dict:
         card(job, source, error).save(partial / "README.md")
         files = sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file())
         write_manifest(partial, files, key=key, checkpoint=source.name)
+        verify(job.run.root)
         shutil.rmtree(job.run.export, ignore_errors=True)
         partial.rename(job.run.export)
     num_bytes = sum(path.stat().st_size for path in job.run.export.rglob("*.safetensors"))

@@ -7,6 +7,7 @@ import numpy as np
 import psutil
 import torch
 
+from cluster.fence import Fence
 from cluster.rundir import RunDir, append_jsonl
 from trainer.flops import Utilization
 from trainer.state import TrainState
@@ -46,6 +47,7 @@ class StepLine:
         self.loss: float | None = None
         self.unsaved_losses: list[float] = []
         self.pending: Step | None = None
+        self.fence = Fence(run.root)
 
     @property
     def tokens_per_second(self) -> float:
@@ -83,6 +85,7 @@ class StepLine:
         return sum(losses) / len(losses) if losses else None
 
     def _tell(self, step: Step, loss: float, grad_norm: float, seconds: float, now: float) -> None:
+        self.fence.check_now_and_then()
         state = step.state
         rate = float(step.lengths.sum()) / seconds
         figures = {
@@ -100,6 +103,8 @@ class StepLine:
             flush=True,
         )
         row = {"stage": "train", "step": state.step, **figures, "time": round(time.time(), 3)}
+        if self.fence.generation is not None:
+            row["generation"] = self.fence.generation
         append_jsonl(self.run.metrics, row)
         self.report(state.step, figures)
 

@@ -8,6 +8,7 @@ import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+from cluster.fence import own_generation, verify
 from cluster.files import fsync_folder
 from cluster.manifest import write_manifest
 from trainer.config import CheckpointConfig
@@ -20,7 +21,10 @@ CONVERTED = "universal_"  # a checkpoint in the form that any number of ranks ca
 
 
 def partial_folder(checkpoints: Path, step: int) -> Path:
-    return checkpoints / f"{PARTIAL}{step_folder(checkpoints, step).name}"
+    """Where a checkpoint is written. Two generations never write to the same place, however late one of them is."""
+    generation = own_generation()
+    owner = "" if generation is None else f"g{generation}_"
+    return checkpoints / f"{PARTIAL}{owner}{step_folder(checkpoints, step).name}"
 
 
 def remove_partial(checkpoints: Path) -> None:
@@ -38,11 +42,15 @@ def remove(folder: Path) -> None:
 
 
 def seal(partial: Path, folder: Path, **fields: object) -> None:
-    """Write the manifest of `partial`, make all of it last, and rename it to `folder`."""
+    """Write the manifest of `partial`, make all of it last, and rename it to `folder`.
+
+    Raises Superseded if a newer generation owns the run by then.
+    """
     files = sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file())
     write_manifest(partial, files, **fields)
     for path in (partial, *partial.rglob("*")):
         fsync_folder(path)  # files as well: none of this may be lost once older checkpoints are removed
+    verify(folder.parent.parent)
     if folder.exists():
         remove(folder)
     os.rename(partial, folder)

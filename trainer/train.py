@@ -28,6 +28,7 @@ with without_collection():
     import torch.distributed as dist
 
     from cluster.errors import EXIT_DONE, EXIT_PREEMPTED, InputError, TunesmithError
+    from cluster.fence import verify
     from cluster.files import write_json
     from cluster.orphans import die_with_parent
     from cluster.rundir import RunDir, append_jsonl
@@ -179,8 +180,10 @@ def say(text: str) -> None:
 
 
 def leave_word(run: RunDir, error: TunesmithError) -> None:
-    """Write why training failed where the launcher reads it; on a disk too full for that, print it."""
+    """Write why training failed where the launcher reads it; on a disk too full for that, and if a newer attempt owns
+    the run, print it."""
     try:
+        verify(run.root)
         write_json(run.verdict("train"), {"status": "failed", "exit_code": error.exit_code, "message": str(error)})
     except (OSError, TunesmithError):
         print(f"error: {error}", file=sys.stderr, flush=True)
@@ -192,6 +195,7 @@ def main() -> int:
     job = read_job(Path(sys.argv[1]))
     quieten_libraries()
     if os.environ["RANK"] == "0":
+        verify(job.run.root)
         job.run.verdict("train").unlink(missing_ok=True)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -214,6 +218,7 @@ def main() -> int:
     stop.done()
     if dist.get_rank() == 0:
         answer["seconds"] = round(time.time() - started, 1)
+        verify(job.run.root)
         write_json(job.run.verdict("train"), answer)
         append_jsonl(job.run.events, {"time": round(time.time(), 3), "stage": "train", "event": answer["status"]})
     dist.barrier()

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 
+from cluster.fence import verify
 from cluster.rundir import append_jsonl
 from trainer.batches import MicroBatch, collate, in_passes, plan_rows
 from trainer.config import DataSource
@@ -58,6 +59,7 @@ class Validation:
         seconds = time.perf_counter() - started
         self.say(f"step {step} | validation loss {self.last_loss:.4f} | {seconds:.1f} s")
         row = {"stage": "validation", "step": step, "loss": self.last_loss, "num_documents": self.num_documents}
+        verify(self.job.run.root)
         append_jsonl(self.job.run.metrics, {**row, "seconds": round(seconds, 3), "time": round(time.time(), 3)})
         return self.last_loss
 

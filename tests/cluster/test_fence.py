@@ -1,0 +1,151 @@
+"""Of all generations of a run only the newest may write, and what an older one still does harms nothing."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.errors import EXIT_FAILED, InputError
+from cluster.fence import FOLDER, VARIABLE, Fence, Superseded, claim, claims, newest, own_generation, run_lock, verify
+from generation.request_log import RequestLog
+from tests.generation.test_request_log import make_id
+from trainer.config import CheckpointConfig
+from trainer.sealing import partial_folder, put_in_place
+from trainer.state import complete
+
+CLAIMER = """
+import sys
+from pathlib import Path
+from cluster.fence import claim
+for _ in range(20):
+    print(claim(Path(sys.argv[1]), "train", "7"))
+"""
+
+
+def test_processes_that_claim_at_once_get_different_numbers_without_a_gap(tmp_path: Path) -> None:
+    argv = [sys.executable, "-c", CLAIMER, str(tmp_path)]
+    processes = [subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    numbers = [int(line) for process in processes for line in process.communicate()[0].split()]
+    assert sorted(numbers) == list(range(1, 61))
+    assert newest(tmp_path) == 60
+    assert {each.job_id for each in claims(tmp_path)} == {"7"}
+
+
+def test_threads_too(tmp_path: Path) -> None:
+    numbers: list[int] = []
+    threads = [threading.Thread(target=lambda: numbers.append(claim(tmp_path, "train", "7"))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(numbers) == list(range(1, 9))
+
+
+@settings(max_examples=30, deadline=None)
+@given(own=st.integers(1, 5), torn=st.sets(st.integers(1, 5)))
+def test_only_the_newest_passes_even_if_a_claim_was_never_written_to_its_end(tmp_path_factory, own, torn) -> None:
+    run = tmp_path_factory.mktemp("run")
+    for number in range(1, 6):
+        assert claim(run, "train", str(100 + number)) == number
+        if number in torn:  # killed between making the file and writing it
+            (run / FOLDER / f"{number:06d}.json").write_text("")
+    fence = Fence(run, own)
+    assert fence.is_superseded is (own < 5)
+    if own == 5:
+        return fence.check()
+    with pytest.raises(Superseded) as raised:
+        fence.check()
+    assert raised.value.exit_code == EXIT_FAILED
+    assert "attempt 5" in str(raised.value) and ("job 105" in str(raised.value)) is (5 not in torn)
+    assert [each.generation for each in claims(run)] == [1, 2, 3, 4, 5]
+
+
+def test_a_local_run_is_not_concerned_and_excludes_generations(tmp_path: Path, monkeypatch) -> None:
+    claim(tmp_path, "train", "7")
+    monkeypatch.delenv(VARIABLE, raising=False)
+    assert own_generation() is None
+    verify(tmp_path)
+    with run_lock(tmp_path / ".lock", "run"):
+        monkeypatch.setenv(VARIABLE, "1")
+        with pytest.raises(InputError, match="in use"), run_lock(tmp_path / ".lock", "run"):
+            pass
+    with run_lock(tmp_path / ".lock", "run"):
+        monkeypatch.setenv(VARIABLE, "2")
+        with run_lock(tmp_path / ".lock", "run"):
+            monkeypatch.delenv(VARIABLE)
+            with pytest.raises(InputError, match="in use"), run_lock(tmp_path / ".lock", "run"):
+                pass
+
+
+def test_a_variable_that_is_no_number_is_told(monkeypatch) -> None:
+    monkeypatch.setenv(VARIABLE, "two")
+    with pytest.raises(InputError, match=VARIABLE):
+        own_generation()
+
+
+def write_part(checkpoints: Path, step: int, content: str) -> None:
+    partial = partial_folder(checkpoints, step)
+    partial.mkdir(parents=True, exist_ok=True)
+    (partial / "part").write_text(content)
+    (partial / "state.json").write_text(json.dumps({"step": step}))
+
+
+def test_a_checkpoint_of_an_old_generation_is_never_put_in_place(tmp_path: Path, monkeypatch) -> None:
+    checkpoints = tmp_path / "checkpoints"
+    config = CheckpointConfig(keep_last=2)
+    monkeypatch.setenv(VARIABLE, str(claim(tmp_path, "train", "1")))
+    write_part(checkpoints, 1, "first")
+    put_in_place(checkpoints, 1, config)
+    write_part(checkpoints, 2, "first")
+
+    monkeypatch.setenv(VARIABLE, str(claim(tmp_path, "train", "2")))
+    write_part(checkpoints, 2, "second")  # both are being written, side by side
+    monkeypatch.setenv(VARIABLE, "1")
+    with pytest.raises(Superseded, match="job 2"):
+        put_in_place(checkpoints, 2, config)
+    assert [folder.name for folder in complete(checkpoints)] == ["step_000001"]
+    monkeypatch.setenv(VARIABLE, "2")
+    put_in_place(checkpoints, 2, config)
+    assert (checkpoints / "step_000002" / "part").read_text() == "second"
+
+
+def test_the_request_log_of_an_old_generation_takes_nothing_and_disturbs_no_record(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("cluster.fence.CHECK_SECONDS", 0.0)
+    monkeypatch.setenv(VARIABLE, str(claim(tmp_path, "synthesize", "1")))
+    old = RequestLog(tmp_path / "requests")
+    old.append(make_id(1), {"by": 1})
+    number = claim(tmp_path, "synthesize", "2")
+    monkeypatch.setenv(VARIABLE, str(number))
+    with RequestLog(tmp_path / "requests") as new:
+        new.append(make_id(2), {"by": 2})
+        with pytest.raises(Superseded):
+            old._fence._checked = float("-inf")
+            old.append(make_id(3), {"by": 1})
+        old._fence.generation = number  # as if its check had been a moment too early
+        old.append(make_id(4), {"by": 1})
+        new.append(make_id(5), {"by": 2})
+        assert [new.get(make_id(i)) for i in (1, 2, 5)] == [{"by": 1}, {"by": 2}, {"by": 2}]
+        assert make_id(4) not in new
+        new.append(make_id(4), {"by": 2})
+    old.close()
+    with RequestLog(tmp_path / "requests") as log:
+        assert log.ids() == {make_id(i) for i in (1, 2, 4, 5)}
+        assert log.get(make_id(4)) == {"by": 2}, "the record of the newer generation counts"
+
+
+def test_a_check_is_cheap(tmp_path: Path) -> None:
+    """It stands before what is written a few times a second; here it takes some hundredths of a millisecond."""
+    for _ in range(50):
+        claim(tmp_path, "train", "7")
+    started = time.process_time()
+    for _ in range(200):
+        Fence(tmp_path, 50).check()
+    assert (time.process_time() - started) / 200 < 0.005
+    assert os.listdir(tmp_path) == [FOLDER], "and leaves nothing behind"
