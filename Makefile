@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup demo test test-all lint base-model chat-model bench bench-synthesis bench-training clean-demo
+.PHONY: help setup demo test test-all chaos lint base-model chat-model bench bench-synthesis bench-training clean-demo
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -18,6 +18,11 @@ test: setup ## Run the tests, in two processes
 
 test-all: setup ## Run the tests with those that are left out of `make test` because they take long
 	@$(BIN)/python -m pytest -n 2 --dist loadgroup -m ""
+
+SEED ?= 1
+MINUTES ?= 30
+chaos: setup ## Random faults on a real Slurm, needs root; SEED=7 MINUTES=30
+	@$(BIN)/python -m tests.slurm.chaos --seed $(SEED) --minutes $(MINUTES)
 
 lint: setup ## Check style
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -18,6 +18,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from cluster.errors import InputError
+from cluster.fence import own_generation, verify
 from cluster.files import explain_full_disk, sha256_file, sha256_json, write_json
 from trainer.chat import (
     IGNORE,
@@ -122,7 +123,7 @@ def prepare_tokens(
     folder = cache_folder / cache_key(config, tokenizer, sources)
     if (folder / "tokens.json").is_file():
         return folder
-    partial = cache_folder / f".{folder.name}.partial"
+    partial = cache_folder / f".{folder.name}.partial{own_generation() or ''}"
     facts: list[SourceFacts] = []
     offsets = [0]
     with explain_full_disk(cache_folder.parent):
@@ -145,6 +146,7 @@ def prepare_tokens(
             refuse_untrainable(facts[-1], config.max_seq_len, key)
         (partial / "offsets.bin").write_bytes(np.asarray(offsets, dtype=np.int64).tobytes())
     write_json(partial / "tokens.json", {"num_tokens": offsets[-1], "sources": [asdict(source) for source in facts]})
+    verify(cache_folder.parent)
     os.rename(partial, folder)
     return folder
 

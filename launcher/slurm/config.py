@@ -127,6 +127,17 @@ class OneNodeJobConfig(JobConfig):
 class SlurmConfig(JobConfig):
     """What the jobs of a run ask for, and what differs for single stages."""
 
+    max_attempts_without_progress: int = Field(
+        3, ge=1, description="attempts in a row that may bring a stage no further before its chain is stopped"
+    )
+    preflight: bool | None = Field(None, description="check the nodes before a stage; default: if it has several")
+    start_timeout_seconds: float = Field(
+        3600, gt=0, description="a stage without a first step, or a first row of metrics, after so long is hung"
+    )
+    hang_timeout_seconds: float | None = Field(
+        None, gt=0, description="and so is one without a next one; default: ten times the longest gap, at least 900"
+    )
+    hang_grace_seconds: float = Field(60, ge=0, description="from the request to save and stop until it is killed")
     synthesize: JobConfig = JobConfig()
     train: JobConfig = JobConfig()
     export: OneNodeJobConfig = OneNodeJobConfig()

@@ -19,12 +19,14 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.allocation import Share, node_step, read_allocation, step_environment
 from cluster.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, Preempted, TunesmithError
-from cluster.files import exclusive_lock, write_json
+from cluster.fence import Superseded, run_lock, verify
+from cluster.files import write_json
 from cluster.manifest import is_sealed
 from cluster.orphans import die_with_parent
 from cluster.ray_folder import new_token, private_folder, ray_environment
@@ -73,12 +75,20 @@ class NodeStep:
 class RayJob:
     """Everything that one attempt starts."""
 
-    def __init__(self, run: RunDir, meeting: Path, shares: list[Share], asked: list[int]) -> None:
+    def __init__(
+        self,
+        run: RunDir,
+        meeting: Path,
+        shares: list[Share],
+        asked: list[int],
+        watches: Sequence[Callable[[], None]] = (),
+    ) -> None:
         self.steps: list[NodeStep] = []
         self._run = run
         self._meeting = meeting
         self._shares = shares
         self._asked = asked
+        self._watches = watches
         self._token = new_token()
         self._others: list[subprocess.Popen] = []  # processes on this node
 
@@ -167,6 +177,8 @@ class RayJob:
         head, workers = self.steps[0], self.steps[1:]
         save_until = None  # set once the driver has been asked to stop
         while driver.poll() is None:
+            for watch in self._watches:
+                watch()  # what it raises ends the job
             if self._is_asked() and save_until is None:
                 driver.send_signal(signal.SIGTERM)
                 save_until = time.monotonic() + SAVE_SECONDS
@@ -220,11 +232,14 @@ class RayJob:
             deadline = time.monotonic() + END_SECONDS / 3
 
 
-def run(stage: str, arguments: list[str], asked: list[int]) -> int:
-    """One attempt at `stage` of a recipe. asked: grows when Slurm wants the job to stop. Returns the exit code."""
+def run(stage: str, arguments: list[str], asked: list[int], watches: Sequence[Callable[[], None]] = ()) -> int:
+    """One attempt at `stage` of a recipe. Returns the exit code.
+
+    asked: grows when Slurm wants the job to stop. watches: called while the driver runs; an error they raise ends it.
+    """
     recipe = load(Path(arguments[0]), arguments[1:])
     run = RunDir(recipe.run_dir.resolve()).create()
-    with exclusive_lock(run.root / ".lock", f"run folder {run.root}"):
+    with run_lock(run.root / ".lock", f"run folder {run.root}"):
         pass  # the driver will hold it; that another job does is better said now than when Ray is up
     job, attempt = os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_RESTART_COUNT", "0")
     meeting = run.root / f"gen-{job}-{attempt}" / f"ray-{secrets.token_hex(4)}"  # new, so no word of an earlier one
@@ -234,8 +249,10 @@ def run(stage: str, arguments: list[str], asked: list[int]) -> int:
     leave_verdict(run, stage, None)
     code, message = EXIT_FAILED, f"the supervisor of the job broke; where is in the log of job {job}."
     try:
-        code = RayJob(run, meeting, shares, asked).main(module_argv("launcher.cli", stage, *arguments))
+        code = RayJob(run, meeting, shares, asked, watches).main(module_argv("launcher.cli", stage, *arguments))
         message = f"{stage} ended with exit code {code}; what it said is in the log of job {job}."
+    except Superseded:
+        raise
     except TunesmithError as error:
         code, message = error.exit_code, str(error)
         run.event(stage, "preempted" if code == EXIT_PREEMPTED else "failed", reason=message, job_id=job)
@@ -248,7 +265,8 @@ def run(stage: str, arguments: list[str], asked: list[int]) -> int:
 
 
 def leave_verdict(run: RunDir, stage: str, verdict: dict | None) -> None:
-    """Replace the stage's verdict, or remove it, unless the dataset that the old one is about is there and sealed."""
+    """Replace the stage's verdict, or remove it, unless a newer attempt owns the run (raises Superseded), or the dataset that the old one is about is there and sealed."""
+    verify(run.root)
     if stage == "synthesize" and is_sealed(run.data / "synthesized"):
         return
     if verdict is None:

@@ -179,6 +179,22 @@ class SlurmBed:
         self._start_node(name)
         self.wait_node(name, {"IDLE"}, UP_SECONDS)
 
+    def kill_controller(self) -> None:
+        """Kill slurmctld as its machine's failure would. Jobs run on, and nobody hears of them."""
+        pid = (self.folder / "run/slurmctld.pid").read_text().strip()
+        self._on(self.controller, "kill", "-KILL", pid)
+
+    def start_controller(self) -> None:
+        """Start slurmctld again, from the state that it had saved."""
+        self._on(self.controller, "slurmctld")
+        self._wait("slurmctld answers", self._answers, UP_SECONDS, str)
+
+    def _answers(self) -> bool:
+        try:
+            return bool(self.node_states())
+        except subprocess.CalledProcessError:
+            return False
+
     def _on(self, machine: Machine, *argv: str) -> str:
         try:
             return machine.run(*argv, cwd=self.shared, env=self.env)

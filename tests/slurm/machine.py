@@ -107,6 +107,10 @@ class Machine:
             os.posix_fallocate(file.fileno(), 0, num_bytes)
         return num_bytes
 
+    def empty_tmp(self) -> None:
+        """Take back what `fill_tmp` did."""
+        Path(f"/proc/{self.init_pid}/root/tmp/filler").unlink()
+
     def kill(self) -> None:
         """Die like a machine whose power fails: off the network first, so that nobody hears of it. Idempotent."""
         if self.alive and self.init_pid and self.switch is not None and self.switch.alive:

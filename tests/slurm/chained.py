@@ -1,0 +1,120 @@
+"""A run on the bed whose jobs follow each other: submitted as the launcher does, and looked at from outside."""
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.slurm.bed import SlurmBed
+
+POLL_SECONDS = 0.2
+
+
+@dataclass
+class ChainedRun:
+    """A run in `folder`, which has a recipe.yaml; its stages are run by `script`, an sbatch script."""
+
+    bed: SlurmBed
+    folder: Path
+    script: Path
+    env: dict[str, str]
+    is_for_any_stage: bool = True  # the script's first argument is the stage
+
+    @property
+    def run(self) -> Path:
+        return self.folder / "run"
+
+    def submit(self, stage: str, *options: str, after: tuple[str, ...] = (), words: tuple[str, ...] = ()) -> int:
+        """Submit the first attempt of a stage; the job is held until it is written down."""
+        parents = [self.jobs(parent)[-1]["job_id"] for parent in after]
+        dependency = [f"--dependency=afterany:{':'.join(map(str, parents))}"] if parents else []
+        stages = [stage] if self.is_for_any_stage else []
+        argv = ["sbatch", "--parsable", *dependency, *options, str(self.script), *stages, "recipe.yaml", *words]
+        job = int(self.bed.client(argv[0], "--hold", *argv[1:], cwd=self.folder, env=self.env))
+        self.run.mkdir(exist_ok=True)
+        line = {"time": time.time(), "stage": stage, "job_id": job, "attempt": 1, "parent_job_ids": parents}
+        with open(self.run / "jobs.jsonl", "a") as file:
+            file.write(json.dumps(line | {"argv": argv, "reason": "submitted"}) + "\n")
+        self.bed.client("scontrol", "release", str(job))
+        return job
+
+    def jobs(self, stage: str) -> list[dict]:
+        return [row for row in read_lines(self.run / "jobs.jsonl") if row["stage"] == stage]
+
+    def events(self, *names: str) -> list[dict]:
+        """What the attempts decided, those of these names or all."""
+        rows = [row for row in read_lines(self.run / "events.jsonl") if "attempt" in row]  # the stages tell of theirs
+        return [row for row in rows if not names or row["event"] in names]
+
+    def metrics(self) -> list[dict]:
+        return [row for row in read_lines(self.run / "metrics.jsonl") if row["stage"] == "train"]
+
+    def verdict(self, stage: str) -> dict:
+        path = self.run / f"verdict-{stage}.json"
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    def output(self) -> str:
+        return "\n".join(f"--- {path.name}\n{path.read_text()}" for path in sorted(self.folder.glob("slurm-*.out")))
+
+    def wait(self, what: str, check: Callable[[], Any], timeout_seconds: float) -> Any:
+        """Wait until `check` gives something."""
+        deadline = time.monotonic() + timeout_seconds
+        while not (found := check()):
+            if time.monotonic() > deadline:
+                events = "\n".join(map(str, self.events()))
+                raise AssertionError(f"not in {timeout_seconds} s: {what}\n{events}\n{self.output()}\n{self.bed.log()}")
+            time.sleep(POLL_SECONDS)
+        return found
+
+    def wait_event(self, name: str, timeout_seconds: float, count: int = 1) -> list[dict]:
+        return self.wait(f"event {name}", lambda: len(e := self.events(name)) >= count and e, timeout_seconds)
+
+    def wait_step(self, step: int, timeout_seconds: float) -> None:
+        self.wait(f"step {step}", lambda: any(row["step"] >= step for row in self.metrics()), timeout_seconds)
+
+    def wait_quiet(self, timeout_seconds: float) -> None:
+        """Wait until no job of the run waits or runs."""
+        ids = lambda: {row["job_id"] for row in read_lines(self.run / "jobs.jsonl")}  # noqa: E731
+        self.wait("no job left", lambda: not ids() & self.bed.squeue().keys(), timeout_seconds)
+
+    def processes_on(self, host: str) -> list[int]:
+        """Those of them on one node."""
+        network, found = self.bed.nodes[host].network, []
+        for pid in self.processes():
+            with contextlib.suppress(FileNotFoundError):
+                if os.readlink(f"/proc/{pid}/ns/net") == network:
+                    found.append(pid)
+        return found
+
+    def processes(self) -> dict[int, str]:
+        """Processes anywhere on the bed that work in this run's folder or name it, by their pid on the host."""
+        found = {}
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                command = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                place = os.readlink(process / "cwd")
+            except (FileNotFoundError, ProcessLookupError, PermissionError):  # it has ended, or is not of our making
+                continue
+            mine = str(self.folder) in command or place.startswith(str(self.folder))
+            if command and mine and int(process.name) != os.getpid():
+                found[int(process.name)] = command
+        return found
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The whole lines of a file of JSON lines; one that is being written is not there yet."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def write_recipe(folder: Path, **values: object) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    recipe = {"name": "chained", "run_dir": "run", "model": {"path": "model"}} | values
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))

@@ -1,0 +1,122 @@
+"""Faults that strike a chained run on the bed, each undone when it has had its effect."""
+
+import contextlib
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tests.slurm.chained import ChainedRun
+
+NOTICE_SECONDS = 180  # until Slurm has noticed a dead node and another attempt has begun
+
+
+@dataclass
+class Strike:
+    """A chained run in the middle of an attempt, and the dice."""
+
+    run: ChainedRun
+    stage: str
+    rng: random.Random
+
+    @property
+    def attempt(self) -> dict:
+        return self.run.events("attempt started")[-1]
+
+    def any_host(self) -> str:
+        return self.rng.choice(self.attempt["hosts"])
+
+    def wait_next_attempt(self) -> None:
+        """Until another attempt has begun; or until the stage is done, for a fault may come too late to matter."""
+        number = self.attempt["generation"]
+
+        def went_on() -> bool:
+            return self.attempt["generation"] > number or bool(self.run.events("done", "stopped"))
+
+        self.run.wait(f"attempt {number + 1}", went_on, NOTICE_SECONDS)
+
+
+def kill_a_process(strike: Strike) -> str:
+    """Any of the run on a node: a rank, torchrun, the supervisor of the node, that of the job, srun."""
+    host = strike.any_host()
+    if not (pids := sorted(strike.run.processes_on(host))):
+        return f"{host}: no process left"
+    pid = strike.rng.choice(pids)
+    command = strike.run.processes().get(pid, "")
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+    return f"{host}: {' '.join(word.rsplit('/', 1)[-1] for word in command.split()[:6])}"
+
+
+def kill_a_node(strike: Strike, host: str | None = None) -> str:
+    host = host or strike.any_host()
+    strike.run.bed.nodes[host].kill()
+    strike.wait_next_attempt()
+    strike.run.bed.restart(host)
+    return host
+
+
+def cut_off_the_batch_host(strike: Strike, until: Callable[[], bool] = lambda: True) -> str:
+    """Cut it off until another attempt has begun, and `until` holds too."""
+    host = strike.attempt["hosts"][0]
+    node = strike.run.bed.nodes[host]
+    node.partition()
+    try:
+        strike.wait_next_attempt()
+        strike.run.wait("what was cut off to end", until, NOTICE_SECONDS)
+    finally:
+        node.heal()
+    strike.run.bed.wait_node(host, {"IDLE", "ALLOCATED", "MIXED"}, 120)
+    return host
+
+
+def kill_the_controller(strike: Strike) -> str:
+    seconds = strike.rng.uniform(1, 10)
+    strike.run.bed.kill_controller()
+    time.sleep(seconds)
+    strike.run.bed.start_controller()
+    return f"back after {seconds:.0f} s"
+
+
+def cancel_the_job(strike: Strike) -> str:
+    job = strike.attempt["job"]
+    strike.run.bed.client("scancel", job)
+    return f"job {job}"
+
+
+def ask_to_stop(strike: Strike) -> str:
+    """What --signal=B:USR2 does before the time limit."""
+    job = strike.attempt["job"]
+    strike.run.bed.client("scancel", "--batch", "--signal=USR2", job)
+    return f"job {job}"
+
+
+def preempt(strike: Strike) -> str:
+    urgent = strike.run.bed.write_script("urgent.sh", "sleep 2")
+    job = strike.run.bed.sbatch(urgent, options=["--partition=high", "--nodes=3", "--exclusive"])
+    strike.run.bed.wait_state(job, {"COMPLETED"}, NOTICE_SECONDS)
+    return f"by job {job}"
+
+
+def slow_down(strike: Strike) -> str:
+    """Bursts in which all of a node's processes stand still."""
+    host = strike.any_host()
+    for _ in range(3):
+        pids = strike.run.processes_on(host)
+        for number, seconds in ((signal.SIGSTOP, 1.0), (signal.SIGCONT, 0.5)):
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+            time.sleep(seconds)
+    return host
+
+
+FAULTS: dict[str, Callable[[Strike], str]] = {
+    function.__name__.replace("_", " "): function
+    for function in (
+        kill_a_process, kill_a_node, cut_off_the_batch_host, kill_the_controller, cancel_the_job, ask_to_stop, preempt,
+        slow_down,
+    )
+}  # fmt: skip

@@ -1,0 +1,114 @@
+"""launcher.slurm.attempt with a training that takes no torch: its steps are checkpoints, its faults are on order.
+
+    python -m tests.slurm.scripted_attempt train|export|synthesize RECIPE [key=value ...]
+
+`<run>/script.json`: {"steps": 6, "step_seconds": 0.3, "faults": {"1": ["kill", 3]}}: what happens to which attempt at
+which step. "kill": the rank dies of SIGKILL, "bad-input": it ends with 2, "stop": it stops for good without a word,
+"never": it ends at once, with 1 and without a step.
+"""
+
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from cluster.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, TunesmithError
+from cluster.fence import own_generation, verify
+from cluster.files import write_json
+from cluster.manifest import write_manifest
+from cluster.orphans import die_with_parent
+from cluster.rundir import RunDir, append_jsonl
+from launcher.slurm import attempt
+from trainer.config import CheckpointConfig
+from trainer.sealing import partial_folder, put_in_place, remove_partial
+from trainer.state import TrainState, newest, read_state
+from trainer.verdict import is_trained
+
+SYNTHESIS = (150, 2)  # instructions, engines
+
+
+def module(*arguments: object) -> list[str]:
+    options = ["--ntasks-per-node=1", "--kill-on-bad-exit=1"]
+    return [*attempt.srun(), *options, *attempt.python_module("tests.slurm.scripted_attempt", *arguments)]
+
+
+def rank(run: RunDir) -> int:
+    """One rank that trains: a checkpoint every step, the work of the ones before being its content."""
+    stopped: list[int] = []
+    for number in (signal.SIGUSR2, signal.SIGTERM):
+        signal.signal(number, lambda number, _: stopped.append(number))
+    script = json.loads((run.root / "script.json").read_text())
+    lines = (run.root / "jobs.jsonl").read_text().splitlines() if (run.root / "jobs.jsonl").exists() else []
+    mine = [row for row in map(json.loads, lines) if str(row["job_id"]) == os.environ["SLURM_JOB_ID"]]
+    fault, at_step = script.get("faults", {}).get(str(mine[0]["attempt"]) if mine else "", (None, 0))
+    if fault == "never":
+        return EXIT_FAILED
+    while os.environ["SLURM_PROCID"] != "0" and not is_trained(run):  # the first alone does the work
+        time.sleep(script["step_seconds"])
+        if stopped:
+            return EXIT_PREEMPTED
+    last = newest(run.checkpoints)
+    step, text = (read_state(last).step, (last / "weights.txt").read_text()) if last else (0, "")
+    while step < script["steps"]:
+        time.sleep(script["step_seconds"])
+        if stopped:
+            return EXIT_PREEMPTED
+        step, text = step + 1, f"{text}{step} "
+        if fault and step == at_step:
+            match fault:
+                case "kill":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                case "stop":
+                    os.kill(os.getpid(), signal.SIGSTOP)
+                case "bad-input":
+                    return EXIT_BAD_INPUT
+        verify(run.root)
+        row = {"stage": "train", "step": step, "host": socket.gethostname(), "time": time.time()}
+        append_jsonl(run.metrics, row | {"generation": own_generation()})
+        save(run, step, text, step == script["steps"])
+    return EXIT_DONE
+
+
+def save(run: RunDir, step: int, text: str, finished: bool) -> None:
+    remove_partial(run.checkpoints)
+    partial = partial_folder(run.checkpoints, step)
+    partial.mkdir(parents=True)
+    (partial / "weights.txt").write_text(text)
+    write_json(partial / "state.json", asdict(TrainState(step, step, step, step, 1, "job", finished)))
+    put_in_place(run.checkpoints, step, CheckpointConfig(keep_last=2))
+
+
+def export(run: RunDir) -> int:
+    verify(run.root)
+    run.export.mkdir()
+    (run.export / "weights.txt").write_text((newest(run.checkpoints) / "weights.txt").read_text())
+    write_manifest(run.export, ["weights.txt"])
+    write_json(run.verdict("export"), {"status": "done"})
+    return EXIT_DONE
+
+
+def main(argv: list[str]) -> int:
+    action, place = argv[0], argv[1]
+    if action in ("rank", "export-rank"):
+        die_with_parent()
+        try:
+            return rank(RunDir(Path(place))) if action == "rank" else export(RunDir(Path(place)))
+        except TunesmithError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return error.exit_code
+    run = Path(place).parent / "run"
+    attempt.STAGES["train"] = lambda _: attempt.run_step([*module("rank", run), *argv[2:]])
+    synthesis = ["tests.generation.drive_synthesis", Path(place).parents[1] / "scripted-model", run, *SYNTHESIS]
+    attempt.STAGES["synthesize"] = lambda _: attempt.run_step(
+        [*attempt.srun(), "--nodes=1", "--ntasks=1", *attempt.python_module(*map(str, synthesis))]
+    )
+    attempt.STAGES["export"] = lambda _: attempt.run_step([*module("export-rank", run)])
+    return attempt.main(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,109 @@
+"""Faults strike a chained training of two nodes with real torchrun and DeepSpeed: its weights come out bit for bit the
+same as those of a training that nothing struck."""
+
+import json
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.slurm import faults
+from tests.slurm.bed import SlurmBed
+from tests.slurm.faults import Strike
+from tests.slurm.training import make_training, weights
+
+pytestmark = [pytest.mark.slurm, pytest.mark.long]
+
+STRIKE_AT = 25  # two checkpoints of ten steps are there by then
+END_SECONDS = 400
+
+
+@pytest.fixture(scope="module")
+def undisturbed(slurm_cluster: SlurmBed, tiny_model: Path) -> dict[str, str]:
+    run = make_training(slurm_cluster, tiny_model, "undisturbed")
+    run.submit("train", "--nodes=2")
+    run.wait_event("done", END_SECONDS)
+    run.wait_quiet(60)
+    return weights(run)
+
+
+def rank_on(strike: Strike, host: str) -> int:
+    """The rank of a node, by its pid on this machine; children of its own, if any, came later."""
+    commands = strike.run.processes()
+    return min(pid for pid in strike.run.processes_on(host) if "-m trainer.train" in commands[pid].split("launcher")[0])
+
+
+def kill_a_rank(strike: Strike) -> None:
+    host, job, began = strike.attempt["hosts"][1], strike.attempt["job"], time.monotonic()
+    os.kill(rank_on(strike, host), signal.SIGKILL)
+    strike.run.wait_event("crashed", 60)
+    assert time.monotonic() - began < 30, "the other rank must not be left waiting"
+    path = strike.run.run / f"gen-{job}-0" / "node-1.exit.json"
+    assert json.loads(path.read_text())["exit_code"] == 137
+
+
+def kill_the_batch_host(strike: Strike) -> None:
+    faults.kill_a_node(strike, strike.attempt["hosts"][0])
+
+
+def kill_another_node(strike: Strike) -> None:
+    faults.kill_a_node(strike, strike.attempt["hosts"][1])
+
+
+def cut_off_the_batch_host(strike: Strike) -> None:
+    old = set(strike.run.processes_on(strike.attempt["hosts"][0]))
+    faults.cut_off_the_batch_host(strike, lambda: not old & strike.run.processes().keys())
+    taken_over = strike.attempt["time"]
+    late = [row for row in strike.run.metrics() if row["generation"] == 1 and row["time"] > taken_over + 1]
+    assert late == []
+
+
+def preempt(strike: Strike) -> None:
+    faults.preempt(strike)
+    (event,) = strike.run.wait_event("preempted", 90)
+    assert event["code"] == 75
+
+
+def slow_down_a_rank(strike: Strike) -> None:
+    pid = rank_on(strike, strike.attempt["hosts"][1])
+    for _ in range(5):
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(1)
+        os.kill(pid, signal.SIGCONT)
+        time.sleep(0.5)
+
+
+FAULTS: dict[str, tuple[Callable[[Strike], object], int]] = {  # and how many attempts it takes in all
+    "a rank is killed": (kill_a_rank, 2),
+    "a node is killed": (kill_another_node, 2),
+    "the batch host is killed": (kill_the_batch_host, 2),
+    "slurmctld is killed": (faults.kill_the_controller, 1),
+    "the batch host is cut off": (cut_off_the_batch_host, 2),
+    "a job of higher priority": (preempt, 2),
+    "the time limit": (faults.ask_to_stop, 2),
+    "scancel": (faults.cancel_the_job, 2),
+    "a slow node": (slow_down_a_rank, 1),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_the_weights_are_those_of_an_undisturbed_training(
+    slurm_cluster: SlurmBed, tiny_model: Path, undisturbed: dict[str, str], name: str
+) -> None:
+    strike, num_attempts = FAULTS[name]
+    run = make_training(slurm_cluster, tiny_model, name.replace(" ", "-"))
+    run.submit("train", "--nodes=2")
+    run.wait_step(STRIKE_AT, 180)
+    strike(Strike(run, "train", random.Random(0)))
+    run.wait_event("done", END_SECONDS)
+    run.wait_quiet(60)
+    assert weights(run) == undisturbed != {}
+    assert run.verdict("train")["status"] == "done"
+    assert len(run.events("attempt started")) == num_attempts
+    assert run.processes() == {}
+    generations = [row["generation"] for row in run.metrics()]
+    assert generations == sorted(generations)
