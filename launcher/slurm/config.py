@@ -146,10 +146,6 @@ class SlurmConfig(JobConfig):
     environment: tuple[EnvName, ...] = Field(
         (), description="names of variables that jobs get from your environment besides the usual ones"
     )
-    max_attempts_without_progress: int = Field(
-        3, ge=1, description="attempts in a row that may bring a stage no further before its chain is stopped"
-    )
-    preflight: bool | None = Field(None, description="check the nodes before a stage; default: if it has several")
 
     def of(self, stage: str) -> JobConfig:
         """What a stage's job asks for: its own fields, else those of the whole section. Options add up."""

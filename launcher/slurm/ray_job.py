@@ -265,7 +265,10 @@ def run(stage: str, arguments: list[str], asked: list[int], watches: Sequence[Ca
 
 
 def leave_verdict(run: RunDir, stage: str, verdict: dict | None) -> None:
-    """Replace the stage's verdict, or remove it, unless a newer attempt owns the run (raises Superseded), or the dataset that the old one is about is there and sealed."""
+    """Replace the stage's verdict, or remove it, unless the dataset that the old one is about is there and sealed.
+
+    Raises Superseded if a newer attempt owns the run.
+    """
     verify(run.root)
     if stage == "synthesize" and is_sealed(run.data / "synthesized"):
         return

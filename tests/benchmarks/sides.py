@@ -22,8 +22,8 @@ from tests.benchmarks.given_requests import synthesize
 
 ROOT = Path(__file__).parents[2]
 MODEL = ModelConfig(path=str(ROOT / "models" / "world-base"))
-# One CPU an engine, as in the demo: scheduler and model share a process, and neither waits for the other in a loop, which
-# would take the core that whoever asks the engine needs. With two CPUs the scheduler does just that.
+# One CPU an engine, as in the demo: scheduler and model share a process, and neither waits for the other in a loop.
+# With two CPUs the scheduler does, and so takes the core that whoever asks the engine needs.
 ENGINE = EngineConfig(dtype="float32", enforce_eager=True, max_num_seqs=256, cpus_per_engine=1)
 LENGTHS = {"equal (64)": [64], "mixed (8-160)": [8, 16, 32, 64, 160]}
 TAIL = 0.95  # share of the rows after which the tail begins
