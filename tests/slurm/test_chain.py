@@ -1,7 +1,6 @@
 """`tunesmith run --on slurm` and the commands about a run, under a real Slurm with a real model."""
 
 import json
-import os
 import shlex
 import shutil
 import subprocess
@@ -23,9 +22,6 @@ pytestmark = pytest.mark.slurm
 
 SECRET = "canary-5d0c7e93b1"
 ENV = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "MY_SECRET": SECRET, "COLUMNS": "200", "PYTHONSAFEPATH": "1"}
-
-
-ENV |= {name: os.environ[name] for name in ("TORCH_EXTENSIONS_DIR",) if name in os.environ}
 
 
 class User:
