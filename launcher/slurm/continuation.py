@@ -35,6 +35,7 @@ from launcher.slurm.config import SlurmConfig
 from launcher.slurm.hang import WATCHED, HangWatch
 from launcher.slurm.preflight import OnAllNodes, check_nodes
 from launcher.slurm.standing import PROVEN_BY_OUTPUT, is_done, progress_of
+from launcher.slurm.submitted import cancelled_file
 from trainer.verdict import read_verdict
 
 SETTLE_SECONDS = 120  # how long an attempt that ends tries to reach Slurm
@@ -58,6 +59,9 @@ class Attempt:
 
         `run_stage` runs the stage and returns its exit code.
         """
+        if self.is_cancelled:
+            self._event("began although the run was cancelled")
+            return EXIT_PREEMPTED
         if not self._has_input():
             return EXIT_BAD_INPUT
         ledger.catch_up(self.run)
@@ -79,6 +83,11 @@ class Attempt:
             self._leave_verdict(code, str(error), getattr(error, "kind", "error"))
         fence.verify(self.run.root)
         return self._settle(code)
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether a user has ended the run: then no job of it may be followed by another."""
+        return cancelled_file(self.run).exists()
 
     def watches(self) -> list[Callable[[], None]]:
         """What is to be looked at while the stage runs. They are first called when the attempt has claimed the run."""
@@ -137,7 +146,7 @@ class Attempt:
 
     def keep_standby(self) -> None:
         """See to it that there is a standby. Called now and then, for Slurm may not answer for a while."""
-        if self.standby is not None or time.monotonic() < self._next_try:
+        if self.standby is not None or time.monotonic() < self._next_try or self.is_cancelled:
             return
         try:
             self.standby = self._submit(f"afterany:{self.own.job_id}", [self.own])
@@ -162,6 +171,10 @@ class Attempt:
             ledger.note(self.run, self.own.job_id, self.hosts, failed=())
             self._cancel([self.standby] if self.standby else [])
             return EXIT_DONE
+        if self.is_cancelled:
+            self._event("cancelled", code=code)
+            self._cancel([self.standby] if self.standby else [])
+            return code if code != EXIT_DONE else EXIT_FAILED
         self._note_nodes(code, verdict.get("kind", ""))
         if self._is_pointless():
             return self._stop_without_progress(message)

@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 from cluster import fence
 from cluster.files import write_json
 from cluster.rundir import RunDir, append_jsonl
-from launcher.slurm import ledger
+from launcher.slurm import continuation, ledger
 from launcher.slurm.chain import STANDBY_OF, Chain, submission_environ, successor_argv
 from launcher.slurm.config import SlurmConfig
 from launcher.slurm.hang import LEAST_SECONDS, HangWatch, Hung
 from launcher.slurm.standing import progress_of
+from launcher.slurm.submitted import cancelled_file
 
 
 def test_the_successor_is_submitted_as_the_first_was_but_for_what_it_waits_for() -> None:
@@ -51,6 +52,42 @@ def test_stages_wait_for_stages_whichever_attempt_is_the_newest(tmp_path: Path) 
     assert Chain(RunDir(tmp_path)).jobs == chain.jobs, "ids are written as they were, and read as text"
     chain = write_jobs(RunDir(tmp_path), ("train", 8, [], "submitted"))
     assert [job.job_id for job in chain.of_stage("train")] == ["8"], "submitted again, it counts from there"
+
+
+@pytest.mark.parametrize("cancelled", [False, True], ids=["dies", "cancelled"])
+def test_an_attempt_of_a_cancelled_run_is_followed_by_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cancelled: bool
+) -> None:
+    submitted, asked, run = [], [], RunDir(tmp_path)
+
+    def submit(argv: list[str], standby_of: str) -> str:
+        submitted.append(standby_of)
+        return str(10 + len(submitted))
+
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n1")
+    monkeypatch.setenv(fence.VARIABLE, "0")  # so that it is put back
+    for name, stand_in in {
+        "submit": submit, "ask": asked.append, "is_alive": lambda job_id: True, "expand_host_list": str.split
+    }.items():  # fmt: skip
+        monkeypatch.setattr(continuation, name, stand_in)
+    monkeypatch.setattr(ledger, "to_exclude", lambda *_: [])
+    monkeypatch.setattr(ledger, "culprits", lambda *_: ())
+    chain = write_jobs(run, ("train", 7, [], "submitted"))
+    attempt = continuation.Attempt(run, SlurmConfig(), chain, chain.jobs[-1])
+
+    def stage() -> int:
+        if cancelled:
+            write_json(cancelled_file(run), {})
+            attempt.standby = None  # as if Slurm had not answered when it was to be submitted
+            attempt.keep_standby()
+        return 75
+
+    assert attempt.execute(stage, lambda *_: 0) == 75
+    assert submitted == ["7"]
+    if cancelled:
+        again = continuation.Attempt(run, SlurmConfig(), chain, chain.jobs[-1])
+        assert again.execute(lambda: 0, lambda *_: 0) == 75, "nor does one begin that was in the queue already"
+        assert submitted == ["7"]
 
 
 def fail(run: RunDir, job: int, hosts: str, failed: str, preflight: str = "") -> None:
