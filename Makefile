@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup demo test test-all chaos lint base-model chat-model bench bench-synthesis bench-training clean-demo
+.PHONY: help setup demo test test-all chaos lint base-model chat-model bench bench-synthesis bench-training bench-launch clean-demo
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -27,7 +27,7 @@ chaos: setup ## Random faults on a real Slurm, needs root; SEED=7 MINUTES=30
 lint: setup ## Check style
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
-bench: bench-synthesis bench-training ## Run all measurements
+bench: bench-synthesis bench-training bench-launch ## Run all measurements
 
 bench-synthesis: ## Measure synthesis against raw vLLM, ray.data.llm, rouge_score and datasets, side by side (half an hour)
 	@$(PYTHON) launcher/bootstrap.py cpu dev bench
@@ -39,6 +39,9 @@ bench-training: ## Measure training, and saving, against TRL and bare PyTorch lo
 	@$(PYTHON) launcher/bootstrap.py cpu dev bench
 	@$(BIN)/python -m tests.benchmarks.training
 	@$(BIN)/python -m tests.benchmarks.saving
+
+bench-launch: setup ## Measure the way from sbatch to the first step, on a Slurm of two nodes (needs root; five minutes)
+	@$(BIN)/python -m tests.benchmarks.launch
 
 base-model: setup ## Train the embedded base model again from nothing (half an hour on 2 cores)
 	@$(BIN)/python -m generation.world.build data --out runs/base-model/world --seed 0

@@ -116,9 +116,10 @@ def _await_node(path: Path, step_id: int, deadline: float, who: str) -> NodeAddr
 
 
 def meet(topology: Topology, run_dir: Path, timeout_seconds: float = MEET_SECONDS) -> tuple[NodeAddress, NodeAddress]:
-    """Publish this node's address, wait for those of all others, and return (own, head's).
+    """Publish this node's address, wait for that of the head, and return (own, head's).
 
-    Honors GLOO_SOCKET_IFNAME. Raises TunesmithError naming the node that is missing at the deadline.
+    The head waits for all the others, and names the one that is missing at the deadline: were each to wait for each, a
+    thousand nodes would open a million files. Honors GLOO_SOCKET_IFNAME. Raises TunesmithError at the deadline.
     """
     folder = topology.generation_dir(run_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -127,8 +128,9 @@ def meet(topology: Topology, run_dir: Path, timeout_seconds: float = MEET_SECOND
     own = NodeAddress(topology.hosts[topology.node_rank], address, interface, port, topology.step_id)
     write_json(folder / f"node-{topology.node_rank}.json", asdict(own))
     deadline = time.monotonic() + timeout_seconds
+    hosts = list(enumerate(topology.hosts))
     nodes = [
         _await_node(folder / f"node-{rank}.json", topology.step_id, deadline, f"node {rank} ({host})")
-        for rank, host in enumerate(topology.hosts)
+        for rank, host in (hosts if topology.node_rank == 0 else hosts[:1])
     ]
     return own, nodes[0]

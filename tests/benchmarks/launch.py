@@ -1,0 +1,129 @@
+"""From `sbatch` to the first step, against the bare minimum; plans and states of 1,000 nodes: `make bench-launch`.
+
+On a real Slurm of two nodes in namespaces of this machine (needs root). Turn by turn: torchrun under srun as one writes
+it by hand; the same script under our supervisor of a node; and a training of ours, from submission to its first step.
+The first two run an empty loop after the ranks have met, so that their difference is what our part of the start takes.
+"""
+
+import argparse
+import io
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from launcher.slurm.jobs import jobs_of
+from launcher.slurm.plan import print_slurm_plan
+from launcher.slurm.status import read_all
+from launcher.slurm.submit import Prepared, submit
+from launcher.slurm.tables import print_status
+from tests.launcher.slurm_chain import FakeSlurm, chain_of, recipe_of
+from tests.slurm.bed import SlurmBed
+from tests.slurm.training import make_training
+from tests.tiny_model import make_tiny_model
+
+NUM_NODES = 2
+WAIT_SECONDS = 300
+EMPTY_LOOP = """
+import time
+import torch.distributed as dist
+dist.init_process_group("gloo")
+dist.barrier()
+if dist.get_rank() == 0:
+    print("first step at", time.time(), flush=True)
+dist.destroy_process_group()
+"""
+
+
+def by_hand(bed: SlurmBed, script: Path, turn: int) -> Path:
+    torchrun = f"{sys.executable} -m torch.distributed.run --nnodes {NUM_NODES} --nproc-per-node 1 --rdzv-backend c10d"
+    where = f"--rdzv-id {turn} --rdzv-endpoint $(scontrol show hostnames | head -1):29500"
+    return bed.write_script("by-hand.sh", f"srun --ntasks-per-node=1 {torchrun} {where} {script}")
+
+
+def supervised(bed: SlurmBed, script: Path, turn: int) -> Path:
+    node = f"{sys.executable} -P -m launcher.node exec {bed.shared}/run-{turn} -- {script}"
+    return bed.write_script("supervised.sh", f"srun --ntasks-per-node=1 --kill-on-bad-exit=1 {node}")
+
+
+def seconds_to_first_step(bed: SlurmBed, script: Path) -> float:
+    began = time.time()
+    options = [f"--nodes={NUM_NODES}", "--ntasks-per-node=1"]
+    job = bed.sbatch(script, options=options, env={"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"})
+    bed.wait_output(job, "first step at", WAIT_SECONDS)
+    bed.wait_state(job, {"COMPLETED"}, WAIT_SECONDS)
+    return float(bed.output(job).split("first step at ")[1].split()[0]) - began
+
+
+def seconds_to_first_trained_step(bed: SlurmBed, model: Path, turn: int) -> float:
+    training = make_training(bed, model, f"training-{turn}")
+    env = {**training.env, "TORCH_EXTENSIONS_DIR": os.environ.get("TORCH_EXTENSIONS_DIR", "")}
+    env = {name: value for name, value in env.items() if value}
+    began = time.time()
+    job = bed.sbatch(
+        training.script, "recipe.yaml", "train.max_steps=4",
+        options=[f"--nodes={NUM_NODES}"], cwd=training.folder, env=env,
+    )  # fmt: skip
+    bed.wait_state(job, {"COMPLETED"}, WAIT_SECONDS)
+    return json.loads((training.run / "metrics.jsonl").read_text().splitlines()[0])["time"] - began
+
+
+def timed(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def of_a_thousand_nodes() -> tuple[float, float]:
+    """Seconds to render the plan of a chain on 1,000 nodes, and the state of one, with a queue that answers at once."""
+    with tempfile.TemporaryDirectory() as name:
+        recipe = recipe_of(
+            Path(name), {"nodes": 1000, "gpus_per_node": 8}, train={"precision": "bf16", "global_batch_size": 16_000}
+        )
+        console, slurm = Console(width=200, file=io.StringIO()), FakeSlurm()
+        chain = chain_of(recipe)
+        planning = timed(lambda: print_slurm_plan(Prepared(chain, jobs_of(chain)), Path("recipe.yaml"), console))
+        submit(Prepared(chain, jobs_of(chain)), slurm, lambda argv: None)
+        nodes = ",".join(f"node{number:04d}" for number in range(1000))
+        for job_id in slurm.queue_lines:
+            slurm.queue_lines[job_id] = f"{job_id}|RUNNING|1-02:03:04|1000|{nodes}|(null)|None"
+        return planning, timed(lambda: print_status(read_all([recipe.run.root], slurm)[0], console))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--turns", type=int, default=3)
+    arguments = parser.parse_args()
+    found: dict[str, list[float]] = {"torchrun under srun, by hand": [], "the same under our supervisor": []}
+    trained = found["sbatch slurm/train.sbatch, first trained step"] = []
+    with SlurmBed(num_nodes=NUM_NODES) as bed, tempfile.TemporaryDirectory() as name:
+        make_tiny_model(model := Path(name) / "model")
+        (script := bed.shared / "loop.py").write_text(EMPTY_LOOP)
+        for turn in range(arguments.turns + 1):  # the first, a warm-up, reads from the disk and builds the kernel
+            print(f"turn {turn}", file=sys.stderr, flush=True)
+            for label, make in zip(list(found)[:2], (by_hand, supervised), strict=True):
+                found[label].append(seconds_to_first_step(bed, make(bed, script, turn)))
+            trained.append(seconds_to_first_trained_step(bed, model, turn))
+    table = Table(title=f"seconds from submission, {NUM_NODES} nodes", title_justify="left")
+    for column in ("what", "median", "least-most", "more than by hand"):
+        table.add_column(column, justify="left" if column == "what" else "right")
+    bare = statistics.median(next(iter(found.values()))[1:])
+    for label, every in found.items():
+        some = every[1:]
+        middle = statistics.median(some)
+        table.add_row(label, f"{middle:.1f}", f"{min(some):.1f}-{max(some):.1f}", f"{middle - bare:+.1f}")
+    Console(width=100).print(table)
+    planning, state = of_a_thousand_nodes()
+    print(f"1,000 nodes: plan rendered in {planning:.3f} s, status in {state:.3f} s")
+    print(f"load average {os.getloadavg()[0]:.1f} on {len(os.sched_getaffinity(0))} cores")
+
+
+if __name__ == "__main__":
+    main()
