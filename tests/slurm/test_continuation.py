@@ -121,7 +121,8 @@ def test_a_stopped_rank_is_found_and_ended_and_the_chain_goes_on(make_run) -> No
     assert run.processes() == {}
 
 
-@pytest.mark.parametrize("noticed", ["told", pytest.param("by itself", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("noticed", ["told", "by itself"])
 def test_a_node_that_is_cut_off_computes_on_and_writes_nothing_once_another_went_on(make_run, noticed: str) -> None:
     """Slurm takes half a minute to notice; `told` that the node is down it does the same at once."""
     num_steps = 40 if noticed == "told" else 100

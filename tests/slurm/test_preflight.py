@@ -110,6 +110,7 @@ def test_a_full_tmp_and_a_run_folder_that_takes_nothing_name_their_nodes(slurm_c
     assert row["failed"] == ["n2", "n3"] and "/tmp" in row["preflight"]
 
 
+@pytest.mark.long
 @pytest.mark.slurm
 def test_other_code_on_one_node_is_found_and_equal_nodes_sum_together(slurm_cluster: SlurmBed) -> None:
     bed = slurm_cluster

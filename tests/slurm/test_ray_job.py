@@ -207,6 +207,7 @@ def test_a_node_that_ray_cannot_use_ends_the_job_and_is_named(slurm_cluster: Slu
     assert place.verdict()["message"].startswith("node n2: Ray needs 80 MiB of /dev/shm")
 
 
+@pytest.mark.long
 @pytest.mark.slurm
 def test_vllm_engines_on_two_nodes_make_one_dataset(slurm_cluster: SlurmBed, place: Place) -> None:
     """Who writes and who answers have an engine each, and a node has room for one: no row is the work of one node."""
