@@ -114,7 +114,8 @@ def forecast(pilot: Pilot, goal: Goal, pace: Pace, seed: int = 0) -> Forecast | 
     num_steps = np.where(is_known, num_steps, num_steps[is_known].max())
     spread = _spread(steps, means, limit, is_later) * np.sqrt(num_steps)[:, None]  # [N, 4]
     added = np.maximum(means * num_steps[:, None] + spread * draw.standard_normal((len(means), 1)), 0)
-    rows, tokens = pilot.num_rows + added[:, 2], pilot.num_tokens + added[:, 3]
+    rows = _within(pilot.num_rows + added[:, 2], goal.max_rows, pilot.num_rows)
+    tokens = _within(pilot.num_tokens + added[:, 3], goal.max_completion_tokens, pilot.num_tokens)
     seconds = None
     if speeds is not None:
         seconds = pace.seconds + np.maximum(added[:, 3] - pace.num_tokens_ahead, 0) / speeds
@@ -122,6 +123,11 @@ def forecast(pilot: Pilot, goal: Goal, pace: Pace, seed: int = 0) -> Forecast | 
             seconds = np.minimum(seconds, goal.max_seconds)
         seconds = _range(seconds, 1)
     return Forecast(_range(rows, 0), _range(tokens, 0), seconds)
+
+
+def _within(totals: np.ndarray, budget: int | None, so_far: int) -> np.ndarray:
+    """Totals cut off at a budget, also where another limit ends the run at about the same time."""
+    return totals if budget is None else np.minimum(totals, max(budget, so_far))
 
 
 def _columns(pilot: Pilot) -> np.ndarray:

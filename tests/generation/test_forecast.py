@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from generation.forecast import Forecast, Goal, Pace, Pilot, forecast
@@ -67,6 +67,7 @@ def a_pilot(num_steps: int = 30) -> Pilot:
     return pilot
 
 
+@example(max_rows=161, max_completion_tokens=None, num_kept=96, max_seconds=None)  # two limits at about the same time
 @given(
     st.integers(150, 10**6) | st.none(), st.integers(21_100, 10**8) | st.none(), st.integers(90, 10**5),
     st.floats(100, 10**6) | st.none(),
