@@ -14,6 +14,7 @@ from cluster.errors import TunesmithError
 from cluster.fence import VARIABLE
 from cluster.files import read_jsonl
 from cluster.rundir import RunDir, append_jsonl
+from launcher.slurm.submitted import jobs_file, read_jobs
 
 SUBMITTED, CONTINUED = "submitted", "continued"
 STANDBY_OF = "TUNESMITH_STANDBY_OF"  # in the environment of a job: the attempt for which it stands by
@@ -42,19 +43,15 @@ class Chain:
 
     def __init__(self, run: RunDir) -> None:
         self.run = run
-        self.path = run.root / "jobs.jsonl"
+        self.path = jobs_file(run)
         self.jobs: list[Job] = []
         self.read()
 
     def read(self) -> None:
-        rows = read_jsonl(self.path) if self.path.is_file() else []
         self.jobs = [
-            Job(
-                row["stage"], str(row["job_id"]), row["attempt"], tuple(map(str, row["parent_job_ids"])),
-                tuple(row["argv"]), row["reason"],
-            )
-            for row in rows
-        ]  # fmt: skip
+            Job(job.stage, job.job_id, job.attempt, job.parent_job_ids, job.argv, job.reason)
+            for job in read_jobs(self.run)
+        ]
 
     def find(self, job_id: str) -> Job | None:
         return next((job for job in self.jobs if job.job_id == job_id), None)

@@ -18,6 +18,7 @@ from cluster.files import exclusive_lock
 from launcher.slurm.snapshot import code_files
 from tests.slurm.bed import SlurmBed
 from tests.slurm.machine import PROJECT
+from tests.slurm.training import TRAIN, lay_out
 
 pytestmark = pytest.mark.slurm
 
@@ -74,24 +75,8 @@ class User:
 @pytest.fixture
 def user(slurm_cluster: SlurmBed, tiny_model: Path, request: pytest.FixtureRequest) -> Iterator[User]:
     folder = slurm_cluster.shared / request.node.name
-    shutil.copytree(tiny_model, folder / "model")
-    rows = [
-        {"messages": [{"role": "user", "content": f"Say {word}"}, {"role": "assistant", "content": word}]}
-        for word in ("fig", "pear", "plum", "lime", "kiwi", "date", "sloe", "quince")
-    ]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    train = {
-        "data": ["rows.jsonl"],
-        "tuning": "lora",
-        "zero_stage": 2,
-        "precision": "fp32",
-        "packing": False,
-        "max_seq_len": 64,
-        "micro_batch_size": 1,
-        "global_batch_size": 4,
-        "num_epochs": 1,
-        "process_group_timeout_seconds": 120,
-    }
+    lay_out(folder, tiny_model)
+    train = TRAIN | {"tuning": "lora", "num_epochs": 1}
     values = {"name": "tiny", "run_dir": "run", "model": {"path": "model"}, "train": train}
     values |= {"export": {"form": "adapter"}, "slurm": {"train": {"nodes": 2}, "environment": ["MY_SECRET"]}}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(values))

@@ -1,7 +1,6 @@
 """slurm/train.sbatch under a real Slurm, with a real model and DeepSpeed."""
 
 import json
-import shutil
 import sys
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import yaml
 
 from tests.slurm.bed import SlurmBed
 from tests.slurm.machine import PROJECT
+from tests.slurm.training import TRAIN, lay_out
 
 pytestmark = pytest.mark.slurm
 
@@ -23,24 +23,8 @@ ENV = {"TUNESMITH_PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "DS_ACCELERAT
 def recipe(slurm_cluster: SlurmBed, tiny_model: Path, request: pytest.FixtureRequest) -> Path:
     """A recipe over eight conversations, in a folder of its own below the shared one."""
     folder = slurm_cluster.shared / request.node.name
-    shutil.copytree(tiny_model, folder / "model")
-    rows = [
-        {"messages": [{"role": "user", "content": f"Say {word}"}, {"role": "assistant", "content": word}]}
-        for word in ("fig", "pear", "plum", "lime", "kiwi", "date", "sloe", "quince")
-    ]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    train = {
-        "data": ["rows.jsonl"],  # relative: the job runs where it was submitted
-        "zero_stage": 2,
-        "precision": "fp32",
-        "packing": False,
-        "max_seq_len": 64,
-        "micro_batch_size": 1,
-        "global_batch_size": 4,
-        "num_epochs": 2,
-        "process_group_timeout_seconds": 120,
-    }
-    values = {"name": "tiny", "run_dir": "run", "model": {"path": "model"}, "train": train}
+    lay_out(folder, tiny_model)
+    values = {"name": "tiny", "run_dir": "run", "model": {"path": "model"}, "train": TRAIN}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
     return folder / "recipe.yaml"
 
