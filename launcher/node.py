@@ -196,18 +196,28 @@ def join_job(topology: Topology, run_dir: Path) -> Rendezvous | None:
 def agree_on_end(topology: Topology, run_dir: Path) -> int:
     """The exit code of a node whose ranks were preempted: a failure elsewhere goes before it.
 
-    Waits for the word of the others. srun --kill-on-bad-exit ends them as soon as one node leaves with a code that is
-    not 0, and would turn their "preempted" into "killed".
+    The head waits for the word of every node and writes down what they come to (end.json), for which the others wait:
+    were each to read each, a thousand nodes would open a million files. Nobody leaves earlier, since
+    srun --kill-on-bad-exit ends all others as soon as one does with a code that is not 0, and would turn their
+    "preempted" into "killed".
     """
     folder = topology.generation_dir(run_dir)
     deadline = time.monotonic() + AGREE_SECONDS
-    for rank in range(topology.num_nodes):
-        path = folder / f"node-{rank}.exit.json"
-        while (code := _read_exit_code(path, topology.step_id)) is None and time.monotonic() < deadline:
-            time.sleep(POLL_SECONDS)
-        if code not in (EXIT_DONE, EXIT_PREEMPTED, None):
-            return code
-    return EXIT_PREEMPTED
+    if topology.node_rank > 0:
+        said = _await_exit_code(folder / "end.json", topology.step_id, deadline + POLL_SECONDS)
+        return EXIT_PREEMPTED if said is None else said
+    words = [folder / f"node-{rank}.exit.json" for rank in range(topology.num_nodes)]
+    codes = (_await_exit_code(word, topology.step_id, deadline) for word in words)
+    code = next((code for code in codes if code not in (EXIT_DONE, EXIT_PREEMPTED, None)), EXIT_PREEMPTED)
+    write_json(folder / "end.json", {"exit_code": code, "step_id": topology.step_id})
+    return code
+
+
+def _await_exit_code(word: Path, step_id: int, deadline: float) -> int | None:
+    """The exit code that a file tells of, once it is there; None at the deadline."""
+    while (code := _read_exit_code(word, step_id)) is None and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
+    return code
 
 
 def _read_exit_code(path: Path, step_id: int) -> int | None:

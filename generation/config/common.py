@@ -90,7 +90,7 @@ class SynthesisConfig(StrictModel):
     checkpoint_seconds: float = Field(
         30.0, ge=0, description="progress is saved so often, so that a restart need not read the whole log"
     )
-    pilot_rows: int = Field(100, ge=1, description="rows after which a forecast is printed")
+    pilot_rows: int = Field(300, ge=1, description="rows after which a forecast is printed")
 
     @field_validator("instruction_filters")
     @classmethod

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -98,6 +98,18 @@ def test_a_preempted_node_gives_way_to_a_failure_of_another(
     write_json(folder / "node-0.exit.json", {"exit_code": 75, "step_id": 3})
     write_json(folder / "node-1.exit.json", word_of_the_other)
     assert agree_on_end(topology, tmp_path) == code
+    (folder / "node-0.exit.json").unlink()  # the other node goes by what the head has written down
+    assert agree_on_end(replace(topology, node_rank=1), tmp_path) == code
+
+
+def test_a_node_whose_head_says_nothing_ends_as_preempted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launcher.node.AGREE_SECONDS", 0)
+    monkeypatch.setattr("launcher.node.POLL_SECONDS", 0.01)
+    topology = Topology(("n1", "n2"), 1, 1, "41", 3, 0)
+    folder = topology.generation_dir(tmp_path)
+    folder.mkdir()
+    write_json(folder / "end.json", {"exit_code": 1, "step_id": 2})  # of an earlier step
+    assert agree_on_end(topology, tmp_path) == 75
 
 
 @pytest.mark.parametrize(
