@@ -4,6 +4,7 @@ import contextlib
 import os
 import random
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -80,17 +81,25 @@ def kill_the_controller(strike: Strike) -> str:
     return f"back after {seconds:.0f} s"
 
 
-def cancel_the_job(strike: Strike) -> str:
+def scancel(strike: Strike, *options: str) -> str:
+    """A fault that comes when the job is over, and the next has not begun, hits nothing."""
     job = strike.attempt["job"]
-    strike.run.bed.client("scancel", job)
+    try:
+        strike.run.bed.client("scancel", *options, job)
+    except subprocess.CalledProcessError:
+        if int(job) in strike.run.bed.squeue():
+            raise
+        return f"job {job}: over already"
     return f"job {job}"
+
+
+def cancel_the_job(strike: Strike) -> str:
+    return scancel(strike)
 
 
 def ask_to_stop(strike: Strike) -> str:
     """What --signal=B:USR2 does before the time limit."""
-    job = strike.attempt["job"]
-    strike.run.bed.client("scancel", "--batch", "--signal=USR2", job)
-    return f"job {job}"
+    return scancel(strike, "--batch", "--signal=USR2")
 
 
 def preempt(strike: Strike) -> str:
