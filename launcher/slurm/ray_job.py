@@ -146,7 +146,7 @@ class RayJob:
         share = self._shares[rank]
         arguments = [str(self._meeting), str(rank), f"--cpus={share.num_cpus}", f"--gpus={share.num_gpus}"]
         arguments += [f"--memory-mib={share.memory_mib}", f"--logs={self._run.logs / 'ray'}"]
-        arguments += [] if head is None else [f"--head={head}"]
+        arguments += [] if head is None else [f"--head={head}", f"--head-host={self._shares[0].host}"]
         srun = subprocess.Popen(
             [*node_step(share), *module_argv("launcher.slurm.ray_node", *arguments)],
             env=step_environment(os.environ),

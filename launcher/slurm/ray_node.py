@@ -1,6 +1,7 @@
 """What runs on each node of a Ray job: one `ray start`, on ports, with a folder and under a token of its own.
 
-    srun ... python -P -m launcher.slurm.ray_node MEETING RANK --cpus N --gpus N --memory-mib N [--head HOST:PORT]
+    srun ... python -P -m launcher.slurm.ray_node MEETING RANK --cpus N --gpus N --memory-mib N --logs DIR
+                                              [--head HOST:PORT --head-host NAME]
 
 Standard input is the line to the supervisor (ray_job.py): first comes the token, and at the end DONE, or KEEP_LOGS.
 If it breaks off, the supervisor is gone, and Ray goes as well; where Slurm does not let it break off, it ends the step.
@@ -30,6 +31,7 @@ from cluster.orphans import adopt_orphans, die_with_parent, end_descendants
 from cluster.ray_folder import RAY_FOLDER, keep_logs, private_folder, ray_environment
 from cluster.ray_ports import PortBlock, claim_block
 from cluster.rendezvous import own_address
+from launcher.slurm.first_node import FirstNode
 
 DONE, KEEP_LOGS, BROKEN_OFF = "done", "keep logs", ""
 SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2}
@@ -80,6 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
     token = line.read(timeout_seconds=END_SECONDS)
     if not token:
         raise TunesmithError("no token came on standard input; this is to be started by the supervisor of the job.")
+    first_node = FirstNode(arguments.head_host, arguments.head) if arguments.head else None
     address, interface = own_address()
     with claim_block(int(os.environ["SLURM_JOB_ID"])) as block, private_folder(token) as folder:
         node = RayNode(socket.gethostname(), address, interface, block.head, os.environ["SLURM_STEP_ID"])
@@ -87,7 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
         word = None
         try:
             environment = {**ray_environ(folder, address), **block.environment()}
-            word = keep_up(ray_start(arguments, block, address), environment, folder, line, arguments)
+            word = keep_up(ray_start(arguments, block, address), environment, folder, line, arguments, first_node)
         finally:
             end_descendants(END_SECONDS)
             if word != DONE:
@@ -96,9 +99,17 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def keep_up(
-    argv: list[str], environment: dict[str, str], folder: Path, line: Line, arguments: argparse.Namespace
+    argv: list[str],
+    environment: dict[str, str],
+    folder: Path,
+    line: Line,
+    arguments: argparse.Namespace,
+    first_node: FirstNode | None,
 ) -> str:
-    """Run `ray start` until the supervisor's last word, and return that. Raises TunesmithError if Ray ends first."""
+    """Run `ray start` until the supervisor's last word, and return that.
+
+    Raises TunesmithError if Ray ends first, or with `first_node`, on which the supervisor is, lost.
+    """
     for attempt in range(START_ATTEMPTS):
         log = folder / f"start{attempt}.log"
         with open(log, "w") as output:
@@ -107,11 +118,13 @@ def keep_up(
                 env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
                 preexec_fn=die_with_parent,
             )  # fmt: skip
-        if (word := watch(ray, line, arguments.meeting / f"node-{arguments.rank}.asked")) is not None:
+        if (word := watch(ray, line, arguments.meeting / f"node-{arguments.rank}.asked", first_node)) is not None:
             return word
         if "timed out during startup" not in log.read_text():
             break
         end_descendants(END_SECONDS)
+    if first_node is not None:
+        first_node.await_verdict()
     raise TunesmithError(why_ended(log))
 
 
@@ -148,7 +161,7 @@ def store_bytes(memory_mib: int) -> int:
     return int(size) * 2**20
 
 
-def watch(ray: subprocess.Popen, line: Line, asked: Path) -> str | None:
+def watch(ray: subprocess.Popen, line: Line, asked: Path, first_node: FirstNode | None = None) -> str | None:
     """Wait for the supervisor's last word, or None if Ray ends first.
 
     Slurm signals every process of a step. Ray has the signals blocked, as a process inherits that, and so lives on
@@ -161,6 +174,8 @@ def watch(ray: subprocess.Popen, line: Line, asked: Path) -> str | None:
             return word
         if ray.poll() is not None:
             return None
+        if first_node is not None:
+            first_node.check()
 
 
 def why_ended(log: Path) -> str:
@@ -181,6 +196,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--memory-mib", type=int, required=True)
     parser.add_argument("--logs", type=Path, required=True, help="where Ray's logs are kept if something goes wrong")
     parser.add_argument("--head", help="HOST:PORT of the head; default: this is the head")
+    parser.add_argument("--head-host", help="the head's name in Slurm")
     return parser.parse_args(argv)
 
 

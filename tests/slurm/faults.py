@@ -87,7 +87,7 @@ def scancel(strike: Strike, *options: str) -> str:
     try:
         strike.run.bed.client("scancel", *options, job)
     except subprocess.CalledProcessError:
-        if int(job) in strike.run.bed.squeue():
+        if strike.run.bed.squeue().get(int(job), "COMPLETING") != "COMPLETING":
             raise
         return f"job {job}: over already"
     return f"job {job}"

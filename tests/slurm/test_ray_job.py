@@ -291,6 +291,23 @@ def test_a_lost_node_takes_its_engine_along_and_nothing_else(slurm_cluster: Slur
 
 @pytest.mark.long
 @pytest.mark.slurm
+def test_a_lost_batch_host_ends_the_job(slurm_cluster: SlurmBed, place: Place) -> None:
+    """Slurm goes on with such a job: it may lose nodes, and asks no more of this one than of the others."""
+    place.scripted(latency_ms=600)
+    job = place.submit()
+    place.wait_for_requests(job, 12)
+    slurm_cluster.nodes["n1"].kill()
+    try:
+        slurm_cluster.wait_state(job, {"CANCELLED"}, 240)
+    finally:
+        slurm_cluster.restart("n1")
+    slurm_cluster._wait("empty nodes", lambda: not left_behind(slurm_cluster), 60, str)
+    (word,) = place.run.glob("gen-*/ray-*/node-1.exit.json")
+    assert json.loads(word.read_text())["reason"] == "the job's first node n1 is lost, so the job is cancelled."
+
+
+@pytest.mark.long
+@pytest.mark.slurm
 def test_two_jobs_on_one_node_do_not_meet(slurm_cluster: SlurmBed, place: Place) -> None:
     """The second ends while the first is at work; it must have left the first one's Ray alone."""
     other = Place(slurm_cluster, place.folder / "other")
