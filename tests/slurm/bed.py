@@ -10,13 +10,14 @@ Works with Debian 12's Slurm 22.05; needs root, and no other daemon, cgroup, dat
 `bed.shared` is a folder all machines see, as a shared file system is.
 """
 
+import contextlib
 import fcntl
 import os
 import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +179,19 @@ class SlurmBed:
         self.client("scontrol", "update", f"NodeName={name}", "State=DOWN", "Reason=power")
         self._start_node(name)
         self.wait_node(name, {"IDLE"}, UP_SECONDS)
+
+    @contextlib.contextmanager
+    def configured(self, *lines: str) -> Iterator[None]:
+        """The cluster with these lines more in slurm.conf, as an admin adds them to a running one; then as before."""
+        path = self.folder / "etc/slurm.conf"
+        before = path.read_text()
+        try:
+            path.write_text(before + "".join(f"{line}\n" for line in lines))
+            self.client("scontrol", "reconfigure")
+            yield
+        finally:
+            path.write_text(before)
+            self.client("scontrol", "reconfigure")
 
     def kill_controller(self) -> None:
         """Kill slurmctld as its machine's failure would. Jobs run on, and nobody hears of them."""

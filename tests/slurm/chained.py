@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,8 +13,13 @@ from typing import Any
 import yaml
 
 from tests.slurm.bed import SlurmBed
+from tests.slurm.machine import PROJECT
 
 POLL_SECONDS = 0.2
+# An sbatch script that runs a stage without torch; see scripted_attempt.py.
+SCRIPTED = f"""#SBATCH --no-requeue
+export PYTHONPATH={PROJECT}
+exec {sys.executable} -P -m tests.slurm.scripted_attempt "$1" "$PWD/$2" run_dir=$PWD/run "${{@:3}}" """
 
 
 @dataclass
@@ -118,3 +124,12 @@ def write_recipe(folder: Path, **values: object) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     recipe = {"name": "chained", "run_dir": "run", "model": {"path": "model"}} | values
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+
+
+def make_scripted(bed: SlurmBed, name: str, script: dict[str, object], **slurm: object) -> ChainedRun:
+    """A run whose training does what `script` says, not submitted yet; `slurm` goes into its recipe."""
+    folder = bed.shared / name
+    write_recipe(folder, slurm=slurm)
+    (folder / "run").mkdir()
+    (folder / "run" / "script.json").write_text(json.dumps(script))
+    return ChainedRun(bed, folder, bed.write_script(f"{name}.sh", SCRIPTED), {})

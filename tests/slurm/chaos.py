@@ -7,7 +7,6 @@ The seed decides workloads, faults, moments and victims; how the machine interle
 """
 
 import argparse
-import json
 import random
 import shlex
 import shutil
@@ -28,17 +27,13 @@ from generation.store import read_rows
 from launcher.slurm.standing import is_done
 from tests.fakes import write_script
 from tests.slurm.bed import SlurmBed
-from tests.slurm.chained import ChainedRun, write_recipe
+from tests.slurm.chained import SCRIPTED, ChainedRun, make_scripted, write_recipe
 from tests.slurm.faults import FAULTS, Strike
-from tests.slurm.machine import PROJECT
 from tests.slurm.training import make_training, weights
 from tests.tiny_model import make_tiny_model
 
 END_SECONDS = 900
 LATE_SECONDS = 1.5  # rows that were on their way when another attempt took over: see cluster/fence.py
-BODY = f"""#SBATCH --no-requeue
-export PYTHONPATH={PROJECT}
-exec {sys.executable} -P -m tests.slurm.scripted_attempt "$1" "$PWD/$2" run_dir=$PWD/run "${{@:3}}" """
 POLICY = {"max_attempts_without_progress": 8, "preflight": False}
 
 
@@ -59,18 +54,14 @@ class Workload:
 
 
 def scripted_training(bed: SlurmBed, name: str) -> ChainedRun:
-    folder = bed.shared / name
-    write_recipe(folder, slurm=POLICY)
-    (folder / "run").mkdir()
-    (folder / "run" / "script.json").write_text(json.dumps({"steps": 40, "step_seconds": 0.3}))
-    return ChainedRun(bed, folder, bed.write_script("scripted.sh", BODY), {})
+    return make_scripted(bed, name, {"steps": 40, "step_seconds": 0.3}, **POLICY)
 
 
 def synthesis(bed: SlurmBed, name: str) -> ChainedRun:
     folder = bed.shared / name
     write_recipe(folder, slurm=POLICY)
     write_script(bed.shared / "scripted-model", latency_ms=300)  # one for all: its path is in every row
-    return ChainedRun(bed, folder, bed.write_script("scripted.sh", BODY), {"RAY_DEDUP_LOGS": "0"})
+    return ChainedRun(bed, folder, bed.write_script("scripted.sh", SCRIPTED), {"RAY_DEDUP_LOGS": "0"})
 
 
 def real_training(bed: SlurmBed, name: str) -> ChainedRun:

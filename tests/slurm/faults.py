@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from tests.slurm.chained import ChainedRun
 
 NOTICE_SECONDS = 180  # until Slurm has noticed a dead node and another attempt has begun
+NOTICE_FIRST = "SlurmctldParameters=preempt_send_user_signal"  # newer: PreemptParameters=send_user_signal
 
 
 @dataclass
@@ -109,6 +110,12 @@ def preempt(strike: Strike) -> str:
     return f"by job {job}"
 
 
+def preempt_by_notice(strike: Strike) -> str:
+    """As an admin can have it: the job's own signal, at once, before Slurm's."""
+    with strike.run.bed.configured(NOTICE_FIRST):
+        return preempt(strike)
+
+
 def slow_down(strike: Strike) -> str:
     """Bursts in which all of a node's processes stand still."""
     host = strike.any_host()
@@ -126,6 +133,6 @@ FAULTS: dict[str, Callable[[Strike], str]] = {
     function.__name__.replace("_", " "): function
     for function in (
         kill_a_process, kill_a_node, cut_off_the_batch_host, kill_the_controller, cancel_the_job, ask_to_stop, preempt,
-        slow_down,
+        preempt_by_notice, slow_down,
     )
 }  # fmt: skip

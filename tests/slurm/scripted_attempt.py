@@ -4,7 +4,7 @@
 
 `<run>/script.json`: {"steps": 6, "step_seconds": 0.3, "faults": {"1": ["kill", 3]}}: what happens to which attempt at
 which step. "kill": the rank dies of SIGKILL, "bad-input": it ends with 2, "stop": it stops for good without a word,
-"never": it ends at once, with 1 and without a step.
+"never": it ends at once, with 1 and without a step, "lie": the same with 0.
 """
 
 import json
@@ -45,8 +45,8 @@ def rank(run: RunDir) -> int:
     lines = (run.root / "jobs.jsonl").read_text().splitlines() if (run.root / "jobs.jsonl").exists() else []
     mine = [row for row in map(json.loads, lines) if str(row["job_id"]) == os.environ["SLURM_JOB_ID"]]
     fault, at_step = script.get("faults", {}).get(str(mine[0]["attempt"]) if mine else "", (None, 0))
-    if fault == "never":
-        return EXIT_FAILED
+    if fault in ("never", "lie"):
+        return EXIT_FAILED if fault == "never" else EXIT_DONE
     while os.environ["SLURM_PROCID"] != "0" and not is_trained(run):  # the first alone does the work
         time.sleep(script["step_seconds"])
         if stopped:

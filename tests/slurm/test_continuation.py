@@ -1,42 +1,12 @@
 """Chains of jobs under a real Slurm: who goes on, who does not, and what an attempt that was cut off may still do."""
 
-import json
-import re
-import sys
-from collections.abc import Callable, Iterator
-
 import pytest
 
-from tests.slurm.bed import SlurmBed
-from tests.slurm.chained import ChainedRun, write_recipe
-from tests.slurm.machine import PROJECT
+from tests.slurm.chained import ChainedRun
 
 pytestmark = pytest.mark.slurm
 
-BODY = f"""#SBATCH --no-requeue
-export PYTHONPATH={PROJECT}
-exec {sys.executable} -P -m tests.slurm.scripted_attempt "$1" "$PWD/$2" run_dir=$PWD/run "${{@:3}}" """
 WEIGHTS = "0 1 2 3 4 5 "
-
-
-@pytest.fixture
-def make_run(slurm_cluster: SlurmBed, request: pytest.FixtureRequest) -> Iterator[Callable[..., ChainedRun]]:
-    runs: list[ChainedRun] = []
-
-    def make(faults: dict | None = None, step_seconds: float = 0.2, steps: int = 6, **slurm: object) -> ChainedRun:
-        name = re.sub(r"\W+", "-", request.node.name) + f"-{len(runs)}"
-        folder = slurm_cluster.shared / name
-        write_recipe(folder, slurm=slurm)
-        (folder / "run").mkdir()
-        script = {"steps": steps, "step_seconds": step_seconds, "faults": faults or {}}
-        (folder / "run" / "script.json").write_text(json.dumps(script))
-        runs.append(ChainedRun(slurm_cluster, folder, slurm_cluster.write_script(f"{name}.sh", BODY), {}))
-        return runs[-1]
-
-    yield make
-    for run in runs:
-        for job in run.jobs("train") + run.jobs("export"):
-            slurm_cluster.client("scancel", str(job["job_id"]))
 
 
 def weights(run: ChainedRun) -> str:

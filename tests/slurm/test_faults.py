@@ -4,6 +4,7 @@ same as those of a training that nothing struck."""
 import json
 import os
 import random
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -62,10 +63,26 @@ def cut_off_the_batch_host(strike: Strike) -> None:
     assert late == []
 
 
+def signals_of(strike: Strike, job: str) -> set[str]:
+    """What the supervisors of the job's two nodes were sent."""
+    folder = strike.run.run / f"gen-{job}-0"
+    return {name for rank in (0, 1) for name in json.loads((folder / f"node-{rank}.exit.json").read_text())["signals"]}
+
+
 def preempt(strike: Strike) -> None:
+    """Slurm's own signal goes to the steps; GraceTime later it would kill."""
+    job = strike.attempt["job"]
     faults.preempt(strike)
     (event,) = strike.run.wait_event("preempted", 90)
-    assert event["code"] == 75
+    assert event["code"] == 75 and "SIGTERM" in signals_of(strike, job)
+
+
+def preempt_by_notice(strike: Strike) -> None:
+    """The signal of --signal goes to the batch script, which hands it on."""
+    job = strike.attempt["job"]
+    faults.preempt_by_notice(strike)
+    (event,) = strike.run.wait_event("preempted", 90)
+    assert event["code"] == 75 and signals_of(strike, job) == {"SIGUSR2"}
 
 
 def slow_down_a_rank(strike: Strike) -> None:
@@ -84,6 +101,7 @@ FAULTS: dict[str, tuple[Callable[[Strike], object], int]] = {  # and how many at
     "slurmctld is killed": (faults.kill_the_controller, 1),
     "the batch host is cut off": (cut_off_the_batch_host, 2),
     "a job of higher priority": (preempt, 2),
+    "a job of higher priority, after a notice": (preempt_by_notice, 2),
     "the time limit": (faults.ask_to_stop, 2),
     "scancel": (faults.cancel_the_job, 2),
     "a slow node": (slow_down_a_rank, 1),
@@ -95,7 +113,7 @@ def test_the_weights_are_those_of_an_undisturbed_training(
     slurm_cluster: SlurmBed, tiny_model: Path, undisturbed: dict[str, str], name: str
 ) -> None:
     strike, num_attempts = FAULTS[name]
-    run = make_training(slurm_cluster, tiny_model, name.replace(" ", "-"))
+    run = make_training(slurm_cluster, tiny_model, re.sub(r"\W+", "-", name))
     run.submit("train", "--nodes=2")
     run.wait_step(STRIKE_AT, 180)
     strike(Strike(run, "train", random.Random(0)))
