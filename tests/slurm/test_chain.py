@@ -144,3 +144,33 @@ def test_bad_input_is_one_refusal_before_anything_is_submitted(user: User) -> No
         assert len(errors) == 1 and expected in errors[0], said
         assert "Traceback" not in said
     assert user.bed.squeue() == {} and not list(user.folder.rglob("jobs.jsonl"))
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_a_sweep_is_a_chain_for_each_value_and_one_table_of_what_came_of_it(user: User) -> None:
+    rates = {"001_learning_rate-0.001": 0.001, "002_learning_rate-0.05": 0.05}
+    values = yaml.safe_load((user.folder / "recipe.yaml").read_text())
+    values |= {"sweep": {"train.learning_rate": list(rates.values())}, "slurm": {"environment": ["MY_SECRET"]}}
+    (user.folder / "recipe.yaml").write_text(yaml.safe_dump(values))
+    said = user.tunesmith("run", "recipe.yaml", "--on", "slurm")
+    assert said.count("$ sbatch") == 4 and said.count("$ scontrol release") == 2
+    places = [Path("run", "sweep", name) for name in rates]
+    jobs = [job["job_id"] for place in places for job in user.jobs(str(place))]
+    assert len(set(jobs)) >= 4 and jobs[:1] == [user.rows("status", "run")[0][4]]
+    user.wait("the end of both", lambda: {row[2] for row in user.rows("status", "run")} == {"DONE"}, 400)
+
+    losses = []
+    for place, rate in zip(places, rates.values(), strict=True):
+        folder = user.folder / place
+        assert yaml.safe_load((folder / "recipe.yaml").read_text())["train"]["learning_rate"] == rate
+        assert json.loads((folder / "export" / "manifest.json").read_text())["checkpoint"] == "step_000002"
+        losses.append(f"{json.loads((folder / 'verdict-train.json').read_text())['final_loss']:.4f}")
+    assert losses[0] != losses[1], "each was trained with its own"
+    table = [
+        [name, str(rate), "DONE", "-", "-", loss] for (name, rate), loss in zip(rates.items(), losses, strict=True)
+    ]
+    assert user.rows("status", "run") == table
+    assert user.rows("runs", ".") == table
+    assert user.tunesmith("resume", "run").count("everything is done, so nothing was submitted") == 2
+    assert user.bed.squeue() == {}

@@ -139,3 +139,29 @@ def test_a_node_that_fails_its_preflight_is_left_out_of_the_next_attempt(make_ru
     assert (first["hosts"], second["hosts"]) == (["n1", "n2"], ["n2", "n3"])
     assert {row["generation"] for row in run.metrics()} == {2}, "nothing had begun on the nodes of the first attempt"
     assert weights(run) == WEIGHTS
+
+
+def test_a_node_on_which_three_attempts_crashed_is_left_out_of_the_fourth(make_run) -> None:
+    """Each of them gets a step further, so that the chain does not stop for want of progress."""
+    run = make_run({str(attempt): ["kill", attempt] for attempt in (1, 2, 3)})
+    run.submit("train")
+    run.wait_event("done", 120)
+    hosts = [event["hosts"] for event in run.events("attempt started")]
+    assert hosts == [["n1"], ["n1"], ["n1"], ["n2"]]
+    (event,) = run.events("nodes excluded")
+    assert (event["nodes"], event["standby"]) == (["n1"], str(run.jobs("train")[3]["job_id"]))
+    assert weights(run) == WEIGHTS
+    run.wait_quiet(30)
+
+
+@pytest.mark.long
+def test_a_time_limit_is_met_with_everything_saved(make_run) -> None:
+    """Slurm's own notice, half a minute before the end of a minute."""
+    run = make_run(step_seconds=0.5, steps=100)
+    run.submit("train", "--time=1", "--signal=B:USR2@30")
+    run.wait_event("done", 240)
+    stops = run.events("preempted")
+    assert stops and {stop["code"] for stop in stops} == {75} and run.events("crashed") == []
+    assert [row["step"] for row in run.metrics()] == list(range(1, 101)), "no step was lost, and none made twice"
+    run.wait_quiet(30)
+    assert all(run.bed.job(row["job_id"])["JobState"] != "TIMEOUT" for row in run.jobs("train"))

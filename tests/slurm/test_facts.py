@@ -9,6 +9,7 @@ import json
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -130,6 +131,24 @@ def test_4_a_parent_that_never_was_counts_as_one_that_succeeded(bed: SlurmBed) -
     job = submit(bed, "orphan", "echo has run", [f"--dependency=afterok:{NO_JOB}"])
     bed.wait_state(job, {"COMPLETED"}, 30)
     assert "has run" in bed.output(job)
+
+
+def is_forgotten(bed: SlurmBed, job: int) -> bool:
+    try:
+        return not bed.job(job)
+    except subprocess.CalledProcessError:
+        return True
+
+
+@pytest.mark.long
+def test_4_a_parent_that_failed_and_is_forgotten_counts_as_one_that_succeeded(bed: SlurmBed) -> None:
+    """Slurm forgets a job MinJobAge after its end (five minutes, usually)."""
+    with bed.configured("MinJobAge=2"):
+        parent = submit(bed, "fails", "exit 3", ["--nodes=1"])
+        bed.wait_state(parent, {"FAILED"}, 30)
+        bed._wait("Slurm to forget it", lambda: is_forgotten(bed, parent), 120, str)
+        job = submit(bed, "child-of-a-failure", "echo has run", [f"--dependency=afterok:{parent}"])
+        bed.wait_output(job, "has run", 30)
 
 
 def test_4_a_chain_that_slurm_took_with_such_a_parent_is_refused(bed: SlurmBed) -> None:

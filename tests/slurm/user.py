@@ -62,5 +62,5 @@ class User:
 
     def logs(self) -> str:
         """What jobs have printed so far."""
-        paths = sorted(self.folder.glob("*/logs/*.log"))
+        paths = sorted(self.folder.rglob("logs/*.log"))
         return "\n".join(f"--- {path.name}\n{path.read_text(errors='replace')}" for path in paths)
