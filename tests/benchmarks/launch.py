@@ -1,8 +1,10 @@
-"""From `sbatch` to the first step, against the bare minimum; plans and states of 1,000 nodes: `make bench-launch`.
+"""From `sbatch` to the first step and to the first answer, against the bare minimum; plans and states of 1,000 nodes:
+`make bench-launch`.
 
 On a real Slurm of two nodes in namespaces of this machine (needs root). Turn by turn: torchrun under srun as one writes
 it by hand; the same script under our supervisor of a node; and a training of ours, from submission to its first step.
 The first two run an empty loop after the ranks have met, so that their difference is what our part of the start takes.
+Then a script on one node that lets `vllm.LLM` answer one prompt, and our job that synthesizes, to its first answer.
 """
 
 import argparse
@@ -16,6 +18,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -26,6 +29,7 @@ from launcher.slurm.submit import Prepared, submit
 from launcher.slurm.tables import print_status
 from tests.launcher.slurm_chain import FakeSlurm, chain_of, recipe_of
 from tests.slurm.bed import SlurmBed
+from tests.slurm.machine import PROJECT
 from tests.slurm.training import make_training
 from tests.tiny_model import make_tiny_model
 
@@ -39,6 +43,21 @@ dist.barrier()
 if dist.get_rank() == 0:
     print("first step at", time.time(), flush=True)
 dist.destroy_process_group()
+"""
+
+MODEL = PROJECT / "models" / "world-chat"
+ENGINE = {"dtype": "float32", "enforce_eager": True, "max_num_seqs": 16, "max_model_len": 512}
+ONE_ANSWER = f"""
+import time
+from cluster.config import ModelConfig
+from cluster.engine import set_environment
+from cluster.engine_config import EngineConfig
+if __name__ == "__main__":
+    set_environment(EngineConfig(**{ENGINE}), ModelConfig(path="{MODEL}"), num_gpus=0)
+    from vllm import LLM, SamplingParams
+    llm = LLM("{MODEL}", enable_chunked_prefill=False, **{ENGINE})
+    llm.generate(["Say fig:"], SamplingParams(max_tokens=8), use_tqdm=False)
+    print("first step at", time.time(), flush=True)
 """
 
 
@@ -75,6 +94,46 @@ def seconds_to_first_trained_step(bed: SlurmBed, model: Path, turn: int) -> floa
     return json.loads((training.run / "metrics.jsonl").read_text().splitlines()[0])["time"] - began
 
 
+def seconds_to_raw_answer(bed: SlurmBed, script: Path) -> float:
+    began = time.time()
+    body = f"export PYTHONPATH={PROJECT}\nexec {sys.executable} {script}"
+    job = bed.sbatch(bed.write_script("one-answer.sh", body), options=["--nodes=1"])
+    bed.wait_state(job, {"COMPLETED"}, WAIT_SECONDS)
+    return float(bed.output(job).split("first step at ")[1].split()[0]) - began
+
+
+def seconds_to_answer(bed: SlurmBed, turn: int) -> float:
+    """To the first request in the log."""
+    folder = bed.shared / f"answers-{turn}"
+    folder.mkdir()
+    synthesize = {"method": "answer_only", "max_instructions": 16}
+    recipe = {"name": "answers", "run_dir": "run", "model": {"path": str(MODEL)}, "engine": ENGINE}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"synthesize": synthesize}))
+    script, env = PROJECT / "slurm" / "synthesize.sbatch", {"TUNESMITH_PYTHON": sys.executable}
+    began = time.time()
+    job = bed.sbatch(script, "recipe.yaml", options=["--nodes=1", "--mem=2000"], cwd=folder, env=env)
+    while not any(path.stat().st_size for path in (folder / "run" / "requests").glob("*.log")):
+        if time.time() - began > WAIT_SECONDS:
+            sys.exit(f"no answer in {WAIT_SECONDS} s:\n{bed.output(job)}")
+        time.sleep(0.05)
+    answered = time.time() - began
+    bed.wait_state(job, {"COMPLETED"}, WAIT_SECONDS)
+    return answered
+
+
+def print_times(title: str, found: dict[str, list[float]]) -> None:
+    """Medians of all turns but the first, which warms up; the first label is what the others are compared with."""
+    table = Table(title=title, title_justify="left")
+    for column in ("what", "median", "least-most", "more than by hand"):
+        table.add_column(column, justify="left" if column == "what" else "right")
+    bare = statistics.median(next(iter(found.values()))[1:])
+    for label, every in found.items():
+        some = every[1:]
+        middle = statistics.median(some)
+        table.add_row(label, f"{middle:.1f}", f"{min(some):.1f}-{max(some):.1f}", f"{middle - bare:+.1f}")
+    Console(width=100).print(table)
+
+
 def timed(work: Callable[[], object]) -> float:
     began = time.perf_counter()
     work()
@@ -102,24 +161,21 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     arguments = parser.parse_args()
     found: dict[str, list[float]] = {"torchrun under srun, by hand": [], "the same under our supervisor": []}
+    answers: dict[str, list[float]] = {"vllm.LLM in a script": [], "sbatch slurm/synthesize.sbatch": []}
     trained = found["sbatch slurm/train.sbatch, first trained step"] = []
     with SlurmBed(num_nodes=NUM_NODES) as bed, tempfile.TemporaryDirectory() as name:
         make_tiny_model(model := Path(name) / "model")
         (script := bed.shared / "loop.py").write_text(EMPTY_LOOP)
+        (one_answer := bed.shared / "one_answer.py").write_text(ONE_ANSWER)
         for turn in range(arguments.turns + 1):  # the first, a warm-up, reads from the disk and builds the kernel
             print(f"turn {turn}", file=sys.stderr, flush=True)
             for label, make in zip(list(found)[:2], (by_hand, supervised), strict=True):
                 found[label].append(seconds_to_first_step(bed, make(bed, script, turn)))
             trained.append(seconds_to_first_trained_step(bed, model, turn))
-    table = Table(title=f"seconds from submission, {NUM_NODES} nodes", title_justify="left")
-    for column in ("what", "median", "least-most", "more than by hand"):
-        table.add_column(column, justify="left" if column == "what" else "right")
-    bare = statistics.median(next(iter(found.values()))[1:])
-    for label, every in found.items():
-        some = every[1:]
-        middle = statistics.median(some)
-        table.add_row(label, f"{middle:.1f}", f"{min(some):.1f}-{max(some):.1f}", f"{middle - bare:+.1f}")
-    Console(width=100).print(table)
+            answers["vllm.LLM in a script"].append(seconds_to_raw_answer(bed, one_answer))
+            answers["sbatch slurm/synthesize.sbatch"].append(seconds_to_answer(bed, turn))
+    print_times(f"seconds from submission, {NUM_NODES} nodes", found)
+    print_times("seconds from submission to the first answer, one node", answers)
     planning, state = of_a_thousand_nodes()
     print(f"1,000 nodes: plan rendered in {planning:.3f} s, status in {state:.3f} s")
     print(f"load average {os.getloadavg()[0]:.1f} on {len(os.sched_getaffinity(0))} cores")

@@ -291,6 +291,14 @@ class SlurmBed:
         lines = self.client("sinfo", "--noheader", "--Node", "--partition=low", "--format=%N %T").splitlines()
         return {name: state.upper() for name, state in (line.split() for line in lines)}
 
+    def resume_drained(self) -> None:
+        """Take nodes back that Slurm has drained: it does so when it is killed between the start of a job and the
+        note of it, and finds the job's id in use afterwards."""
+        for name, state in self.node_states().items():
+            if state.startswith("DRAIN"):
+                self.client("scontrol", "update", f"NodeName={name}", "State=RESUME")
+                self.wait_node(name, {"IDLE", "ALLOCATED", "MIXED"}, UP_SECONDS)
+
     def wait_node(self, name: str, states: set[str], timeout_seconds: float) -> None:
         """Wait until Slurm sees the node in one of `states`."""
         self._wait(f"node {name} in {states}", lambda: self.node_states()[name] in states, timeout_seconds, str)

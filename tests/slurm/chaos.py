@@ -172,6 +172,7 @@ def main(argv: list[str]) -> int:
             faults = rng.choices(arguments.faults, k=rng.randint(1, 3))
             dice = random.Random(rng.random())  # so that a round's course does not decide the next round
             print(f"round {number}: {name}, {' + '.join(faults)}", flush=True)
+            bed.resume_drained()
             began = time.monotonic()
             run = WORKLOADS[name].make(bed, f"round-{number}")
             try:
