@@ -9,6 +9,7 @@ transformers writes it. Loads torch only where facts are read.
 """
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import psutil
 
@@ -16,10 +17,16 @@ from cluster.config import ModelConfig
 from cluster.errors import InputError
 from trainer.config import TrainConfig, ZeroConfig
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 GIB = 2**30
 USABLE_SHARE = 0.92  # the rest is lost to fragments between tensors
 RESERVED_BYTES = GIB  # of a GPU: the CUDA context, NCCL's buffers and cuBLAS's workspace
 WIDTH = {"bf16": 2, "fp32": 4}  # bytes of a weight
+# Bytes of one in NF4 with double quantization: 4 bits, and 8 bits for the constant of each block of 64, whose own
+# constants, one for 256 of them, have 32 bits (QLoRA, arXiv 2305.14314, section 3).
+BLOCK_WIDTH = 4 / 8 + 1 / 64 + 4 / (64 * 256)
 
 
 @dataclass(frozen=True)
@@ -37,6 +44,7 @@ class ModelFacts:
     num_kv_heads: int
     head_size: int
     vocab_size: int
+    num_in_blocks: int = 0  # of the parameters, in 4 bits
 
 
 @dataclass(frozen=True)
@@ -100,23 +108,22 @@ def read_facts(model: ModelConfig, config: TrainConfig) -> ModelFacts:
     )
     if config.tuning == "full":
         return facts
-    return replace(facts, num_trained=_num_adapter_parameters(lm, facts, config))
+    if config.tuning == "qlora":
+        facts = replace(facts, num_in_blocks=_num_in_blocks(lm))
+    from trainer.tuning import adapt
+
+    with torch.device("meta"):
+        adapted = adapt(lm, model, config, added_token_ids=[])
+    return replace(facts, num_trained=sum(each.numel() for each in adapted.parameters() if each.requires_grad))
 
 
-def _num_adapter_parameters(lm: object, facts: ModelFacts, config: TrainConfig) -> int:
-    if config.tuning == "prefix":
-        keys_and_values = 2 * facts.num_layers * facts.num_kv_heads * facts.head_size
-        return config.prefix.num_virtual_tokens * keys_and_values
+def _num_in_blocks(lm: "PreTrainedModel") -> int:
+    """Parameters that QLoRA keeps in 4 bits: the matrices of all linear layers but the head."""
     from torch import nn
 
-    targets = config.lora.target_modules
-    total = 0
-    for name, module in lm.named_modules():
-        leaf = name.rpartition(".")[2]
-        wanted = module is not lm.get_output_embeddings() if targets == "all-linear" else leaf in targets
-        if isinstance(module, nn.Linear) and wanted:
-            total += config.lora.rank * (module.in_features + module.out_features)
-    return total
+    head = lm.get_output_embeddings()
+    linear = (module for module in lm.modules() if isinstance(module, nn.Linear) and module is not head)
+    return sum(module.weight.numel() for module in linear)
 
 
 def check_heads(facts: ModelFacts, config: TrainConfig) -> None:
@@ -141,7 +148,8 @@ def estimate(facts: ModelFacts, config: TrainConfig, stage: int, world_size: int
     # The float32 copy of the weights and AdamW's two moments; plain data parallelism needs no copy.
     optimizer = (12 if stage >= 1 else 8) * trained // share
     gradients = _gradients(facts, config, stage, world_size)
-    weights = width * facts.num_parameters // (world_size if stage == 3 else 1)
+    weights = width * (facts.num_parameters - facts.num_in_blocks) + round(BLOCK_WIDTH * facts.num_in_blocks)
+    weights //= world_size if stage == 3 else 1
     host = 0
     if config.zero.offload_optimizer != "none":
         host += optimizer + 4 * trained // share  # gradients of this rank's share are summed there as well
@@ -162,8 +170,8 @@ def estimate(facts: ModelFacts, config: TrainConfig, stage: int, world_size: int
         gradients=gradients,
         optimizer=optimizer,
         buckets=_buckets(facts, config, stage, world_size),
-        activations=live + _activations(facts, config, tokens),
-        logits=_logits(facts, width, tokens),
+        activations=live + _activations(facts, config, tokens) + _head_gradient(facts, config, stage),
+        logits=_logits(facts, width, min(tokens, config.loss_chunk_tokens)),
         step=4 * trained // share,  # this rank's gradients, flat
         host=host,
     )
@@ -224,8 +232,17 @@ def _layer_activations(facts: ModelFacts, config: TrainConfig, tokens: int) -> i
 
 
 def _logits(facts: ModelFacts, width: int, tokens: int) -> int:
-    """Logits in the model's precision, as float32, their log-softmax and its gradient, were every token labelled."""
+    """Of one chunk of the loss: logits in the model's precision, as float32, their log-softmax and its gradient, were
+    every token labelled."""
     return tokens * facts.vocab_size * (width + (4 if width < 4 else 0) + 4 + 4)
+
+
+def _head_gradient(facts: ModelFacts, config: TrainConfig, stage: int) -> int:
+    """That of the head, the largest matrix, before it is in a bucket; a second one while those of chunks are summed."""
+    if config.tuning != "full":
+        return 0
+    is_chunked = config.micro_batch_size * config.max_seq_len > config.loss_chunk_tokens
+    return WIDTH[config.precision] * facts.num_largest * ((stage < 3) + is_chunked)  # ZeRO-3 has counted one
 
 
 def usable_bytes(config: TrainConfig, ranks_here: int) -> int:

@@ -29,8 +29,9 @@ SMALL_BUCKETS = {"reduce_bucket_size": 100_000, "max_live_parameters": 200_000}
 MEASURED = {
     "float32, ZeRO-1": {"zero_stage": 1}, "float32, ZeRO-3": {"zero_stage": 3},
     "bf16, ZeRO-1": {"zero_stage": 1, "precision": "bf16"}, "bf16, ZeRO-2": {"zero_stage": 2, "precision": "bf16"},
+    "loss in chunks": {"zero_stage": 1, "loss_chunk_tokens": 64},
 }  # fmt: skip
-LONG = ("float32, ZeRO-1", "float32, ZeRO-3", "bf16, ZeRO-1")
+LONG = ("float32, ZeRO-1", "float32, ZeRO-3", "bf16, ZeRO-1", "loss in chunks")
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +145,11 @@ def test_what_is_proposed_fits(usable: int, ranks: int, stage: int) -> None:
         {},
         {"tuning": "lora", "lora": {"rank": 3}},
         {"tuning": "lora", "lora": {"target_modules": ["q_proj"]}},
+        {"tuning": "lora", "lora": {"rank": 3, "dora": True}},
+        {"tuning": "ia3"},
+        {"tuning": "adapter", "adapter": {"bottleneck_size": 5}},
         {"tuning": "prefix", "packing": False},
+        {"tuning": "prompt", "packing": False},
     ],
 )
 def test_facts_are_those_of_the_loaded_model(tmp_path: Path, tokenizer, tied: bool, settings: dict) -> None:
