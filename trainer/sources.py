@@ -5,6 +5,7 @@ messages = format.messages(dataset[0])        # [{"role": "user", ...}, {"role":
 """
 
 import contextlib
+import glob
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,7 +153,8 @@ def _open_file(path: Path) -> Dataset:
     if path.stat().st_size == 0:
         raise InputError(f"{path}: the dataset is empty. Give one with rows.")
     try:
-        return load_dataset(loader, data_files=str(path), split="train")
+        # It takes a pattern, and would look for other files where a folder's name has brackets.
+        return load_dataset(loader, data_files=glob.escape(str(path.absolute())), split="train")
     except Exception as error:
         if path.suffix == ".jsonl":
             with contextlib.suppress(UnicodeDecodeError):

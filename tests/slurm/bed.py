@@ -193,6 +193,16 @@ class SlurmBed:
             path.write_text(before)
             self.client("scontrol", "reconfigure")
 
+    def kill_slurmd(self, name: str) -> None:
+        """Kill the node's slurmd alone. What runs there goes on, and Slurm hears of it until SlurmdTimeout is over."""
+        pid = (self.folder / f"run/slurmd-{name}.pid").read_text().strip()
+        self._on(self.nodes[name], "kill", "-KILL", pid)
+
+    def start_slurmd(self, name: str) -> None:
+        """Start it again, and wait until Slurm takes the node back."""
+        self._on(self.nodes[name], "slurmd", "-N", name)
+        self.wait_node(name, {"IDLE", "ALLOCATED", "MIXED"}, 120)
+
     def kill_controller(self) -> None:
         """Kill slurmctld as its machine's failure would. Jobs run on, and nobody hears of them."""
         pid = (self.folder / "run/slurmctld.pid").read_text().strip()

@@ -74,6 +74,18 @@ def cut_off_the_batch_host(strike: Strike, until: Callable[[], bool] = lambda: T
     return host
 
 
+def kill_slurmd(strike: Strike) -> str:
+    """Back before Slurm misses it; or later, and then what it had started is still there when others take over."""
+    host, is_late = strike.any_host(), strike.rng.random() < 0.5
+    strike.run.bed.kill_slurmd(host)
+    if is_late:
+        strike.wait_next_attempt()
+    else:
+        time.sleep(strike.rng.uniform(1, 5))
+    strike.run.bed.start_slurmd(host)
+    return f"{host}, back {'when others had taken over' if is_late else 'at once'}"
+
+
 def kill_the_controller(strike: Strike) -> str:
     seconds = strike.rng.uniform(1, 10)
     strike.run.bed.kill_controller()
@@ -132,7 +144,7 @@ def slow_down(strike: Strike) -> str:
 FAULTS: dict[str, Callable[[Strike], str]] = {
     function.__name__.replace("_", " "): function
     for function in (
-        kill_a_process, kill_a_node, cut_off_the_batch_host, kill_the_controller, cancel_the_job, ask_to_stop, preempt,
-        preempt_by_notice, slow_down,
+        kill_a_process, kill_a_node, cut_off_the_batch_host, kill_slurmd, kill_the_controller, cancel_the_job,
+        ask_to_stop, preempt, preempt_by_notice, slow_down,
     )
 }  # fmt: skip

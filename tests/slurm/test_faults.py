@@ -85,6 +85,26 @@ def preempt_by_notice(strike: Strike) -> None:
     assert event["code"] == 75 and signals_of(strike, job) == {"SIGUSR2"}
 
 
+def kill_slurmd(strike: Strike) -> None:
+    """For so long that Slurm takes the node for dead; its rank, which stood still meanwhile, wakes up beside the next
+    attempt's."""
+    bed, host = strike.run.bed, strike.attempt["hosts"][1]
+    old, rank = set(strike.run.processes_on(host)), rank_on(strike, host)
+    os.kill(rank, signal.SIGSTOP)
+    bed.kill_slurmd(host)
+    strike.wait_next_attempt()
+    os.kill(rank, signal.SIGCONT)
+    strike.run.wait("the end of the old ranks", lambda: not old & strike.run.processes().keys(), 60)
+    bed.start_slurmd(host)
+
+
+def kill_slurmd_briefly(strike: Strike) -> None:
+    bed, host = strike.run.bed, strike.attempt["hosts"][1]
+    bed.kill_slurmd(host)
+    time.sleep(2)
+    bed.start_slurmd(host)
+
+
 def slow_down_a_rank(strike: Strike) -> None:
     pid = rank_on(strike, strike.attempt["hosts"][1])
     for _ in range(5):
@@ -99,6 +119,8 @@ FAULTS: dict[str, tuple[Callable[[Strike], object], int]] = {  # and how many at
     "a node is killed": (kill_another_node, 2),
     "the batch host is killed": (kill_the_batch_host, 2),
     "slurmctld is killed": (faults.kill_the_controller, 1),
+    "slurmd is killed": (kill_slurmd, 2),
+    "slurmd is killed and comes back": (kill_slurmd_briefly, 1),
     "the batch host is cut off": (cut_off_the_batch_host, 2),
     "a job of higher priority": (preempt, 2),
     "a job of higher priority, after a notice": (preempt_by_notice, 2),

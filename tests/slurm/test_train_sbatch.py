@@ -1,12 +1,15 @@
 """slurm/train.sbatch under a real Slurm, with a real model and DeepSpeed."""
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
+from cluster.files import sha256_file
 from tests.slurm.bed import SlurmBed
 from tests.slurm.machine import PROJECT
 from tests.slurm.training import TRAIN, lay_out
@@ -64,6 +67,31 @@ def test_two_nodes_train_one_model_and_the_same_command_goes_on_after_a_notice(
     assert (verdict["status"], verdict["step"], verdict["num_rows"]) == ("done", NUM_STEPS, 8)
     assert (run / "checkpoints" / f"step_{NUM_STEPS:06d}").is_dir()
     assert [(word["host"], word["exit_code"]) for word in exit_words(run, job)] == [("n1", 0), ("n2", 0)]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("num_nodes", [2, 3])
+def test_nodes_train_as_one_machine_does(slurm_cluster: SlurmBed, recipe: Path, num_nodes: int) -> None:
+    """Bit for bit, with as many ranks."""
+    here, values = recipe.parent / "here", [f"train.global_batch_size={2 * num_nodes}", "train.num_epochs=6"]
+    command = [sys.executable, "-m", "launcher.cli", "train", "recipe.yaml", *values, "--run-dir", here]
+    environ = {**os.environ, **ENV, "PYTHONPATH": str(PROJECT)}
+    argv = [*map(str, command), f"train.num_processes={num_nodes}"]
+    done = subprocess.run(argv, cwd=recipe.parent, env=environ, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    options = [f"--nodes={num_nodes}"]
+    job = slurm_cluster.sbatch(SCRIPT, "recipe.yaml", *values, options=options, cwd=recipe.parent, env=ENV)
+    slurm_cluster.wait_state(job, {"COMPLETED"}, 300)
+    assert f"x {num_nodes} ranks" in slurm_cluster.output(job)
+    assert trained(recipe.parent / "run") == trained(here) != {}
+    losses = [[row["loss"] for row in read_rows(run / "metrics.jsonl")] for run in (recipe.parent / "run", here)]
+    assert losses[0] == losses[1]
+
+
+def trained(run: Path) -> dict[str, str]:
+    """SHA-256 of the last weights, by step and file."""
+    last = sorted((run / "checkpoints").glob("step_*"))[-1]
+    return {f"{last.name}/{path.name}": sha256_file(path) for path in (last / "weights").glob("*.safetensors")}
 
 
 def test_bad_input_arrives_as_exit_code_2(slurm_cluster: SlurmBed, recipe: Path) -> None:

@@ -66,8 +66,11 @@ def test_rows_of_every_shape_give_the_conversation(chatml, tmp_path: Path, row: 
 
 
 @pytest.mark.parametrize("kind", ["json", "parquet", "saved"])
-def test_other_shapes_may_come_in_every_kind_of_file(chatml, tmp_path: Path, kind: str) -> None:
-    path, row = tmp_path / f"rows.{kind}", {"instruction": QUESTION, "input": GIVEN, "output": ANSWER}
+def test_other_shapes_may_come_in_every_kind_of_file(chatml, tmp_path: Path, monkeypatch, kind: str) -> None:
+    """And in folders whose names a shell would take for a pattern."""
+    (tmp_path / "try [2]*").mkdir()
+    monkeypatch.chdir(tmp_path / "try [2]*")
+    path, row = Path(f"rows.{kind}"), {"instruction": QUESTION, "input": GIVEN, "output": ANSWER}
     if kind == "json":
         path.write_text(json.dumps([row, row]))
     elif kind == "parquet":
