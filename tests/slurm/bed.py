@@ -31,6 +31,7 @@ SUBNET = "10.77.0"
 CONTROLLER_ADDRESS = f"{SUBNET}.1"
 POLL_SECONDS = 0.1
 UP_SECONDS = 60
+CLIENT_SECONDS = 240  # a slurmctld that was killed answers nobody for a minute or two when it is back
 
 # CPUs, memory and GPUs are claims (config_overrides; two harmless device files per node stand for GPUs).
 # cred_expire=5 makes a requeued job eligible after seconds, not two minutes; smaller values are ignored.
@@ -228,7 +229,8 @@ class SlurmBed:
 
     def client(self, *argv: str, cwd: Path | None = None, env: dict[str, str] | None = None) -> str:
         """Run a Slurm command on the controller with `env` added to a bare login's environment; returns its output."""
-        return self.controller.run(*argv, cwd=cwd or self.shared, env=self.env | (env or {}))
+        where = {"cwd": cwd or self.shared, "env": self.env | (env or {})}
+        return self.controller.run(*argv, **where, timeout_seconds=CLIENT_SECONDS)
 
     def sbatch(
         self,
