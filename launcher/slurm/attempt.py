@@ -20,6 +20,7 @@ from functools import partial
 
 from cluster.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, TunesmithError
 from launcher.slurm import container
+from launcher.slurm.container import python_module
 
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 POLL_SECONDS = 0.2
@@ -28,15 +29,6 @@ KILL_SECONDS = 30.0  # srun takes so long at most to end the tasks of all nodes
 asked: list[int] = []  # stop signals that nobody has passed on yet
 # What is done now and then while a step runs. An error that one of them raises ends the step and the attempt.
 watches: list[Callable[[], None]] = []
-
-
-def python_module(module: str, *arguments: str) -> list[str]:
-    """The command line of one of our modules, inside the job's container if it has one.
-
-    -P: a folder of the same name in the working directory is not ours.
-    """
-    inside = container.of_job()
-    return [*(inside.command() if inside else [sys.executable]), "-P", "-m", module, *arguments]
 
 
 def train(recipe: list[str]) -> int:

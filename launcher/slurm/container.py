@@ -6,6 +6,7 @@ TUNESMITH_CONTAINER names: the script of a job knows it at once, without the slo
 
 import json
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -55,3 +56,12 @@ def of_job(environ: Mapping[str, str] = os.environ) -> Container | None:
         return None
     values = json.loads(Path(path).read_text())
     return Container(**values | {"mounts": tuple(values["mounts"])})
+
+
+def python_module(module: str, *arguments: str) -> list[str]:
+    """The command line of one of our modules, inside the job's container if it has one.
+
+    -P: a folder of the same name in the working directory is not ours.
+    """
+    inside = of_job()
+    return [*(inside.command() if inside else [sys.executable]), "-P", "-m", module, *arguments]

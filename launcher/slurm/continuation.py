@@ -34,7 +34,7 @@ from launcher.slurm.chain import (
 from launcher.slurm.config import SlurmConfig
 from launcher.slurm.hang import WATCHED, HangWatch
 from launcher.slurm.preflight import OnAllNodes, check_nodes
-from launcher.slurm.standing import PROVEN_BY_OUTPUT, is_done, progress_of
+from launcher.slurm.standing import PROVEN_BY_OUTPUT, has_output, progress_of
 from launcher.slurm.submitted import cancelled_file
 from trainer.verdict import read_verdict
 
@@ -66,7 +66,7 @@ class Attempt:
             return EXIT_BAD_INPUT
         ledger.catch_up(self.run)
         # An attempt that died between its last commit and its end leaves a stage that is done, and no more to gain.
-        is_over = self.stage in PROVEN_BY_OUTPUT and is_done(self.stage, self.run)
+        is_over = self.stage in PROVEN_BY_OUTPUT and has_output(self.stage, self.run)
         if self._is_pointless() and not is_over:
             return self._stop_without_progress("each died without a word; their logs may say more")
         self._claim()
@@ -103,7 +103,7 @@ class Attempt:
 
     def _has_input(self) -> bool:
         """False if a stage before this one is not done. Then this job waits for it again, or the chain ends here."""
-        missing = [parent for parent in self.chain.parents_of(self.stage) if not is_done(parent, self.run)]
+        missing = [parent for parent in self.chain.parents_of(self.stage) if not has_output(parent, self.run)]
         if not missing:
             return True
         living = [job for parent in missing if is_alive((job := self.chain.of_stage(parent)[-1]).job_id)]
@@ -141,7 +141,7 @@ class Attempt:
         self._fence = fence.Fence(self.run.root, generation)
         self._hang_watch = HangWatch(self.run, self.stage, self.policy)
         self._event("attempt started", generation=generation, hosts=self.hosts, progress=progress)
-        if not is_done(self.stage, self.run):
+        if not has_output(self.stage, self.run):
             self.run.verdict(self.stage).unlink(missing_ok=True)  # of an earlier attempt
 
     def keep_standby(self) -> None:
@@ -160,7 +160,7 @@ class Attempt:
 
     def _settle(self, code: int) -> int:
         """Decide what becomes of the chain, now that the stage has ended with `code`."""
-        proven = is_done(self.stage, self.run) and (self.stage in PROVEN_BY_OUTPUT or code == EXIT_DONE)
+        proven = has_output(self.stage, self.run) and (self.stage in PROVEN_BY_OUTPUT or code == EXIT_DONE)
         verdict = read_verdict(self.run, self.stage) or {}
         message = verdict.get("message", f"it ended with exit code {code}; its log says why")
         if code == EXIT_BAD_INPUT:
@@ -249,7 +249,7 @@ class Attempt:
         for child in self.chain.children_of(self.stage):
             waits = [newest.job_id]
             for parent in self.chain.parents_of(child):
-                if parent != self.stage and not is_done(parent, self.run):
+                if parent != self.stage and not has_output(parent, self.run):
                     waits.append(self.chain.of_stage(parent)[-1].job_id)
             job = self.chain.of_stage(child)[-1]
             try:

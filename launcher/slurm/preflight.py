@@ -23,6 +23,7 @@ from cluster.rendezvous import meet
 from cluster.rundir import RunDir
 from cluster.topology import Topology, read_topology
 from launcher.slurm import ledger
+from launcher.slurm.container import python_module
 
 REPORT_SECONDS = 60.0  # until every node has reported; a shared file system may take its time to show it
 LIMIT_SECONDS = 240.0  # of all of it
@@ -42,8 +43,6 @@ def check_nodes(run: RunDir, job_id: str, hosts: tuple[str, ...], on_all_nodes: 
 
     `on_all_nodes` runs a command on every node of the job for so many seconds at most, and returns its exit code.
     """
-    from launcher.slurm.attempt import python_module
-
     code = on_all_nodes(python_module("launcher.slurm.preflight", str(run.root)), LIMIT_SECONDS)
     if code == EXIT_DONE:
         return

@@ -17,7 +17,6 @@ import secrets
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from cluster.orphans import die_with_parent
 from cluster.ray_folder import new_token, private_folder, ray_environment
 from cluster.rundir import RunDir
 from launcher.recipe import Recipe, load
+from launcher.slurm.container import python_module
 from launcher.slurm.ray_node import DONE, KEEP_LOGS, RayNode
 
 POLL_SECONDS = 0.2
@@ -131,7 +131,7 @@ class RayJob:
             told = ", ".join(map(" ".join, zip(self._hosts(), addresses, strict=True)))
             raise TunesmithError(f"nodes with the same address ({told}): set GLOO_SOCKET_IFNAME to their interface.")
         seconds = str(max(1, round(deadline - time.monotonic())))
-        command = module_argv("cluster.ray_ready", head, seconds, *addresses)
+        command = python_module("cluster.ray_ready", head, seconds, *addresses)
         check = self._start(command, environment, stdout=subprocess.PIPE)
         while check.poll() is None:
             self._wait(deadline + END_SECONDS)
@@ -148,7 +148,7 @@ class RayJob:
         arguments += [f"--memory-mib={share.memory_mib}", f"--logs={self._run.logs / 'ray'}"]
         arguments += [] if head is None else [f"--head={head}", f"--head-host={self._shares[0].host}"]
         srun = subprocess.Popen(
-            [*node_step(share), *module_argv("launcher.slurm.ray_node", *arguments)],
+            [*node_step(share), *python_module("launcher.slurm.ray_node", *arguments)],
             env=step_environment(os.environ),
             stdin=subprocess.PIPE,
             preexec_fn=die_with_parent,
@@ -249,7 +249,7 @@ def run(stage: str, arguments: list[str], asked: list[int], watches: Sequence[Ca
     leave_verdict(run, stage, None)
     code, message = EXIT_FAILED, f"the supervisor of the job broke; where is in the log of job {job}."
     try:
-        code = RayJob(run, meeting, shares, asked, watches).main(module_argv("launcher.cli", stage, *arguments))
+        code = RayJob(run, meeting, shares, asked, watches).main(python_module("launcher.cli", stage, *arguments))
         message = f"{stage} ended with exit code {code}; what it said is in the log of job {job}."
     except Superseded:
         raise
@@ -285,11 +285,6 @@ def say_what_stays_idle(recipe: Recipe, shares: list[Share]) -> None:
         say(f"engine.num_replicas={num_engines} leaves {idle} of {num_gpus} GPUs idle")
     elif not num_gpus and num_engines < len(shares):
         say(f"engine.num_replicas={num_engines} leaves some of the {len(shares)} nodes idle")
-
-
-def module_argv(module: str, *arguments: str) -> list[str]:
-    """The command line of one of our modules. -P: a folder of the same name in the working directory is not ours."""
-    return [sys.executable, "-P", "-m", module, *arguments]
 
 
 def is_listening(address: str, port: int) -> bool:

@@ -1,6 +1,7 @@
 """How far a stage of a run is, by what it has left on the disk. Loads neither torch nor Ray.
 
-`done` is proven by the stage's own output, never by an exit code; `progress` only ever has to be compared with itself.
+Output proves that a stage is done, an exit code never does; `progress` only ever has to be compared with itself. What
+lies there may have been made from other settings than the recipe's: done.py asks for that too.
 """
 
 from pathlib import Path
@@ -13,7 +14,7 @@ from trainer.verdict import is_trained, read_verdict
 PROVEN_BY_OUTPUT = ("synthesize", "train")  # the verdict of the others may be of an earlier time
 
 
-def is_done(stage: str, run: RunDir) -> bool:
+def has_output(stage: str, run: RunDir) -> bool:
     """True if the output of the stage is there, whole."""
     match stage:
         case "synthesize":
@@ -33,11 +34,11 @@ def progress_of(stage: str, run: RunDir) -> float:
             last = newest(run.checkpoints)
             return 0 if last is None else read_state(last).step
         case "synthesize":
-            return _bytes_of(run.root / "requests", "*.log") + is_done(stage, run)
+            return _bytes_of(run.root / "requests", "*.log") + has_output(stage, run)
         case "evaluate":
-            return len(list((run.root / "evaluation").glob("*.json"))) + is_done(stage, run)
+            return len(list((run.root / "evaluation").glob("*.json"))) + has_output(stage, run)
         case _:
-            return float(is_done(stage, run))
+            return float(has_output(stage, run))
 
 
 def _says_done(stage: str, run: RunDir) -> bool:

@@ -180,14 +180,14 @@ def test_containers_are_options_of_srun_or_a_command_of_the_step(tmp_path: Path)
 
 
 def test_steps_get_the_whole_environment_and_the_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from launcher.slurm import attempt
+    from launcher.slurm import attempt, container
 
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "4")
     assert attempt.srun() == ["srun", "--export=ALL", "--cpus-per-task=4"]
     (tmp_path / "container.json").write_text(Container("pyxis", "image", (), "python3").dump())
     monkeypatch.setenv("TUNESMITH_CONTAINER", str(tmp_path / "container.json"))
     assert attempt.srun()[3:] == ["--container-image=image", "--container-mounts="]
-    assert attempt.python_module("launcher.cli")[0] == "python3"
+    assert container.python_module("launcher.cli")[0] == "python3"
 
 
 def test_the_snapshot_is_the_code_and_is_made_once(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from cluster.manifest import verify_manifest
 from cluster.rundir import RunDir
 from generation.request_log import RequestLog
 from generation.store import read_rows
-from launcher.slurm.standing import is_done
+from launcher.slurm.standing import has_output
 from tests.fakes import write_script
 from tests.slurm.bed import SlurmBed
 from tests.slurm.chained import SCRIPTED, ChainedRun, make_scripted, write_recipe
@@ -122,7 +122,7 @@ def check(workload: Workload, run: ChainedRun, expected: dict[str, str]) -> None
     """Raise Violation if anything is not as it would be without a fault."""
     if stopped := run.events("stopped"):
         raise Violation(f"the chain stopped: {stopped[-1]['reason']}")
-    if not is_done(workload.stage, RunDir(run.run)):
+    if not has_output(workload.stage, RunDir(run.run)):
         raise Violation(f"{workload.stage} says that it is done, and is not")
     if (verdict := run.verdict(workload.stage)) and verdict.get("status") in ("failed", "preempted"):
         raise Violation(f"the verdict of a stage that is done: {verdict}")

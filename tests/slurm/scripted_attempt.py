@@ -23,6 +23,7 @@ from cluster.manifest import write_manifest
 from cluster.orphans import die_with_parent
 from cluster.rundir import RunDir, append_jsonl
 from launcher.slurm import attempt
+from launcher.slurm.container import python_module
 from trainer.config import CheckpointConfig
 from trainer.sealing import partial_folder, put_in_place, remove_partial
 from trainer.state import TrainState, newest, read_state
@@ -33,7 +34,7 @@ SYNTHESIS = (150, 2)  # instructions, engines
 
 def module(*arguments: object) -> list[str]:
     options = ["--ntasks-per-node=1", "--kill-on-bad-exit=1"]
-    return [*attempt.srun(), *options, *attempt.python_module("tests.slurm.scripted_attempt", *arguments)]
+    return [*attempt.srun(), *options, *python_module("tests.slurm.scripted_attempt", *arguments)]
 
 
 def rank(run: RunDir) -> int:
@@ -104,7 +105,7 @@ def main(argv: list[str]) -> int:
     attempt.STAGES["train"] = lambda _: attempt.run_step([*module("rank", run), *argv[2:]])
     synthesis = ["tests.generation.drive_synthesis", Path(place).parents[1] / "scripted-model", run, *SYNTHESIS]
     attempt.STAGES["synthesize"] = lambda _: attempt.run_step(
-        [*attempt.srun(), "--nodes=1", "--ntasks=1", *attempt.python_module(*map(str, synthesis))]
+        [*attempt.srun(), "--nodes=1", "--ntasks=1", *python_module(*map(str, synthesis))]
     )
     attempt.STAGES["export"] = lambda _: attempt.run_step([*module("export-rank", run)])
     return attempt.main(argv)
