@@ -79,7 +79,16 @@ class ChainedRun:
         return found
 
     def wait_event(self, name: str, timeout_seconds: float, count: int = 1) -> list[dict]:
-        return self.wait(f"event {name}", lambda: len(e := self.events(name)) >= count and e, timeout_seconds)
+        """Wait for so many events of this name. Fails at once if the chain stops without them."""
+
+        def happened() -> list[dict] | None:
+            is_over = self.events("stopped")  # asked first: what came before is there by then
+            found = self.events(name)
+            if len(found) < count and is_over:
+                raise AssertionError(f"no event {name}, and the chain stopped: {is_over}\n{self.output()}")
+            return found if len(found) >= count else None
+
+        return self.wait(f"event {name}", happened, timeout_seconds)
 
     def wait_step(self, step: int, timeout_seconds: float) -> None:
         self.wait(f"step {step}", lambda: any(row["step"] >= step for row in self.metrics()), timeout_seconds)

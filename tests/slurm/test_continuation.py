@@ -1,5 +1,8 @@
 """Chains of jobs under a real Slurm: who goes on, who does not, and what an attempt that was cut off may still do."""
 
+import os
+import signal
+
 import pytest
 
 from tests.slurm.chained import ChainedRun
@@ -31,6 +34,23 @@ def test_a_killed_rank_costs_one_attempt_and_the_children_wait_for_the_next(make
     assert states == ["FAILED", "COMPLETED", "CANCELLED"]
     assert [row["attempt"] for row in run.jobs("export")] == [1, 2], "the export as well had a standby"
     assert run.bed.job(child)["JobState"] == "COMPLETED"
+    assert run.processes() == {}
+
+
+def test_an_attempt_that_dies_without_a_word_is_followed_by_the_standby_that_it_had(make_run) -> None:
+    run = make_run(step_seconds=0.4)
+    run.submit("train")
+    run.submit("export", after=("train",))
+    run.wait_step(2, 60)
+    (supervisor,) = [
+        pid for pid, command in run.processes().items() if "-m tests.slurm.scripted_attempt train" in command
+    ]
+    os.kill(supervisor, signal.SIGKILL)
+    run.wait("the export", lambda: run.verdict("export").get("status") == "done", 60)
+    run.wait_quiet(30)
+    assert run.events("crashed", "preempted") == [], "nobody was left to say so"
+    assert [event["attempt"] for event in run.events("attempt started")] == [1, 2, 1]
+    assert weights(run) == WEIGHTS
     assert run.processes() == {}
 
 
