@@ -1,13 +1,17 @@
 """Preflight names the node and what is wrong with it, before a stage has started."""
 
 import json
+import os
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from cluster.preflight import Finding, NodeReport, clock_skew, compare, from_json, look_around, to_json
+from cluster.preflight import Finding, NodeReport, check_space, clock_skew, compare, from_json, look_around, to_json
 from tests.slurm.bed import SlurmBed
 from tests.slurm.machine import PROJECT
 
@@ -25,6 +29,19 @@ try:
     print("all fit")
 except preflight.PreflightFailed as error:
     print(error)
+"""
+
+# One node that sums with itself, by an all-reduce that is right, or adds something of its own.
+SUM = """
+import sys
+from types import SimpleNamespace
+import torch.distributed as dist
+from cluster.all_reduce import sum_over_nodes
+from cluster.topology import Topology
+if sys.argv[1] == "wrong":
+    dist.all_reduce = lambda numbers: numbers[0].add_(1)
+place = SimpleNamespace(interface="lo", address="127.0.0.1", port=int(sys.argv[2]))
+print(sum_over_nodes(Topology(("here",), 0, 1, "5", 0, 0), place, place))
 """
 
 
@@ -49,6 +66,60 @@ def test_the_node_that_differs_from_most_is_named() -> None:
 
 def test_a_clock_that_runs_as_its_file_server_does_is_right(tmp_path: Path) -> None:
     assert abs(clock_skew(tmp_path, "here")) < 1
+
+
+def test_a_clock_that_is_ahead_of_its_file_server_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() + 100)
+    assert 99 < clock_skew(tmp_path, "here") < 101
+    report = NodeReport(0, "here", 0)
+    look_around(report, tmp_path, num_gpus=0)
+    assert 99 < report.skew_seconds < 101
+
+
+@pytest.mark.parametrize(
+    ("least", "check"),
+    [("LEAST_RUN_MIB", "disk of the run folder"), ("LEAST_TMP_MIB", "/tmp"), ("LEAST_SHM_MIB", "/dev/shm")],
+)
+def test_too_little_room_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, least: str, check: str) -> None:
+    monkeypatch.setattr(f"cluster.preflight.{least}", 10**15)
+    report = NodeReport(0, "here", 0)
+    look_around(report, tmp_path, num_gpus=0)
+    (finding,) = report.findings
+    assert finding.check == check and "MiB are wanted" in finding.message
+
+
+@pytest.mark.parametrize(
+    ("num_inodes", "is_told"), [(10**6, True), (0, False)], ids=["few are free", "none are counted"]
+)
+def test_too_few_inodes_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_inodes: int, is_told: bool
+) -> None:
+    state = SimpleNamespace(f_bavail=10**6, f_frsize=4096, f_files=num_inodes, f_favail=0)
+    monkeypatch.setattr(os, "statvfs", lambda _: state)
+    assert ("0 inodes free" in (check_space(tmp_path, 1) or "")) == is_told
+
+
+@pytest.mark.parametrize(("what", "said"), [("right", "[]"), ("wrong", "1 of 262144 sums are not 1")])
+def test_a_wrong_sum_is_told(what: str, said: str) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    argv = [sys.executable, "-P", "-c", SUM, what, str(port)]
+    done = subprocess.run(
+        argv, cwd=PROJECT, env=os.environ | {"PYTHONPATH": str(PROJECT)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and said in done.stdout, done.stdout + done.stderr
+
+
+def test_a_node_without_a_port_to_give_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def listen(_: socket.socket) -> None:
+        raise OSError("all are taken")
+
+    monkeypatch.setattr(socket.socket, "listen", listen)
+    report = NodeReport(0, "here", 0)
+    look_around(report, tmp_path, num_gpus=0)
+    assert report.findings == [Finding("port", "all are taken")]
 
 
 def test_a_node_without_a_fault_finds_none_and_leaves_nothing(tmp_path: Path) -> None:
