@@ -5,6 +5,9 @@ import signal
 
 import pytest
 
+from cluster.files import write_json
+from cluster.rundir import RunDir
+from launcher.slurm.submitted import cancelled_file
 from tests.slurm.chained import ChainedRun
 
 pytestmark = pytest.mark.slurm
@@ -76,6 +79,22 @@ def test_bad_input_stops_at_once(make_run) -> None:
     run.wait_quiet(30)
     assert len(run.jobs("train")) == 2 and run.bed.job(child)["JobState"] == "CANCELLED"
     assert (run.verdict("train")["kind"], run.verdict("train")["exit_code"]) == ("bad input", 2)
+
+
+def test_a_run_that_is_cancelled_saves_and_nothing_follows(make_run) -> None:
+    """As `tunesmith cancel` does it, but once, and not until no job is left."""
+    run = make_run(step_seconds=0.3, steps=100)
+    run.submit("train")
+    run.submit("export", after=("train",))
+    run.wait_step(2, 60)
+    write_json(cancelled_file(RunDir(run.run)), {})
+    for job in (*run.jobs("export"), *reversed(run.jobs("train"))):
+        run.bed.client("scancel", str(job["job_id"]))
+    (event,) = run.wait_event("cancelled", 30)
+    run.wait_quiet(30)
+    assert event["code"] == 75 and len(run.events("attempt started")) == 1
+    assert (len(run.jobs("train")), len(run.jobs("export"))) == (2, 1), "the first, and the standby that it had"
+    assert run.processes() == {}
 
 
 def test_a_child_without_its_input_says_so_and_ends(make_run) -> None:
