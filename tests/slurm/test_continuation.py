@@ -20,6 +20,13 @@ def weights(run: ChainedRun) -> str:
     return (last / "weights.txt").read_text()
 
 
+def kill_supervisor(run: ChainedRun) -> None:
+    """Of the attempt that runs: nobody is left to say how it ended."""
+    words = "-m tests.slurm.scripted_attempt train"
+    (pid,) = [pid for pid, command in run.processes().items() if words in command]
+    os.kill(pid, signal.SIGKILL)
+
+
 def test_a_killed_rank_costs_one_attempt_and_the_children_wait_for_the_next(make_run) -> None:
     run = make_run({"1": ["kill", 3]})
     first = run.submit("train")
@@ -45,10 +52,7 @@ def test_an_attempt_that_dies_without_a_word_is_followed_by_the_standby_that_it_
     run.submit("train")
     run.submit("export", after=("train",))
     run.wait_step(2, 60)
-    (supervisor,) = [
-        pid for pid, command in run.processes().items() if "-m tests.slurm.scripted_attempt train" in command
-    ]
-    os.kill(supervisor, signal.SIGKILL)
+    kill_supervisor(run)
     run.wait("the export", lambda: run.verdict("export").get("status") == "done", 60)
     run.wait_quiet(30)
     assert run.events("crashed", "preempted") == [], "nobody was left to say so"
@@ -191,6 +195,18 @@ def test_a_node_on_which_three_attempts_crashed_is_left_out_of_the_fourth(make_r
     assert (event["nodes"], event["standby"]) == (["n1"], str(run.jobs("train")[3]["job_id"]))
     assert weights(run) == WEIGHTS
     run.wait_quiet(30)
+
+
+def test_an_attempt_that_said_nothing_counts_against_its_node_as_well(make_run) -> None:
+    """The next one writes it down, and asks for another node for the one after itself."""
+    run = make_run({str(attempt): ["kill", attempt] for attempt in (1, 2)}, step_seconds=0.5)
+    run.submit("train")
+    run.wait("a step of the third", lambda: any(row["generation"] == 3 for row in run.metrics()), 60)
+    kill_supervisor(run)
+    run.wait_event("done", 60)
+    run.wait_quiet(30)
+    assert [event["hosts"] for event in run.events("attempt started")] == [["n1"]] * 4
+    assert ["--exclude=n1" in job["argv"] for job in run.jobs("train")] == [False] * 4 + [True]
 
 
 @pytest.mark.long
