@@ -25,6 +25,9 @@ SLACK = 1e-5  # bounds are single precision, scores double: far more than the di
 LOWEST = 1e-9  # less than the bound of any text that shares a token
 FREQUENT = 1 / 32  # a feature in more of the texts is a column of bytes; from there on adding a column is faster
 MIN_TEXTS_FOR_COLUMNS = 2048
+MAX_SCANNED = 40_000  # tokens of all texts, times each begun 64 of the query: up to there all are simply scored
+FIRST_SURROGATE = 0xD800  # code points from here to 0xDFFF are no characters
+UNKNOWN = "\uffff"  # a token that is in none of the texts
 
 Feature = tuple[int, int]  # (token, k): the token's occurrence number k in a text, from 0
 
@@ -69,7 +72,8 @@ class NoveltyIndex:
     A common subsequence is no longer than the tokens that both texts have, counted with repetition. So a query counts
     shared tokens over all texts in a few vector operations, and only texts whose bound can still reach the last place
     are scored, by rapidfuzz. The k-th occurrence of a token in a text is a feature of its own, which makes that count a
-    sum over features: a frequent one has a column of bytes, any other a list of texts.
+    sum over features: a frequent one has a column of bytes, any other a list of texts. As long as there are few texts
+    that costs more than it saves unless `min_score` rules most of them out, and all are scored.
     """
 
     def __init__(self, tokenize: Callable[[str], list[str]] = rouge_tokens) -> None:
@@ -80,6 +84,7 @@ class NoveltyIndex:
         self._starts = array("q")  # place of each text's first token
         self._lengths = array("i")
         self._max_length = 0
+        self._strings: list[str] | None = []  # a character for each token, of all texts; None once they are many
         self._half_lengths = np.zeros(0, dtype=np.float32)  # [capacity]
         self._postings: dict[Feature, array] = defaultdict(partial(array, "i"))
         self._row_of: dict[Feature, int] = {}
@@ -110,6 +115,16 @@ class NoveltyIndex:
         if not self._ids or all(token == -1 for token in query):
             return []
         best = Best(max_neighbors, min_score)
+        if min_score == 0 and self._strings is not None and len(self._tokens) * -(-len(query) // 64) <= MAX_SCANNED:
+            scores = self._scores(query, self._scan(query), np.array(self._lengths))
+            best.add(np.arange(len(scores)), scores)
+        else:
+            self._search(query, best)
+        ranked = zip(best.places.tolist(), best.scores.tolist(), strict=True)
+        return [Neighbor(self._ids[place], score) for place, score in ranked]
+
+    def _search(self, query: list[int], best: "Best") -> None:
+        """Score what can get in, by the bounds."""
         bounds = self._upper_bounds(query)
         level, above = self._first_level(bounds, len(query), best), np.inf
         while True:
@@ -119,8 +134,6 @@ class NoveltyIndex:
             if level <= best.cut():
                 break
             level, above = best.cut(), level
-        ranked = zip(best.places.tolist(), best.scores.tolist(), strict=True)
-        return [Neighbor(self._ids[place], score) for place, score in ranked]
 
     # -- adding
 
@@ -133,6 +146,7 @@ class NoveltyIndex:
             self._starts.append(before)
             self._lengths.append(len(self._tokens) - before)
         self._ids += ids
+        self._add_strings(first_text)
         self._max_length = max(self._max_length, *self._lengths[first_text:])
         self._make_room(len(self._ids))
         lengths = np.array(self._lengths[first_text:])
@@ -144,6 +158,15 @@ class NoveltyIndex:
             self._note_many(first_text, tokens, np.repeat(np.arange(len(lengths), dtype=np.int32), lengths))
         if len(self._ids) >= max(MIN_TEXTS_FOR_COLUMNS, 2 * self._num_texts_surveyed):
             self._move_frequent_to_columns()
+
+    def _add_strings(self, first_text: int) -> None:
+        if self._strings is None:
+            return
+        if len(self._tokens) > MAX_SCANNED or len(self._vocabulary) > FIRST_SURROGATE:
+            self._strings = None
+            return
+        for start, length in zip(self._starts[first_text:], self._lengths[first_text:], strict=True):
+            self._strings.append("".join(map(chr, self._tokens[start : start + length])))
 
     def _note_one(self, place: int, tokens: Sequence[int]) -> None:
         for feature in _features_of(tokens):
@@ -181,6 +204,11 @@ class NoveltyIndex:
 
     # -- judging
 
+    def _scan(self, query: list[int]) -> np.ndarray:
+        """Length of the longest common subsequence with every text."""
+        text = "".join(UNKNOWN if token == -1 else chr(token) for token in query)
+        return cdist([text], self._strings, scorer=LCSseq.similarity, dtype=np.int64)[0]
+
     def _upper_bounds(self, query: list[int]) -> np.ndarray:
         """ROUGE-L F of each text if all the tokens that it shares with the query were in the same order. [num texts]"""
         num_texts = len(self._ids)
@@ -206,9 +234,13 @@ class NoveltyIndex:
         return max(level, lowest)
 
     def _exact(self, query: list[int], places: np.ndarray) -> np.ndarray:
-        """ROUGE-L F of these texts, in rouge_score's order of operations."""
+        """ROUGE-L F of these texts."""
         lengths = np.frombuffer(self._lengths, dtype=np.int32)[places]
-        num_common = self._num_in_order(query, places, lengths)
+        return self._scores(query, self._num_in_order(query, places, lengths), lengths)
+
+    @staticmethod
+    def _scores(query: list[int], num_common: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """ROUGE-L F, in rouge_score's order of operations."""
         precision = num_common / len(query)
         recall = num_common / np.maximum(lengths, 1)
         total = precision + recall

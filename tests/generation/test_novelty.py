@@ -43,11 +43,16 @@ def indexed(kept: list[str], num_at_once: int = 0) -> NoveltyIndex:
     return index
 
 
-@pytest.fixture(params=[(2048, 1 / 32), (1, 1 / 4)], ids=["lists", "columns"])
+@pytest.fixture(
+    params=[(2048, 1 / 32, 0), (1, 1 / 4, 0), (1, 1 / 4, 60), (2048, 1 / 32, 60_000)],
+    ids=["lists", "columns", "columns after a while", "all are scored"],
+)
 def layout(request, monkeypatch):
-    """Few texts have no columns of their own accord; with these values every frequent feature gets one."""
+    """Few texts are all scored, and have no columns of their own accord; with these values every frequent feature gets
+    one."""
     monkeypatch.setattr(novelty, "MIN_TEXTS_FOR_COLUMNS", request.param[0])
     monkeypatch.setattr(novelty, "FREQUENT", request.param[1])
+    monkeypatch.setattr(novelty, "MAX_SCANNED", request.param[2])
     monkeypatch.setattr(novelty, "NUM_PROBED", 2)
 
 
@@ -102,9 +107,11 @@ def test_few_texts_are_scored(monkeypatch):
     assert 10 <= num_scored < 1000
 
 
+@pytest.mark.parametrize("max_scanned", [0, 60_000])
 @pytest.mark.parametrize("num_tokens", [49, 255, 256, 300])
-def test_long_texts_and_many_repetitions(num_tokens):
+def test_long_texts_and_many_repetitions(monkeypatch, num_tokens, max_scanned):
     """Around the 255 that fit a byte, and 49, for which 1 / 49 * 49 is not 1: the order of operations shows."""
+    monkeypatch.setattr(novelty, "MAX_SCANNED", max_scanned)
     draw = random.Random(num_tokens)
     distinct = [f"w{i}" for i in range(num_tokens)]
     shuffled = draw.sample(distinct, len(distinct))
