@@ -75,6 +75,12 @@ def test_nearest_are_the_best_scores_of_rouge_score_in_order():
     holds()
 
 
+@pytest.mark.usefixtures("layout")
+def test_a_token_that_no_text_has_matches_none():
+    kept = ["sort the words", "words"]
+    assert nearest(indexed(kept), "list the words", 2) == ranked(kept, "list the words", 2)
+
+
 @pytest.mark.parametrize("vocabulary_size", [12, 400])
 def test_skipping_what_cannot_be_near_changes_nothing(vocabulary_size):
     """Enough texts that most are never scored (those that are skipped have a bound below the last place)."""
