@@ -17,6 +17,7 @@ from generation.attribution import Attribution
 from generation.config import BudgetConfig
 from generation.driver import Driver
 from generation.forecast import Goal, Pace, forecast
+from generation.forecast_words import describe_forecast
 from generation.method import Method
 from generation.requester import Requester
 from generation.sink import DataSink
@@ -254,20 +255,6 @@ def summary(verdict: dict) -> str:
         f"{verdict['tokens_per_second']:,.0f} tok/s, {verdict['seconds']:.0f} s"
     )
     return text if verdict["is_complete"] else f"INCOMPLETE ({verdict['stopped_because']}): {text}"
-
-
-def describe_forecast(made: Mapping[str, Mapping[str, float] | None]) -> str:
-    """A forecast in a line; ranges hold 80 % of outcomes."""
-    units = {"num_rows": "rows", "num_completion_tokens": "tokens", "seconds": "min", "gpu_hours": "GPU-hours"}
-    units["engine_hours"] = "engine-hours"
-    parts = []
-    for name, values in made.items():
-        if values is None:
-            continue
-        scale, digits = (60, 1) if name == "seconds" else (1, 2 if name.endswith("hours") else 0)
-        middle, low, high = (f"{values[key] / scale:,.{digits}f}" for key in ("expected", "low", "high"))
-        parts.append(f"{middle} {units[name]} ({low} to {high})")
-    return f"forecast: {', '.join(parts)}; 80 % ranges"
 
 
 def how_to_go_on(counts: Mapping[str, object], budget: BudgetConfig) -> str:

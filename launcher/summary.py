@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.rundir import RunDir
+from generation.forecast_words import UNITS, amount
 from launcher.recipe import Recipe
 from trainer.verdict import read_verdict
 
@@ -57,15 +58,6 @@ def synthesis_table(verdict: dict) -> Table:
     return table
 
 
-FORECASTS = {
-    "num_rows": "rows",
-    "num_completion_tokens": "tokens",
-    "seconds": "seconds",
-    "gpu_hours": "GPU-hours",
-    "engine_hours": "engine-hours",
-}
-
-
 def _add_machine_rows(table: Table, verdict: dict) -> None:
     """Who generated how fast, where the time went, and how good the forecast was."""
     table.add_row("method", verdict["method"])
@@ -83,9 +75,9 @@ def _add_machine_rows(table: Table, verdict: dict) -> None:
         table.add_row("preemptions in the engines", f"{took['num_preemptions']:,}")
     table.add_row("engine restarts", f"{verdict['num_engine_restarts']:,}")
     for name, made in (verdict["forecast"] or {}).items():
-        digits = 2 if name.endswith("hours") else 0
-        result = "-" if made["result"] is None else f"{made['result']:,.{digits}f}"
-        table.add_row(f"{FORECASTS[name]} (forecast {made['low']:,.{digits}f} to {made['high']:,.{digits}f})", result)
+        result = "-" if made["result"] is None else amount(name, made["result"])
+        expected = f"forecast {amount(name, made['low'])} to {amount(name, made['high'])}"
+        table.add_row(f"{UNITS[name]} ({expected})", result)
 
 
 def training_table(verdict: dict) -> Table:
