@@ -278,10 +278,10 @@ def test_8_an_exit_code_of_0_proves_nothing(make_run: Callable[..., ChainedRun])
     run.submit("train")
     child = run.submit("export", after=("train",))
     run.wait("the export", lambda: run.verdict("export").get("status") == "done", 60)
+    run.wait_quiet(30)
     (crash,) = run.events("crashed")
     assert (crash["code"], crash["reason"]) == (
         1,
         "it ended with exit code 0, but what it should have made is not there",
     )
     assert run.bed.job(child)["JobState"] == "COMPLETED" and len(run.events("done")) == 2
-    run.wait_quiet(30)
