@@ -1,11 +1,11 @@
-"""SIGTERM and SIGINT as a request: finish what is at hand, save, exit as preempted."""
+"""SIGTERM, SIGINT and SIGUSR2 as a request: finish what is at hand, save, exit as preempted."""
 
 import asyncio
 import contextlib
 import signal
 from collections.abc import Iterator
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
 
 class StopRequest:
@@ -42,7 +42,7 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[StopRequest]:
-    """Take SIGTERM and SIGINT for the length of the block; the old handlers come back after it."""
+    """Take these signals for the length of the block; the old handlers come back after it."""
     old = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     stop = StopRequest()
     stop.install()

@@ -19,8 +19,7 @@ from collections.abc import Callable
 from functools import partial
 
 from cluster.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, TunesmithError
-from launcher.slurm import container
-from launcher.slurm.container import python_module
+from launcher.slurm.container import python_module, step_options
 
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 POLL_SECONDS = 0.2
@@ -64,9 +63,8 @@ def srun() -> list[str]:
     variables, and would pass on those alone: not PYTHONPATH, which the job's script has set.
     """
     cpus = os.environ.get("SLURM_CPUS_PER_TASK")
-    inside = container.of_job()
     options = [f"--cpus-per-task={cpus}"] if cpus else []
-    return ["srun", "--export=ALL", *options, *(inside.srun_options() if inside else [])]
+    return ["srun", "--export=ALL", *options, *step_options()]
 
 
 def run_step(argv: list[str], limit_seconds: float = math.inf, can_save: bool = True) -> int:

@@ -45,8 +45,11 @@ class Container:
 
 
 def configured(config: "ContainerConfig", folders: tuple[Path, ...]) -> Container:
-    """The container of a recipe, with folders that are the same inside."""
-    own = tuple(f"{folder}:{folder}" for folder in dict.fromkeys(folders))
+    """The container of a recipe, with folders that are the same inside.
+
+    /tmp is among them: the steps of a node meet there, as Ray's driver does its raylet.
+    """
+    own = tuple(f"{folder}:{folder}" for folder in dict.fromkeys((*folders, Path("/tmp"))))
     return Container(config.runtime, config.image, (*own, *config.mounts), config.python)
 
 
@@ -56,6 +59,12 @@ def of_job(environ: Mapping[str, str] = os.environ) -> Container | None:
         return None
     values = json.loads(Path(path).read_text())
     return Container(**values | {"mounts": tuple(values["mounts"])})
+
+
+def step_options() -> list[str]:
+    """What srun needs for a step of this job inside its container, if it has one."""
+    inside = of_job()
+    return inside.srun_options() if inside else []
 
 
 def python_module(module: str, *arguments: str) -> list[str]:

@@ -31,7 +31,7 @@ from cluster.orphans import die_with_parent
 from cluster.ray_folder import new_token, private_folder, ray_environment
 from cluster.rundir import RunDir
 from launcher.recipe import Recipe, load
-from launcher.slurm.container import python_module
+from launcher.slurm.container import python_module, step_options
 from launcher.slurm.ray_node import DONE, KEEP_LOGS, RayNode
 
 POLL_SECONDS = 0.2
@@ -148,7 +148,7 @@ class RayJob:
         arguments += [f"--memory-mib={share.memory_mib}", f"--logs={self._run.logs / 'ray'}"]
         arguments += [] if head is None else [f"--head={head}", f"--head-host={self._shares[0].host}"]
         srun = subprocess.Popen(
-            [*node_step(share), *python_module("launcher.slurm.ray_node", *arguments)],
+            [*node_step(share), *step_options(), *python_module("launcher.slurm.ray_node", *arguments)],
             env=step_environment(os.environ),
             stdin=subprocess.PIPE,
             preexec_fn=die_with_parent,
@@ -180,7 +180,7 @@ class RayJob:
             for watch in self._watches:
                 watch()  # what it raises ends the job
             if self._is_asked() and save_until is None:
-                driver.send_signal(signal.SIGTERM)
+                driver.send_signal(signal.SIGUSR2 if step_options() else signal.SIGTERM)  # TERM would end srun's step
                 save_until = time.monotonic() + SAVE_SECONDS
             if head.has_ended:
                 if save_until is None:
@@ -195,7 +195,7 @@ class RayJob:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 driver.wait(POLL_SECONDS)
         code = driver.returncode
-        was_ended_by_us = code < 0 or head.has_ended
+        was_ended_by_us = code < 0 or code > 128 or head.has_ended  # above 128: as srun tells of a signal
         if save_until is not None and was_ended_by_us and code != EXIT_DONE:
             raise Preempted("stopped as asked; what had finished is on disk.")
         return code if code >= 0 else 128 - code
@@ -205,7 +205,9 @@ class RayJob:
         return bool(self._asked) or (self._meeting / "node-0.asked").exists()
 
     def _start(self, argv: list[str], environment: dict[str, str], stdout: int | None = None) -> subprocess.Popen:
-        """Start a process on this node that does not outlive this one."""
+        """Start a process on this node that does not outlive this one: a step, where only steps run in the image."""
+        if options := step_options():
+            argv, environment = [*node_step(self._shares[0]), *options, *argv], step_environment(environment)
         process = subprocess.Popen(
             argv, env=environment, stdin=subprocess.DEVNULL, stdout=stdout, preexec_fn=die_with_parent
         )

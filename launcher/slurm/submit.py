@@ -54,19 +54,8 @@ def prepare(recipe: Recipe, folder: Path, code: Path) -> Prepared:
         skip=frozenset(stage for stage in STAGES if is_done(stage, recipe, run)),
     )
     prepared = Prepared(chain, jobs_of(chain))
-    refuse_engines_in_containers(prepared)
     save_plan(prepared)
     return prepared
-
-
-def refuse_engines_in_containers(prepared: Prepared) -> None:
-    """Raise InputError where engines would run beside the image, not in it: only training and export go inside."""
-    outside = [job.stage for job in prepared.jobs if job.stage in ("synthesize", "evaluate")]
-    if prepared.chain.recipe.slurm.container is not None and outside:
-        raise InputError(
-            f"slurm.container: {' and '.join(outside)} cannot run in an image yet. Leave it out, and use an "
-            "environment that the nodes see."
-        )
 
 
 def check_batch(recipe: Recipe) -> None:

@@ -168,7 +168,7 @@ def test_containers_are_options_of_srun_or_a_command_of_the_step(tmp_path: Path)
     [word] = [word for word in jobs_of(chain_of(recipe))[0].words if word.startswith("--export=")]
     assert word.endswith(f",TUNESMITH_CONTAINER={tmp_path}/run/container.json")
     pyxis = configured(recipe.slurm.container, (Path("/run"), Path("/work"), Path("/run")))
-    mounts = ["/run:/run", "/work:/work", "/data:/data:ro"]
+    mounts = ["/run:/run", "/work:/work", "/tmp:/tmp", "/data:/data:ro"]
     assert pyxis.srun_options() == ["--container-image=org/image:1", f"--container-mounts={','.join(mounts)}"]
     assert pyxis.command() == ["/venv/bin/python"]
     apptainer = Container("apptainer", "/images/a.sif", ("/run:/run",), "python3")

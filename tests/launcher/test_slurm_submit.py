@@ -12,7 +12,7 @@ from launcher.slurm.cancel import cancel_run
 from launcher.slurm.client import Partition, SlurmSilent, scrubbed
 from launcher.slurm.config import JobConfig
 from launcher.slurm.jobs import jobs_of
-from launcher.slurm.submit import Prepared, check_request, prepare, submit
+from launcher.slurm.submit import Prepared, check_request, submit
 from launcher.slurm.submitted import cancelled_file, read_jobs
 from tests.launcher.slurm_chain import FakeSlurm, chain_of, recipe_of
 
@@ -152,12 +152,3 @@ def test_a_silent_slurm_is_no_refusal(tmp_path: Path) -> None:
     slurm = Slurm({"PATH": f"{tmp_path}:/usr/bin:/bin"}, timeout_seconds=0.2)
     with pytest.raises(SlurmSilent, match=r"squeue gave no answer in 0.2 s"):
         slurm.queue(["1"])
-
-
-def test_engines_are_not_submitted_beside_the_image_that_they_should_be_in(tmp_path: Path) -> None:
-    recipe = recipe_of(tmp_path, {"container": {"image": "org/image:1"}}, train={"data": "rows.jsonl"})
-    with pytest.raises(InputError, match=r"slurm\.container: evaluate cannot run in an image yet"):
-        prepare(recipe, tmp_path, tmp_path / "code")
-    assert not (tmp_path / "run" / "jobs.jsonl").exists()
-    adapter = recipe.model_copy(update={"export": recipe.export.model_copy(update={"form": "adapter"})})
-    assert [job.stage for job in prepare(adapter, tmp_path, tmp_path / "code").jobs] == ["train", "export"]
