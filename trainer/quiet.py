@@ -21,6 +21,7 @@ def quieten_libraries() -> None:
     deepspeed.setLevel(logging.WARNING)
     # Said by every rank that loads a universal checkpoint; we have no tensor parallelism.
     deepspeed.addFilter(lambda record: not record.getMessage().startswith("MPU is not provided"))
+    logging.getLogger("torch.utils.flop_counter").setLevel(logging.ERROR)  # without a GPU it misses triton
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     transformers.utils.logging.disable_progress_bar()
     os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"  # for when it is imported: few ranks need to
