@@ -7,6 +7,7 @@ Slurm takes the node out of the job, and the job holds the others until its time
 import os
 import socket
 import time
+from collections.abc import Callable
 
 from cluster.errors import TunesmithError
 from cluster.topology import expand_host_list
@@ -39,17 +40,18 @@ class FirstNode:
         """
         if time.monotonic() < self._next_check:
             return
-        if not self._answers() and self._is_taken_out():
-            ask(["scancel", self._job_id])
+        if not self._answers() and self._is_taken_out() and self._cancel():
             raise FirstNodeLost(f"the job's first node {self._host} is lost, so the job is cancelled.")
         self._next_check = time.monotonic() + CHECK_SECONDS
 
-    def await_verdict(self) -> None:
-        """As `check`, for as long as it does not answer: Ray ends here before Slurm has seen that a node is dead."""
+    def await_verdict(self, is_over: Callable[[], bool]) -> None:
+        """As `check`, for as long as it does not answer: Ray ends here before Slurm has seen that a node is dead.
+
+        Not longer than until `is_over`, which may wait a moment.
+        """
         deadline = time.monotonic() + LINGER_SECONDS
-        while not self._answers() and time.monotonic() < deadline:
+        while not is_over() and not self._answers() and time.monotonic() < deadline:
             self.check()
-            time.sleep(1)
 
     def _answers(self) -> bool:
         try:
@@ -61,6 +63,14 @@ class FirstNode:
     def _is_taken_out(self) -> bool:
         try:
             hosts = ask(["squeue", "--noheader", f"--job={self._job_id}", "--states=RUNNING", "--format=%N"]).strip()
-        except SlurmSilent:  # then nothing is known, and nothing can be cancelled
+        except SlurmSilent:  # nothing is known
             return False
         return bool(hosts) and self._host not in expand_host_list(hosts)
+
+    def _cancel(self) -> bool:
+        """Whether Slurm has heard of it; if not, the next check tries again."""
+        try:
+            ask(["scancel", self._job_id])
+        except SlurmSilent:
+            return False
+        return True
