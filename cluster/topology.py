@@ -6,12 +6,13 @@ topology = read_topology(os.environ)    # the SLURM_* variables of one task per 
 import re
 import socket
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.errors import InputError
 
+HOSTS = "TUNESMITH_HOSTS"  # a job's id and its nodes, for steps in an image, where there is no scontrol
 _HOST_LIST = re.compile(r"[A-Za-z0-9][A-Za-z0-9._,\[\]-]*")
 _HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -57,6 +58,19 @@ def expand_host_list(host_list: str) -> list[str]:
         raise InputError(f"expanding the job's node list {host_list!r} with scontrol failed: {reason}") from error
 
 
+def tell_hosts(environ: MutableMapping[str, str]) -> None:
+    """Let the steps of this job know its nodes."""
+    hosts = expand_host_list(environ["SLURM_JOB_NODELIST"])
+    environ[HOSTS] = " ".join([environ["SLURM_JOB_ID"], *hosts])
+
+
+def _told_hosts(environ: Mapping[str, str]) -> list[str]:
+    """What `tell_hosts` told, if this step is one of that job on all of its nodes."""
+    job_id, *hosts = environ.get(HOSTS, "").split() or [""]
+    on_all = environ.get("SLURM_STEP_NODELIST", environ["SLURM_JOB_NODELIST"]) == environ["SLURM_JOB_NODELIST"]
+    return hosts if on_all and job_id == environ.get("SLURM_JOB_ID") else []
+
+
 def read_topology(
     environ: Mapping[str, str],
     procs_per_node: int | None = None,
@@ -75,7 +89,7 @@ def read_topology(
     host_list = environ.get("SLURM_STEP_NODELIST", environ["SLURM_JOB_NODELIST"])
     if not _HOST_LIST.fullmatch(host_list):
         raise InputError(f"the job's node list {host_list!r} is not one of Slurm's.")
-    hosts = tuple(expand(host_list))
+    hosts = tuple(_told_hosts(environ) or expand(host_list))
     node_rank = _integer(environ, "SLURM_NODEID")
     if not all(_HOST.fullmatch(host) for host in hosts) or len(set(hosts)) != len(hosts) or node_rank >= len(hosts):
         raise InputError(f"node list {host_list!r} expands to {list(hosts)}, which has no node number {node_rank}.")

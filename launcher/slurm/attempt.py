@@ -19,7 +19,8 @@ from collections.abc import Callable
 from functools import partial
 
 from cluster.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, TunesmithError
-from launcher.slurm.container import python_module, step_options
+from cluster.topology import tell_hosts
+from launcher.slurm.container import of_job, python_module, step_options
 
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 POLL_SECONDS = 0.2
@@ -134,6 +135,8 @@ def main(argv: list[str]) -> int:
     try:
         from launcher.slurm.continuation import open_attempt
 
+        if of_job() is not None:
+            tell_hosts(os.environ)
         attempt = open_attempt(stage, recipe, os.environ)
         if attempt is None:
             return STAGES[stage](recipe)

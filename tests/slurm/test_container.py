@@ -1,7 +1,6 @@
-"""Engines inside an image, under a real Slurm. In the place of pyxis and apptainer stand programs that check what they
-are given, note it, and run the step where it is."""
+"""Engines and ranks inside an image, under a real Slurm. In the place of pyxis and apptainer stand programs that check
+what they are given, note it, and run the step where it is, but without scontrol."""
 
-import json
 import sys
 from pathlib import Path
 
@@ -11,7 +10,8 @@ from launcher.slurm.container import ENVIRONMENT, Container
 from tests.fakes import generated_ids
 from tests.slurm.bed import SlurmBed
 from tests.slurm.machine import PROJECT
-from tests.slurm.test_ray_job import NUM_INSTRUCTIONS, Place
+from tests.slurm.test_ray_job import ENV, NUM_INSTRUCTIONS, Place
+from tests.slurm.training import make_training
 
 pytestmark = [pytest.mark.slurm, pytest.mark.long]
 
@@ -29,6 +29,7 @@ if image:
         assert os.path.isdir(mount.split(":")[0]), mount
     with open("{log}", "a") as log:
         log.write(words[words.index("-m") + 1] + "\\n")
+    os.environ["PATH"] = "{inside}:" + os.environ["PATH"]
 os.execv("{srun}", ["srun", *(word for word in words if word not in image + mounts)])
 """
 APPTAINER = """#!{python}
@@ -41,6 +42,7 @@ while words[0] == "--bind":
 assert words.pop(0) == "{image}", words
 with open("{log}", "a") as log:
     log.write(words[words.index("-m") + 1] + "\\n")
+os.environ["PATH"] = "{inside}:" + os.environ["PATH"]
 os.execv(words[0], words)
 """
 
@@ -48,34 +50,50 @@ os.execv(words[0], words)
 SHIMS = {"pyxis": ("srun", PYXIS), "apptainer": ("apptainer", APPTAINER)}
 
 
+def lay_out_image(bed: SlurmBed, folder: Path, runtime: str) -> dict[str, str]:
+    """What a job needs in its environment for its steps to run in the image; they are noted in inside.log."""
+    (inside := folder / "inside").mkdir(parents=True)
+    (inside / "scontrol").write_text("#!/bin/sh\nexit 127\n")
+    (inside / "scontrol").chmod(0o755)
+    program, text = SHIMS[runtime]
+    (shim := folder / "bin" / program).parent.mkdir()
+    srun = next(path for place in bed.env["PATH"].split(":") if (path := Path(place) / "srun").exists())
+    log = folder / "inside.log"
+    shim.write_text(text.format(python=sys.executable, image=IMAGE, log=log, srun=srun, inside=inside))
+    shim.chmod(0o755)
+    mounts = tuple(f"{place}:{place}" for place in (folder, PROJECT, "/tmp"))
+    container = folder / "container.json"
+    container.write_text(Container(runtime, IMAGE, mounts, sys.executable).dump())
+    return {"PATH": f"{shim.parent}:{bed.env['PATH']}", ENVIRONMENT: str(container)}
+
+
 @pytest.mark.parametrize("runtime", SHIMS)
 def test_ray_and_its_driver_run_in_the_image_and_can_be_asked_to_stop(
     slurm_cluster: SlurmBed, monkeypatch: pytest.MonkeyPatch, runtime: str
 ) -> None:
-    program, text = SHIMS[runtime]
     place = Place(slurm_cluster, slurm_cluster.shared / f"image-{runtime}")
-    log, shims = place.folder / "inside.log", place.folder / "bin"
-    shims.mkdir()
-    srun = next(path for folder in slurm_cluster.env["PATH"].split(":") if (path := Path(folder) / "srun").exists())
-    (shims / program).write_text(text.format(python=sys.executable, image=IMAGE, log=log, srun=srun))
-    (shims / program).chmod(0o755)
-    mounts = tuple(f"{folder}:{folder}" for folder in (place.folder, PROJECT, "/tmp"))
-    container = place.folder / "container.json"
-    container.write_text(Container(runtime, IMAGE, mounts, sys.executable).dump())
-    monkeypatch.setattr("tests.slurm.test_ray_job.ENV", {
-        "TUNESMITH_PYTHON": sys.executable, "OMP_NUM_THREADS": "1", ENVIRONMENT: str(container),
-        "PATH": f"{shims}:{slurm_cluster.env['PATH']}",
-    })  # fmt: skip
-
+    image = lay_out_image(slurm_cluster, place.folder, runtime)
+    monkeypatch.setattr("tests.slurm.test_ray_job.ENV", ENV | image)
     place.scripted(latency_ms=600)
     job = place.submit()
     place.wait_for_requests(job, 12)
-    assert set(log.read_text().split()) == INSIDE
+    assert set((place.folder / "inside.log").read_text().split()) == INSIDE
     slurm_cluster.client("scancel", "--batch", "--signal=USR2", str(job))
     place.end(job, "FAILED", "75:0")
     assert place.verdict()["status"] == "preempted"
     logged, before = place.logged_ids(), len(generated_ids(place.model))
     place.end(place.submit(), "COMPLETED", "0:0")
     assert logged.isdisjoint(generated_ids(place.model)[before:])
-    verdict = json.loads((place.run / "verdict-synthesize.json").read_text())
-    assert (verdict["status"], verdict["num_kept"]) == ("done", NUM_INSTRUCTIONS)
+    assert (place.verdict()["status"], place.verdict()["num_kept"]) == ("done", NUM_INSTRUCTIONS)
+
+
+@pytest.mark.parametrize("runtime", SHIMS)
+def test_ranks_run_in_the_image_and_meet(slurm_cluster: SlurmBed, tiny_model: Path, runtime: str) -> None:
+    run = make_training(slurm_cluster, tiny_model, f"ranks-{runtime}")
+    env = run.env | lay_out_image(slurm_cluster, run.folder, runtime)
+    command = [run.script, "recipe.yaml", "train.max_steps=2"]
+    job = slurm_cluster.sbatch(*command, options=["--nodes=2"], cwd=run.folder, env=env)
+    slurm_cluster.wait_state(job, {"COMPLETED"}, 120)
+    assert "x 2 ranks" in slurm_cluster.output(job)
+    assert set((run.folder / "inside.log").read_text().split()) == {"launcher.node"}
+    assert run.verdict("train")["status"] == "done"

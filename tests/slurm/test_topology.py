@@ -41,6 +41,14 @@ def test_a_step_sees_its_own_nodes_and_its_attempt() -> None:
     assert topology.generation_dir(Path("run")) == Path("run/gen-41-2")
 
 
+def test_a_step_in_an_image_goes_by_what_the_jobs_script_has_told_it() -> None:
+    """There is no scontrol; a step on some of the nodes, or of another job, was not told."""
+    told = JOB | {"TUNESMITH_HOSTS": "41 n1 n2 n3", "SLURM_STEP_NODELIST": "n[1-3]"}
+    assert read_topology(told, expand=lambda _: []).hosts == ("n1", "n2", "n3")
+    assert read_topology(told | {"SLURM_STEP_NODELIST": "n[2-3]"}, expand=expand).hosts == ("n2", "n3")
+    assert read_topology(told | {"SLURM_JOB_ID": "42"}, expand=lambda _: ["m1", "m2"]).hosts == ("m1", "m2")
+
+
 def test_an_explicit_number_of_processes_goes_before_that_of_gpus() -> None:
     assert read_topology(JOB | {"SLURM_GPUS_ON_NODE": "8"}, 3, expand).procs_per_node == 3
     assert read_topology(JOB, None, expand).procs_per_node == 1
