@@ -75,5 +75,5 @@ def test_the_demo_ends_well_though_the_batch_host_dies_in_its_synthesis(slurm_cl
         assert len(log) == len(log.ids())
     assert verdict(run, "train")["status"] == "done"
     assert set(verdict(run, "evaluate")["contenders"]) >= {"base, chat", "tuned"}
-    assert slurm_cluster.squeue() == {}
+    user.wait("an empty queue", lambda: slurm_cluster.squeue() == {}, 60)
     assert processes_of(str(user.folder), set()) == {}
