@@ -9,11 +9,13 @@ to vLLM 0.32's sources and have not been run.
 
 import json
 import os
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cluster import core_process
 from cluster.config import ModelConfig
 from cluster.engine_config import Completion, EngineConfig, EngineReport, GenerationRequest, Prompt, Sample, Sampling
 from cluster.errors import InputError, TunesmithError
@@ -41,6 +43,9 @@ class VLLMEngine:
     def __init__(self, config: EngineConfig, model: ModelConfig, num_gpus: int, adapters: tuple[str, ...] = ()) -> None:
         """Load the model: half a minute on a CPU, minutes for a large one. `num_gpus` 0 means a CPU build of vLLM."""
         set_environment(config, model, num_gpus)
+        is_forked = is_one_process(config, num_gpus)
+        if is_forked:
+            core_process.begin_import()
         with without_collection():
             from vllm import AsyncEngineArgs  # after the environment, which vLLM reads when imported
             from vllm.inputs import tokens_input
@@ -87,11 +92,12 @@ class VLLMEngine:
             loggers.append(ReportingLogger(vllm_config, engine_index))
             return loggers[-1]
 
-        self._engine = AsyncLLM.from_engine_args(
-            arguments,
-            usage_context=UsageContext.LLM_CLASS,  # tokens a step as of the offline engine, not of a server
-            stat_loggers=[make_logger],
-        )
+        with core_process.forked_core() if is_forked else nullcontext():
+            self._engine = AsyncLLM.from_engine_args(
+                arguments,
+                usage_context=UsageContext.LLM_CLASS,  # tokens a step as of the offline engine, not of a server
+                stat_loggers=[make_logger],
+            )
         self._logger = loggers[0]
         self._adapters = {path: LoRARequest(path, number, path) for number, path in enumerate(adapters, 1)}
         self._tokens_input = tokens_input
@@ -220,19 +226,27 @@ def vllm_sampling(sampling: Sampling):
     )
 
 
+def is_one_process(config: EngineConfig, num_gpus: int) -> bool:
+    """Whether the model computes in the scheduler's own process: one less to start, and no hand-over each step.
+
+    With more than one CPU, vLLM's worker process and its threads have all but one of them.
+    """
+    return num_gpus == 0 and _num_cpus(config) == 1 and config.gpus_per_engine == 1
+
+
+def _num_cpus(config: EngineConfig) -> int:
+    return max(1, round(config.cpus_per_engine))
+
+
 def set_environment(config: EngineConfig, model: ModelConfig, num_gpus: int) -> None:
     """Set what vLLM reads from the environment. Nothing is reported anywhere; a local model needs no hub."""
     os.environ.update(VLLM_LOGGING_LEVEL="WARNING", VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1")
     if Path(model.path).is_dir():
         os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
     if num_gpus == 0:
-        # With one CPU the model computes in the scheduler's own process: one process less to start, no hand-over each
-        # step. With more, vLLM's worker process and its threads have all but one of them.
-        num_cpus = max(1, round(config.cpus_per_engine))
-        one_process = num_cpus == 1 and config.gpus_per_engine == 1
         os.environ.update(
             VLLM_CPU_KVCACHE_SPACE=str(config.kv_cache_gib),
             VLLM_CPU_OMP_THREADS_BIND="nobind",
-            VLLM_ENABLE_V1_MULTIPROCESSING="0" if one_process else "1",
-            OMP_NUM_THREADS=str(max(1, num_cpus - 1)),
+            VLLM_ENABLE_V1_MULTIPROCESSING="0" if is_one_process(config, num_gpus) else "1",
+            OMP_NUM_THREADS=str(max(1, _num_cpus(config) - 1)),
         )

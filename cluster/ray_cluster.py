@@ -3,12 +3,15 @@
     with ray_session(run.root):
         ...
 
+A driver that is started while its Ray still comes up is told by a file where that is: see launcher/slurm/ray_job.py.
 `ray job submit` sets RAY_ADDRESS for its driver, so a stage submitted there uses that cluster. No other cluster is
 ever looked for: guessing attaches to a neighbor's.
 """
 
 import contextlib
+import json
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +19,8 @@ from cluster.errors import InputError, TunesmithError
 from cluster.ray_folder import RAY_FOLDER, keep_logs, new_token, private_folder, ray_environment
 
 START_ATTEMPTS = 3
+ADDRESS_FILE = "TUNESMITH_RAY_ADDRESS_FILE"  # names the file that will have the address of our Ray, as JSON
+POLL_SECONDS = 0.05
 
 
 @contextlib.contextmanager
@@ -27,12 +32,21 @@ def ray_session(run_root: Path) -> Iterator[None]:
     """
     import ray  # not at the top: it takes a second that `--help` does not have
 
-    address = os.environ.get("RAY_ADDRESS")
     if ray.is_initialized():
         yield
     else:
+        address = _address_of_our_own() or os.environ.get("RAY_ADDRESS")
         with _joined(address) if address else _private(run_root):
             yield
+
+
+def _address_of_our_own() -> str | None:
+    """What ADDRESS_FILE says, once it does: whoever starts that Ray ends this process if it does not come up."""
+    if (name := os.environ.get(ADDRESS_FILE)) is None:
+        return None
+    while not (path := Path(name)).exists():
+        time.sleep(POLL_SECONDS)
+    return json.loads(path.read_text())
 
 
 @contextlib.contextmanager

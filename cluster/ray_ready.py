@@ -11,15 +11,15 @@ import socket
 import sys
 import time
 
-POLL_SECONDS = 0.5
+from ray._raylet import GcsClient  # takes a second, which passes while Ray starts
+from ray.core.generated.gcs_pb2 import GcsNodeInfo
+
+POLL_SECONDS = 0.1
 REPLY_SECONDS = 10.0
 
 
 def alive_addresses(head: str) -> set[str]:
     """Addresses of the nodes that the Ray at `head` counts as alive."""
-    from ray._raylet import GcsClient
-    from ray.core.generated.gcs_pb2 import GcsNodeInfo
-
     nodes = GcsClient(address=head).get_all_node_info(timeout=REPLY_SECONDS).values()
     return {node.node_manager_address for node in nodes if node.state == GcsNodeInfo.GcsNodeState.ALIVE}
 

@@ -2,9 +2,10 @@
 
 On every node runs a step (ray_node.py), on the job's first node the driver, and above all of them this supervisor:
 
+    start the driver, which reads its input meanwhile        if it has nothing to do, or bad input, that is the end
     start the head's step, then those of the other nodes     a step that ends now ends the job
     wait until Ray counts exactly these nodes as alive
-    run the driver                                           head gone: end at once; a worker gone: go on without it
+    tell the driver where Ray is                             head gone: end at once; a worker gone: go on without it
     take down what was started, and nothing else
 
 The exit code is the driver's. What srun returns decides nothing.
@@ -28,13 +29,14 @@ from cluster.fence import Superseded, run_lock, verify
 from cluster.files import write_json
 from cluster.manifest import is_sealed
 from cluster.orphans import die_with_parent
+from cluster.ray_cluster import ADDRESS_FILE
 from cluster.ray_folder import new_token, private_folder, ray_environment
 from cluster.rundir import RunDir
 from launcher.recipe import Recipe, load
 from launcher.slurm.container import python_module, step_options
 from launcher.slurm.ray_node import DONE, KEEP_LOGS, RayNode
 
-POLL_SECONDS = 0.2
+POLL_SECONDS = 0.1
 UP_SECONDS = 300  # from the first step to the last node that is alive; NFS may show a file a minute late
 SAVE_SECONDS = 300  # for a driver that was asked to stop, if Slurm gives it that long
 SAVE_WITHOUT_HEAD_SECONDS = 15  # its calls to Ray hang; every finished request is on disk already
@@ -72,6 +74,10 @@ class NodeStep:
             self.srun.stdin.flush()
 
 
+class DriverEnded(Exception):
+    """The driver has ended before Ray was up."""
+
+
 class RayJob:
     """Everything that one attempt starts."""
 
@@ -97,10 +103,14 @@ class RayJob:
         word = KEEP_LOGS
         with private_folder(self._token) as folder:
             environment = {**os.environ, **ray_environment(folder)}
-            environment.pop("RAY_AUTH_TOKEN", None)  # it would go before the file
+            for name in ("RAY_AUTH_TOKEN", "RAY_ADDRESS"):  # these would go before our files
+                environment.pop(name, None)
+            address = self._meeting / "address"
             try:
-                head = self._bring_up(environment)
-                code = self._drive(command, {**environment, "RAY_ADDRESS": head})
+                self._driver = self._start(command, {**environment, ADDRESS_FILE: str(address)})
+                with contextlib.suppress(DriverEnded):
+                    write_json(address, self._bring_up(environment))
+                code = self._drive(self._driver)
                 word = DONE if code in (EXIT_DONE, EXIT_PREEMPTED) else KEEP_LOGS
                 return code
             finally:
@@ -110,9 +120,11 @@ class RayJob:
         """Start Ray on all nodes and return where its head listens. Raises TunesmithError naming a node that fails."""
         deadline = time.monotonic() + UP_SECONDS
         self._start_step(0, None)
-        while (node := self.steps[0].address()) is None or not is_listening(node.address, node.head_port):
+        while (node := self.steps[0].address()) is None:
             self._wait(deadline)
         head = f"{node.address}:{node.head_port}"
+        while len(self._shares) > 1 and not is_listening(node.address, node.head_port):
+            self._wait(deadline)
         for rank in range(1, len(self._shares)):
             self._start_step(rank, head)
         self._await_all(head, deadline, environment)
@@ -158,6 +170,8 @@ class RayJob:
 
     def _wait(self, deadline: float) -> None:
         """Wait a moment for nodes that are coming up. Raises if one of them has ended, or if there is no point."""
+        if self._driver.poll() is not None:
+            raise DriverEnded
         for step in self.steps:
             if step.has_ended:
                 raise TunesmithError(step.why_ended())
@@ -171,9 +185,8 @@ class RayJob:
             )
         time.sleep(POLL_SECONDS)
 
-    def _drive(self, command: list[str], environment: dict[str, str]) -> int:
-        """Run the driver to its end, watching the nodes beside it."""
-        driver = self._start(command, environment)
+    def _drive(self, driver: subprocess.Popen) -> int:
+        """Wait for the driver's end, watching the nodes beside it."""
         head, workers = self.steps[0], self.steps[1:]
         save_until = None  # set once the driver has been asked to stop
         while driver.poll() is None:

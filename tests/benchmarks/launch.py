@@ -4,7 +4,8 @@
 On a real Slurm of two nodes in namespaces of this machine (needs root). Turn by turn: torchrun under srun as one writes
 it by hand; the same script under our supervisor of a node; and a training of ours, from submission to its first step.
 The first two run an empty loop after the ranks have met, so that their difference is what our part of the start takes.
-Then a script on one node that lets `vllm.LLM` answer one prompt, and our job that synthesizes, to its first answer.
+Then scripts on one node that let `vllm.LLM` answer one prompt: with our engines' settings (one process computes), so in
+an actor of Ray, and as vLLM comes; and our job that synthesizes, to its first answer.
 """
 
 import argparse
@@ -47,6 +48,16 @@ dist.destroy_process_group()
 
 MODEL = PROJECT / "models" / "world-chat"
 ENGINE = {"dtype": "float32", "enforce_eager": True, "max_num_seqs": 16, "max_model_len": 512}
+AS_IT_COMES = f"""
+import os
+import time
+os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"  # it takes 92 % of the memory otherwise, or fails
+if __name__ == "__main__":
+    from vllm import LLM, SamplingParams
+    llm = LLM("{MODEL}", max_model_len=512)
+    llm.generate(["Say fig:"], SamplingParams(max_tokens=8), use_tqdm=False)
+    print("first step at", time.time(), flush=True)
+"""
 ONE_ANSWER = f"""
 import time
 from cluster.config import ModelConfig
@@ -57,6 +68,23 @@ if __name__ == "__main__":
     from vllm import LLM, SamplingParams
     llm = LLM("{MODEL}", enable_chunked_prefill=False, **{ENGINE})
     llm.generate(["Say fig:"], SamplingParams(max_tokens=8), use_tqdm=False)
+    print("first step at", time.time(), flush=True)
+"""
+IN_RAY = f"""
+import time
+import ray
+from cluster.config import ModelConfig
+from cluster.engine import set_environment
+from cluster.engine_config import EngineConfig
+class Actor:
+    def answer(self):
+        set_environment(EngineConfig(**{ENGINE}), ModelConfig(path="{MODEL}"), num_gpus=0)
+        from vllm import LLM, SamplingParams
+        llm = LLM("{MODEL}", enable_chunked_prefill=False, **{ENGINE})
+        llm.generate(["Say fig:"], SamplingParams(max_tokens=8), use_tqdm=False)
+if __name__ == "__main__":
+    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
+    ray.get(ray.remote(Actor).options(num_cpus=1).remote().answer.remote())
     print("first step at", time.time(), flush=True)
 """
 
@@ -106,7 +134,7 @@ def seconds_to_answer(bed: SlurmBed, turn: int) -> float:
     """To the first request in the log."""
     folder = bed.shared / f"answers-{turn}"
     folder.mkdir()
-    synthesize = {"method": "answer_only", "max_instructions": 16}
+    synthesize = {"method": "answer_only", "max_instructions": 16, "answer_sampling": {"max_tokens": 8}}
     recipe = {"name": "answers", "run_dir": "run", "model": {"path": str(MODEL)}, "engine": ENGINE}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"synthesize": synthesize}))
     script, env = PROJECT / "slurm" / "synthesize.sbatch", {"TUNESMITH_PYTHON": sys.executable}
@@ -161,18 +189,24 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     arguments = parser.parse_args()
     found: dict[str, list[float]] = {"torchrun under srun, by hand": [], "the same under our supervisor": []}
-    answers: dict[str, list[float]] = {"vllm.LLM in a script": [], "sbatch slurm/synthesize.sbatch": []}
+    scripts = {
+        "vllm.LLM in a script, set as our engines are": ONE_ANSWER,
+        "the same in an actor of a Ray that the script starts": IN_RAY,
+        "the same without Ray, set as vLLM comes": AS_IT_COMES,
+    }
+    answers: dict[str, list[float]] = {label: [] for label in [*scripts, "sbatch slurm/synthesize.sbatch"]}
     trained = found["sbatch slurm/train.sbatch, first trained step"] = []
     with SlurmBed(num_nodes=NUM_NODES) as bed, tempfile.TemporaryDirectory() as name:
         make_tiny_model(model := Path(name) / "model")
         (script := bed.shared / "loop.py").write_text(EMPTY_LOOP)
-        (one_answer := bed.shared / "one_answer.py").write_text(ONE_ANSWER)
         for turn in range(arguments.turns + 1):  # the first, a warm-up, reads from the disk and builds the kernel
             print(f"turn {turn}", file=sys.stderr, flush=True)
             for label, make in zip(list(found)[:2], (by_hand, supervised), strict=True):
                 found[label].append(seconds_to_first_step(bed, make(bed, script, turn)))
             trained.append(seconds_to_first_trained_step(bed, model, turn))
-            answers["vllm.LLM in a script"].append(seconds_to_raw_answer(bed, one_answer))
+            for label, source in scripts.items():
+                (one_answer := bed.shared / "one_answer.py").write_text(source)
+                answers[label].append(seconds_to_raw_answer(bed, one_answer))
             answers["sbatch slurm/synthesize.sbatch"].append(seconds_to_answer(bed, turn))
     print_times(f"seconds from submission, {NUM_NODES} nodes", found)
     print_times("seconds from submission to the first answer, one node", answers)

@@ -31,6 +31,7 @@ SUBNET = "10.77.0"
 CONTROLLER_ADDRESS = f"{SUBNET}.1"
 POLL_SECONDS = 0.1
 UP_SECONDS = 60
+JOB_IDS_FORGOTTEN = 1000  # more than a bed's slurmctld gives between two of its deaths
 CLIENT_SECONDS = 240  # a slurmctld that was killed answers nobody for a minute or two when it is back
 
 # CPUs, memory and GPUs are claims (config_overrides; two harmless device files per node stand for GPUs).
@@ -108,6 +109,7 @@ class SlurmBed:
         self.num_nodes = num_nodes
         self.nodes: dict[str, Machine] = {}
         self._job_outputs: dict[int, Path] = {}
+        self._first_job_id = 1
 
     def __enter__(self) -> "SlurmBed":
         sweep_abandoned_folders()
@@ -210,7 +212,15 @@ class SlurmBed:
         self._on(self.controller, "kill", "-KILL", pid)
 
     def start_controller(self) -> None:
-        """Start slurmctld again, from the state that it had saved."""
+        """Start slurmctld again, from the state that it had saved.
+
+        As an admin would, with a higher FirstJobId: it has forgotten its last seconds, and would give the ids of the
+        jobs of those seconds to others, which the nodes then refuse to start.
+        """
+        conf = self.folder / "etc/slurm.conf"
+        lines = [line for line in conf.read_text().splitlines() if not line.startswith("FirstJobId=")]
+        self._first_job_id += JOB_IDS_FORGOTTEN
+        conf.write_text("\n".join([*lines, f"FirstJobId={self._first_job_id}", ""]))
         self._on(self.controller, "slurmctld")
         self._wait("slurmctld answers", self._answers, UP_SECONDS, str)
 

@@ -1,0 +1,64 @@
+"""The process that computes, forked from one that has vLLM imported already."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).parents[2]
+# With json for vLLM, which takes seconds to import. What is printed comes from the forked process.
+FORK = """
+import os, sys
+from cluster import core_process
+
+def tell():
+    print("json" in sys.modules, os.environ.get("LATE"), os.environ.get("GONE"), flush=True)
+
+if __name__ == "__main__":
+    core_process.IMPORTS = "json"
+    os.environ["GONE"] = "there when the server started"
+    core_process.begin_import()
+    os.environ["LATE"] = "set afterwards"
+    del os.environ["GONE"]
+    process = core_process.CoreContext().Process(target=tell, kwargs={}, name="EngineCore")
+    process.start()
+    process.join()
+    sys.exit(process.exitcode)
+"""
+ENGINE = """
+import sys
+from pathlib import Path
+import psutil
+from cluster.config import ModelConfig
+from cluster.engine import VLLMEngine
+from cluster.engine_config import EngineConfig
+
+if __name__ == "__main__":
+    engine = VLLMEngine(EngineConfig(max_model_len=128, enforce_eager=True), ModelConfig(path=sys.argv[1]), num_gpus=0)
+    servers = [p for p in psutil.Process().children() if "forkserver" in " ".join(p.cmdline())]
+    loaded = ["libtorch" in Path("/proc", str(server.pid), "maps").read_text() for server in servers]
+    print("forked:", *(len(server.children()) for server in servers), *loaded, flush=True)
+    engine._engine.shutdown()
+"""
+
+
+def run_script(folder: Path, text: str, *arguments: str) -> str:
+    (folder / "script.py").write_text(text)
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
+    command = [sys.executable, folder / "script.py", *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_what_is_forked_has_the_imports_and_the_environment_of_its_parent_as_it_is_now(tmp_path: Path) -> None:
+    assert run_script(tmp_path, FORK) == "True set afterwards None"
+
+
+def test_an_engine_of_one_cpu_computes_in_a_process_forked_from_one_with_the_imports(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    pytest.importorskip("vllm")
+    assert "forked: 1 True" in run_script(tmp_path, ENGINE, str(tiny_model)).splitlines()

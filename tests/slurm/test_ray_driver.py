@@ -1,0 +1,39 @@
+"""The driver of a Ray job is there before Ray is. Without Slurm: its step is one that never tells its address."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from cluster.allocation import Share
+from cluster.errors import Preempted
+from cluster.rundir import RunDir
+from launcher.slurm import ray_job
+from launcher.slurm.ray_job import RayJob
+
+SILENT_STEP = ["sh", "-c", "cat >/dev/null"]  # ends with its standard input
+
+
+def ray_job_of(folder: Path, monkeypatch: pytest.MonkeyPatch, asked: list[int]) -> RayJob:
+    monkeypatch.setattr(ray_job, "node_step", lambda share: SILENT_STEP)
+    (meeting := folder / "meeting").mkdir()
+    return RayJob(RunDir(folder), meeting, [Share("n1", 1, 0, 0)], asked)
+
+
+@pytest.mark.parametrize("code", [0, 2])
+def test_a_driver_that_needs_no_ray_ends_the_job_with_its_own_code(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = ray_job_of(tmp_path, monkeypatch, asked=[])
+    assert job.main([sys.executable, "-c", f"raise SystemExit({code})"]) == code
+    assert [step.has_ended for step in job.steps] == [True]
+
+
+def test_a_driver_that_waits_for_ray_ends_when_the_job_is_asked_to_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = ray_job_of(tmp_path, monkeypatch, asked=[15])
+    wait = f"from cluster.ray_cluster import ray_session\nwith ray_session({str(tmp_path)!r}): pass"
+    with pytest.raises(Preempted, match="before Ray was up"):
+        job.main([sys.executable, "-c", wait])
+    assert job._driver.returncode == -9
