@@ -63,8 +63,10 @@ def measure(side: str, folder: Path, arguments: argparse.Namespace) -> list[floa
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False)
     answers = [line for line in done.stdout.splitlines() if line.startswith('{"rates"')]
-    if done.returncode or not answers:
+    if not answers:
         sys.exit(f"{side} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    if done.returncode:  # TRL's now and then dies on its way out, with all steps measured
+        print(f"{side} ended with exit code {done.returncode} after its last step", file=sys.stderr, flush=True)
     return json.loads(answers[-1])["rates"]
 
 

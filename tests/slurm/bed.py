@@ -184,6 +184,15 @@ class SlurmBed:
         self.wait_node(name, {"IDLE"}, UP_SECONDS)
 
     @contextlib.contextmanager
+    def powered_off(self, name: str) -> Iterator[None]:
+        """A block that begins with a node's power going off; at its end the node is on again."""
+        self.nodes[name].kill()
+        try:
+            yield
+        finally:
+            self.restart(name)
+
+    @contextlib.contextmanager
     def configured(self, *lines: str) -> Iterator[None]:
         """The cluster with these lines more in slurm.conf, as an admin adds them to a running one; then as before."""
         path = self.folder / "etc/slurm.conf"

@@ -54,9 +54,8 @@ def kill_a_process(strike: Strike) -> str:
 
 def kill_a_node(strike: Strike, host: str | None = None) -> str:
     host = host or strike.any_host()
-    strike.run.bed.nodes[host].kill()
-    strike.wait_next_attempt()
-    strike.run.bed.restart(host)
+    with strike.run.bed.powered_off(host):
+        strike.wait_next_attempt()
     return host
 
 
