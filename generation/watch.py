@@ -222,9 +222,10 @@ class Watch:
         goal = f"/{wanted}" if wanted else ""
         kept, sink, shares = self._driver.admission.num_kept, self._sink, self.time_shares()
         waiting, driver = shares["of_waiting"], sum(shares["of_driver"].values())
+        reasons = f" ({listed(sink.rejected)})" if sink.rejected else ""
         return (
-            f"{kept}{goal} instructions kept, {sink.num_rows} rows, {sink.rejected.total()} rejected "
-            f"({listed(sink.rejected)}), {self._tokens_per_second():,.0f} tok/s; waiting: engine "
+            f"{kept}{goal} instructions kept, {sink.num_rows} rows, {sink.rejected.total()} rejected{reasons}, "
+            f"{self._tokens_per_second():,.0f} tok/s; waiting: engine "
             f"{waiting['engine']:.0%} queue {waiting['queue']:.0%}; driver {driver:.0%}"
         )
 

@@ -58,9 +58,8 @@ def test_the_demo_ends_well_though_the_batch_host_dies_in_its_synthesis(slurm_cl
     user.wait("finished requests", lambda: num_logged_bytes(run) > 20_000, 400)
     (first,) = claims(run)
     host = first.hosts[0]
-    slurm_cluster.nodes[host].kill()
-    user.wait("the next attempt", lambda: len(claims(run)) == 2, 300)
-    slurm_cluster.restart(host)
+    with slurm_cluster.powered_off(host):
+        user.wait("the next attempt", lambda: len(claims(run)) == 2, 300)
     user.wait("the end", lambda: set(user.status().values()) <= {"DONE", "FAILED", "CANCELLED"}, 900)
     assert user.status() == dict.fromkeys(STAGES, "DONE"), user.logs()
 
