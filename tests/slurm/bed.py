@@ -45,6 +45,7 @@ AuthType=auth/munge
 CredType=cred/munge
 AuthInfo=socket={folder}/run/munge.sock,cred_expire=5
 StateSaveLocation={folder}/state
+DebugFlags=NO_CONF_HASH
 SlurmdSpoolDir={folder}/spool/%n
 SlurmctldPidFile={folder}/run/slurmctld.pid
 SlurmdPidFile={folder}/run/slurmd-%n.pid

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from tests.slurm.chained import ChainedRun
 
 NOTICE_SECONDS = 180  # until Slurm has noticed a dead node and another attempt has begun
+FORGOTTEN_SECONDS = 5
+SAVED_SECONDS = 15
 NOTICE_FIRST = "SlurmctldParameters=preempt_send_user_signal"  # newer: PreemptParameters=send_user_signal
 
 
@@ -86,11 +88,35 @@ def kill_slurmd(strike: Strike) -> str:
 
 
 def kill_the_controller(strike: Strike) -> str:
+    """Once it has saved what it knows of the chain: from what it forgets with its last seconds no client recovers."""
     seconds = strike.rng.uniform(1, 10)
+    saved = strike.run.bed.folder / "state" / "job_state"
+    told = max([row["time"] for row in strike.run.jobs(strike.stage)] + [row["time"] for row in strike.run.events()])
+    with contextlib.suppress(AssertionError):  # it saves every few seconds, where there is anything new
+        strike.run.wait("a saved state", lambda: saved.exists() and saved.stat().st_mtime > told + 1, SAVED_SECONDS)
     strike.run.bed.kill_controller()
     time.sleep(seconds)
     strike.run.bed.start_controller()
-    return f"back after {seconds:.0f} s"
+    return f"back after {seconds:.0f} s{go_on_if_forgotten(strike.run, strike.stage)}"
+
+
+def go_on_if_forgotten(run: ChainedRun, stage: str) -> str:
+    """A slurmctld that is killed forgets its last seconds: that a job was released, or all jobs of the chain, and then
+    nobody is left to go on. Do what its user would: release it, or start the chain again as `tunesmith resume` does."""
+
+    def known() -> set[int]:
+        return {row["job_id"] for row in run.jobs(stage)} & run.bed.squeue().keys()
+
+    try:
+        run.wait("a job of the chain", lambda: known() or run.events("done", "stopped"), FORGOTTEN_SECONDS)
+    except AssertionError:
+        argv = run.jobs(stage)[0]["argv"]
+        job = run.submit(stage, *argv[2 : argv.index(str(run.script))])
+        return f", and had forgotten all jobs of the chain: started again as job {job}"
+    if held := [job for job in known() if run.bed.job(job)["Reason"] == "JobHeldUser"]:
+        run.bed.client("scontrol", "release", ",".join(map(str, held)))
+        return f", and had forgotten that {held} were released"
+    return ""
 
 
 def scancel(strike: Strike, *options: str) -> str:
