@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
 
+from cluster.orphans import die_with_parent
+
 IMPORTS = "cluster.core_imports"
 
 
@@ -27,6 +29,7 @@ class CoreContext(ForkServerContext):
 
 
 def _call(environment: dict[str, str], target: Callable, **kwargs: object) -> None:
+    die_with_parent()  # Ray, when it ends a process, kills that one's children and not theirs
     os.environ.clear()
     os.environ.update(environment)
     target(**kwargs)

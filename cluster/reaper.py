@@ -27,13 +27,18 @@ def start_reaper() -> None:
 
 
 def reap(watched_pid: int) -> None:
-    """Wait until our parent, `watched_pid`, is gone, and kill the descendants that it had when last looked at."""
+    """Wait until our parent, `watched_pid`, is gone, and kill the descendants that it ever had.
+
+    Ever: those whose own parent ended first, as the last look may be at one that is on its way out, are nobody's then.
+    """
     descendants: set[psutil.Process] = set()  # equal by id and start, so a reused id is never taken for one
     next_look = 0.0
     while os.getppid() == watched_pid:
         if time.monotonic() >= next_look:
+            descendants = {process for process in descendants if process.is_running()}
             with contextlib.suppress(psutil.NoSuchProcess):
-                descendants = {p for p in psutil.Process(watched_pid).children(recursive=True) if p.pid != os.getpid()}
+                found = psutil.Process(watched_pid).children(recursive=True)
+                descendants |= {process for process in found if process.pid != os.getpid()}
             next_look = time.monotonic() + LOOK_SECONDS
         time.sleep(CHECK_SECONDS)
     for process in descendants:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 PROJECT = Path(__file__).parents[2]
@@ -26,6 +27,20 @@ if __name__ == "__main__":
     process.start()
     process.join()
     sys.exit(process.exitcode)
+"""
+ORPHAN = """
+import os, time
+from cluster import core_process
+
+def wait():
+    print("core", os.getpid(), flush=True)
+    time.sleep(600)
+
+if __name__ == "__main__":
+    core_process.IMPORTS = "json"
+    core_process.begin_import()
+    core_process.CoreContext().Process(target=wait, kwargs={}, name="EngineCore").start()
+    time.sleep(600)
 """
 ENGINE = """
 import sys
@@ -55,6 +70,19 @@ def run_script(folder: Path, text: str, *arguments: str) -> str:
 
 def test_what_is_forked_has_the_imports_and_the_environment_of_its_parent_as_it_is_now(tmp_path: Path) -> None:
     assert run_script(tmp_path, FORK) == "True set afterwards None"
+
+
+def test_what_is_forked_is_killed_with_the_one_that_it_was_forked_from(tmp_path: Path) -> None:
+    """Ray kills the children of a process that it ends, and they may lose theirs so."""
+    (tmp_path / "script.py").write_text(ORPHAN)
+    command = [sys.executable, tmp_path / "script.py"]
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as parent:
+        core = psutil.Process(int(parent.stdout.readline().split()[1]))
+        core.parent().kill()
+        _, alive = psutil.wait_procs([core], timeout=30)
+        parent.kill()
+    assert not alive
 
 
 def test_an_engine_of_one_cpu_computes_in_a_process_forked_from_one_with_the_imports(

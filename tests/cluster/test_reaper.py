@@ -16,6 +16,15 @@ while {condition}:
     print(child.pid, flush=True)
     time.sleep(0.5)
 """
+ORPHANED = """
+import subprocess, sys, time
+from cluster.reaper import start_reaper
+start_reaper()
+shell = subprocess.Popen(["sh", "-c", "sleep 600 & echo $!; read line"], stdin=subprocess.PIPE)
+time.sleep(5)  # two looks of the reaper
+shell.communicate()
+time.sleep(5)
+"""
 
 
 @pytest.mark.parametrize("how", ["killed", "exits"])
@@ -33,4 +42,12 @@ def test_descendants_end_with_it(how: str):
         parent.kill()
     parent.wait(60)
     _, alive = psutil.wait_procs(family, timeout=30)
+    assert not alive
+
+
+def test_a_descendant_whose_own_parent_ended_first_ends_with_it_too():
+    parent = subprocess.Popen([sys.executable, "-c", ORPHANED], stdout=subprocess.PIPE, text=True)
+    orphan = psutil.Process(int(parent.stdout.readline()))
+    parent.wait(60)
+    _, alive = psutil.wait_procs([orphan], timeout=30)
     assert not alive
