@@ -97,6 +97,7 @@ class RayJob:
         self._watches = watches
         self._token = new_token()
         self._others: list[subprocess.Popen] = []  # processes on this node
+        self._driver: subprocess.Popen  # one of them, from `main` on
 
     def main(self, command: list[str]) -> int:
         """Bring Ray up, run `command` on it, and take Ray down. Returns the exit code."""
