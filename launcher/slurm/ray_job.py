@@ -111,7 +111,7 @@ class RayJob:
                 self._driver = self._start(command, {**environment, ADDRESS_FILE: str(address)})
                 with contextlib.suppress(DriverEnded):
                     write_json(address, self._bring_up(environment))
-                code = self._drive(self._driver)
+                code = self._drive()
                 word = DONE if code in (EXIT_DONE, EXIT_PREEMPTED) else KEEP_LOGS
                 return code
             finally:
@@ -186,9 +186,9 @@ class RayJob:
             )
         time.sleep(POLL_SECONDS)
 
-    def _drive(self, driver: subprocess.Popen) -> int:
+    def _drive(self) -> int:
         """Wait for the driver's end, watching the nodes beside it."""
-        head, workers = self.steps[0], self.steps[1:]
+        driver, head, workers = self._driver, self.steps[0], self.steps[1:]
         save_until = None  # set once the driver has been asked to stop
         while driver.poll() is None:
             for watch in self._watches:
