@@ -29,9 +29,10 @@ lint: setup ## Check style
 
 bench: bench-synthesis bench-training bench-launch ## Run all measurements
 
-bench-synthesis: ## Measure synthesis against raw vLLM, ray.data.llm, rouge_score and datasets, side by side (half an hour)
+bench-synthesis: ## Measure synthesis against raw vLLM, ray.data.llm, rouge_score and datasets, side by side (three quarters of an hour)
 	@$(PYTHON) launcher/bootstrap.py cpu dev bench
 	@$(BIN)/python -m tests.benchmarks.synthesis --sides raw pool stage ray.data.llm "ray.data.llm, defaults"
+	@$(BIN)/python -m tests.benchmarks.synthesis --sides "raw, its own processes" stage
 	@$(BIN)/python -m tests.benchmarks.novelty
 	@$(BIN)/python -m tests.benchmarks.storage
 

@@ -8,6 +8,7 @@ run/data/inputs.json      what all of it was made from
 """
 
 import asyncio
+import gc
 import json
 import time
 
@@ -92,6 +93,7 @@ class Synthesis:
         self._say_what_is_there(sink, checkpoint)
         self._progress.update(f"starting {inputs.num_engines} engine(s) of {inputs.model_names}")
         async with serving(inputs.players) as models:
+            gc.freeze()  # what is there by now stays: not to be looked through for garbage again and again
             spent = from_json(checkpoint)[1] if checkpoint else None
             requester = Requester(models, self.log, inputs.seed, config.budget, self._attribution, spent)
             method = inputs.method(

@@ -5,11 +5,15 @@ Both engines are up before anything is timed, raw vLLM's and the pool's, and one
 
 import asyncio
 import contextlib
+import gc
 import json
+import multiprocessing
+import os
 import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import psutil
@@ -26,6 +30,7 @@ MODEL = ModelConfig(path=str(ROOT / "models" / "world-base"))
 # With two CPUs the scheduler does, and so takes the core that whoever asks the engine needs.
 ENGINE = EngineConfig(dtype="float32", enforce_eager=True, max_num_seqs=256, cpus_per_engine=1)
 LENGTHS = {"equal (64)": [64], "mixed (8-160)": [8, 16, 32, 64, 160]}
+RAW = {"raw": True, "raw, its own processes": False}  # whether it is one process, as our engines are
 TAIL = 0.95  # share of the rows after which the tail begins
 
 
@@ -72,11 +77,38 @@ async def measured(side: Side, requests: list[GenerationRequest]) -> Pass:
 
 
 @contextlib.contextmanager
-def raw_side() -> Iterator[Side]:
-    """`vllm.LLM.generate` on all requests at once, with the settings of our engines."""
+def raw_side(is_one_process: bool = True) -> Iterator[Side]:
+    """`vllm.LLM.generate` on all requests at once, with the settings of our engines, in a process of its own.
+
+    is_one_process: the model computes where `generate` is called, which vLLM does not do of itself; otherwise its
+    processes and threads are as it comes. In a process of ours the driver of our stage would live in a heap of vLLM's
+    objects, which no driver does.
+    """
+    context = multiprocessing.get_context("spawn")
+    ours, its = context.Pipe()
+    process = context.Process(target=_serve_raw, args=(its, is_one_process))
+    process.start()
+    its.close()
+    if not ours.recv():
+        raise RuntimeError("raw vLLM did not come up")
+
+    async def generate(requests: list[GenerationRequest]) -> Rows:
+        ours.send(requests)
+        return [(0.0, await asyncio.to_thread(ours.recv))]
+
+    yield generate
+    ours.send(None)
+    process.join()
+
+
+def _serve_raw(pipe: Connection, is_one_process: bool) -> None:
+    """Answer every list of requests in the pipe with the number of tokens made of it, until None comes."""
     from cluster.engine import set_environment, vllm_sampling
 
     set_environment(ENGINE, MODEL, num_gpus=0)
+    if not is_one_process:
+        for name in ("VLLM_CPU_OMP_THREADS_BIND", "VLLM_ENABLE_V1_MULTIPROCESSING", "OMP_NUM_THREADS"):
+            del os.environ[name]
     from vllm import LLM
 
     llm = LLM(
@@ -87,12 +119,10 @@ def raw_side() -> Iterator[Side]:
         generation_config="vllm",
         enable_chunked_prefill=False,  # as our engines on a CPU: with it, seeded requests kill the engine
     )
-
-    async def generate(requests: list[GenerationRequest]) -> Rows:
+    pipe.send(True)
+    while (requests := pipe.recv()) is not None:
         done = llm.generate([r.prompt for r in requests], [vllm_sampling(r.sampling) for r in requests], use_tqdm=False)
-        return [(0.0, sum(len(output.outputs[0].token_ids) for output in done))]
-
-    yield generate
+        pipe.send(sum(len(output.outputs[0].token_ids) for output in done))
     llm.llm_engine.engine_core.shutdown()  # its processes would keep this one from ending
 
 
@@ -125,6 +155,7 @@ async def sides_of(names: Sequence[str]) -> AsyncIterator[dict[str, Side]]:
         async with EnginePool.start(ENGINE, MODEL) as pool:
             every = {"pool": pool_side(pool), "stage": stage_side(pool, Path(folder))}
             with contextlib.ExitStack() as stack:
-                if "raw" in names:
-                    every["raw"] = stack.enter_context(raw_side())
+                for name in RAW.keys() & set(names):
+                    every[name] = stack.enter_context(raw_side(RAW[name]))
+                gc.freeze()  # as the stage does when its engines are up
                 yield {name: every[name] for name in names}
