@@ -89,20 +89,21 @@ def raw_side(is_one_process: bool = True) -> Iterator[Side]:
     process = context.Process(target=_serve_raw, args=(its, is_one_process))
     process.start()
     its.close()
-    if not ours.recv():
-        raise RuntimeError("raw vLLM did not come up")
+    ours.recv()  # it is up, or has died and this raises EOFError
 
     async def generate(requests: list[GenerationRequest]) -> Rows:
         ours.send(requests)
         return [(0.0, await asyncio.to_thread(ours.recv))]
 
-    yield generate
-    ours.send(None)
-    process.join()
+    try:
+        yield generate
+    finally:
+        ours.close()
+        process.join()
 
 
 def _serve_raw(pipe: Connection, is_one_process: bool) -> None:
-    """Answer every list of requests in the pipe with the number of tokens made of it, until None comes."""
+    """Answer every list of requests in the pipe with the number of tokens made of it, until the pipe is closed."""
     from cluster.engine import set_environment, vllm_sampling
 
     set_environment(ENGINE, MODEL, num_gpus=0)
@@ -120,9 +121,12 @@ def _serve_raw(pipe: Connection, is_one_process: bool) -> None:
         enable_chunked_prefill=False,  # as our engines on a CPU: with it, seeded requests kill the engine
     )
     pipe.send(True)
-    while (requests := pipe.recv()) is not None:
-        done = llm.generate([r.prompt for r in requests], [vllm_sampling(r.sampling) for r in requests], use_tqdm=False)
-        pipe.send(sum(len(output.outputs[0].token_ids) for output in done))
+    with contextlib.suppress(EOFError):
+        while True:
+            requests: list[GenerationRequest] = pipe.recv()
+            sampling = [vllm_sampling(request.sampling) for request in requests]
+            done = llm.generate([request.prompt for request in requests], sampling, use_tqdm=False)
+            pipe.send(sum(len(output.outputs[0].token_ids) for output in done))
     llm.llm_engine.engine_core.shutdown()  # its processes would keep this one from ending
 
 
