@@ -77,7 +77,7 @@ async def measured(side: Side, requests: list[GenerationRequest]) -> Pass:
 
 
 @contextlib.contextmanager
-def raw_side(is_one_process: bool = True) -> Iterator[Side]:
+def raw_side(is_one_process: bool) -> Iterator[Side]:
     """`vllm.LLM.generate` on all requests at once, with the settings of our engines, in a process of its own.
 
     is_one_process: the model computes where `generate` is called, which vLLM does not do of itself; otherwise its
