@@ -29,10 +29,11 @@ lint: setup ## Check style
 
 bench: bench-synthesis bench-training bench-launch ## Run all measurements
 
-bench-synthesis: ## Measure synthesis against raw vLLM, ray.data.llm, rouge_score and datasets, side by side (three quarters of an hour)
+bench-synthesis: ## Measure synthesis against raw vLLM, ray.data.llm, rouge_score and datasets, side by side (an hour and a quarter)
 	@$(PYTHON) launcher/bootstrap.py cpu dev bench
 	@$(BIN)/python -m tests.benchmarks.synthesis --sides raw pool stage ray.data.llm "ray.data.llm, defaults"
 	@$(BIN)/python -m tests.benchmarks.synthesis --sides "raw, its own processes" stage
+	@$(BIN)/python -m tests.benchmarks.job
 	@$(BIN)/python -m tests.benchmarks.novelty
 	@$(BIN)/python -m tests.benchmarks.storage
 

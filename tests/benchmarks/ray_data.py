@@ -68,7 +68,7 @@ def main() -> None:
 
     form, lengths, num_requests = sys.argv[1:]
     ray.init(num_cpus=8, include_dashboard=False)  # each of its stages reserves a CPU for itself
-    rate = rate_of_ray_data(requests_of(LENGTHS[lengths], int(num_requests)), ENGINE, MODEL, form == "tuned")
+    rate = rate_of_ray_data(requests_of(LENGTHS[lengths], int(num_requests), 0), ENGINE, MODEL, form == "tuned")
     ray.shutdown()
     print(f"rate {rate}")
 

@@ -9,6 +9,7 @@ import gc
 import json
 import multiprocessing
 import os
+import random
 import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
@@ -34,16 +35,21 @@ RAW = {"raw": True, "raw, its own processes": False}  # whether it is one proces
 TAIL = 0.95  # share of the rows after which the tail begins
 
 
-def requests_of(lengths: Sequence[int], count: int) -> list[GenerationRequest]:
-    """Prompts of the model's own seeds, several in each so that most completions reach `max_tokens`."""
+def requests_of(lengths: Sequence[int], count: int, draw: int) -> list[GenerationRequest]:
+    """Prompts as Self-Instruct's: the model's own seeds, eight in each, so that most completions reach `max_tokens`.
+
+    draw: every number gives other prompts and seeds. The same ones again would be no work that anyone has: vLLM would
+    find each prompt computed, and, where it also batches them as before, each matrix multiplication compiled.
+    """
     own = Path(MODEL.path) / "tunesmith" / "seed_tasks.jsonl"
     seeds = [json.loads(line)["instruction"] for line in own.open()]
+    rng = random.Random(draw)
     requests = []
     for number in range(count):
-        shown = [seeds[(number + shift) % len(seeds)] for shift in range(8)]
-        listed = "\n".join(f"{place}. {text}" for place, text in enumerate(shown, 1))
+        listed = "\n".join(f"{place}. {text}" for place, text in enumerate(rng.sample(seeds, 8), 1))
         prompt = f"Come up with a series of tasks:\n{listed}\n9."
-        sampling = Sampling(temperature=1.0, max_tokens=lengths[number % len(lengths)], seed=number)
+        max_tokens = lengths[number % len(lengths)]
+        sampling = Sampling(temperature=1.0, max_tokens=max_tokens, seed=rng.getrandbits(32))
         requests.append(GenerationRequest(str(number), prompt, sampling))
     return requests
 
@@ -121,13 +127,18 @@ def _serve_raw(pipe: Connection, is_one_process: bool) -> None:
         enable_chunked_prefill=False,  # as our engines on a CPU: with it, seeded requests kill the engine
     )
     pipe.send(True)
-    with contextlib.suppress(EOFError):
-        while True:
-            requests: list[GenerationRequest] = pipe.recv()
-            sampling = [vllm_sampling(request.sampling) for request in requests]
-            done = llm.generate([request.prompt for request in requests], sampling, use_tqdm=False)
-            pipe.send(sum(len(output.outputs[0].token_ids) for output in done))
+    for requests in iter(lambda: _received(pipe), None):
+        sampling = [vllm_sampling(request.sampling) for request in requests]
+        done = llm.generate([request.prompt for request in requests], sampling, use_tqdm=False)
+        pipe.send(sum(len(output.outputs[0].token_ids) for output in done))
     llm.llm_engine.engine_core.shutdown()  # its processes would keep this one from ending
+
+
+def _received(pipe: Connection) -> list[GenerationRequest] | None:
+    """What comes out of the pipe; None when its other end is closed."""
+    with contextlib.suppress(EOFError):
+        return pipe.recv()
+    return None
 
 
 def pool_side(pool: EnginePool) -> Side:
@@ -154,12 +165,15 @@ def stage_side(pool: EnginePool, folder: Path) -> Side:
 
 @contextlib.asynccontextmanager
 async def sides_of(names: Sequence[str]) -> AsyncIterator[dict[str, Side]]:
-    """The sides by name, their engines up."""
-    with tempfile.TemporaryDirectory() as folder, ray_session(Path(folder) / "ray"):
-        async with EnginePool.start(ENGINE, MODEL) as pool:
-            every = {"pool": pool_side(pool), "stage": stage_side(pool, Path(folder))}
-            with contextlib.ExitStack() as stack:
-                for name in RAW.keys() & set(names):
-                    every[name] = stack.enter_context(raw_side(RAW[name]))
-                gc.freeze()  # as the stage does when its engines are up
-                yield {name: every[name] for name in names}
+    """The sides by name, their engines up, and none beside them."""
+    every: dict[str, Side] = {}
+    async with contextlib.AsyncExitStack() as stack:
+        if not RAW.keys() >= set(names):
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            stack.enter_context(ray_session(folder / "ray"))
+            pool = await stack.enter_async_context(EnginePool.start(ENGINE, MODEL))
+            every = {"pool": pool_side(pool), "stage": stage_side(pool, folder)}
+        for name in RAW.keys() & set(names):
+            every[name] = stack.enter_context(raw_side(RAW[name]))
+        gc.freeze()  # as the stage does when its engines are up
+        yield {name: every[name] for name in names}

@@ -1,18 +1,21 @@
 """Output tokens per second of our pool and our whole stage against raw vLLM and a peer: `make bench-synthesis`.
 
-Same model, prompts and sampling on every side. In each round every side makes one whole pass over the requests, one
-after the other, another of them first each time, so that a share of raw vLLM's speed is that of the same minute; the
-first round is a warm-up. Beside the rates stand the CPU time of a pass, which says more than the clock where others use
-the machine too, and the tail: the share of a pass that its last 5 % of rows took. `ray.data.llm` starts its engine anew
-for each pass; see ray_data.py.
+Same model, prompts and sampling on both sides of a ratio: each of ours takes turns with raw vLLM on requests that
+neither has seen, one whole pass each, the other of them first every second round, so that a share of raw vLLM's speed
+is that of the same minute; the first round is a warm-up. Beside the rates stand the CPU time of a pass, which says more
+than the clock where others use the machine too, and the tail: the share of a pass that its last 5 % of rows took.
+`ray.data.llm` starts its engine anew for each pass; see ray_data.py.
 """
 
 import argparse
 import asyncio
+import itertools
 import os
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from rich.console import Console
 from rich.table import Table
@@ -23,25 +26,38 @@ OURS = (*RAW, "pool", "stage")
 PEERS = {"ray.data.llm": "tuned", "ray.data.llm, defaults": "defaults"}
 
 
+@dataclass
+class Found:
+    """What was measured of a side."""
+
+    passes: list[Pass] = field(default_factory=list)
+    of_raw: list[float] = field(default_factory=list)  # its speed by raw vLLM's on the same requests, pass by pass
+
+
 async def measure(names: list[str], lengths: list[str], num_requests: int, num_rounds: int) -> dict[str, dict]:
-    """Passes by lengths and side, in the order of the rounds."""
-    found: dict[str, dict[str, list[Pass]]] = {}
+    """What was found by lengths and side, in the order of the rounds."""
+    found: dict[str, dict[str, Found]] = {name: {side: Found() for side in names} for name in lengths}
+    draws = itertools.count()
     async with sides_of(names) as sides:
         for name in lengths:
-            requests = requests_of(LENGTHS[name], num_requests)
-            passes: dict[str, list[Pass]] = {side: [] for side in sides}
             for number in range(num_rounds + 1):
-                for side in rotated(list(sides), number):
-                    print(f"{name}: round {number}, {side}", file=sys.stderr, flush=True)
-                    passes[side].append(await measured(sides[side], requests))
-            found[name] = {side: some[1:] for side, some in passes.items()}
+                for pair in pairs_of(names):
+                    requests = requests_of(LENGTHS[name], num_requests, next(draws))
+                    passes = {}
+                    for side in pair if number % 2 else reversed(pair):
+                        print(f"{name}: round {number}, {side}", file=sys.stderr, flush=True)
+                        passes[side] = await measured(sides[side], requests)
+                    for side, one in passes.items() if number else ():
+                        found[name][side].passes.append(one)
+                        found[name][side].of_raw.append(one.tokens_per_second / passes[pair[0]].tokens_per_second)
     return found
 
 
-def rotated(sides: list[str], places: int) -> list[str]:
-    """The sides in their order, but another first."""
-    places %= len(sides)
-    return sides[places:] + sides[:places]
+def pairs_of(sides: Sequence[str]) -> list[list[str]]:
+    """The sides that take turns on the same requests: raw vLLM, in the first layout among them, and each other one."""
+    raw = next((side for side in RAW if side in sides), None)
+    others = [side for side in sides if side != raw]
+    return [[raw, side] for side in others] if raw and others else [[side] for side in sides]
 
 
 def rate_of_peer(peer: str, lengths: str, num_requests: int) -> Pass:
@@ -65,27 +81,25 @@ def main() -> None:
     arguments = parser.parse_args()
     ours = [side for side in arguments.sides if side in OURS]
     found = asyncio.run(measure(ours, arguments.lengths, arguments.requests, arguments.rounds))
-    for lengths, passes in found.items():
+    for lengths, sides in found.items():
         for peer in (side for side in arguments.sides if side in PEERS):
-            passes[peer] = [rate_of_peer(peer, lengths, arguments.requests) for _ in range(arguments.peer_passes)]
+            passes = [rate_of_peer(peer, lengths, arguments.requests) for _ in range(arguments.peer_passes)]
+            raw = statistics.median(one.tokens_per_second for one in sides[pairs_of(ours)[0][0]].passes)
+            sides[peer] = Found(passes, [one.tokens_per_second / raw for one in passes])
     table = Table(title=f"{arguments.requests} requests: medians (min-max)", title_justify="left")
     for column in ("output lengths", "side", "output tokens/s", "of raw", "CPU s a pass", "tail"):
         table.add_column(column, justify="left" if column in ("output lengths", "side") else "right")
-    for lengths, passes in found.items():
-        raw = next((passes[name] for name in RAW if name in passes), None)
-        for side, some in passes.items():
-            table.add_row(lengths, side, *cells_of(some, raw or some))
+    for lengths, sides in found.items():
+        for side, some in sides.items():
+            table.add_row(lengths, side, *cells_of(some))
     Console(width=120).print(table)
     print(f"load average {os.getloadavg()[0]:.1f} on {len(os.sched_getaffinity(0))} cores")
 
 
-def cells_of(some: list[Pass], raw: list[Pass]) -> list[str]:
-    """The cells of a side: its medians, and its share of raw vLLM's speed, round by round where both took part."""
+def cells_of(found: Found) -> list[str]:
+    """The cells of a side: its medians, and what they range over."""
+    some, ratios = found.passes, found.of_raw
     rates = [one.tokens_per_second for one in some]
-    against = [one.tokens_per_second for one in raw]
-    if len(against) != len(rates):
-        against = [statistics.median(against)] * len(rates)
-    ratios = [own / other for own, other in zip(rates, against, strict=True)]
     tails = [one.tail for one in some if one.tail is not None]
     cpu = statistics.median(one.cpu_seconds for one in some)
     return [
