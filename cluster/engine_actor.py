@@ -15,6 +15,7 @@ from cluster.config import ModelConfig
 from cluster.engine import EngineInfo
 from cluster.engine_config import Completion, EngineConfig, EngineReport, GenerationRequest
 from cluster.errors import TunesmithError
+from cluster.ray_folder import keep_temporary_files_there
 from cluster.reaper import start_reaper
 
 Answer = Completion | str  # a string is the engine's own error for this one request
@@ -35,6 +36,7 @@ class EngineActor:
 
     def __init__(self, config: EngineConfig, model: ModelConfig, num_gpus: int, adapters: tuple[str, ...]) -> None:
         start_reaper()
+        keep_temporary_files_there()
         module, _, name = config.backend.partition(":")
         try:
             self._backend = getattr(importlib.import_module(module), name)(config, model, num_gpus, adapters)

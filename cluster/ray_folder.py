@@ -26,6 +26,7 @@ RAY_FOLDER = "r"
 LOGS = f"{RAY_FOLDER}?/session_2*/logs"
 KEPT_LOGS = ("start?.log", f"{LOGS}/worker-*", f"{LOGS}/raylet.*", f"{LOGS}/gcs_server.*")
 LEFTOVER_SECONDS = 600.0
+ENGINE_FILES = "VLLM_RPC_BASE_PATH"  # vLLM's name for where its sockets are
 MAX_SOCKET_FOLDER_CHARS = 45  # Ray appends about 60, and the kernel takes 107 for a socket's path
 
 
@@ -104,8 +105,17 @@ def ray_environment(folder: Path) -> dict[str, str]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
         "RAY_worker_niceness": "0",  # Ray's 15 would let any other process starve the engines
-        "VLLM_RPC_BASE_PATH": str(folder),  # a killed engine leaves its sockets
+        ENGINE_FILES: str(folder),  # a killed engine leaves its sockets
     }
+
+
+def keep_temporary_files_there() -> None:
+    """Let this process and those it starts keep temporary files in the folder of the Ray it is in, if that is ours.
+
+    An engine is killed at its end, as Ray does it, and removes nothing: elsewhere it would stay for good.
+    """
+    if folder := os.environ.get(ENGINE_FILES):
+        os.environ["TMPDIR"] = tempfile.tempdir = folder
 
 
 def keep_logs(folder: Path, destination: Path) -> None:

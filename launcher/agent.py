@@ -1,14 +1,16 @@
 """torchrun as the supervisor of a node needs it: `python -m launcher.agent <torchrun's arguments>`.
 
-It differs from torchrun in two things.
+It differs from torchrun in three things.
 - It ends with the exit code of the rank that failed first, where torchrun ends with 1 whatever happened, so that
   "preempted, start me again" (75) and "bad input" (2) arrive at whoever started the job.
 - It survives the signals that mean "save and stop". torchrun dies of SIGUSR1 and SIGUSR2, and on SIGTERM gives the
   ranks 30 s. Here the ranks decide, and those that did not save in time are ended by Slurm's own deadline.
+- Its folder for what ranks say of their failures goes with it; torchrun leaves one in /tmp each time.
 """
 
 import signal
 import sys
+import tempfile
 from collections.abc import Iterable
 from typing import Protocol
 
@@ -45,7 +47,8 @@ def main() -> int:
     from torch.distributed.run import parse_args, run
 
     try:
-        run(parse_args(["--signals-to-handle", HANDLED_BY_TORCH, *sys.argv[1:]]))
+        with tempfile.TemporaryDirectory(prefix="tunesmith-ranks-") as failures:
+            run(parse_args(["--signals-to-handle", HANDLED_BY_TORCH, "--log-dir", failures, *sys.argv[1:]]))
     except ChildFailedError as error:
         code = exit_code_of(error.failures.values()) if error.failures else EXIT_FAILED
         if code != EXIT_PREEMPTED:  # which is no failure

@@ -101,7 +101,7 @@ def main() -> None:
         recipe = {"name": "bench", "seed": 0, "model": {"path": str(folder / "model")}, "train": settings}
         (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
         print("saving and loading under two ranks", file=sys.stderr, flush=True)
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", f"--log-dir={folder}"]
         saved = json.loads(output_of([*torchrun, "-m", "tests.benchmarks.saving_worker", run, arguments.rounds]))
         print("exporting", file=sys.stderr, flush=True)
         exported = json.loads(output_of(["-m", "tests.benchmarks.saving", "--export", run]))

@@ -59,6 +59,7 @@ def write_texts(file: Path, model: Path, num_documents: int) -> list[int]:
 def measure(side: str, folder: Path, arguments: argparse.Namespace) -> list[float]:
     """Useful tokens per second of the timed steps of one process group."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={NUM_PROCESSES}"]
+    torchrun.append(f"--log-dir={folder}")  # it leaves one in /tmp otherwise
     command = [*torchrun, "-m", "tests.benchmarks.training_sides", side, str(folder), str(arguments.steps)]
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False)

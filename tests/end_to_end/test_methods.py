@@ -2,7 +2,9 @@
 
 import asyncio
 import json
+import os
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -89,8 +91,14 @@ def test_evol_instruct_from_the_command_line(tmp_path):
     command = [str(ROOT / ".venv/bin/tunesmith"), "synthesize", "recipes/evol_instruct.yaml"]
     command += ["synthesize.max_instructions=24", "synthesize.num_rounds=2"]
     command += ["--run-dir", str(tmp_path / "run")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+    with tempfile.TemporaryDirectory(prefix="ts") as scratch:  # tmp_path is too long for Ray's sockets
+        environment = {**os.environ, "TMPDIR": scratch}
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False
+        )
+        left = [path.name for path in Path(scratch).iterdir()]
     assert done.returncode == 0, done.stdout + done.stderr
+    assert left == []
     rows = load_from_disk(str(tmp_path / "run" / "data" / "synthesized"))
     rejected = load_from_disk(str(tmp_path / "run" / "data" / "rejected"))
     assert set(rows["round"]) == {0, 1, 2} and set(rows["method"]) == {"evol_instruct"}

@@ -165,7 +165,8 @@ def local_node(tmp_path: Path) -> Iterator[LocalNode]:
     script.write_text(RANK)
     command = [sys.executable, "-m", "launcher.node", "--procs-per-node=2", "exec", str(tmp_path), "--", str(script)]
     environ = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
-    process = subprocess.Popen([*command, str(tmp_path)], env=environ)
+    (scratch := tmp_path / "scratch").mkdir()
+    process = subprocess.Popen([*command, str(tmp_path)], env={**environ, "TMPDIR": str(scratch)})
     yield LocalNode(process, tmp_path)
     for child in psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []:
         child.kill()
@@ -189,6 +190,7 @@ def test_a_stop_signal_reaches_ranks_that_take_their_handlers_late_and_all_of_th
     assert (local_node.folder / "saved-0").exists() and (local_node.folder / "saved-1").exists()
     word = local_node.word()
     assert (word["exit_code"], sorted(word["signals"])) == (75, ["SIGTERM", "SIGUSR2"])
+    assert list((local_node.folder / "scratch").iterdir()) == []
 
 
 def test_stopped_before_any_rank_began_is_preempted_and_leaves_no_process(local_node: LocalNode) -> None:

@@ -7,7 +7,6 @@ the documents of a step one by one, and divides the sum of their token losses by
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +19,7 @@ from tests.trainer.tools import (
     chat_documents,
     chosen,
     names_of,
+    torchrun,
     trace,
     weights,
     write_chats,
@@ -89,8 +89,7 @@ def trained(request, tmp_path_factory, chat_model: Path) -> dict[str, Path]:
     data = write_chats(root / "chats.jsonl", chat_documents(37))
     jobs = chosen(request, JOBS, LONG)
     runs = {name: write_job(root / name, chat_model, data, **COMMON | settings) for name, settings in jobs.items()}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*torchrun, "-m", "tests.trainer.exact_worker", *map(str, runs.values())]
+    command = [*torchrun(2, root), "tests.trainer.exact_worker", *map(str, runs.values())]
     environ = {**os.environ, "OMP_NUM_THREADS": "1"}
     log = root / "output.txt"
     with open(log, "w") as output:

@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from tests.trainer.tools import (
     chosen,
     names_of,
     save_llama,
+    torchrun,
     train_here,
     write_chats,
     write_job,
@@ -44,8 +44,7 @@ def measured(request, tmp_path_factory, tokenizer) -> dict[str, tuple[dict, Path
     common = {"micro_batch_size": 2, "global_batch_size": 8, "max_seq_len": 256, "zero": SMALL_BUCKETS}
     jobs = chosen(request, MEASURED, LONG)
     runs = [write_job(root / name, model, data, **common, **settings) for name, settings in jobs.items()]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*torchrun, "-m", "tests.trainer.memory_worker", root / "measured.json", *runs]
+    command = [*torchrun(2, root), "tests.trainer.memory_worker", root / "measured.json", *runs]
     environ = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         list(map(str, command)), env=environ, capture_output=True, text=True, timeout=DEADLINE_SECONDS

@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,14 +15,21 @@ from tests.trainer.test_exactness import (
     assert_same_weights,
     reference_of,
 )
-from tests.trainer.tools import DEADLINE_SECONDS, chat_documents, trace, weights, write_chats, write_job
+from tests.trainer.tools import (
+    DEADLINE_SECONDS,
+    chat_documents,
+    torchrun,
+    trace,
+    weights,
+    write_chats,
+    write_job,
+)
 
 pytestmark = pytest.mark.long
 
 
-def torchrun(num_ranks: int, module: str, *arguments: object) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
-    command += ["-m", f"tests.trainer.{module}", *map(str, arguments)]
+def run_ranks(folder: Path, num_ranks: int, module: str, *arguments: object) -> None:
+    command = [*torchrun(num_ranks, folder), f"tests.trainer.{module}", *map(str, arguments)]
     environ = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=DEADLINE_SECONDS)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
@@ -35,7 +41,7 @@ def test_two_groups_of_two_ranks_train_as_plain_pytorch_does(tmp_path: Path, cha
         write_job(tmp_path / f"zero{stage}", chat_model, data, **COMMON | SHARED, zero_stage=stage)
         for stage in (1, 2, 3)
     ]
-    torchrun(4, "exact_worker", *runs)
+    run_ranks(tmp_path, 4, "exact_worker", *runs)
     for run in runs:
         expected, lm = reference_of(run)
         assert_same_trace(run, expected, TOLERANCE)
@@ -49,10 +55,10 @@ def test_stopped_they_go_on_bit_for_bit(tmp_path: Path, chat_model: Path, stage:
         write_job(tmp_path / name, chat_model, data, **COMMON | SHARED, num_epochs=2, zero_stage=stage)
         for name in ("whole", "stopped")
     )
-    torchrun(2, "elastic_worker", whole, 0)
-    torchrun(2, "elastic_worker", stopped, 3)
+    run_ranks(tmp_path, 2, "elastic_worker", whole, 0)
+    run_ranks(tmp_path, 2, "elastic_worker", stopped, 3)
     assert max(trace(stopped)) == 3 < max(trace(whole))
-    torchrun(2, "elastic_worker", stopped, 0)
+    run_ranks(tmp_path, 2, "elastic_worker", stopped, 0)
     assert trace(stopped) == trace(whole)
     found, wanted = weights(stopped), weights(whole)
     assert all(torch.equal(found[key], wanted[key]) for key in wanted) and found.keys() == wanted.keys()

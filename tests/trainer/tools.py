@@ -127,6 +127,12 @@ def weights(run: Path) -> dict:
     return tensors
 
 
+def torchrun(num_ranks: int, folder: Path) -> list[str]:
+    """The beginning of a command that runs a module as so many ranks. What torch leaves is in `folder`, not in /tmp."""
+    own = ["--standalone", f"--nproc-per-node={num_ranks}", f"--log-dir={folder}"]
+    return [sys.executable, "-m", "torch.distributed.run", *own, "-m"]
+
+
 def start_command(*arguments: object, cwd: Path) -> subprocess.Popen:
     """Start `tunesmith ...` as a user would, its output into `cwd`/output.txt."""
     environ = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "LOCAL_RANK"))}
