@@ -6,6 +6,7 @@ moment the last is finished: no start counts.
 
 import os
 import sys
+import tempfile
 import time
 
 from cluster.config import ModelConfig
@@ -67,10 +68,13 @@ def main() -> None:
     import ray
 
     form, lengths, num_requests = sys.argv[1:]
-    ray.init(num_cpus=8, include_dashboard=False)  # each of its stages reserves a CPU for itself
-    rate = rate_of_ray_data(requests_of(LENGTHS[lengths], int(num_requests), 0), ENGINE, MODEL, form == "tuned")
-    ray.shutdown()
-    print(f"rate {rate}")
+    with tempfile.TemporaryDirectory(prefix="rd", ignore_cleanup_errors=True) as scratch:  # engines leave their sockets
+        os.environ["TMPDIR"] = scratch
+        # Each of its stages reserves a CPU for itself.
+        ray.init(num_cpus=8, include_dashboard=False, _temp_dir=f"{scratch}/ray")
+        rate = rate_of_ray_data(requests_of(LENGTHS[lengths], int(num_requests), 0), ENGINE, MODEL, form == "tuned")
+        print(f"rate {rate}", flush=True)
+        ray.shutdown()
 
 
 if __name__ == "__main__":

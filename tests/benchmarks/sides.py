@@ -92,7 +92,8 @@ def raw_side(is_one_process: bool) -> Iterator[Side]:
     """
     context = multiprocessing.get_context("spawn")
     ours, its = context.Pipe()
-    process = context.Process(target=_serve_raw, args=(its, is_one_process))
+    scratch = tempfile.TemporaryDirectory()
+    process = context.Process(target=_serve_raw, args=(its, is_one_process, scratch.name))
     process.start()
     its.close()
     ours.recv()  # it is up, or has died and this raises EOFError
@@ -106,10 +107,12 @@ def raw_side(is_one_process: bool) -> Iterator[Side]:
     finally:
         ours.close()
         process.join()
+        scratch.cleanup()
 
 
-def _serve_raw(pipe: Connection, is_one_process: bool) -> None:
+def _serve_raw(pipe: Connection, is_one_process: bool, scratch: str) -> None:
     """Answer every list of requests in the pipe with the number of tokens made of it, until the pipe is closed."""
+    os.environ["TMPDIR"] = tempfile.tempdir = scratch  # vLLM leaves its sockets
     from cluster.engine import set_environment, vllm_sampling
 
     set_environment(ENGINE, MODEL, num_gpus=0)
