@@ -92,22 +92,21 @@ def raw_side(is_one_process: bool) -> Iterator[Side]:
     """
     context = multiprocessing.get_context("spawn")
     ours, its = context.Pipe()
-    scratch = tempfile.TemporaryDirectory()
-    process = context.Process(target=_serve_raw, args=(its, is_one_process, scratch.name))
-    process.start()
-    its.close()
-    ours.recv()  # it is up, or has died and this raises EOFError
 
     async def generate(requests: list[GenerationRequest]) -> Rows:
         ours.send(requests)
         return [(0.0, await asyncio.to_thread(ours.recv))]
 
-    try:
-        yield generate
-    finally:
-        ours.close()
-        process.join()
-        scratch.cleanup()
+    with tempfile.TemporaryDirectory() as scratch:
+        process = context.Process(target=_serve_raw, args=(its, is_one_process, scratch))
+        process.start()
+        its.close()
+        try:
+            ours.recv()  # it is up, or has died and this raises EOFError
+            yield generate
+        finally:
+            ours.close()
+            process.join()
 
 
 def _serve_raw(pipe: Connection, is_one_process: bool, scratch: str) -> None:
