@@ -15,14 +15,14 @@ import time
 from rich.console import Console
 from rich.table import Table
 
-from tests.benchmarks.sides import LENGTHS, ROOT, requests_of, sides_of
+from tests.benchmarks.sides import LENGTHS, RAW, ROOT, requests_of, sides_of
+from tests.benchmarks.synthesis import PEERS
 
 DONE = "rate "  # begins the line that a side prints when it has the last row
-OF_OURS = ("raw", "raw, its own processes", "stage")
+OURS = (*RAW, "stage")
 COMMANDS = {
-    **{side: ["tests.benchmarks.job", "--only", side] for side in OF_OURS},
-    "ray.data.llm": ["tests.benchmarks.ray_data", "tuned"],
-    "ray.data.llm, defaults": ["tests.benchmarks.ray_data", "defaults"],
+    **{side: ["tests.benchmarks.job", "--only", side] for side in OURS},
+    **{peer: ["tests.benchmarks.ray_data", form] for peer, form in PEERS.items()},
 }
 
 
@@ -36,7 +36,7 @@ async def run_one(side: str, lengths: str, num_requests: int) -> None:
 
 
 def seconds_of(side: str, lengths: str, num_requests: int) -> float:
-    """Start one side in a new process, and wait until it has the last row and has ended."""
+    """Seconds from the start of a side in a new process to its last row. Returns when that process has ended."""
     print(f"{num_requests} requests: {side}", file=sys.stderr, flush=True)
     module, *arguments = COMMANDS[side]
     command = [sys.executable, "-m", module, *arguments, lengths, str(num_requests)]
@@ -52,7 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--turns", type=int, default=3, help="timed runs of each side")
     parser.add_argument("--sides", nargs="+", choices=COMMANDS, default=list(COMMANDS))
-    parser.add_argument("--only", choices=OF_OURS, help="run this side once, here, and time nothing")
+    parser.add_argument("--only", choices=OURS, help="run this side once, here, and time nothing")
     parser.add_argument("lengths", nargs="?", choices=LENGTHS, default="mixed (8-160)")
     parser.add_argument("requests", nargs="*", type=int, default=[256, 1024])
     arguments = parser.parse_args()

@@ -55,9 +55,8 @@ async def measure(names: list[str], lengths: list[str], num_requests: int, num_r
 
 def pairs_of(sides: Sequence[str]) -> list[list[str]]:
     """The sides that take turns on the same requests: raw vLLM, in the first layout among them, and each other one."""
-    raw = next((side for side in RAW if side in sides), None)
-    others = [side for side in sides if side != raw]
-    return [[raw, side] for side in others] if raw and others else [[side] for side in sides]
+    raw = next(side for side in RAW if side in sides)
+    return [[raw, side] for side in sides if side != raw] or [[raw]]
 
 
 def rate_of_peer(peer: str, lengths: str, num_requests: int) -> Pass:
@@ -79,6 +78,8 @@ def main() -> None:
     parser.add_argument("--sides", nargs="+", choices=[*OURS, *PEERS], default=("raw", "pool", "stage"))
     parser.add_argument("--lengths", nargs="+", choices=LENGTHS, default=list(LENGTHS))
     arguments = parser.parse_args()
+    if not RAW.keys() & set(arguments.sides):
+        parser.error(f"--sides: add what the others are compared with, one of {', '.join(map(repr, RAW))}")
     ours = [side for side in arguments.sides if side in OURS]
     found = asyncio.run(measure(ours, arguments.lengths, arguments.requests, arguments.rounds))
     for lengths, sides in found.items():
