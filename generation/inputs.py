@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.config import ModelConfig
-from cluster.engine_config import EngineConfig
+from cluster.engines.config import EngineConfig
 from cluster.errors import InputError
 from cluster.files import sha256_file, sha256_json, write_json
 from cluster.model_source import fingerprint_folder
-from cluster.rundir import RunDir
+from cluster.run.rundir import RunDir
 from generation.config import Role, SynthesisConfig
 from generation.judge import PROMPTS as JUDGE_PROMPTS
 from generation.method import Method

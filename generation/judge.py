@@ -3,7 +3,7 @@
 import asyncio
 from dataclasses import replace
 
-from cluster.engine_config import Sampling, StructuredOutput
+from cluster.engines.config import Sampling, StructuredOutput
 from generation.config import JudgeConfig
 from generation.filters import Draft, Rejection
 from generation.method import Outcome

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 
 import pyarrow as pa
 
-from cluster.engine_config import Completion, Sampling
+from cluster.engines.config import Completion, Sampling
 from cluster.files import sha256_json
 from generation.filters import Draft, Instance, Neighbor, Rejection
 

@@ -16,8 +16,8 @@ from pathlib import Path
 import msgspec
 
 from cluster.errors import InputError
-from cluster.fence import Fence
 from cluster.files import explain_full_disk, fsync_folder
+from cluster.run.fence import Fence
 from generation.log_segments import (
     ID_BYTES,
     Records,

@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 from cluster.config import ModelConfig
-from cluster.engine_config import Completion, GenerationRequest, Sampling
-from cluster.engine_config import Prompt as EnginePrompt
+from cluster.engines.config import Completion, GenerationRequest, Sampling
+from cluster.engines.config import Prompt as EnginePrompt
+from cluster.engines.pool import EnginePool
 from cluster.errors import TunesmithError
 from cluster.files import sha256_json
-from cluster.pool import EnginePool
 from generation.attribution import Attribution
 from generation.config import BudgetConfig, Role
 from generation.records import Production

@@ -10,10 +10,10 @@ from pathlib import Path
 import ray
 
 from cluster.config import ModelConfig
-from cluster.engine_config import EngineConfig
+from cluster.engines.config import EngineConfig
+from cluster.engines.pool import EnginePool
 from cluster.errors import InputError
 from cluster.model_source import fingerprint_folder, locate_model, model_revision
-from cluster.pool import EnginePool
 from generation.config import Role, SynthesisConfig
 from generation.method import Method
 from generation.requester import ServedModel

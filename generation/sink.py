@@ -16,10 +16,10 @@ from collections.abc import Iterator, Sequence
 import pyarrow as pa
 
 from cluster.errors import InputError
-from cluster.fence import verify
 from cluster.files import write_atomic
-from cluster.manifest import is_sealed
-from cluster.rundir import RunDir
+from cluster.run.fence import verify
+from cluster.run.manifest import is_sealed
+from cluster.run.rundir import RunDir
 from generation.records import INSTRUCTION_SCHEMA, REJECTED_SCHEMA, SCHEMA, Record, RejectedRecord
 from generation.store import DatasetWriter, read_batches, state_files
 

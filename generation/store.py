@@ -11,9 +11,9 @@ from pathlib import Path
 import pyarrow as pa
 
 from cluster.errors import InputError
-from cluster.fence import verify
 from cluster.files import sha256_json, write_atomic, write_json
-from cluster.manifest import MANIFEST, verify_manifest, write_manifest
+from cluster.run.fence import verify
+from cluster.run.manifest import MANIFEST, verify_manifest, write_manifest
 
 
 class DatasetWriter:

@@ -13,15 +13,15 @@ import json
 import time
 
 from cluster.config import ModelConfig
-from cluster.engine_config import EngineConfig
+from cluster.engines.config import EngineConfig
 from cluster.errors import InputError, Preempted, TunesmithError
-from cluster.fence import Superseded, run_lock, verify
 from cluster.files import write_json
-from cluster.manifest import is_sealed, verify_manifest
+from cluster.processes.signals import StopRequest, stop_signals
 from cluster.progress import Progress
-from cluster.ray_cluster import ray_session
-from cluster.rundir import RunDir, append_jsonl
-from cluster.stop_signals import StopRequest, stop_signals
+from cluster.ray.cluster import ray_session
+from cluster.run.fence import Superseded, run_lock, verify
+from cluster.run.manifest import is_sealed, verify_manifest
+from cluster.run.rundir import RunDir, append_jsonl
 from generation.attribution import Attribution
 from generation.config import SynthesisConfig
 from generation.driver import Driver

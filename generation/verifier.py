@@ -1,7 +1,12 @@
-"""A function of the user's that scores answers, named in the recipe as `module:function`."""
+"""A function of the user's that scores answers, named in the recipe as `module:function`.
+
+The module is an installed one or one in the working directory.
+"""
 
 import importlib
 import math
+import os
+import sys
 from collections.abc import Callable
 
 from cluster.errors import InputError
@@ -16,12 +21,14 @@ def load_verifier(path: str) -> Verifier:
     Raises InputError if it cannot be had, and when it is called, if it raises or gives no number.
     """
     module, _, name = path.partition(":")
+    if (working_dir := os.getcwd()) not in sys.path:
+        sys.path.append(working_dir)  # last, so that no folder there hides an installed package
     try:
         function = getattr(importlib.import_module(module), name)
     except Exception as error:  # whatever the module raises when it is loaded
         raise InputError(
-            f"synthesize.verifier: cannot load {path}: {type(error).__name__}: {error}. Give module:function, and put "
-            "the module's folder into PYTHONPATH."
+            f"synthesize.verifier: cannot load {path}: {type(error).__name__}: {error}. Give module:function, of "
+            "an installed module or of one in the working directory."
         ) from error
     if not callable(function):
         raise InputError(f"synthesize.verifier: {path} is {type(function).__name__}, not a function.")

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-from cluster.fence import Fence
+from cluster.engines.pool import EnginePool
+from cluster.engines.pool_stats import EngineStats
 from cluster.files import write_json
-from cluster.pool import EnginePool
-from cluster.pool_stats import EngineStats
 from cluster.progress import Progress
-from cluster.rundir import RunDir, append_jsonl
+from cluster.run.fence import Fence
+from cluster.run.rundir import RunDir, append_jsonl
 from generation.attribution import Attribution
 from generation.config import BudgetConfig
 from generation.driver import Driver

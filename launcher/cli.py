@@ -56,8 +56,8 @@ def run(
     recipe: RecipePath, overrides: Overrides = None, run_dir: RunDirOption = None, on: OnOption = Place.here
 ) -> None:
     """Run every stage of a recipe, skipping what is done. Interrupted, the same command goes on."""
-    from launcher.slurm.sweep import members_of, save_index
     from launcher.stages import run_all
+    from launcher.sweep import members_of, save_index
 
     resolved = read(recipe, overrides, run_dir)
     if on == Place.slurm:

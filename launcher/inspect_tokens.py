@@ -15,11 +15,11 @@ from transformers import PreTrainedTokenizerFast
 from cluster.errors import InputError
 from cluster.model_source import locate_model
 from launcher.recipe import Recipe
-from trainer.batches import Batches
-from trainer.chat import IGNORE, end_of_turn_ids
-from trainer.data import Tokens, cache_key, load_tokens, prepare_tokens
+from trainer.data.batches import Batches
+from trainer.data.chat import IGNORE, end_of_turn_ids
+from trainer.data.tokens import Tokens, cache_key, load_tokens, prepare_tokens
 from trainer.job import TrainJob
-from trainer.model import load_tokenizer
+from trainer.model.load import load_tokenizer
 
 STYLES = {"masked": "dim", "trained": "green", "end": "reverse green"}
 

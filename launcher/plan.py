@@ -9,7 +9,7 @@ from rich.table import Table
 from cluster.errors import InputError
 from cluster.model_source import find_config, locate_model
 from launcher.recipe import Recipe
-from trainer.config import TrainConfig
+from trainer.config.train import TrainConfig
 from trainer.memory import amount, check_heads, choose_stage, estimate, read_facts, usable_bytes
 
 

@@ -13,15 +13,16 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from cluster.config import ModelConfig, StrictModel
-from cluster.engine_config import EngineConfig
+from cluster.engines.config import EngineConfig
 from cluster.errors import InputError
 from cluster.files import write_atomic
-from cluster.rundir import RunDir
+from cluster.run.rundir import RunDir
 from generation.config import DEFAULT_METHOD, METHOD_CONFIGS, SelfInstructConfig, SynthesisConfig, SynthesizeConfig
 from generation.config.filters import FILTER_CONFIGS
 from launcher.secrets import refuse_literal_tokens
 from launcher.slurm.config import SlurmConfig
-from trainer.config import EvaluateConfig, ExportConfig, TrainConfig
+from trainer.config.after import EvaluateConfig, ExportConfig
+from trainer.config.train import TrainConfig
 from trainer.config.tuning import form_refusal
 
 

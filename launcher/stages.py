@@ -7,8 +7,8 @@ from pathlib import Path
 import typer
 
 from cluster.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_PREEMPTED, InputError, Preempted, TunesmithError
-from cluster.fence import run_lock, verify
-from cluster.rundir import RunDir
+from cluster.run.fence import run_lock, verify
+from cluster.run.rundir import RunDir
 from launcher.recipe import Recipe
 
 BESIDE_MODEL = "tunesmith"  # a model folder may bring seeds, prompts and evaluation sets of its own in this subfolder
@@ -54,8 +54,8 @@ def synthesize(recipe: Recipe, run: RunDir) -> None:
 def train(recipe: Recipe, run: RunDir) -> None:
     """Start the ranks of this machine under torchrun and wait for them."""
     from cluster.model_source import locate_model, model_revision
-    from cluster.topology import read_topology
-    from launcher.node import run_node, train_command
+    from cluster.nodes.topology import read_topology
+    from launcher.job.node import run_node, train_command
     from trainer.verdict import is_trained, read_failure
 
     if is_trained(run):
@@ -63,7 +63,7 @@ def train(recipe: Recipe, run: RunDir) -> None:
         return
     require_compiler()
     if recipe.train.tuning == "qlora":
-        from trainer.quantization import require_four_bits
+        from trainer.model.quantization import require_four_bits
 
         require_four_bits()
     model_revision(locate_model(recipe.model))  # a missing model is said here, before any process is started

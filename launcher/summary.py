@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cluster.rundir import RunDir
+from cluster.run.rundir import RunDir
 from generation.forecast_words import UNITS, amount
 from launcher.recipe import Recipe
 from trainer.verdict import read_verdict

@@ -14,7 +14,7 @@ from tests.tiny_model import make_tiny_model
 @pytest.fixture(scope="session")
 def ray_cluster(tmp_path_factory):
     """One private Ray for the whole test session."""
-    from cluster.ray_cluster import ray_session
+    from cluster.ray.cluster import ray_session
 
     with ray_session(tmp_path_factory.mktemp("ray")):
         yield

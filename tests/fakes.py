@@ -25,8 +25,8 @@ import signal
 from pathlib import Path
 
 from cluster.config import ModelConfig
-from cluster.engine import EngineInfo
-from cluster.engine_config import Completion, EngineConfig, EngineReport, GenerationRequest, Prompt, Sample, Sampling
+from cluster.engines.config import Completion, EngineConfig, EngineReport, GenerationRequest, Prompt, Sample, Sampling
+from cluster.engines.engine import EngineInfo
 
 LOG_LINE_BYTES = 65
 LIST_END = re.compile(r"\n\d+\.$")

@@ -7,14 +7,14 @@ from torch.nn.utils import get_total_norm
 from transformers.integrations import HfDeepSpeedConfig
 
 from cluster.errors import InputError
-from trainer.attention import document_bounds
-from trainer.batches import Batches, MicroBatch
-from trainer.chat import IGNORE
+from trainer.data.batches import Batches, MicroBatch
+from trainer.data.chat import IGNORE
 from trainer.job import TrainJob
-from trainer.loss import loss_settings
-from trainer.model import CausalLMWithLoss, load_model
-from trainer.sequence import loss_factor, use_ulysses
-from trainer.tuning import is_decayed
+from trainer.model.attention import document_bounds
+from trainer.model.load import CausalLMWithLoss, load_model
+from trainer.model.loss import loss_settings
+from trainer.model.sequence import loss_factor, use_ulysses
+from trainer.model.tuning import is_decayed
 from trainer.zero import deepspeed_config
 
 ISOLATION_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}  # of the largest logit; a leak between documents shows as 0.1 to 1

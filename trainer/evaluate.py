@@ -17,18 +17,18 @@ from rouge_score.rouge_scorer import RougeScorer
 from transformers import PreTrainedTokenizerFast
 
 from cluster.config import ModelConfig
-from cluster.engine_config import EngineConfig, GenerationRequest, Sampling
+from cluster.engines.config import EngineConfig, GenerationRequest, Sampling
+from cluster.engines.pool import EnginePool
 from cluster.errors import InputError
-from cluster.fence import verify
 from cluster.files import read_jsonl, sha256_json, write_json
-from cluster.manifest import is_sealed
 from cluster.model_source import model_revision
-from cluster.pool import EnginePool
 from cluster.progress import Progress
-from cluster.ray_cluster import ray_session
-from cluster.rundir import RunDir, append_jsonl
-from trainer.config import EvaluateConfig
-from trainer.model import load_tokenizer
+from cluster.ray.cluster import ray_session
+from cluster.run.fence import verify
+from cluster.run.manifest import is_sealed
+from cluster.run.rundir import RunDir, append_jsonl
+from trainer.config.after import EvaluateConfig
+from trainer.model.load import load_tokenizer
 
 EVALUATION_KEYS = {"id", "task", "group", "instruction", "input", "references"}
 

@@ -24,19 +24,20 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from cluster.config import ModelConfig, SecretRef
 from cluster.errors import InputError, TunesmithError
-from cluster.fence import own_generation, verify
 from cluster.files import write_json
-from cluster.manifest import is_sealed, verify_manifest, write_manifest
-from cluster.rundir import RunDir
-from trainer.adapters import CONFIG_FILE, WEIGHTS_FILE
-from trainer.base import RECORD
-from trainer.chat import end_of_turn_ids
-from trainer.config import ExportConfig, TrainConfig
+from cluster.run.fence import own_generation, verify
+from cluster.run.manifest import is_sealed, verify_manifest, write_manifest
+from cluster.run.rundir import RunDir
+from trainer.checkpoint.state import best_first, newest, read_state
+from trainer.config.after import ExportConfig
+from trainer.config.train import TrainConfig
 from trainer.config.tuning import form_refusal
+from trainer.data.chat import end_of_turn_ids
 from trainer.disk import explain_failed_write
-from trainer.model import DTYPES, load_tokenizer
-from trainer.state import best_first, newest, read_state
-from trainer.tuning import load_adapter
+from trainer.model.adapter_base import RECORD
+from trainer.model.adapters import CONFIG_FILE, WEIGHTS_FILE
+from trainer.model.load import DTYPES, load_tokenizer
+from trainer.model.tuning import load_adapter
 from trainer.verdict import export_key, read_verdict
 
 CARD_TEMPLATE = Path(__file__).with_name("model_card.md.jinja")

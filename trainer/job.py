@@ -9,8 +9,9 @@ from cluster.config import ModelConfig
 from cluster.errors import InputError
 from cluster.files import sha256_json
 from cluster.model_source import locate_model, model_revision
-from cluster.rundir import RunDir
-from trainer.config import DataSource, TrainConfig
+from cluster.run.rundir import RunDir
+from trainer.config.data import DataSource
+from trainer.config.train import TrainConfig
 
 SYNTHESIZED = "synthesized"  # the dataset of the run itself, below `data/`
 

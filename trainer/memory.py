@@ -15,7 +15,8 @@ import psutil
 
 from cluster.config import ModelConfig
 from cluster.errors import InputError
-from trainer.config import TrainConfig, ZeroConfig
+from trainer.config.train import TrainConfig
+from trainer.config.zero import ZeroConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -110,7 +111,7 @@ def read_facts(model: ModelConfig, config: TrainConfig) -> ModelFacts:
         return facts
     if config.tuning == "qlora":
         facts = replace(facts, num_in_blocks=_num_in_blocks(lm))
-    from trainer.tuning import adapt
+    from trainer.model.tuning import adapt
 
     with torch.device("meta"):
         adapted = adapt(lm, model, config, added_token_ids=[])

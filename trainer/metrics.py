@@ -7,12 +7,12 @@ import numpy as np
 import psutil
 import torch
 
-from cluster.fence import Fence
-from cluster.rundir import RunDir, append_jsonl
+from cluster.run.fence import Fence
+from cluster.run.rundir import RunDir, append_jsonl
+from trainer.checkpoint.state import TrainState
 from trainer.flops import Utilization
-from trainer.state import TrainState
 from trainer.trackers import Report
-from trainer.watch import LossWatch
+from trainer.watchdog import LossWatch
 
 GIB = 2**30
 

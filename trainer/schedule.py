@@ -2,7 +2,7 @@
 
 import math
 
-from trainer.config import TrainConfig
+from trainer.config.train import TrainConfig
 
 
 def learning_rate(config: TrainConfig, step: int, num_steps: int) -> float:

@@ -5,7 +5,7 @@ import hashlib
 import importlib
 from collections.abc import Callable, Iterator, Sequence
 
-from cluster.rundir import RunDir
+from cluster.run.rundir import RunDir
 
 Report = Callable[[int, dict[str, float]], None]
 

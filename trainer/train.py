@@ -28,29 +28,29 @@ with without_collection():
     import torch.distributed as dist
 
     from cluster.errors import EXIT_DONE, EXIT_PREEMPTED, InputError, TunesmithError
-    from cluster.fence import verify
     from cluster.files import write_json
-    from cluster.orphans import die_with_parent
-    from cluster.rundir import RunDir, append_jsonl
-    from trainer import checkpoint
-    from trainer.batches import Batches
-    from trainer.data import Tokens, load_tokens, prepare_tokens
+    from cluster.processes.orphans import die_with_parent
+    from cluster.run.fence import verify
+    from cluster.run.rundir import RunDir, append_jsonl
+    from trainer.checkpoint import checkpointer as checkpoint
+    from trainer.checkpoint.state import TrainState, newest, read_state
+    from trainer.data.batches import Batches
+    from trainer.data.tokens import Tokens, load_tokens, prepare_tokens
     from trainer.engine import check_head, check_isolation, make_engine, train_step
     from trainer.flops import Utilization
     from trainer.job import TrainJob, read_job
     from trainer.kernels import load_comm_kernel
     from trainer.metrics import Step, StepLine
-    from trainer.model import load_tokenizer
+    from trainer.model.load import load_tokenizer
+    from trainer.model.sequence import SplitBatches
     from trainer.ranks import make_all_sum
+    from trainer.resolve import settle
     from trainer.schedule import learning_rate
-    from trainer.sequence import SplitBatches
-    from trainer.settle import settle
-    from trainer.state import TrainState, newest, read_state
     from trainer.stop import StopRequest
     from trainer.trackers import reporting
     from trainer.validation import make_validation
     from trainer.verdict import read_verdict
-    from trainer.watch import LossWatch, StallWatch, describe_rows, profiling
+    from trainer.watchdog import LossWatch, StallWatch, describe_rows, profiling
 
 
 def train(job: TrainJob, stop: StopRequest) -> dict:

@@ -10,14 +10,14 @@ import torch
 import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 
-from cluster.fence import verify
-from cluster.rundir import append_jsonl
-from trainer.batches import MicroBatch, collate, in_passes, plan_rows
-from trainer.config import DataSource
-from trainer.data import Tokens, load_tokens, prepare_tokens
+from cluster.run.fence import verify
+from cluster.run.rundir import append_jsonl
+from trainer.config.data import DataSource
+from trainer.data.batches import MicroBatch, collate, in_passes, plan_rows
+from trainer.data.mixture import hashed, held_out
+from trainer.data.tokens import Tokens, load_tokens, prepare_tokens
 from trainer.engine import model_inputs
 from trainer.job import TrainJob
-from trainer.mixture import hashed, held_out
 
 KEY = "train.validation.path"
 

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 from cluster.files import sha256_json
-from cluster.rundir import RunDir
-from trainer.config import ExportConfig
-from trainer.state import newest, read_state
+from cluster.run.rundir import RunDir
+from trainer.checkpoint.state import newest, read_state
+from trainer.config.after import ExportConfig
 
 
 def read_verdict(run: RunDir, stage: str) -> dict | None:

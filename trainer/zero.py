@@ -2,7 +2,8 @@
 
 import torch
 
-from trainer.config import TrainConfig, ZeroConfig
+from trainer.config.train import TrainConfig
+from trainer.config.zero import ZeroConfig
 
 
 def deepspeed_config(config: TrainConfig, grad_accum_steps: int, world_size: int) -> dict:

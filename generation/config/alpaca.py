@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from cluster.engine_config import Sampling
+from cluster.engines.config import Sampling
 from generation.config.common import SynthesisConfig
 from generation.config.filters import ALPACA_FILTERS, FilterConfig
 

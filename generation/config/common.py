@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, field_validator
 
 from cluster.config import StrictModel
-from cluster.engine_config import EngineConfig, Sampling
+from cluster.engines.config import EngineConfig, Sampling
 from generation.config.filters import ExactDuplicateConfig, FilterConfig, NearDuplicateConfig, NoveltyConfig
 
 Role = Literal["writer", "answerer", "judge"]

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from cluster.engine_config import Sampling
+from cluster.engines.config import Sampling
 from generation.config.common import SynthesisConfig
 from generation.config.filters import INSTRUCTION_WILD_FILTERS, FilterConfig
 

@@ -1,6 +1,6 @@
 """Answering an instruction: the same in every method whose rows hold one answer of one request."""
 
-from cluster.engine_config import Sampling
+from cluster.engines.config import Sampling
 from generation.filters import Draft, Rejection
 from generation.method import MethodInputs
 from generation.records import Production, RejectedRecord

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from cluster.engine_config import StructuredOutput
+from cluster.engines.config import StructuredOutput
 from generation.config import EvolInstructConfig, Role
 from generation.config.evol_instruct import Operation
 from generation.config.filters import FormatLeakageConfig, OnlyStopwordsConfig, RefusalConfig

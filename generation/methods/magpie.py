@@ -6,12 +6,12 @@ template prefix -> drawn again and again -> filters -> each answered by the mode
 from collections.abc import Sequence
 from typing import ClassVar
 
-from cluster.chat_template import user_turn_opening
 from generation.config import MagpieConfig, Role
 from generation.filters import Draft, Rejection
 from generation.kept import Shown
 from generation.method import Kept, MethodInputs, Outcome, Proposal
 from generation.methods.answers import ask_for_answer, check_answer
+from generation.methods.chat_template import user_turn_opening
 from generation.records import Origin, Record, RejectedRecord, machine_record
 from generation.requester import UNANSWERED
 

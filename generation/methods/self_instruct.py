@@ -9,7 +9,7 @@ from collections.abc import Coroutine, Sequence
 from random import Random
 from typing import ClassVar
 
-from cluster.engine_config import Sampling
+from cluster.engines.config import Sampling
 from cluster.errors import InputError
 from generation.config import Role, SelfInstructConfig
 from generation.filters import Draft, Instance, Rejection, check_instances

@@ -6,8 +6,8 @@ from pathlib import Path
 from cluster.errors import TunesmithError
 from cluster.files import write_json
 from launcher.slurm.client import Queued, Slurm
-from launcher.slurm.status import read_run
 from launcher.slurm.submitted import cancelled_file, read_jobs
+from launcher.status import read_run
 
 DEADLINE_SECONDS = 30.0
 POLL_SECONDS = 0.5

@@ -24,10 +24,10 @@ def add_to(app: typer.Typer) -> None:
 
 def status(run: RunFolder) -> None:
     """Say how far a run or a sweep is, stage by stage. Needs the run folder, and squeue where it has jobs."""
+    from launcher.print_status import print_runs, print_status
     from launcher.slurm.client import Slurm
-    from launcher.slurm.status import read_all
-    from launcher.slurm.sweep import read_index
-    from launcher.slurm.tables import print_runs, print_status
+    from launcher.status import read_all
+    from launcher.sweep import read_index
 
     if members := read_index(run):
         existing = [(folder, values) for folder, values in members if (folder / "recipe.yaml").is_file()]
@@ -43,9 +43,9 @@ def runs(
     folder: Annotated[Path, typer.Argument(metavar="[FOLDER]", help="where to look for runs")] = Path("runs"),
 ) -> None:
     """List the runs in a folder, with their states."""
+    from launcher.print_status import print_runs
     from launcher.slurm.client import Slurm
-    from launcher.slurm.status import find_runs, read_all
-    from launcher.slurm.tables import print_runs
+    from launcher.status import find_runs, read_all
 
     found = find_runs(folder)
     states = read_all([place for place, _ in found], Slurm())
@@ -60,7 +60,7 @@ def logs(
     """Show what the jobs of a run print, across its attempts."""
     from launcher.slurm.client import Slurm
     from launcher.slurm.logs import print_logs
-    from launcher.slurm.status import read_run, still_goes_on
+    from launcher.status import read_run, still_goes_on
 
     slurm = Slurm()
     _, folder = read_run(run)
@@ -71,7 +71,7 @@ def cancel(run: RunFolder) -> None:
     """End all jobs of a run or a sweep, the last of each chain first. What is saved stays."""
     from launcher.slurm.cancel import cancel_run
     from launcher.slurm.client import Slurm
-    from launcher.slurm.sweep import folders_of
+    from launcher.sweep import folders_of
 
     slurm = Slurm()
     for folder in folders_of(run):
@@ -82,9 +82,9 @@ def cancel(run: RunFolder) -> None:
 
 def resume(run: RunFolder) -> None:
     """Go on with a run or a sweep: what is done is skipped, the rest is submitted, or run here if it began here."""
-    from launcher.slurm.status import read_run
     from launcher.slurm.submitted import read_jobs
-    from launcher.slurm.sweep import folders_of
+    from launcher.status import read_run
+    from launcher.sweep import folders_of
 
     for folder in folders_of(run):
         recipe, place = read_run(folder)
@@ -100,7 +100,7 @@ def resume(run: RunFolder) -> None:
 
 def run_on_slurm(path: Path, overrides: list[str], recipe: "Recipe") -> None:
     """Submit a recipe, or each run of its sweep, as a chain of jobs."""
-    from launcher.slurm.sweep import members_of, save_index
+    from launcher.sweep import members_of, save_index
 
     members = members_of(path, overrides, recipe)
     if members:
@@ -114,8 +114,8 @@ def _submit_all(recipes: list["Recipe"], folder: Path, code: Path) -> None:
     """Check all of them, then submit them one by one."""
     import shlex
 
+    from launcher.done import what_again
     from launcher.slurm.client import Slurm
-    from launcher.slurm.done import what_again
     from launcher.slurm.submit import check_with_slurm, prepare, refuse_live_jobs, submit
 
     slurm = Slurm()
@@ -144,7 +144,7 @@ def plan_on_slurm(path: Path, overrides: list[str], recipe: "Recipe") -> None:
     from launcher.slurm.client import NoSlurm, Slurm
     from launcher.slurm.plan import print_slurm_plan
     from launcher.slurm.submit import check_with_slurm, prepare
-    from launcher.slurm.sweep import members_of
+    from launcher.sweep import members_of
 
     code = Path(os.path.abspath(recipe.run_dir)) / "code"
     recipes = [member.recipe for member in members_of(path, overrides, recipe)] or [recipe]

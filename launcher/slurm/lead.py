@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 from cluster.errors import InputError
-from cluster.manifest import MANIFEST
-from cluster.rundir import RunDir
+from cluster.run.manifest import MANIFEST
+from cluster.run.rundir import RunDir
 from launcher.slurm.config import JobConfig, seconds_of
-from trainer.state import newest
+from trainer.checkpoint.state import newest
 
 SLURM_SECONDS = 60  # Slurm may send the signal so much later than it was told to
 SAVE_SECONDS = 90  # of a checkpoint that has never been written; with the other values 300 s in all

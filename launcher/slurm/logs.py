@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cluster.errors import InputError
-from cluster.rundir import RunDir
+from cluster.run.rundir import RunDir
 from launcher.slurm.submitted import Submitted, read_jobs
 
 POLL_SECONDS = 0.5

@@ -12,7 +12,7 @@ from launcher.recipe import Recipe
 from launcher.slurm.config import JobConfig
 from launcher.slurm.jobs import Job
 from launcher.slurm.submit import Prepared
-from trainer.config import TrainConfig
+from trainer.config.train import TrainConfig
 from trainer.memory import USABLE_SHARE, usable_bytes
 
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}

@@ -15,12 +15,12 @@ from pathlib import Path
 
 from cluster.errors import InputError, TunesmithError
 from cluster.files import exclusive_lock, write_atomic, write_json
-from cluster.rundir import STAGES, append_jsonl
+from cluster.run.rundir import STAGES, append_jsonl
+from launcher.done import is_done
 from launcher.recipe import Recipe
 from launcher.slurm import container
 from launcher.slurm.client import Partition, Slurm, scrubbed
 from launcher.slurm.config import JobConfig, seconds_of
-from launcher.slurm.done import is_done
 from launcher.slurm.jobs import Chain, Job, container_file, jobs_of
 from launcher.slurm.snapshot import take_snapshot
 from launcher.slurm.submitted import Submitted, cancelled_file, jobs_file, next_attempt, read_jobs

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from cluster.errors import InputError
 from cluster.files import read_jsonl
-from cluster.rundir import RunDir
+from cluster.run.rundir import RunDir
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from typing import ClassVar
 import jinja2
 
 from cluster.config import ModelConfig
-from cluster.engine_config import GenerationRequest
-from cluster.pool import EnginePool
-from cluster.rundir import RunDir
+from cluster.engines.config import GenerationRequest
+from cluster.engines.pool import EnginePool
+from cluster.run.rundir import RunDir
 from generation.attribution import Attribution
 from generation.config import AnswerOnlyConfig
 from generation.config.filters import EmptyConfig, NoveltyConfig, RefusalConfig, RepetitionConfig

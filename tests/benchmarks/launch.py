@@ -23,11 +23,11 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from launcher.print_status import print_status
 from launcher.slurm.jobs import jobs_of
 from launcher.slurm.plan import print_slurm_plan
-from launcher.slurm.status import read_all
 from launcher.slurm.submit import Prepared, submit
-from launcher.slurm.tables import print_status
+from launcher.status import read_all
 from tests.launcher.slurm_chain import FakeSlurm, chain_of, recipe_of
 from tests.slurm.bed import SlurmBed
 from tests.slurm.machine import PROJECT
@@ -61,8 +61,8 @@ if __name__ == "__main__":
 ONE_ANSWER = f"""
 import time
 from cluster.config import ModelConfig
-from cluster.engine import set_environment
-from cluster.engine_config import EngineConfig
+from cluster.engines.engine import set_environment
+from cluster.engines.config import EngineConfig
 if __name__ == "__main__":
     set_environment(EngineConfig(**{ENGINE}), ModelConfig(path="{MODEL}"), num_gpus=0)
     from vllm import LLM, SamplingParams
@@ -74,8 +74,8 @@ IN_RAY = f"""
 import time
 import ray
 from cluster.config import ModelConfig
-from cluster.engine import set_environment
-from cluster.engine_config import EngineConfig
+from cluster.engines.engine import set_environment
+from cluster.engines.config import EngineConfig
 class Actor:
     def answer(self):
         set_environment(EngineConfig(**{ENGINE}), ModelConfig(path="{MODEL}"), num_gpus=0)
@@ -96,7 +96,7 @@ def by_hand(bed: SlurmBed, script: Path, turn: int) -> Path:
 
 
 def supervised(bed: SlurmBed, script: Path, turn: int) -> Path:
-    node = f"{sys.executable} -P -m launcher.node exec {bed.shared}/run-{turn} -- {script}"
+    node = f"{sys.executable} -P -m launcher.job.node exec {bed.shared}/run-{turn} -- {script}"
     return bed.write_script("supervised.sh", f"srun --ntasks-per-node=1 --kill-on-bad-exit=1 {node}")
 
 

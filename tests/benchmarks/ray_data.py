@@ -10,8 +10,8 @@ import tempfile
 import time
 
 from cluster.config import ModelConfig
-from cluster.engine import set_environment
-from cluster.engine_config import EngineConfig, GenerationRequest
+from cluster.engines.config import EngineConfig, GenerationRequest
+from cluster.engines.engine import set_environment
 from tests.benchmarks.sides import ENGINE, LENGTHS, MODEL, requests_of
 
 # Its documentation advises batches of 64 and more to keep the engine full; 8 batches at once is its default.

@@ -54,17 +54,17 @@ def output_of(command: list[object]) -> str:
 def export(run: Path) -> None:
     """In a process of its own: our export of a run, and transformers' own reading and saving of the same weights."""
     from tests.benchmarks.peak import highest_bytes
+    from trainer.checkpoint.state import newest
     from trainer.quiet import quieten_libraries
-    from trainer.state import newest
 
     quieten_libraries()
     import time
 
     from transformers import AutoModelForCausalLM
 
-    from cluster.rundir import RunDir
+    from cluster.run.rundir import RunDir
     from trainer import export as stage
-    from trainer.config import ExportConfig
+    from trainer.config.after import ExportConfig
     from trainer.job import read_job
 
     job = read_job(run)

@@ -21,16 +21,16 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
 from tests.benchmarks.peak import highest_bytes  # noqa: E402
-from trainer import checkpoint  # noqa: E402
-from trainer.checkpoint import Saver  # noqa: E402
-from trainer.config import CheckpointConfig  # noqa: E402
+from trainer.checkpoint import checkpointer as checkpoint  # noqa: E402
+from trainer.checkpoint.checkpointer import Saver  # noqa: E402
+from trainer.checkpoint.state import TrainState, newest  # noqa: E402
+from trainer.config.checkpoints import CheckpointConfig  # noqa: E402
 from trainer.engine import make_engine, train_step  # noqa: E402
 from trainer.job import read_job  # noqa: E402
 from trainer.kernels import load_comm_kernel  # noqa: E402
-from trainer.model import load_tokenizer  # noqa: E402
+from trainer.model.load import load_tokenizer  # noqa: E402
 from trainer.ranks import make_all_sum  # noqa: E402
-from trainer.settle import settle  # noqa: E402
-from trainer.state import TrainState, newest  # noqa: E402
+from trainer.resolve import settle  # noqa: E402
 from trainer.train import make_batches, shared_tokens  # noqa: E402
 
 

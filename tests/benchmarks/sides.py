@@ -20,9 +20,9 @@ from pathlib import Path
 import psutil
 
 from cluster.config import ModelConfig
-from cluster.engine_config import EngineConfig, GenerationRequest, Sampling
-from cluster.pool import EnginePool
-from cluster.ray_cluster import ray_session
+from cluster.engines.config import EngineConfig, GenerationRequest, Sampling
+from cluster.engines.pool import EnginePool
+from cluster.ray.cluster import ray_session
 from tests.benchmarks.given_requests import synthesize
 
 ROOT = Path(__file__).parents[2]
@@ -112,7 +112,7 @@ def raw_side(is_one_process: bool) -> Iterator[Side]:
 def _serve_raw(pipe: Connection, is_one_process: bool, scratch: str) -> None:
     """Answer every list of requests in the pipe with the number of tokens made of it, until the pipe is closed."""
     os.environ["TMPDIR"] = tempfile.tempdir = scratch  # vLLM leaves its sockets
-    from cluster.engine import set_environment, vllm_sampling
+    from cluster.engines.engine import set_environment, vllm_sampling
 
     set_environment(ENGINE, MODEL, num_gpus=0)
     if not is_one_process:

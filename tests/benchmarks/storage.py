@@ -20,7 +20,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from cluster.rundir import RunDir
+from cluster.run.rundir import RunDir
 from generation.filters import Instance
 from generation.records import SCHEMA, Origin, Record, human_record
 from generation.request_log import RequestLog

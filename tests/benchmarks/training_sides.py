@@ -74,7 +74,7 @@ def documents_of(folder: Path) -> list[list[int]]:
 
 
 def rows_of(documents: list[list[int]], packed: bool) -> list[list[list[int]]]:
-    from trainer.packing import best_fit_decreasing
+    from trainer.data.packing import best_fit_decreasing
 
     if not packed:
         return [[document] for document in documents]

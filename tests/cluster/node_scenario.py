@@ -14,9 +14,9 @@ import ray
 from ray.cluster_utils import Cluster
 
 from cluster.config import ModelConfig
-from cluster.engine_config import GenerationRequest, Sampling
+from cluster.engines.config import GenerationRequest, Sampling
+from cluster.engines.pool import EnginePool
 from cluster.errors import TunesmithError
-from cluster.pool import EnginePool
 from tests.fakes import continue_prompt, scripted
 
 SAMPLING = Sampling()

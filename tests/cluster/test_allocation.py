@@ -2,8 +2,8 @@
 
 import pytest
 
-from cluster.allocation import Share, node_step, parse_allocation, step_environment
 from cluster.errors import InputError
+from launcher.job.allocation import Share, node_step, parse_allocation, step_environment
 
 DETAILS = """JobId=7 JobName=tunesmith-synthesize
    NodeList=n[3,1-2]

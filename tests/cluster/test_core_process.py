@@ -12,7 +12,7 @@ PROJECT = Path(__file__).parents[2]
 # With json for vLLM, which takes seconds to import. What is printed comes from the forked process.
 FORK = """
 import os, sys
-from cluster import core_process
+from cluster.engines import core_process
 
 def tell():
     print("json" in sys.modules, os.environ.get("LATE"), os.environ.get("GONE"), flush=True)
@@ -30,7 +30,7 @@ if __name__ == "__main__":
 """
 ORPHAN = """
 import os, time
-from cluster import core_process
+from cluster.engines import core_process
 
 def wait():
     print("core", os.getpid(), flush=True)
@@ -47,8 +47,8 @@ import sys
 from pathlib import Path
 import psutil
 from cluster.config import ModelConfig
-from cluster.engine import VLLMEngine
-from cluster.engine_config import EngineConfig
+from cluster.engines.engine import VLLMEngine
+from cluster.engines.config import EngineConfig
 
 if __name__ == "__main__":
     engine = VLLMEngine(EngineConfig(max_model_len=128, enforce_eager=True), ModelConfig(path=sys.argv[1]), num_gpus=0)

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.dispatch import Dispatcher, Engine, GroupedQueue, Pending
-from cluster.engine_config import EngineConfig, GenerationRequest, Sampling
-from cluster.pool_stats import EngineStats, PoolStats
-from cluster.supervision import Pulse
+from cluster.engines.config import EngineConfig, GenerationRequest, Sampling
+from cluster.engines.dispatch import Dispatcher, Engine, GroupedQueue, Pending
+from cluster.engines.pool_stats import EngineStats, PoolStats
+from cluster.engines.supervision import Pulse
 
 SAMPLING = Sampling()
 

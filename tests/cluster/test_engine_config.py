@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from cluster.config import ModelConfig
-from cluster.engine import LORA_RANKS, lora_arguments, set_environment, weights_dtype
-from cluster.engine_config import Completion, EngineConfig, GenerationRequest, Sample, Sampling, StructuredOutput
+from cluster.engines.config import Completion, EngineConfig, GenerationRequest, Sample, Sampling, StructuredOutput
+from cluster.engines.engine import LORA_RANKS, lora_arguments, set_environment, weights_dtype
 
 SAMPLES = st.builds(
     Sample,

@@ -13,17 +13,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.errors import EXIT_FAILED, InputError
-from cluster.fence import FOLDER, VARIABLE, Fence, Superseded, claim, claims, newest, own_generation, run_lock, verify
+from cluster.run.fence import (
+    FOLDER,
+    VARIABLE,
+    Fence,
+    Superseded,
+    claim,
+    claims,
+    newest,
+    own_generation,
+    run_lock,
+    verify,
+)
 from generation.request_log import RequestLog
 from tests.generation.test_request_log import make_id
-from trainer.config import CheckpointConfig
-from trainer.sealing import partial_folder, put_in_place
-from trainer.state import complete
+from trainer.checkpoint.commit import partial_folder, put_in_place
+from trainer.checkpoint.state import complete
+from trainer.config.checkpoints import CheckpointConfig
 
 CLAIMER = """
 import sys
 from pathlib import Path
-from cluster.fence import claim
+from cluster.run.fence import claim
 for _ in range(20):
     print(claim(Path(sys.argv[1]), "train", "7"))
 """
@@ -117,7 +128,7 @@ def test_a_checkpoint_of_an_old_generation_is_never_put_in_place(tmp_path: Path,
 
 
 def test_the_request_log_of_an_old_generation_takes_nothing_and_disturbs_no_record(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("cluster.fence.CHECK_SECONDS", 0.0)
+    monkeypatch.setattr("cluster.run.fence.CHECK_SECONDS", 0.0)
     monkeypatch.setenv(VARIABLE, str(claim(tmp_path, "synthesize", "1")))
     old = RequestLog(tmp_path / "requests")
     old.append(make_id(1), {"by": 1})

@@ -5,7 +5,7 @@ import sys
 
 ADOPT = """
 import os, subprocess, sys, time
-from cluster.orphans import adopt_orphans, end_descendants
+from cluster.processes.orphans import adopt_orphans, end_descendants
 adopt_orphans()
 # A child that leaves a grandchild in a session of its own, deaf to polite signals, and ends.
 leave = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', sys.argv[1]], start_new_session=True)"

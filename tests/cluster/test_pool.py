@@ -9,12 +9,12 @@ from types import SimpleNamespace
 import pytest
 
 from cluster.config import ModelConfig
-from cluster.dispatch import Engine
-from cluster.engine_config import Completion, EngineConfig, EngineReport, GenerationRequest, Sampling
+from cluster.engines.config import Completion, EngineConfig, EngineReport, GenerationRequest, Sampling
+from cluster.engines.dispatch import Engine
+from cluster.engines.pool import EnginePool
+from cluster.engines.pool_stats import EngineStats
+from cluster.engines.supervision import Pulse
 from cluster.errors import InputError, TunesmithError
-from cluster.pool import EnginePool
-from cluster.pool_stats import EngineStats
-from cluster.supervision import Pulse
 from tests.fakes import continue_prompt, generated_ids, scripted, write_script
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")

@@ -14,7 +14,7 @@ import pytest
 import ray
 
 from cluster.errors import TunesmithError
-from cluster.ray_cluster import _start
+from cluster.ray.cluster import _start
 
 ROOT = Path(__file__).parents[2]
 RAY = Path(sys.executable).with_name("ray")
@@ -22,7 +22,7 @@ SESSION = """
 import json, os, sys, tempfile
 from pathlib import Path
 import ray
-from cluster.ray_cluster import ray_session
+from cluster.ray.cluster import ray_session
 
 @ray.remote
 def package():

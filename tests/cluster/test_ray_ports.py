@@ -5,7 +5,7 @@ import socket
 import pytest
 
 from cluster.errors import TunesmithError
-from cluster.ray_ports import BLOCK_SIZE, FIRST_PORT, NUM_BLOCKS, claim_block
+from launcher.job.ray_ports import BLOCK_SIZE, FIRST_PORT, NUM_BLOCKS, claim_block
 
 
 def test_jobs_that_start_at_the_same_place_get_different_blocks_and_a_block_is_free_again_afterwards() -> None:
@@ -39,6 +39,6 @@ def test_every_port_of_a_node_is_pinned_within_its_block_and_none_twice() -> Non
 
 
 def test_where_nothing_is_free_the_node_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cluster.ray_ports._claim", lambda first: None)
+    monkeypatch.setattr("launcher.job.ray_ports._claim", lambda first: None)
     with pytest.raises(TunesmithError, match=f"no 250 ports in a row are free .* on {socket.gethostname()}"):
         claim_block(1).__enter__()

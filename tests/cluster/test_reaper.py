@@ -9,7 +9,7 @@ import pytest
 
 PARENT = """
 import subprocess, sys, time
-from cluster.reaper import start_reaper
+from cluster.processes.reaper import start_reaper
 start_reaper()
 child = subprocess.Popen([sys.executable, "-c", "import subprocess, sys; subprocess.run(['sleep', '600'])"])
 while {condition}:
@@ -18,7 +18,7 @@ while {condition}:
 """
 ORPHANED = """
 import subprocess, sys, time
-from cluster.reaper import start_reaper
+from cluster.processes.reaper import start_reaper
 start_reaper()
 shell = subprocess.Popen(["sh", "-c", "sleep 600 & echo $!; read line"], stdin=subprocess.PIPE)
 time.sleep(5)  # two looks of the reaper

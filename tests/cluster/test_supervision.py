@@ -2,9 +2,9 @@
 
 import pytest
 
-from cluster import supervision
-from cluster.engine_config import EngineConfig, EngineReport
-from cluster.supervision import EngineHung, Pulse, relative_speed
+from cluster.engines import supervision
+from cluster.engines.config import EngineConfig, EngineReport
+from cluster.engines.supervision import EngineHung, Pulse, relative_speed
 
 CONFIG = EngineConfig(stall_timeout_seconds=10, slow_window_seconds=20)
 

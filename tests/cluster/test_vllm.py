@@ -12,10 +12,10 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from cluster.config import ModelConfig
-from cluster.engine import prompt_ids
-from cluster.engine_config import Completion, EngineConfig, GenerationRequest, Sampling, StructuredOutput
+from cluster.engines.config import Completion, EngineConfig, GenerationRequest, Sampling, StructuredOutput
+from cluster.engines.engine import prompt_ids
+from cluster.engines.pool import EnginePool
 from cluster.errors import TunesmithError
-from cluster.pool import EnginePool
 
 pytest.importorskip("vllm")
 MAX_MODEL_LEN = 128

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 from datasets import load_from_disk
 
-from cluster.manifest import verify_manifest
+from cluster.run.manifest import verify_manifest
 from generation.log_segments import scan_segment
 from tests.end_to_end.conftest import CANARY, Demo
 

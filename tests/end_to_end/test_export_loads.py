@@ -8,11 +8,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cluster.config import ModelConfig
-from cluster.engine_config import EngineConfig, GenerationRequest, Sampling
+from cluster.engines.config import EngineConfig, GenerationRequest, Sampling
+from cluster.engines.pool import EnginePool
 from cluster.files import read_jsonl
-from cluster.pool import EnginePool
 from tests.end_to_end.conftest import ROOT
-from trainer.state import newest
+from trainer.checkpoint.state import newest
 
 pytestmark = pytest.mark.timeout(1200)
 QUESTIONS = 16

@@ -11,8 +11,8 @@ import pytest
 from datasets import load_from_disk
 
 from cluster.config import ModelConfig
-from cluster.pool import EnginePool
-from cluster.rundir import RunDir
+from cluster.engines.pool import EnginePool
+from cluster.run.rundir import RunDir
 from generation.attribution import Attribution
 from generation.driver import Driver
 from generation.inputs import load_inputs
@@ -21,9 +21,9 @@ from generation.request_log import RequestLog
 from generation.requester import Requester, ServedModel
 from generation.sink import DataSink
 from generation.store import read_rows
-from generation.world.world import recognise
 from launcher.recipe import load
 from tests.end_to_end.conftest import ROOT
+from toy_world.world import recognise
 
 pytestmark = pytest.mark.timeout(900)
 CHAT_MODEL = ROOT / "models" / "world-chat"

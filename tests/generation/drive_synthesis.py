@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 from cluster.config import ModelConfig
-from cluster.engine_config import EngineConfig
+from cluster.engines.config import EngineConfig
 from cluster.errors import TunesmithError
-from cluster.rundir import RunDir
+from cluster.run.rundir import RunDir
 from generation.config import SelfInstructConfig
 from generation.synthesize import run
 from tests.fakes import scripted

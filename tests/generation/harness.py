@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.config import ModelConfig
-from cluster.engine_config import Completion, GenerationRequest, Sample
-from cluster.rundir import RunDir
+from cluster.engines.config import Completion, GenerationRequest, Sample
+from cluster.run.rundir import RunDir
 from generation.attribution import Attribution
 from generation.config import Role, SynthesisConfig
 from generation.driver import Driver

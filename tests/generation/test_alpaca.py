@@ -5,7 +5,7 @@ import re
 import pytest
 from pydantic import ValidationError
 
-from cluster.engine_config import GenerationRequest
+from cluster.engines.config import GenerationRequest
 from cluster.errors import InputError
 from generation.config import AlpacaConfig
 from generation.config.alpaca import TaskSampling

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import generation.driver
-from cluster.rundir import RunDir
+from cluster.run.rundir import RunDir
 from generation.attribution import Attribution
 from generation.config import BudgetConfig, SynthesisConfig
 from generation.config.filters import ExactDuplicateConfig, NoveltyConfig

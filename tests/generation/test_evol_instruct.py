@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from cluster.engine_config import GenerationRequest
+from cluster.engines.config import GenerationRequest
 from generation.config import EvolInstructConfig
 from generation.config.evol_instruct import OPERATIONS
 from generation.filters import Instance

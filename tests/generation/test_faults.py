@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from cluster.config import ModelConfig
-from cluster.engine_config import EngineConfig, GenerationRequest
+from cluster.engines.config import EngineConfig, GenerationRequest
 from cluster.errors import InputError
 from cluster.files import sha256_file
-from cluster.manifest import is_sealed, verify_manifest
-from cluster.rundir import RunDir
+from cluster.run.manifest import is_sealed, verify_manifest
+from cluster.run.rundir import RunDir
 from generation.config import BudgetConfig, SelfInstructConfig
 from generation.config.filters import ExactDuplicateConfig
 from generation.inputs import claim, load_inputs

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
-from cluster.engine_config import GenerationRequest
+from cluster.engines.config import GenerationRequest
 from cluster.errors import InputError
 from generation.config import AnswerOnlyConfig, RejectionSamplingConfig
 from generation.filters import Instance
@@ -18,8 +18,8 @@ from generation.records import SCHEMA
 from generation.seed_tasks import SeedTask, load_seed_tasks
 from generation.store import DatasetWriter
 from generation.verifier import load_verifier
-from generation.world.world import draw_task, seen_phrasings
 from tests.generation.harness import SEEDS, CoroutinePool, Made, drive, prompt_text
+from toy_world.world import draw_task, seen_phrasings
 
 PLAIN = [
     {"instruction": "Name a river.", "input": "", "output": "Elbe"},
@@ -296,7 +296,7 @@ def test_a_verifier_that_fails_is_named_with_what_it_was_given(tmp_path, name, m
         ("no_such_module:score", "cannot load no_such_module:score: ModuleNotFoundError"),
         (f"{__name__}:no_such_function", "cannot load .*AttributeError.*Give module:function"),
         (f"{__name__}:NOT_A_FUNCTION", "is int, not a function"),
-        ("generation.world.verifier:recognise.x", "cannot load"),
+        ("toy_world.verifier:recognise.x", "cannot load"),
     ],
 )
 def test_a_verifier_that_cannot_be_loaded_is_named(path, message):
@@ -320,7 +320,7 @@ def test_a_verifier_is_named_if_and_only_if_it_chooses(fields):
 
 
 def test_the_worlds_verifier_knows_its_answers():
-    score = load_verifier("generation.world.verifier:score")
+    score = load_verifier("toy_world.verifier:score")
     draw = Random(3)
     for _ in range(200):
         task = draw_task(draw, seen_phrasings())

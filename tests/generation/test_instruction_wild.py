@@ -5,7 +5,7 @@ import re
 import pytest
 
 from cluster.config import ModelConfig
-from cluster.engine_config import GenerationRequest
+from cluster.engines.config import GenerationRequest
 from cluster.errors import InputError
 from generation.config import InstructionWildConfig
 from generation.requester import ServedModel

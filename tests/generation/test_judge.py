@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from cluster.config import ModelConfig
-from cluster.engine_config import GenerationRequest
+from cluster.engines.config import GenerationRequest
 from generation.config import AnswerOnlyConfig, JudgeConfig
 from generation.driver import Driver
 from generation.judge import SCORES

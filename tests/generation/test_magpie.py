@@ -6,11 +6,11 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from cluster.chat_template import user_turn_opening
 from cluster.config import ModelConfig
-from cluster.engine_config import GenerationRequest
+from cluster.engines.config import GenerationRequest
 from cluster.errors import InputError
 from generation.config import MagpieConfig
+from generation.methods.chat_template import user_turn_opening
 from tests.generation.harness import CoroutinePool, drive
 
 CHATML = (

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cluster.config import ModelConfig
-from cluster.engine_config import GenerationRequest
+from cluster.engines.config import GenerationRequest
 from generation.config import (
     AlpacaConfig,
     AnswerOnlyConfig,

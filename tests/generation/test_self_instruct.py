@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from cluster.config import ModelConfig
-from cluster.engine_config import GenerationRequest
+from cluster.engines.config import GenerationRequest
 from cluster.errors import InputError
 from generation.config import SelfInstructConfig
 from generation.filters import Instance

@@ -5,7 +5,7 @@ from random import Random
 
 import pytest
 
-from cluster.engine_config import GenerationRequest
+from cluster.engines.config import GenerationRequest
 from cluster.errors import InputError
 from generation.config import SelfInstructConfig
 from generation.config.filters import ALPACA_FILTERS, SELF_INSTRUCT_FILTERS

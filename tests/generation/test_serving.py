@@ -10,7 +10,7 @@ from datasets import load_from_disk
 
 from cluster.config import ModelConfig
 from cluster.errors import InputError
-from cluster.rundir import RunDir
+from cluster.run.rundir import RunDir
 from generation.config import AnswerOnlyConfig, EvolInstructConfig, RejectionSamplingConfig
 from generation.methods import METHODS
 from generation.serving import find_players, serving

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cluster.errors import InputError
-from cluster.manifest import is_sealed, verify_manifest
+from cluster.run.manifest import is_sealed, verify_manifest
 from generation.filters import Draft, Instance, Neighbor, Rejection
 from generation.records import INSTRUCTION_SCHEMA, REJECTED_SCHEMA, SCHEMA, Origin, RejectedRecord, human_record
 from generation.store import DatasetWriter, read_rows

@@ -18,8 +18,8 @@ from rich.console import Console
 from cluster.config import ModelConfig
 from cluster.errors import EXIT_PREEMPTED, InputError, TunesmithError
 from cluster.files import sha256_file
-from cluster.manifest import verify_manifest
-from cluster.rundir import RunDir
+from cluster.run.manifest import verify_manifest
+from cluster.run.rundir import RunDir
 from generation.config import BudgetConfig, SelfInstructConfig
 from generation.config.filters import LengthConfig
 from generation.request_log import RequestLog

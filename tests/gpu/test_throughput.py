@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.config import TrainConfig
+from trainer.config.train import TrainConfig
 
 ROOT = Path(__file__).parents[2]
 WITHOUT = "import sys; sys.modules.update(dict.fromkeys(('deepspeed', 'datasets', 'ray', 'vllm')))"

@@ -25,15 +25,15 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from cluster.config import ModelConfig
-from trainer.attention import choose_attention, document_bounds
-from trainer.batches import MicroBatch
-from trainer.config import TrainConfig
+from trainer.config.train import TrainConfig
+from trainer.data.batches import MicroBatch
+from trainer.data.packing import best_fit_decreasing
 from trainer.flops import model_flops, peak_flops
-from trainer.layers import fit_layers, uses_liger
-from trainer.loss import loss_settings
-from trainer.model import DTYPES, CausalLMWithLoss
-from trainer.packing import best_fit_decreasing
-from trainer.tuning import adapt, is_decayed
+from trainer.model.attention import choose_attention, document_bounds
+from trainer.model.layers import fit_layers, uses_liger
+from trainer.model.load import DTYPES, CausalLMWithLoss
+from trainer.model.loss import loss_settings
+from trainer.model.tuning import adapt, is_decayed
 
 NUM_WARM_UP = 3  # steps that are not counted; the first compile and choose kernels
 MEDIAN_TOKENS, SPREAD = 400, 1.0  # of the log-normal lengths of documents
@@ -95,7 +95,7 @@ def rows(vocab_size: int, max_seq_len: int) -> Iterator[Row]:
 
 
 def make_module(job: Job, config: TrainConfig, device: torch.device) -> CausalLMWithLoss:
-    """The model on its device, as `trainer.model.load_model` sets it up, but random."""
+    """The model on its device, as `trainer.model.load.load_model` sets it up, but random."""
     settings = LlamaConfig(**job.shape, max_position_embeddings=config.max_seq_len)
     with torch.device(device):
         lm = AutoModelForCausalLM.from_config(

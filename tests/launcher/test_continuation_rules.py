@@ -7,14 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster import fence
 from cluster.files import write_json
-from cluster.rundir import RunDir, append_jsonl
-from launcher.slurm import continuation, ledger
-from launcher.slurm.chain import STANDBY_OF, Chain, submission_environ, successor_argv
+from cluster.run import fence
+from cluster.run.rundir import RunDir, append_jsonl
+from launcher.job import continuation
+from launcher.job import node_health as ledger
+from launcher.job.chain import STANDBY_OF, Chain, submission_environ, successor_argv
+from launcher.job.hang import LEAST_SECONDS, HangWatch, Hung
+from launcher.job.standing import progress_of
 from launcher.slurm.config import SlurmConfig
-from launcher.slurm.hang import LEAST_SECONDS, HangWatch, Hung
-from launcher.slurm.standing import progress_of
 from launcher.slurm.submitted import cancelled_file
 
 

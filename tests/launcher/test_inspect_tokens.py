@@ -80,7 +80,7 @@ def test_rows_come_in_the_order_of_training(recipe: Path) -> None:
 
 def test_it_writes_nothing_and_uses_what_a_run_has(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from launcher import inspect_tokens as module
-    from trainer.data import prepare_tokens
+    from trainer.data.tokens import prepare_tokens
 
     before = shown(recipe)
     assert not (recipe.parent / "run").exists()

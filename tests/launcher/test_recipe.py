@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from cluster.errors import InputError
-from cluster.rundir import RunDir
+from cluster.run.rundir import RunDir
 from launcher import recipe as recipes
 from launcher.recipe import Recipe
 

@@ -180,7 +180,8 @@ def test_containers_are_options_of_srun_or_a_command_of_the_step(tmp_path: Path)
 
 
 def test_steps_get_the_whole_environment_and_the_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from launcher.slurm import attempt, container
+    from launcher.job import attempt
+    from launcher.slurm import container
 
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "4")
     assert attempt.srun() == ["srun", "--export=ALL", "--cpus-per-task=4"]

@@ -11,14 +11,14 @@ from rich.console import Console
 
 from cluster.errors import InputError
 from cluster.files import exclusive_lock, write_json
-from cluster.rundir import RunDir
+from cluster.run.rundir import RunDir
+from launcher.print_status import print_runs, print_status
 from launcher.slurm.client import SlurmSilent, parse_queue_line
 from launcher.slurm.jobs import jobs_of
 from launcher.slurm.logs import print_logs
-from launcher.slurm.status import Answer, RunState, find_runs, read_all, read_run, state_of_run, still_goes_on
 from launcher.slurm.submit import Prepared, submit
 from launcher.slurm.submitted import cancelled_file, read_jobs
-from launcher.slurm.tables import print_runs, print_status
+from launcher.status import Answer, RunState, find_runs, read_all, read_run, state_of_run, still_goes_on
 from tests.launcher.slurm_chain import FakeSlurm, chain_of, recipe_of
 
 DATA = {"precision": "fp32", "data": ["rows.jsonl"]}

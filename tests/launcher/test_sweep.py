@@ -10,10 +10,10 @@ from typer.testing import CliRunner
 from cluster.errors import InputError
 from cluster.files import write_json
 from launcher.cli import app
+from launcher.print_status import print_runs
 from launcher.recipe import Recipe, load
-from launcher.slurm.status import find_runs, read_all
-from launcher.slurm.sweep import folders_of, members_of, read_index, save_index
-from launcher.slurm.tables import print_runs
+from launcher.status import find_runs, read_all
+from launcher.sweep import folders_of, members_of, read_index, save_index
 from tests.launcher.slurm_chain import FakeSlurm
 
 VALUES = {"name": "tiny", "model": {"path": "some/model"}, "train": {"data": ["rows.jsonl"], "precision": "fp32"}}

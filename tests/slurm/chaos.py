@@ -17,14 +17,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster import fence
 from cluster.errors import TunesmithError
 from cluster.files import sha256_file
-from cluster.manifest import verify_manifest
-from cluster.rundir import RunDir
+from cluster.run import fence
+from cluster.run.manifest import verify_manifest
+from cluster.run.rundir import RunDir
 from generation.request_log import RequestLog
 from generation.store import read_rows
-from launcher.slurm.standing import has_output
+from launcher.job.standing import has_output
 from tests.fakes import write_script
 from tests.slurm.bed import SlurmBed
 from tests.slurm.chained import SCRIPTED, ChainedRun, make_scripted, write_recipe
@@ -33,7 +33,7 @@ from tests.slurm.training import make_training, weights
 from tests.tiny_model import make_tiny_model
 
 END_SECONDS = 900
-LATE_SECONDS = 1.5  # rows that were on their way when another attempt took over: see cluster/fence.py
+LATE_SECONDS = 1.5  # rows that were on their way when another attempt took over: see cluster/run/fence.py
 POLICY = {"max_attempts_without_progress": 8, "preflight": False}
 
 

@@ -1,4 +1,4 @@
-"""launcher.slurm.attempt with a training that takes no torch: its steps are checkpoints, its faults are on order.
+"""launcher.job.attempt with a training that takes no torch: its steps are checkpoints, its faults are on order.
 
     python -m tests.slurm.scripted_attempt train|export|synthesize RECIPE [key=value ...]
 
@@ -17,16 +17,16 @@ from dataclasses import asdict
 from pathlib import Path
 
 from cluster.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, TunesmithError
-from cluster.fence import own_generation, verify
 from cluster.files import write_json
-from cluster.manifest import write_manifest
-from cluster.orphans import die_with_parent
-from cluster.rundir import RunDir, append_jsonl
-from launcher.slurm import attempt
+from cluster.processes.orphans import die_with_parent
+from cluster.run.fence import own_generation, verify
+from cluster.run.manifest import write_manifest
+from cluster.run.rundir import RunDir, append_jsonl
+from launcher.job import attempt
 from launcher.slurm.container import python_module
-from trainer.config import CheckpointConfig
-from trainer.sealing import partial_folder, put_in_place, remove_partial
-from trainer.state import TrainState, newest, read_state
+from trainer.checkpoint.commit import partial_folder, put_in_place, remove_partial
+from trainer.checkpoint.state import TrainState, newest, read_state
+from trainer.config.checkpoints import CheckpointConfig
 from trainer.verdict import is_trained
 
 SYNTHESIS = (150, 2)  # instructions, engines

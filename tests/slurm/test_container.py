@@ -16,7 +16,7 @@ from tests.slurm.training import make_training
 pytestmark = [pytest.mark.slurm, pytest.mark.long]
 
 IMAGE = "org/image:1"
-INSIDE = {"launcher.slurm.ray_node", "cluster.ray_ready", "launcher.cli"}  # modules that have to run in the image
+INSIDE = {"launcher.job.ray_node", "launcher.job.ray_ready", "launcher.cli"}  # modules that have to run in the image
 # Without an image a step runs as it is: the batch script's questions to Slurm, and what is not ours.
 PYXIS = """#!{python}
 import os, sys
@@ -95,5 +95,5 @@ def test_ranks_run_in_the_image_and_meet(slurm_cluster: SlurmBed, tiny_model: Pa
     job = slurm_cluster.sbatch(*command, options=["--nodes=2"], cwd=run.folder, env=env)
     slurm_cluster.wait_state(job, {"COMPLETED"}, 120)
     assert "x 2 ranks" in slurm_cluster.output(job)
-    assert set((run.folder / "inside.log").read_text().split()) == {"launcher.node"}
+    assert set((run.folder / "inside.log").read_text().split()) == {"launcher.job.node"}
     assert run.verdict("train")["status"] == "done"

@@ -6,7 +6,7 @@ import signal
 import pytest
 
 from cluster.files import write_json
-from cluster.rundir import RunDir
+from cluster.run.rundir import RunDir
 from launcher.slurm.submitted import cancelled_file
 from tests.slurm.chained import ChainedRun
 

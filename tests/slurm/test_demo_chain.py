@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cluster.fence import claims
-from cluster.manifest import verify_manifest
+from cluster.run.fence import claims
+from cluster.run.manifest import verify_manifest
 from generation.request_log import RequestLog
 from generation.store import read_rows
 from tests.slurm.bed import SlurmBed

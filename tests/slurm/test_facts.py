@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.rundir import RunDir
-from launcher.slurm.ledger import culprits
+from cluster.run.rundir import RunDir
+from launcher.job.node_health import culprits
 from tests.slurm import faults
 from tests.slurm.bed import SlurmBed
 from tests.slurm.chained import ChainedRun
@@ -251,7 +251,7 @@ def test_8_under_our_supervisor_the_failing_nodes_exit_code_arrives_and_each_lea
     rank = "import socket, sys, time\ntime.sleep(60 * (socket.gethostname() == 'n1'))\nsys.exit(3)"
     (bed.shared / "fails.py").write_text(rank)
     srun = "srun --ntasks-per-node=1 --kill-on-bad-exit=1"
-    body = f"{srun} {sys.executable} -P -m launcher.node exec $PWD/exits -- fails.py\necho srun says $?"
+    body = f"{srun} {sys.executable} -P -m launcher.job.node exec $PWD/exits -- fails.py\necho srun says $?"
     (bed.shared / "exits").mkdir()
     job = submit(bed, "fails", f"export PYTHONPATH={PROJECT}\n{body}", ["--nodes=2", "--nodelist=n[1-2]"])
     bed.wait_state(job, {"COMPLETED"}, 120)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.slurm import first_node
-from launcher.slurm.first_node import FirstNode, FirstNodeLost
+from launcher.job import first_node
+from launcher.job.first_node import FirstNode, FirstNodeLost
 
 
 class Slurm:

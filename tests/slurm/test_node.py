@@ -14,10 +14,10 @@ import psutil
 import pytest
 
 from cluster.files import write_json
-from cluster.rundir import RunDir
-from cluster.topology import Topology
-from launcher.agent import exit_code_of
-from launcher.node import agree_on_end, deliver, find_ranks, settled_code
+from cluster.nodes.topology import Topology
+from cluster.run.rundir import RunDir
+from launcher.job.agent import exit_code_of
+from launcher.job.node import agree_on_end, deliver, find_ranks, settled_code
 from tests.slurm.bed import SlurmBed
 
 # A rank that tells when it runs and when it is asked to stop; takes its handlers, and ends with 75, when told to.
@@ -57,10 +57,10 @@ dist.destroy_process_group()
 WAIT_FOR_A_NODE = """
 import sys
 from pathlib import Path
-import cluster.rendezvous
-from cluster.topology import Topology
-from launcher.node import run_node
-cluster.rendezvous.local_addresses = lambda: {"10.0.0.5": "eth0"}
+import cluster.nodes.rendezvous
+from cluster.nodes.topology import Topology
+from launcher.job.node import run_node
+cluster.nodes.rendezvous.local_addresses = lambda: {"10.0.0.5": "eth0"}
 run_node(Topology(("a", "b"), 0, 1, "5", 0, 0), Path(sys.argv[1]), ["script.py"])
 """
 
@@ -91,7 +91,7 @@ def test_the_first_failure_decides_and_not_those_it_caused() -> None:
 def test_a_preempted_node_gives_way_to_a_failure_of_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, word_of_the_other: dict, code: int
 ) -> None:
-    monkeypatch.setattr("launcher.node.AGREE_SECONDS", 0)
+    monkeypatch.setattr("launcher.job.node.AGREE_SECONDS", 0)
     topology = Topology(("n1", "n2"), 0, 1, "41", 3, 0)
     folder = topology.generation_dir(tmp_path)
     folder.mkdir()
@@ -103,8 +103,8 @@ def test_a_preempted_node_gives_way_to_a_failure_of_another(
 
 
 def test_a_node_whose_head_says_nothing_ends_as_preempted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("launcher.node.AGREE_SECONDS", 0)
-    monkeypatch.setattr("launcher.node.POLL_SECONDS", 0.01)
+    monkeypatch.setattr("launcher.job.node.AGREE_SECONDS", 0)
+    monkeypatch.setattr("launcher.job.node.POLL_SECONDS", 0.01)
     topology = Topology(("n1", "n2"), 1, 1, "41", 3, 0)
     folder = topology.generation_dir(tmp_path)
     folder.mkdir()
@@ -163,7 +163,16 @@ class LocalNode:
 def local_node(tmp_path: Path) -> Iterator[LocalNode]:
     script = tmp_path / "rank.py"
     script.write_text(RANK)
-    command = [sys.executable, "-m", "launcher.node", "--procs-per-node=2", "exec", str(tmp_path), "--", str(script)]
+    command = [
+        sys.executable,
+        "-m",
+        "launcher.job.node",
+        "--procs-per-node=2",
+        "exec",
+        str(tmp_path),
+        "--",
+        str(script),
+    ]
     environ = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
     (scratch := tmp_path / "scratch").mkdir()
     process = subprocess.Popen([*command, str(tmp_path)], env={**environ, "TMPDIR": str(scratch)})
@@ -226,7 +235,7 @@ def test_ranks_of_all_nodes_meet(slurm_cluster: SlurmBed, num_nodes: int, option
     script = slurm_cluster.shared / "all_reduce.py"
     script.write_text(ALL_REDUCE)
     batch = slurm_cluster.write_script(
-        "meet.sh", f"srun --kill-on-bad-exit=1 {sys.executable} -P -m launcher.node exec $PWD -- {script}"
+        "meet.sh", f"srun --kill-on-bad-exit=1 {sys.executable} -P -m launcher.job.node exec $PWD -- {script}"
     )
     options = [f"--nodes={num_nodes}", "--ntasks-per-node=1", *options]
     job = slurm_cluster.sbatch(batch, options=options, env={"OMP_NUM_THREADS": "1"})

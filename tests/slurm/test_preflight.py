@@ -11,16 +11,26 @@ from types import SimpleNamespace
 
 import pytest
 
-from cluster.preflight import Finding, NodeReport, check_space, clock_skew, compare, from_json, look_around, to_json
+from launcher.job.node_checks import (
+    Finding,
+    NodeReport,
+    check_space,
+    clock_skew,
+    compare,
+    from_json,
+    look_around,
+    to_json,
+)
 from tests.slurm.bed import SlurmBed
 from tests.slurm.machine import PROJECT
 
 CHECK = """
 import os, sys
 from pathlib import Path
-from cluster.rundir import RunDir
-from cluster.topology import expand_host_list
-from launcher.slurm import attempt, preflight
+from cluster.run.rundir import RunDir
+from cluster.nodes.topology import expand_host_list
+from launcher.job import attempt
+from launcher.job import preflight
 def on_all_nodes(argv, limit_seconds):
     return attempt.on_all_nodes([*argv, *sys.argv[2:]], limit_seconds)
 try:
@@ -36,8 +46,8 @@ SUM = """
 import sys
 from types import SimpleNamespace
 import torch.distributed as dist
-from cluster.all_reduce import sum_over_nodes
-from cluster.topology import Topology
+from launcher.job.all_reduce import sum_over_nodes
+from cluster.nodes.topology import Topology
 if sys.argv[1] == "wrong":
     dist.all_reduce = lambda numbers: numbers[0].add_(1)
 place = SimpleNamespace(interface="lo", address="127.0.0.1", port=int(sys.argv[2]))
@@ -82,7 +92,7 @@ def test_a_clock_that_is_ahead_of_its_file_server_is_told(tmp_path: Path, monkey
     [("LEAST_RUN_MIB", "disk of the run folder"), ("LEAST_TMP_MIB", "/tmp"), ("LEAST_SHM_MIB", "/dev/shm")],
 )
 def test_too_little_room_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, least: str, check: str) -> None:
-    monkeypatch.setattr(f"cluster.preflight.{least}", 10**15)
+    monkeypatch.setattr(f"launcher.job.node_checks.{least}", 10**15)
     report = NodeReport(0, "here", 0)
     look_around(report, tmp_path, num_gpus=0)
     (finding,) = report.findings
@@ -204,6 +214,6 @@ def test_other_code_on_one_node_is_found_and_equal_nodes_sum_together(slurm_clus
 
 
 def test_alone_it_wants_no_other_node(tmp_path: Path) -> None:
-    argv = [sys.executable, "-P", "-m", "launcher.slurm.preflight", str(tmp_path)]
+    argv = [sys.executable, "-P", "-m", "launcher.job.preflight", str(tmp_path)]
     assert subprocess.run(argv, cwd=PROJECT, env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(PROJECT)}).returncode == 0
     assert json.loads((tmp_path / "gen-local-0" / "preflight.json").read_text())["failures"] == {}

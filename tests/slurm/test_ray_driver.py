@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from cluster.allocation import Share
 from cluster.errors import Preempted
-from cluster.rundir import RunDir
-from launcher.slurm import ray_job
-from launcher.slurm.ray_job import RayJob
+from cluster.run.rundir import RunDir
+from launcher.job import ray_job
+from launcher.job.allocation import Share
+from launcher.job.ray_job import RayJob
 
 SILENT_STEP = ["sh", "-c", "cat >/dev/null"]  # ends with its standard input
 
@@ -33,7 +33,7 @@ def test_a_driver_that_waits_for_ray_ends_when_the_job_is_asked_to_stop(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = ray_job_of(tmp_path, monkeypatch, asked=[15])
-    wait = f"from cluster.ray_cluster import ray_session\nwith ray_session({str(tmp_path)!r}): pass"
+    wait = f"from cluster.ray.cluster import ray_session\nwith ray_session({str(tmp_path)!r}): pass"
     with pytest.raises(Preempted, match="before Ray was up"):
         job.main([sys.executable, "-c", wait])
     assert job._driver.returncode == -9

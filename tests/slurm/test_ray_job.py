@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cluster.manifest import verify_manifest
+from cluster.run.manifest import verify_manifest
 from generation.request_log import RequestLog
 from generation.store import read_rows
 from tests.fakes import generated_ids, write_script
@@ -130,7 +130,7 @@ def test_the_scripts_differ_in_what_they_ask_for_and_in_the_stage() -> None:
         text = (SCRIPTS / f"{stage}.sbatch").read_text()
         _, begin, rest = text.partition("# A job that Slurm starts again by itself")
         assert begin and f"#SBATCH --job-name=tunesmith-{stage}\n" in text
-        common.add(rest.replace(f"launcher.slurm.attempt {stage} ", "launcher.slurm.attempt STAGE "))
+        common.add(rest.replace(f"launcher.job.attempt {stage} ", "launcher.job.attempt STAGE "))
         assert ("#SBATCH --no-kill\n" in text) == (stage in ("synthesize", "evaluate"))
     (shared,) = common
     for line in ("#SBATCH --no-requeue", "#SBATCH --open-mode=append", "#SBATCH --signal=B:USR2@300", "exec "):
@@ -355,12 +355,12 @@ def test_a_killed_supervisor_takes_everything_along(slurm_cluster: SlurmBed, pla
     place.scripted(latency_ms=600)
     job = place.submit()
     place.wait_for_requests(job, 12)
-    kill(slurm_cluster, "n1", "-m launcher.slurm.attempt")
+    kill(slurm_cluster, "n1", "-m launcher.job.attempt")
     slurm_cluster.wait_state(job, {"FAILED"}, RAY_SECONDS)
     nodes = ("n1", "n2")
     slurm_cluster._wait("no process", lambda: not any(running(slurm_cluster, node) for node in nodes), 60, str)
     for node in nodes:  # the folders were left, and the next Ray there removes them
-        program = [sys.executable, "-c", "from cluster.ray_folder import *\nwith private_folder('x'): pass"]
+        program = [sys.executable, "-c", "from cluster.ray.folder import *\nwith private_folder('x'): pass"]
         slurm_cluster.nodes[node].run(*program, cwd=PROJECT, env=slurm_cluster.env)
     assert left_behind(slurm_cluster) == []
     assert not (place.run / "verdict-synthesize.json").exists()

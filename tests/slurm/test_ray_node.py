@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from cluster.errors import TunesmithError
-from launcher.slurm.ray_node import BROKEN_OFF, DONE, Line, ray_environ, ray_start, store_bytes, why_ended
+from launcher.job.ray_node import BROKEN_OFF, DONE, Line, ray_environ, ray_start, store_bytes, why_ended
 
 # As `ray start --block` of 2.60 writes it when one of its processes is killed.
 KILLED = """Ray runtime started.
@@ -24,7 +24,7 @@ Remaining processes will be killed.
 WATCHED = """
 import signal, subprocess, sys
 from pathlib import Path
-from launcher.slurm.ray_node import SIGNALS, Line, watch
+from launcher.job.ray_node import SIGNALS, Line, watch
 signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 ray = subprocess.Popen([sys.executable, "-c", "print('up', flush=True); import time; time.sleep(600)"])
 print(watch(ray, Line(), Path(sys.argv[1])), ray.poll())

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from cluster.errors import InputError, TunesmithError
 from cluster.files import write_json
-from cluster.rendezvous import FIRST_PORT, NUM_PORTS, choose_address, free_port, local_addresses, meet
-from cluster.topology import Topology, read_topology
+from cluster.nodes.rendezvous import FIRST_PORT, NUM_PORTS, choose_address, free_port, local_addresses, meet
+from cluster.nodes.topology import Topology, read_topology
 
 JOB = {
     "SLURM_JOB_ID": "41",
@@ -128,7 +128,7 @@ def test_a_taken_port_is_passed_over() -> None:
 def a_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the nodes of these tests find an address, whatever network the machine has."""
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
-    monkeypatch.setattr("cluster.rendezvous.local_addresses", lambda: {"10.0.0.5": "eth0"})
+    monkeypatch.setattr("cluster.nodes.rendezvous.local_addresses", lambda: {"10.0.0.5": "eth0"})
 
 
 def test_nodes_that_meet_read_the_same_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,10 +7,10 @@ such as that of mapped files, does not count.
 import sys
 from pathlib import Path
 
-from cluster.rundir import RunDir
+from cluster.run.rundir import RunDir
 from tests.benchmarks.peak import highest_bytes
 from trainer import export
-from trainer.config import ExportConfig
+from trainer.config.after import ExportConfig
 from trainer.job import read_job
 
 

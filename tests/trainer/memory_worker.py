@@ -24,8 +24,8 @@ from torch.profiler import profile  # noqa: E402
 from trainer.engine import make_engine  # noqa: E402
 from trainer.job import TrainJob, read_job  # noqa: E402
 from trainer.kernels import load_comm_kernel  # noqa: E402
-from trainer.model import load_tokenizer  # noqa: E402
-from trainer.settle import settle  # noqa: E402
+from trainer.model.load import load_tokenizer  # noqa: E402
+from trainer.resolve import settle  # noqa: E402
 from trainer.train import make_batches, shared_tokens  # noqa: E402
 
 

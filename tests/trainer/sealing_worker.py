@@ -3,8 +3,8 @@
 import sys
 from pathlib import Path
 
-from trainer.config import CheckpointConfig
-from trainer.sealing import Background, copy_files, partial_folder, put_in_place, remove_partial
+from trainer.checkpoint.commit import Background, copy_files, partial_folder, put_in_place, remove_partial
+from trainer.config.checkpoints import CheckpointConfig
 
 CONFIG = CheckpointConfig(keep_last=2)
 

@@ -13,9 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from cluster.config import ModelConfig
 from cluster.errors import InputError
-from trainer.adapters import add_adapters, load_adapters
-from trainer.config import TrainConfig
-from trainer.tuning import adapt, is_adapted, load_adapter, save_adapter
+from trainer.config.train import TrainConfig
+from trainer.model.adapters import add_adapters, load_adapters
+from trainer.model.tuning import adapt, is_adapted, load_adapter, save_adapter
 
 IDS = torch.arange(40).reshape(2, 20)
 METHODS = {

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.batches import Batches, MicroBatch
-from trainer.chat import IGNORE
-from trainer.config import TrainConfig
-from trainer.data import SourceFacts, Tokens
+from trainer.config.train import TrainConfig
+from trainer.data.batches import Batches, MicroBatch
+from trainer.data.chat import IGNORE
+from trainer.data.tokens import SourceFacts, Tokens
 
 MAX_SEQ_LEN = 16
 

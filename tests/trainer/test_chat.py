@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from cluster.errors import InputError
 from tests.trainer.tools import END, IM_END, IM_START, make_tokenizer
-from trainer.chat import IGNORE, Encoded, Unmaskable, encode_chat, encode_text, end_of_turn_ids, set_chat_template
+from trainer.data.chat import IGNORE, Encoded, Unmaskable, encode_chat, encode_text, end_of_turn_ids, set_chat_template
 
 STRIPPING = """
 {%- for message in messages %}

@@ -10,12 +10,13 @@ import pytest
 from datasets import Dataset
 
 from cluster.errors import InputError
-from cluster.manifest import write_manifest
+from cluster.run.manifest import write_manifest
 from tests.trainer.tools import chat_documents, make_tokenizer, write_chats
-from trainer import data
-from trainer.config import DataSource, TrainConfig
-from trainer.data import Tokens, load_tokens
-from trainer.sources import open_source
+from trainer.config.data import DataSource
+from trainer.config.train import TrainConfig
+from trainer.data import tokens as data
+from trainer.data.sources import open_source
+from trainer.data.tokens import Tokens, load_tokens
 
 CHATS = chat_documents(9)
 CONFIG = TrainConfig(max_seq_len=512)

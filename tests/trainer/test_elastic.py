@@ -28,11 +28,11 @@ from tests.trainer.tools import (
     write_chats,
     write_job,
 )
+from trainer.checkpoint.commit import CONVERTED
+from trainer.checkpoint.state import complete, newest, read_state
+from trainer.checkpoint.universal import convert, universal_folder
 from trainer.job import read_job
-from trainer.sealing import CONVERTED
-from trainer.state import complete, newest, read_state
 from trainer.train import train
-from trainer.universal import convert, universal_folder
 
 MOVED_AFTER = 2  # steps
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}  # relative; sums in another order, and in bf16 with rounded weights

@@ -25,12 +25,12 @@ from tests.trainer.tools import (
     write_chats,
     write_job,
 )
-from trainer.batches import Batches
-from trainer.chat import IGNORE
-from trainer.data import load_tokens
+from trainer.data.batches import Batches
+from trainer.data.chat import IGNORE
+from trainer.data.mixture import held_out
+from trainer.data.tokens import load_tokens
 from trainer.job import TrainJob, read_job
-from trainer.mixture import held_out
-from trainer.model import load_model, load_tokenizer
+from trainer.model.load import load_model, load_tokenizer
 from trainer.schedule import learning_rate
 
 TOLERANCE = 1e-4  # relative; float32 sums in another order give about 1e-6

@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cluster.errors import InputError, TunesmithError
-from cluster.rundir import RunDir
+from cluster.run.rundir import RunDir
 from tests.trainer.tools import IM_END, make_tokenizer, save_llama, trace, train_here, write_job
-from trainer import checkpoint, export
-from trainer.config import ExportConfig
+from trainer import export
+from trainer.checkpoint import checkpointer as checkpoint
+from trainer.config.after import ExportConfig
 from trainer.export import ExportJob
 from trainer.job import read_job
 

@@ -6,15 +6,17 @@ import pytest
 import yaml
 
 from cluster.errors import EXIT_BAD_INPUT, EXIT_DONE, InputError
-from cluster.manifest import verify_manifest
+from cluster.run.manifest import verify_manifest
 from tests.conftest import SmallDisk
 from tests.trainer.tools import chat_documents, command, train_here, write_chats, write_job
 from trainer import export
-from trainer.config import DataSource, ExportConfig, TrainConfig
-from trainer.data import load_tokens, prepare_tokens
+from trainer.checkpoint.state import newest, read_state
+from trainer.config.after import ExportConfig
+from trainer.config.data import DataSource
+from trainer.config.train import TrainConfig
+from trainer.data.tokens import load_tokens, prepare_tokens
 from trainer.export import ExportJob
 from trainer.job import read_job
-from trainer.state import newest, read_state
 
 MIB = 2**20
 

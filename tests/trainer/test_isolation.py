@@ -7,10 +7,10 @@ import torch
 
 from cluster.errors import InputError
 from tests.trainer.tools import make_tokenizer, save_llama, trace, train_here, weights, write_job
-from trainer.batches import Batches
-from trainer.data import load_tokens, prepare_tokens
+from trainer.data.batches import Batches
+from trainer.data.tokens import load_tokens, prepare_tokens
 from trainer.job import read_job
-from trainer.model import CausalLMWithLoss, load_model, load_tokenizer
+from trainer.model.load import CausalLMWithLoss, load_model, load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 

@@ -12,11 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cluster.errors import InputError
 from tests.trainer.tools import write_job
-from trainer.attention import attend_by_document, bounds_of, choose_attention, document_bounds
-from trainer.batches import MicroBatch
-from trainer.config import TrainConfig
-from trainer.layers import uses_liger
-from trainer.model import CausalLMWithLoss, load_model, load_tokenizer
+from trainer.config.train import TrainConfig
+from trainer.data.batches import MicroBatch
+from trainer.model.attention import attend_by_document, bounds_of, choose_attention, document_bounds
+from trainer.model.layers import uses_liger
+from trainer.model.load import CausalLMWithLoss, load_model, load_tokenizer
 
 
 class Count(TorchDispatchMode):
@@ -35,7 +35,7 @@ class Count(TorchDispatchMode):
 
 def load(run: Path, **settings: object) -> CausalLMWithLoss:
     from trainer.job import read_job
-    from trainer.settle import settled
+    from trainer.resolve import settled
 
     job = read_job(run)
     config = settled(job.config.model_copy(update=settings), stage=0, attention="sdpa")

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.trainer.tools import num_steps_shown, trace, train_here, weights, write_job
-from trainer.config import TrainConfig
-from trainer.loss import EmbeddingNoise, LossSettings, chunked_loss, document_lengths, loss_settings
+from trainer.config.train import TrainConfig
+from trainer.model.loss import EmbeddingNoise, LossSettings, chunked_loss, document_lengths, loss_settings
 
 VOCABULARY, HIDDEN = 3000, 4
 

@@ -21,7 +21,8 @@ from tests.trainer.tools import (
     write_chats,
     write_job,
 )
-from trainer.config import TrainConfig, ZeroConfig
+from trainer.config.train import TrainConfig
+from trainer.config.zero import ZeroConfig
 from trainer.job import read_job
 from trainer.memory import GIB, RESERVED_BYTES, USABLE_SHARE, ModelFacts, choose_stage, estimate, read_facts
 
@@ -152,8 +153,8 @@ def test_what_is_proposed_fits(usable: int, ranks: int, stage: int) -> None:
     ],
 )
 def test_facts_are_those_of_the_loaded_model(tmp_path: Path, tokenizer, tied: bool, settings: dict) -> None:
-    from trainer.model import load_model, load_tokenizer
-    from trainer.settle import settled
+    from trainer.model.load import load_model, load_tokenizer
+    from trainer.resolve import settled
 
     job = read_job(write_job(tmp_path / "run", save_llama(tmp_path / "model", tokenizer, tied=tied), None, **settings))
     config = settled(job.config, stage=0, attention="sdpa")

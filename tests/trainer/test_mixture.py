@@ -10,11 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.errors import InputError
-from trainer.batches import Batches
-from trainer.chat import IGNORE
-from trainer.config import DataSource, TrainConfig, ValidationConfig
-from trainer.data import SourceFacts, Tokens
-from trainer.mixture import Mixture, held_out
+from trainer.config.data import DataSource, ValidationConfig
+from trainer.config.train import TrainConfig
+from trainer.data.batches import Batches
+from trainer.data.chat import IGNORE
+from trainer.data.mixture import Mixture, held_out
+from trainer.data.tokens import SourceFacts, Tokens
 
 SIZES = st.lists(st.integers(1, 30), min_size=1, max_size=4)
 EPOCHS = st.sampled_from([0.25, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0])

@@ -18,7 +18,7 @@ import torch
 import yaml
 
 from cluster.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_PREEMPTED, InputError, TunesmithError
-from cluster.manifest import verify_manifest
+from cluster.run.manifest import verify_manifest
 from tests.trainer.tools import (
     DEADLINE_SECONDS,
     chat_documents,
@@ -33,7 +33,7 @@ from tests.trainer.tools import (
     write_chats,
     write_job,
 )
-from trainer.state import complete, newest, read_state
+from trainer.checkpoint.state import complete, newest, read_state
 
 EVERY_STEPS = 4
 NUM_STEPS = 40
@@ -273,7 +273,7 @@ def test_changed_settings_end_the_command_with_exit_code_2_before_anything_start
 
 
 def test_ranks_stop_on_every_signal_that_their_supervisor_passes_on() -> None:
-    from launcher import node
+    from launcher.job import node
     from trainer.stop import STOP_SIGNALS, StopRequest
 
     assert set(node.STOP_SIGNALS) <= set(STOP_SIGNALS)

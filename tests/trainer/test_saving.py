@@ -12,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.errors import TunesmithError
-from cluster.manifest import verify_manifest
+from cluster.run.manifest import verify_manifest
 from tests.trainer.test_watch import fake_tracker
 from tests.trainer.tools import DEADLINE_SECONDS, num_steps_shown, trace, train_here, write_job
-from trainer import checkpoint
-from trainer.state import complete, newest, read_state
-from trainer.watch import Diverged
+from trainer.checkpoint import checkpointer as checkpoint
+from trainer.checkpoint.state import complete, newest, read_state
+from trainer.watchdog import Diverged
 
 NUM_STEPS = 6
 

@@ -5,7 +5,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.config import TrainConfig
+from trainer.config.train import TrainConfig
 from trainer.schedule import learning_rate
 
 

@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from cluster.errors import InputError
-from cluster.manifest import verify_manifest, write_manifest
+from cluster.run.manifest import verify_manifest, write_manifest
 from tests.conftest import SmallDisk
-from trainer.config import CheckpointConfig, TrainConfig
-from trainer.sealing import Background, copy_files, partial_folder, put_in_place
-from trainer.state import TrainState, complete, newest, no_longer_kept, step_folder
+from trainer.checkpoint.commit import Background, copy_files, partial_folder, put_in_place
+from trainer.checkpoint.state import TrainState, complete, newest, no_longer_kept, step_folder
+from trainer.config.checkpoints import CheckpointConfig
+from trainer.config.train import TrainConfig
 
 NUM_KILLS = 15
 

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from cluster.errors import InputError
 from tests.trainer.test_batches import Plan, plans
 from tests.trainer.test_memory import FACTS, config_of
-from trainer.batches import Batches
-from trainer.chat import IGNORE
-from trainer.config import TrainConfig
+from trainer.config.train import TrainConfig
+from trainer.data.batches import Batches
+from trainer.data.chat import IGNORE
 from trainer.memory import check_heads
-from trainer.sequence import SplitBatches
-from trainer.settle import settled
+from trainer.model.sequence import SplitBatches
+from trainer.resolve import settled
 
 
 @given(plan=plans(), num_groups=st.integers(1, 3), num_parts=st.integers(2, 5))

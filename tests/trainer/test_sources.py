@@ -10,9 +10,10 @@ from pydantic import ValidationError
 
 from cluster.errors import InputError
 from tests.trainer.tools import write_chats
-from trainer.config import DataSource, TrainConfig
-from trainer.data import Tokens, load_tokens, prepare_tokens
-from trainer.sources import open_source
+from trainer.config.data import DataSource
+from trainer.config.train import TrainConfig
+from trainer.data.sources import open_source
+from trainer.data.tokens import Tokens, load_tokens, prepare_tokens
 
 REAL = Path(__file__).parents[3] / "shared" / "data"
 QUESTION, GIVEN, ANSWER = "Sort the words", "pear fig", "fig pear"

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from cluster.errors import InputError
 from tests.trainer.tools import END, make_tokenizer
-from trainer.chat import (
+from trainer.data.chat import (
     IGNORE,
     Encoded,
     Unmaskable,

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from cluster.errors import InputError
 from launcher import recipe as recipes
 from launcher.stages import run_stage
-from trainer.config import TrainConfig
+from trainer.config.train import TrainConfig
 from trainer.config.tuning import METHODS, form_refusal, refusal
 
 DOCS = Path(__file__).parents[2] / "docs" / "training.md"
@@ -95,7 +95,7 @@ def test_qlora_without_its_library_is_refused(monkeypatch: pytest.MonkeyPatch) -
 
     import torch
 
-    from trainer.quantization import require_four_bits
+    from trainer.model.quantization import require_four_bits
 
     if importlib.util.find_spec("bitsandbytes") is not None:
         pytest.skip("bitsandbytes is installed")

@@ -9,10 +9,10 @@ from torch.nn import functional as F
 
 from cluster.errors import InputError
 from tests.trainer.tools import chat_documents, trace, train_here, weights, write_chats, write_job
-from trainer.data import load_tokens
+from trainer.data.mixture import held_out
+from trainer.data.tokens import load_tokens
 from trainer.job import read_job
-from trainer.mixture import held_out
-from trainer.model import load_model, load_tokenizer
+from trainer.model.load import load_model, load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 SETTINGS = {"global_batch_size": 4, "num_epochs": 2, "max_steps": 5, "neftune_alpha": 5.0, "loss_chunk_tokens": 64}

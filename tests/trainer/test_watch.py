@@ -18,14 +18,15 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from pydantic import ValidationError
 
-from cluster.rundir import RunDir
+from cluster.run.rundir import RunDir
 from tests.trainer.tools import DEADLINE_SECONDS
-from trainer.config import TrainConfig, WatchConfig
+from trainer.checkpoint.state import TrainState
+from trainer.config.train import TrainConfig
+from trainer.config.watch import WatchConfig
 from trainer.flops import ModelFlops, Utilization, model_flops, peak_flops
 from trainer.metrics import Step, StepLine
-from trainer.state import TrainState
 from trainer.trackers import reporting
-from trainer.watch import Diverged, LossWatch, StallWatch
+from trainer.watchdog import Diverged, LossWatch, StallWatch
 
 FINITE = st.floats(-100, 100)
 NO_NUMBER = st.sampled_from([math.nan, math.inf, -math.inf])

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from cluster.errors import InputError
 from tests.trainer.tools import train_here, write_job
-from trainer.config import TrainConfig
+from trainer.config.train import TrainConfig
 
 
 @pytest.mark.parametrize(

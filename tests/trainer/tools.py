@@ -119,7 +119,7 @@ def weights(run: Path) -> dict:
     """The tensors of the newest checkpoint, or of its adapter."""
     from safetensors.torch import load_file
 
-    from trainer.state import newest
+    from trainer.checkpoint.state import newest
 
     tensors: dict = {}
     for file in sorted((newest(run / "checkpoints") / "weights").glob("*.safetensors")):

@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from cluster.config import SecretRef, StrictModel
-from cluster.engine_config import Sampling
+from cluster.engines.config import Sampling
 
 
 class ExportConfig(StrictModel):

@@ -1,0 +1,252 @@
+"""One vLLM engine. The pool runs it inside a Ray actor; nothing here knows about Ray.
+
+A backend is any class with this constructor, `describe`, `generate` and `report`; `EngineConfig.backend` names it.
+
+What has been run: engines of one process, on CPUs, and vLLM itself with tensor_parallel_size=2 in two processes of one
+machine without GPUs ("mp" executor). Engines of several GPUs, on one node or over nodes ("ray" executor), are written
+to vLLM 0.32's sources and have not been run.
+"""
+
+import json
+import os
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cluster.config import ModelConfig
+from cluster.engines import core_process
+from cluster.engines.config import Completion, EngineConfig, EngineReport, GenerationRequest, Prompt, Sample, Sampling
+from cluster.errors import InputError, TunesmithError
+from cluster.imports import without_collection
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vllm/config/lora.py, MaxLoRARanks
+# vllm/lora/peft_helper.py refuses these, but only at an adapter's first request; the last it ignores.
+UNSERVED_LORA = ("modules_to_save", "use_dora", "lora_bias", "layer_replication", "trainable_token_indices")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What an engine says of itself when it is up."""
+
+    model: str
+    max_model_len: int  # tokens of prompt and completion
+
+
+class VLLMEngine:
+    """vLLM's asynchronous engine with final outputs only."""
+
+    def __init__(self, config: EngineConfig, model: ModelConfig, num_gpus: int, adapters: tuple[str, ...] = ()) -> None:
+        """Load the model: half a minute on a CPU, minutes for a large one. `num_gpus` 0 means a CPU build of vLLM."""
+        set_environment(config, model, num_gpus)
+        is_forked = is_one_process(config, num_gpus)
+        if is_forked:
+            core_process.begin_import()
+        with without_collection():
+            from vllm import AsyncEngineArgs  # after the environment, which vLLM reads when imported
+            from vllm.inputs import tokens_input
+            from vllm.lora.request import LoRARequest
+            from vllm.usage.usage_lib import UsageContext
+            from vllm.v1.engine.async_llm import AsyncLLM
+            from vllm.v1.engine.exceptions import EngineDeadError
+
+            from cluster.engines.vllm_stats import ReportingLogger
+
+        optional = {
+            name: value
+            for name in ("max_model_len", "max_num_batched_tokens")
+            if (value := getattr(config, name)) is not None
+        }
+        arguments = AsyncEngineArgs(
+            model=model.path,
+            revision=model.revision,
+            trust_remote_code=False,
+            tensor_parallel_size=config.tensor_parallel_size,
+            pipeline_parallel_size=config.pipeline_parallel_size,
+            distributed_executor_backend=executor_backend(config, num_gpus),
+            dtype=weights_dtype(config, num_gpus),
+            gpu_memory_utilization=config.gpu_memory_utilization,
+            max_num_seqs=config.max_num_seqs,
+            enforce_eager=config.enforce_eager,
+            enable_prefix_caching=config.enable_prefix_caching,
+            seed=config.seed,
+            # One backend for all forms, and compact JSON: a weak model left free to would put white space to the end.
+            structured_outputs_config={"backend": "guidance", "disable_any_whitespace": True},
+            # Sampling is what the request says, never a file beside the weights; end tokens that only the model's
+            # generation_config.json names (Llama-3's <|eot_id|>) still end a text (vllm/v1/engine/input_processor.py).
+            generation_config="vllm",
+            disable_log_stats=True,
+            # On a CPU a seeded request whose prompt is computed in parts kills the engine ("CPU Generator does not use
+            # offset", vLLM 0.32.0): there every prompt is computed at once.
+            enable_chunked_prefill=num_gpus > 0,
+            **optional,
+            **lora_arguments(config, adapters, num_gpus),
+        )
+        loggers: list[ReportingLogger] = []
+
+        def make_logger(vllm_config, engine_index: int) -> ReportingLogger:
+            loggers.append(ReportingLogger(vllm_config, engine_index))
+            return loggers[-1]
+
+        with core_process.forked_core() if is_forked else nullcontext():
+            self._engine = AsyncLLM.from_engine_args(
+                arguments,
+                usage_context=UsageContext.LLM_CLASS,  # tokens a step as of the offline engine, not of a server
+                stat_loggers=[make_logger],
+            )
+        self._logger = loggers[0]
+        self._adapters = {path: LoRARequest(path, number, path) for number, path in enumerate(adapters, 1)}
+        self._tokens_input = tokens_input
+        self._engine_dead_error = EngineDeadError
+        self._numbers = count()
+        self._model = model.path
+
+    def describe(self) -> EngineInfo:
+        return EngineInfo(self._model, self._engine.model_config.max_model_len)
+
+    def report(self) -> EngineReport:
+        return self._logger.report()
+
+    async def generate(self, request: GenerationRequest) -> Completion:
+        """Continue one prompt. A prompt the model cannot hold comes back as "prompt_too_long".
+
+        Raises TunesmithError for a chat if the model has no chat template.
+        """
+        token_ids = prompt_ids(self._engine.get_tokenizer(), request.prompt)
+        if len(token_ids) + 1 > self._engine.model_config.max_model_len:
+            return Completion.failed(request, "prompt_too_long")
+        prompt = self._tokens_input(token_ids)  # a TokensPrompt would go through a thread of vLLM's, one by one
+        final = None
+        try:
+            async for output in self._engine.generate(
+                prompt,
+                vllm_sampling(request.sampling),
+                f"{request.request_id}-{next(self._numbers)}",
+                lora_request=self._adapters[request.adapter] if request.adapter else None,
+            ):
+                final = output
+        except self._engine_dead_error:
+            os._exit(1)  # the core process is gone: die too, so that the pool sees a death and not a bad request
+        samples = tuple(
+            Sample(output.text, output.finish_reason, len(output.token_ids), tuple(output.token_ids))
+            for output in sorted(final.outputs, key=lambda output: output.index)
+        )
+        return Completion(request.request_id, samples, len(token_ids))
+
+
+def prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt) -> list[int]:
+    """Token ids of a prompt in any form. Raises TunesmithError for a chat if the model has no template for it."""
+    if isinstance(prompt, str):
+        return tokenizer.encode(prompt)
+    if not prompt or not isinstance(prompt[0], dict):
+        return prompt
+    if not tokenizer.chat_template:
+        raise TunesmithError(
+            "the model has no chat template. Ask it in plain form, or put a chat_template.jinja in its folder."
+        )
+    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    return tokenizer.encode(text, add_special_tokens=False)  # the template has written them
+
+
+def lora_arguments(config: EngineConfig, adapters: tuple[str, ...], num_gpus: int) -> dict:
+    """vLLM's arguments for serving these adapters, all of them in one batch if it comes so."""
+    if not adapters:
+        return {}
+    needed = config.max_lora_rank or max(adapter_rank(path) for path in adapters)
+    rank = next(rank for rank in LORA_RANKS if rank >= needed)
+    # On a CPU a sequence without an adapter, in a batch with one that has, gets the weights in the last slot (index -1
+    # in vllm/lora/ops/torch_ops/lora_ops.py, 0.32.0): one slot more than there are adapters keeps that one zero.
+    num_slots = len(adapters) + (num_gpus == 0)
+    return {"enable_lora": True, "max_loras": num_slots, "max_lora_rank": rank}
+
+
+def adapter_rank(path: str) -> int:
+    """Largest rank in a LoRA adapter. Raises InputError for a folder without one, or one that vLLM cannot serve."""
+    file = Path(path) / "adapter_config.json"
+    if not file.is_file():
+        raise InputError(f"{path}: no adapter_config.json there. Name the folder of a LoRA adapter in peft's form.")
+    adapter = json.loads(file.read_text())
+    unserved = [key for key in UNSERVED_LORA if adapter.get(key)]
+    if adapter.get("peft_type") != "LORA" or unserved:
+        raise InputError(
+            f"{path}: vLLM cannot serve this adapter beside its model (peft_type {adapter.get('peft_type')}"
+            f"{''.join(f', with {key}' for key in unserved)}). Merge it into the model and serve that."
+        )
+    rank = max(adapter["r"], *(adapter.get("rank_pattern") or {}).values(), 0)
+    if rank > LORA_RANKS[-1]:
+        raise InputError(
+            f"{path}: its rank {rank} is more than vLLM serves, {LORA_RANKS[-1]}. Merge it into the model."
+        )
+    return rank
+
+
+def check_adapters(config: EngineConfig, adapters: tuple[str, ...]) -> None:
+    """Raises InputError for an adapter that the engines could not serve."""
+    for path in adapters:
+        rank = adapter_rank(path)
+        if config.max_lora_rank is not None and rank > config.max_lora_rank:
+            raise InputError(
+                f"{path}: its rank {rank} is more than engine.max_lora_rank={config.max_lora_rank}. Raise that, or "
+                "leave it out."
+            )
+
+
+def executor_backend(config: EngineConfig, num_gpus: int) -> str | None:
+    """What runs the ranks of one engine: on GPUs Ray, so that it may span nodes; on CPUs processes of this machine."""
+    if config.gpus_per_engine == 1:
+        return None
+    return "ray" if num_gpus else "mp"
+
+
+def weights_dtype(config: EngineConfig, num_gpus: int) -> str:
+    """The number format of the weights. Few CPUs compute in bfloat16: on the others it takes four times as long."""
+    return "float32" if config.dtype == "auto" and num_gpus == 0 else config.dtype
+
+
+def vllm_sampling(sampling: Sampling):
+    """vLLM's SamplingParams for ours."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+
+    fields = sampling.model_dump(exclude={"stop", "stop_token_ids", "structured"})
+    structured = None
+    if form := sampling.structured:
+        choice = None if form.choice is None else list(form.choice)
+        structured = StructuredOutputsParams(choice=choice, regex=form.regex, json=form.json_schema)
+    return SamplingParams(
+        **fields,
+        stop=list(sampling.stop),
+        stop_token_ids=list(sampling.stop_token_ids),
+        structured_outputs=structured,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def is_one_process(config: EngineConfig, num_gpus: int) -> bool:
+    """Whether the model computes in the scheduler's own process: one less to start, and no hand-over each step.
+
+    With more than one CPU, vLLM's worker process and its threads have all but one of them.
+    """
+    return num_gpus == 0 and _num_cpus(config) == 1 and config.gpus_per_engine == 1
+
+
+def _num_cpus(config: EngineConfig) -> int:
+    return max(1, round(config.cpus_per_engine))
+
+
+def set_environment(config: EngineConfig, model: ModelConfig, num_gpus: int) -> None:
+    """Set what vLLM reads from the environment. Nothing is reported anywhere; a local model needs no hub."""
+    os.environ.update(VLLM_LOGGING_LEVEL="WARNING", VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1")
+    if Path(model.path).is_dir():
+        os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
+    if num_gpus == 0:
+        os.environ.update(
+            VLLM_CPU_KVCACHE_SPACE=str(config.kv_cache_gib),
+            VLLM_CPU_OMP_THREADS_BIND="nobind",
+            VLLM_ENABLE_V1_MULTIPROCESSING="0" if is_one_process(config, num_gpus) else "1",
+            OMP_NUM_THREADS=str(max(1, _num_cpus(config) - 1)),
+        )

@@ -1,0 +1,267 @@
+"""A pool of engines behind one coroutine.
+
+    async with EnginePool.start(engine_config, model) as pool:
+        completion = await pool.generate(request)
+
+Requests come back one by one as they finish: no batch waits for its slowest member. An engine that dies or hangs is
+replaced, and what it had in flight goes to the others. Engines come and go with the nodes they run on.
+
+Which request goes where is in dispatch.py, what counts as dead, hung and slow in supervision.py, how an engine gets
+its place on the cluster in placement.py.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator
+
+import ray
+from ray.util.placement_group import PlacementGroup
+
+from cluster.config import ModelConfig
+from cluster.engines.actor import Answer
+from cluster.engines.config import Completion, EngineConfig, EngineReport, GenerationRequest
+from cluster.engines.dispatch import Dispatcher, Engine, Pending
+from cluster.engines.engine import check_adapters
+from cluster.engines.placement import free_resources, has_room, node_is_gone, reserved, running_actor, wait_for_cluster
+from cluster.engines.pool_stats import EngineStats, PoolStats
+from cluster.engines.supervision import EngineDeath, EngineHung, Pulse, relative_speed
+from cluster.errors import InputError, TunesmithError
+from cluster.model_source import locate_model
+
+MIN_POLL_SECONDS = 0.02
+MAX_POLL_SECONDS = 1.0
+MAX_COLLECT_SECONDS = 5.0  # an engine reports at least so often, so that a frozen one is told from an idle one
+FIRST_BACKOFF_SECONDS = 1.0  # before the second restart in a row with no finished request between; doubles from there
+MAX_BACKOFF_SECONDS = 60.0
+
+
+class EnginePool:
+    """Engines of one model. Make one with `EnginePool.start`."""
+
+    def __init__(self, config: EngineConfig, model: ModelConfig, adapters: tuple[str, ...] = ()) -> None:
+        self.stats = PoolStats(engines=[EngineStats() for _ in range(config.num_replicas)])
+        self._config = config
+        self._model = locate_model(model)
+        self._adapters = adapters
+        self._dispatcher = Dispatcher(config, self.stats)
+        self._num_starting = 0  # engines that have their resources and are not up yet
+        self._last_hope = 0.0  # when an engine was last up or starting
+        self._started = asyncio.Event()
+        self._failure: TunesmithError | None = None
+
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def start(
+        cls, config: EngineConfig, model: ModelConfig, adapters: tuple[str, ...] = ()
+    ) -> AsyncIterator["EnginePool"]:
+        """Start all engines that there is room for, and go on when the first is up. Needs a Ray session.
+
+        adapters: folders of the LoRA adapters that requests may name. Raises InputError if the cluster is too small,
+        the folder holds no model or an adapter cannot be served, and TunesmithError if no engine comes up.
+        """
+        pool = cls(config, model, adapters)
+        check_adapters(config, adapters)
+        num_gpus = await wait_for_cluster(config)
+        pool._last_hope = time.monotonic()
+        slots = [asyncio.create_task(pool._keep_engine(num_gpus, stats)) for stats in pool.stats.engines]
+        watch = asyncio.create_task(pool._watch(slots))
+        try:
+            await pool._started.wait()
+            if pool._failure:
+                raise pool._failure
+            yield pool
+        finally:
+            for task in (watch, *slots):
+                task.cancel()
+            await asyncio.gather(watch, *slots, return_exceptions=True)
+
+    async def generate(self, request: GenerationRequest) -> Completion:
+        """Complete one request. Any number of callers may wait here; the engines take what they have room for.
+
+        finish_reason says what became of it (see `Sample`). Raises InputError for an adapter that the pool was not
+        started with, and TunesmithError if the engine refuses the request or no engine is left.
+        """
+        if self._failure:
+            raise self._failure
+        if request.adapter is not None and request.adapter not in self._adapters:
+            raise InputError(
+                f"request {request.request_id} names the adapter {request.adapter}, and the engines were started with "
+                f"{', '.join(self._adapters) or 'none'}."
+            )
+        pending = Pending(request, asyncio.get_running_loop().create_future(), time.monotonic())
+        self._dispatcher.add(pending)
+        return await pending.answer
+
+    # -- the life of an engine
+
+    async def _keep_engine(self, num_gpus: int, stats: EngineStats) -> EngineDeath:
+        """Run an engine, and another one when it dies. Returns the death of one too many that finished nothing."""
+        num_fruitless = 0
+        while True:
+            with reserved(self._config, num_gpus) as group:
+                try:
+                    await self._wait_for_room(group)
+                except EngineDeath as death:
+                    return death
+                with running_actor(self._config, self._model, num_gpus, self._adapters, group) as actor:
+                    window = self._config.max_in_flight
+                    engine = Engine(actor, Pulse(self._config), stats, window, capacity=window)
+                    try:
+                        await self._wait_until_up(engine)
+                        await self._collect(engine)
+                    except EngineDeath as death:
+                        num_quarantined = self._bury(engine, death)
+                        num_fruitless = 0 if engine.num_finished + num_quarantined else num_fruitless + 1
+                        if not self._started.is_set() or num_fruitless > self._config.max_restarts:
+                            return death  # no engine has worked yet: it would fail again in the same way
+                        for counts in (self.stats, stats):
+                            counts.add_restart(death.is_hung)
+            if num_fruitless > 1:
+                await asyncio.sleep(min(FIRST_BACKOFF_SECONDS * 2 ** (num_fruitless - 2), MAX_BACKOFF_SECONDS))
+
+    async def _wait_for_room(self, group: PlacementGroup) -> None:
+        """Wait for the resources of one engine, for as long as another engine is up or starting.
+
+        Raises EngineDeath if there has been none for start_timeout_seconds.
+        """
+        wait_seconds = MIN_POLL_SECONDS
+        while not has_room(group):
+            now = time.monotonic()
+            if self._dispatcher.engines or self._num_starting:
+                self._last_hope = now
+            elif now - self._last_hope > self._config.start_timeout_seconds:
+                raise EngineDeath(
+                    f"the cluster had no room for one in engine.start_timeout_seconds="
+                    f"{self._config.start_timeout_seconds:g} (free on this Ray: {free_resources()})"
+                )
+            await asyncio.sleep(wait_seconds)
+            wait_seconds = min(2 * wait_seconds, MAX_POLL_SECONDS)
+
+    async def _wait_until_up(self, engine: Engine) -> None:
+        timeout = self._config.start_timeout_seconds
+        self._num_starting += 1
+        try:
+            async with asyncio.timeout(timeout):
+                await _answer_of(engine.actor.describe.remote())
+                engine.node_id, engine.stats.node = await _answer_of(engine.actor.node.remote())
+        except TimeoutError:
+            raise EngineDeath(f"not up after engine.start_timeout_seconds={timeout:g}") from None
+        finally:
+            self._num_starting -= 1
+            self._last_hope = time.monotonic()
+        engine.stats.is_up = True
+        self._dispatcher.engines.append(engine)
+        self._started.set()
+        self._dispatcher.plan()
+
+    async def _collect(self, engine: Engine) -> None:
+        """Hand finished requests to their callers until the engine dies."""
+        timeout = self._config.stall_timeout_seconds
+        wait_seconds = min(MAX_COLLECT_SECONDS, timeout / 2, self._config.slow_window_seconds / 2)
+        while True:
+            try:
+                async with asyncio.timeout(timeout):  # not wait_for, which loses a cancellation that meets an answer
+                    finished, report = await _answer_of(engine.actor.collect.remote(wait_seconds))
+            except TimeoutError:
+                raise EngineHung(f"did not answer for engine.stall_timeout_seconds={timeout:g}") from None
+            num_held = len(engine.in_flight)
+            now = time.monotonic()
+            for key, answer in finished:
+                self._finish(engine, engine.in_flight.pop(key), answer, now)
+            self._count(engine, report)
+            if engine.pulse.observe(report, bool(finished), num_held):
+                self._compare_speed(engine)
+            self._dispatcher.restore_capacity(engine)
+            self._dispatcher.plan()
+
+    def _finish(self, engine: Engine, pending: Pending, answer: Answer, now: float) -> None:
+        engine.num_finished += 1
+        completion = None if isinstance(answer, str) else answer
+        for counts in (self.stats, engine.stats):
+            counts.add_answer(completion, pending.seconds_queued, now - pending.since)
+        if pending.answer.done():
+            return
+        if completion is None:
+            message = f"the engine refused request {pending.request.request_id}: {answer}"
+            pending.answer.set_exception(TunesmithError(message))
+        else:
+            pending.answer.set_result(completion)
+
+    def _count(self, engine: Engine, report: EngineReport) -> None:
+        for counts in (self.stats, engine.stats):
+            counts.add_report(engine.pulse.last_report, report)
+        engine.stats.num_running, engine.stats.num_waiting = report.num_running, report.num_waiting
+
+    def _compare_speed(self, engine: Engine) -> None:
+        """Give an engine that is far slower than its peers as much less to hold."""
+        engines = self._dispatcher.engines
+        part = relative_speed(engine.pulse.speed, [peer.pulse.speed for peer in engines if peer is not engine])
+        engine.stats.is_slow = part < self._config.slow_fraction
+        engine.window = max(1, int(self._config.max_in_flight * (part if engine.stats.is_slow else 1)))
+        engine.stats.num_slow_windows += engine.stats.is_slow
+        engine.stats.tokens_per_second = round(engine.pulse.tokens_per_second, 1)
+        self.stats.num_slow = sum(engine.stats.is_slow for engine in engines)
+
+    def _bury(self, engine: Engine, death: EngineDeath) -> int:
+        """Put a dead engine's requests back in front of the queue. Returns how many are given up instead."""
+        if engine in self._dispatcher.engines:
+            self._dispatcher.engines.remove(engine)
+        engine.stats.is_up = engine.stats.is_slow = False
+        engine.stats.num_running = engine.stats.num_waiting = 0
+        self.stats.last_death = str(death)
+        self.stats.num_slow = sum(engine.stats.is_slow for engine in self._dispatcher.engines)
+        is_their_fault = not node_is_gone(engine.node_id)
+        now, returning, num_quarantined = time.monotonic(), [], 0
+        for pending in engine.in_flight.values():
+            self.stats.seconds_lost += now - pending.since
+            engine.stats.seconds_lost += now - pending.since
+            pending.since = now
+            pending.num_deaths += is_their_fault
+            if pending.num_deaths < self._config.max_request_deaths:
+                returning.append(pending)
+            elif not pending.answer.done():
+                pending.answer.set_result(Completion.failed(pending.request, "engine_died"))
+                self.stats.quarantined[pending.request.request_id] = str(death)
+                num_quarantined += 1
+        self.stats.num_quarantined += num_quarantined
+        self._dispatcher.give_back(returning)
+        self._dispatcher.plan()
+        return num_quarantined
+
+    async def _watch(self, slots: list[asyncio.Task[EngineDeath]]) -> None:
+        """Fail every caller once the last engine is given up, or at once if the pool itself breaks."""
+        try:
+            cause: Exception = (await asyncio.gather(*slots))[-1]
+        except Exception as error:  # noqa: BLE001 - whatever it is, the callers must not wait forever
+            cause = error
+        if not isinstance(cause, EngineDeath):
+            message = f"the engine pool broke: {type(cause).__name__}: {cause}"
+        elif self._started.is_set():
+            message = (
+                f"no engine is left, the last one died: {cause}. All finished requests are kept: start the same "
+                "command again to go on, with a smaller engine.max_num_seqs or engine.max_model_len if memory ran out."
+            )
+        else:
+            message = (
+                f"no engine came up: {cause}. Check model.path and the memory that engine.max_model_len, "
+                "engine.kv_cache_gib (CPU) or engine.gpu_memory_utilization (GPU) ask for."
+            )
+        self._failure = TunesmithError(message)
+        self._failure.__cause__ = cause
+        self._started.set()
+        for pending in self._dispatcher.unanswered():
+            if not pending.answer.done():
+                pending.answer.set_exception(self._failure)
+
+
+async def _answer_of(ref: "ray.ObjectRef") -> object:
+    """An actor's answer. Raises EngineDeath if it died instead."""
+    try:
+        return await ref
+    except ray.exceptions.RayActorError as error:
+        if "EngineStartError" in str(error):
+            cause = str(error).strip().splitlines()[-1].partition("EngineStartError: ")[2]
+        else:  # Ray's text guesses at reasons for a paragraph
+            cause = "its process ended unasked; if the kernel killed it, memory ran out"
+        raise EngineDeath(cause) from error

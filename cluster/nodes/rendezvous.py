@@ -1,0 +1,136 @@
+"""Where the nodes of a job meet: over the run folder every node tells its address, and all read the head's.
+
+    own, head = meet(topology, run_dir)     # head.address and head.port: where node 0 listens
+
+No node resolves another's name. Each finds its own address and publishes it, so a `127.0.1.1` in somebody's /etc/hosts
+cannot turn one job of N nodes into N jobs that wait for each other.
+"""
+
+import contextlib
+import ipaddress
+import json
+import os
+import socket
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+
+from cluster.errors import InputError, TunesmithError
+from cluster.files import write_json
+from cluster.nodes.topology import Topology
+
+MEET_SECONDS = 300  # nodes of a job start within seconds, but NFS may show a new file a minute late
+POLL_SECONDS = 0.2
+FIRST_PORT, NUM_PORTS = 20000, 10000  # below 32768, where Linux begins the ports that it hands out by itself
+NUM_PORT_TRIES = 16  # also the distance between jobs of adjacent ids, so that two jobs on a node try different ports
+
+
+@dataclass(frozen=True)
+class NodeAddress:
+    """What a node publishes. `port` is where the head (node 0) will listen; the others have None."""
+
+    host: str
+    address: str
+    interface: str
+    port: int | None
+    step_id: int
+
+
+def local_addresses() -> dict[str, str]:
+    """IPv4 address -> interface, of the interfaces that are up, without loopback and link-local ones."""
+    up = {name for name, stats in psutil.net_if_stats().items() if stats.isup}
+    found = {}
+    for name, addresses in psutil.net_if_addrs().items():
+        for entry in addresses:
+            if name in up and entry.family == socket.AF_INET:
+                address = ipaddress.IPv4Address(entry.address)
+                if not (address.is_loopback or address.is_link_local):
+                    found[entry.address] = name
+    return found
+
+
+def choose_address(local: Mapping[str, str], own_name_resolves_to: Iterable[str], interface: str | None) -> str:
+    """The one of this node's `local` addresses (address -> interface) by which the other nodes reach it.
+
+    That of `interface` if given, else the one that the node's own name resolves to, else the only one there is.
+    Raises InputError where none of these decides: a guess would hang the job.
+    """
+    listing = ", ".join(f"{name} {address}" for address, name in local.items()) or "none"
+    if interface is not None:
+        for address, name in local.items():
+            if name == interface:
+                return address
+        raise InputError(f"GLOO_SOCKET_IFNAME={interface}: not an interface with an address. This node has: {listing}.")
+    for address in own_name_resolves_to:
+        if address in local:
+            return address
+    if len(local) == 1:
+        return next(iter(local))
+    raise InputError(
+        f"cannot tell by which address the other nodes reach {socket.gethostname()} (it has: {listing}). "
+        "Set GLOO_SOCKET_IFNAME to the name of the interface."
+    )
+
+
+def _resolve_own_name() -> list[str]:
+    try:
+        return socket.gethostbyname_ex(socket.gethostname())[2]
+    except OSError:  # a node without an entry for itself is common; then its interfaces have to decide
+        return []
+
+
+def own_address() -> tuple[str, str]:
+    """This node's address and the interface that has it. Honors GLOO_SOCKET_IFNAME."""
+    local = local_addresses()
+    address = choose_address(local, _resolve_own_name(), os.environ.get("GLOO_SOCKET_IFNAME"))
+    return address, local[address]
+
+
+def free_port(job_id: str) -> int:
+    """A port on which this node can listen now, the first from a place that the job id decides."""
+    start = int(job_id) * NUM_PORT_TRIES
+    for offset in range(NUM_PORT_TRIES):
+        port = FIRST_PORT + (start + offset) % NUM_PORTS
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
+    first = FIRST_PORT + start % NUM_PORTS
+    raise TunesmithError(f"{socket.gethostname()}: port {first} and the {NUM_PORT_TRIES - 1} after it are all taken.")
+
+
+def _await_node(path: Path, step_id: int, deadline: float, who: str) -> NodeAddress:
+    while True:
+        with contextlib.suppress(FileNotFoundError):
+            found = NodeAddress(**json.loads(path.read_text()))
+            if found.step_id == step_id:  # else it is of an earlier srun in the same allocation
+                return found
+        if time.monotonic() > deadline:
+            raise TunesmithError(
+                f"{who} did not write {path} in time. Look for its error above; "
+                "or the run folder is not on a file system that all nodes share."
+            )
+        time.sleep(POLL_SECONDS)
+
+
+def meet(topology: Topology, run_dir: Path, timeout_seconds: float = MEET_SECONDS) -> tuple[NodeAddress, NodeAddress]:
+    """Publish this node's address, wait for that of the head, and return (own, head's).
+
+    The head waits for all the others, and names the one that is missing at the deadline: were each to wait for each, a
+    thousand nodes would open a million files. Honors GLOO_SOCKET_IFNAME. Raises TunesmithError at the deadline.
+    """
+    folder = topology.generation_dir(run_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    address, interface = own_address()
+    port = free_port(topology.job_id) if topology.node_rank == 0 else None
+    own = NodeAddress(topology.hosts[topology.node_rank], address, interface, port, topology.step_id)
+    write_json(folder / f"node-{topology.node_rank}.json", asdict(own))
+    deadline = time.monotonic() + timeout_seconds
+    hosts = list(enumerate(topology.hosts))
+    nodes = [
+        _await_node(folder / f"node-{rank}.json", topology.step_id, deadline, f"node {rank} ({host})")
+        for rank, host in (hosts if topology.node_rank == 0 else hosts[:1])
+    ]
+    return own, nodes[0]

@@ -1,0 +1,133 @@
+"""The Ray that a stage runs on: the one RAY_ADDRESS names, or a private one of our own that ends with the stage.
+
+    with ray_session(run.root):
+        ...
+
+A driver that is started while its Ray still comes up is told by a file where that is: see launcher/job/ray_job.py.
+`ray job submit` sets RAY_ADDRESS for its driver, so a stage submitted there uses that cluster. No other cluster is
+ever looked for: guessing attaches to a neighbor's.
+"""
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from cluster.errors import InputError, TunesmithError
+from cluster.ray.folder import RAY_FOLDER, keep_logs, new_token, private_folder, ray_environment
+
+START_ATTEMPTS = 3
+ADDRESS_FILE = "TUNESMITH_RAY_ADDRESS_FILE"  # names the file that will have the address of our Ray, as JSON
+POLL_SECONDS = 0.05
+
+
+@contextlib.contextmanager
+def ray_session(run_root: Path) -> Iterator[None]:
+    """Connect this process to Ray until the block ends.
+
+    A session inside another one is the outer one. A private Ray keeps its workers' logs in `run_root/logs/ray` if the
+    block fails. Raises InputError for an address that cannot be used, and TunesmithError if Ray does not start.
+    """
+    import ray  # not at the top: it takes a second that `--help` does not have
+
+    if ray.is_initialized():
+        yield
+    else:
+        address = _address_of_our_own() or os.environ.get("RAY_ADDRESS")
+        with _joined(address) if address else _private(run_root):
+            yield
+
+
+def _address_of_our_own() -> str | None:
+    """What ADDRESS_FILE says, once it does: whoever starts that Ray ends this process if it does not come up."""
+    if (name := os.environ.get(ADDRESS_FILE)) is None:
+        return None
+    while not (path := Path(name)).exists():
+        time.sleep(POLL_SECONDS)
+    return json.loads(path.read_text())
+
+
+@contextlib.contextmanager
+def _joined(address: str) -> Iterator[None]:
+    if address == "auto" or address.startswith(("http://", "https://", "ray://")):
+        raise InputError(
+            f"RAY_ADDRESS={address}: give the head's HOST:PORT (as `ray start --head` prints it), or start with "
+            "`ray job submit`, which sets it. Unset RAY_ADDRESS for a private Ray on this machine."
+        )
+    import ray
+
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+    except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
+        raise InputError(
+            f"RAY_ADDRESS={address}: cannot connect ({_last_line(error)}). Check that this Ray is up and that "
+            "RAY_AUTH_MODE and RAY_AUTH_TOKEN_PATH are those of its head, or unset RAY_ADDRESS for a private one."
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()  # disconnects; the cluster stays
+
+
+@contextlib.contextmanager
+def _private(run_root: Path) -> Iterator[None]:
+    with private_folder(new_token()) as folder, _environment(ray_environment(folder)):
+        _start(folder)
+        import ray
+
+        try:
+            yield
+        except BaseException:
+            keep_logs(folder, run_root / "logs" / "ray")
+            raise
+        finally:
+            ray.shutdown()
+
+
+def _start(folder: Path) -> None:
+    """Start a private Ray. It gives its own processes 30 seconds, which is too few under load: try more than once."""
+    import ray
+    from ray._raylet import AuthenticationTokenLoader, Config
+
+    # Ray reads its settings and its token once per process; an earlier session here had others.
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
+    for attempt in range(START_ATTEMPTS):
+        try:
+            ray.init(
+                address="local",
+                num_cpus=len(os.sched_getaffinity(0)),
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="ERROR",
+                _temp_dir=str(folder / f"{RAY_FOLDER}{attempt}"),
+            )
+            return
+        except Exception as error:  # Ray raises a bare one when its processes are late
+            if "timed out during startup" not in str(error) or attempt + 1 == START_ATTEMPTS:
+                raise TunesmithError(
+                    f"Ray did not start on this machine: {_last_line(error)} Check the load, free memory, /dev/shm and "
+                    "`ulimit -n`, and start again."
+                ) from error
+
+
+@contextlib.contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    """Set environment variables, and put the old ones back."""
+    old = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in old.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _last_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[-1].strip() if lines else type(error).__name__

@@ -1,0 +1,73 @@
+"""What a Slurm job has on each of its nodes, and the step that takes all of it on one node.
+
+for share in read_allocation(os.environ["SLURM_JOB_ID"]):
+    subprocess.Popen([*node_step(share), "hostname"], env=step_environment(os.environ))
+"""
+
+import re
+import subprocess
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from cluster.errors import InputError
+from cluster.nodes.topology import expand_host_list
+
+# As `scontrol --details show job` has it: "Nodes=n[1-2] CPU_IDs=0-3,8 Mem=4000 GRES=gpu:a100:2(IDX:0-1)".
+_NODES = re.compile(r"^ *Nodes=(\S+) CPU_IDs=(\S+) Mem=(\d+) GRES=(\S*)", re.MULTILINE)
+_GPUS = re.compile(r"\bgpu:(?:[^:,()]+:)?(\d+)")
+# What sbatch was asked for the whole job, srun would ask for a step of one node. (EXPORT_ENV: of --export=NONE.)
+_WHOLE_JOB = re.compile(
+    r"SLURM_(EXPORT_ENV|GPUS|GPUS_PER_\w+|GRES|MEM_PER_\w+|CPUS_PER_\w+|NTASKS\w*|NPROCS|NNODES|TRES_\w+)"
+)
+
+
+@dataclass(frozen=True)
+class Share:
+    """One node's part of a job."""
+
+    host: str
+    num_cpus: int
+    num_gpus: int
+    memory_mib: int  # 0 where Slurm does not count memory
+
+
+def read_allocation(job_id: str, expand: Callable[[str], list[str]] = expand_host_list) -> list[Share]:
+    """The nodes of a job, the first one first. Raises InputError if Slurm does not tell."""
+    command = ["scontrol", "--details", "show", "job", job_id]
+    try:
+        text = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
+    except (FileNotFoundError, subprocess.SubprocessError) as error:
+        reason = (getattr(error, "stderr", None) or str(error)).strip()
+        raise InputError(f"asking Slurm for the nodes of job {job_id!r} failed: {reason}") from error
+    return parse_allocation(text, expand)
+
+
+def parse_allocation(details: str, expand: Callable[[str], list[str]]) -> list[Share]:
+    shares = {}
+    for hosts, cpu_ids, memory, gres in _NODES.findall(details):
+        num_gpus = sum(map(int, _GPUS.findall(gres)))
+        for host in expand(hosts):
+            shares[host] = Share(host, _count_ids(cpu_ids), num_gpus, int(memory))
+    listed = re.search(r"^ *NodeList=(\S+)", details, re.MULTILINE)
+    order = expand(listed.group(1)) if listed else []
+    if not shares or set(order) != set(shares):
+        raise InputError(f"`scontrol --details show job` does not tell what the job has on each node:\n{details}")
+    return [shares[host] for host in order]
+
+
+def _count_ids(text: str) -> int:
+    """How many numbers a list like "0-3,8" names."""
+    bounds = [part.split("-") for part in text.split(",")]
+    return sum(int(bound[-1]) - int(bound[0]) + 1 for bound in bounds)
+
+
+def node_step(share: Share) -> list[str]:
+    """srun for one task that has all of the job on one node, beside other steps that do."""
+    gpus = f"gpu:{share.num_gpus}" if share.num_gpus else "none"
+    step = ["srun", "--overlap", "--exact", "--nodes=1", "--ntasks=1", f"--nodelist={share.host}"]
+    return [*step, f"--cpus-per-task={share.num_cpus}", f"--gres={gpus}"]
+
+
+def step_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment for srun of such a step: without what was asked for the job as a whole."""
+    return {name: value for name, value in environ.items() if not _WHOLE_JOB.fullmatch(name)}

@@ -1,0 +1,165 @@
+"""Checks all nodes of a job at once, in seconds, before its stage begins.
+
+    srun --ntasks-per-node=1 python -P -m launcher.job.preflight RUN_DIR [--no-all-reduce]
+
+Every node reports in `<run>/gen-<job>-<restart>/preflight-node-<i>.json`, node 0 compares the reports and leaves
+`preflight.json`, and if all are fit they sum a known tensor together. `check_nodes` is what an attempt calls: it starts
+this, and names the nodes and checks that failed.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+from cluster.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, Preempted, TunesmithError
+from cluster.files import write_json
+from cluster.nodes.rendezvous import meet
+from cluster.nodes.topology import Topology, read_topology
+from cluster.run.rundir import RunDir
+from launcher.job import node_health as ledger
+from launcher.job.node_checks import Finding, NodeReport, compare, from_json, look_around, to_json
+from launcher.slurm.container import python_module
+
+REPORT_SECONDS = 60.0  # until every node has reported; a shared file system may take its time to show it
+LIMIT_SECONDS = 240.0  # of all of it
+POLL_SECONDS = 0.1
+
+OnAllNodes = Callable[[list[str], float], int]
+
+
+class PreflightFailed(TunesmithError):
+    """A node is not fit for the job."""
+
+    kind = "preflight"
+
+
+def check_nodes(run: RunDir, job_id: str, hosts: tuple[str, ...], on_all_nodes: OnAllNodes) -> None:
+    """Start the checks on all nodes. Raises PreflightFailed naming nodes and checks, which go into the ledger as well.
+
+    `on_all_nodes` runs a command on every node of the job for so many seconds at most, and returns its exit code.
+    """
+    code = on_all_nodes(python_module("launcher.job.preflight", str(run.root)), LIMIT_SECONDS)
+    if code == EXIT_DONE:
+        return
+    if code == EXIT_PREEMPTED:
+        raise Preempted("asked to stop before the stage began; the next attempt begins it.")
+    folder = run.root / f"gen-{job_id}-{os.environ.get('SLURM_RESTART_COUNT', '0')}"
+    failures = read_failures(folder, hosts)
+    failed = tuple(host for host in hosts if host in failures)
+    checks = ", ".join(dict.fromkeys(finding.check for host in failed for finding in failures[host]))
+    ledger.note(run, job_id, hosts, failed=failed, preflight=checks or "unknown")
+    told = "; ".join(f"{host}: {each.check}: {each.message}" for host in failed for each in failures[host])
+    raise PreflightFailed(
+        f"PREFLIGHT: {told or f'it ended with exit code {code} and no node says why; look above'}. Nothing was started "
+        f"on the nodes. Those that failed are left out of the next attempt; slurm.preflight=false skips the checks."
+    )
+
+
+def read_failures(folder: Path, hosts: tuple[str, ...]) -> dict[str, list[Finding]]:
+    """What node 0 concluded, and what single nodes found after that. A node without a report has failed by that."""
+    failures: dict[str, list[Finding]] = {}
+    verdict = folder / "preflight.json"
+    if verdict.exists():
+        said = json.loads(verdict.read_text())["failures"]
+        failures = {host: [Finding(**each) for each in found] for host, found in said.items()}
+    for rank, host in enumerate(hosts):
+        path = folder / f"preflight-node-{rank}.json"
+        if not path.exists():
+            failures.setdefault(host, [_silence()])
+        elif found := from_json(json.loads(path.read_text())).findings:
+            failures.setdefault(host, found)
+    return failures
+
+
+def _silence() -> Finding:
+    return Finding(
+        "run folder", "left no report: it cannot write to the run folder, or does not run; its own words are in the log"
+    )
+
+
+def run_node(topology: Topology, run_dir: Path, with_all_reduce: bool, report_seconds: float) -> int:
+    """This node's part."""
+    folder = topology.generation_dir(run_dir)
+    report = NodeReport(topology.node_rank, topology.hosts[topology.node_rank], topology.step_id)
+    folder.mkdir(parents=True, exist_ok=True)
+    if topology.node_rank == 0:
+        write_json(folder / "preflight-nonce.json", {"nonce": uuid.uuid4().hex, "step_id": topology.step_id})
+    look_around(report, run_dir, topology.procs_per_node if "SLURM_GPUS_ON_NODE" in os.environ else 0)
+    path = folder / f"preflight-node-{report.rank}.json"
+    for finding in report.findings:  # should the run folder not take it, the log does
+        print(f"preflight: {report.host}: {finding.check}: {finding.message}", file=sys.stderr, flush=True)
+    report.nonce = await_json(folder / "preflight-nonce.json", topology.step_id, report_seconds)["nonce"]
+    write_json(path, to_json(report))
+    if topology.node_rank == 0:
+        conclude(topology, folder, report_seconds)
+    # Twice: node 0 may have begun to wait a little later.
+    verdict = await_json(folder / "preflight.json", topology.step_id, 2 * report_seconds)
+    if verdict["failures"]:
+        return EXIT_FAILED
+    if with_all_reduce and topology.num_nodes > 1:
+        from launcher.job.all_reduce import sum_over_nodes
+
+        started = time.monotonic()
+        own, head = meet(topology, run_dir, report_seconds)
+        report.findings += sum_over_nodes(topology, own, head)
+        report.all_reduce_seconds = round(time.monotonic() - started, 3)
+        write_json(path, to_json(report))
+    return EXIT_FAILED if report.findings else EXIT_DONE
+
+
+def conclude(topology: Topology, folder: Path, report_seconds: float) -> None:
+    """Node 0: wait for all reports, compare them, and tell everybody."""
+    deadline = time.monotonic() + report_seconds
+    reports, missing = [], []
+    nonce = json.loads((folder / "preflight-nonce.json").read_text())["nonce"]
+    for rank, host in enumerate(topology.hosts):
+        try:
+            path = folder / f"preflight-node-{rank}.json"
+            reports.append(from_json(await_json(path, topology.step_id, deadline - time.monotonic())))
+        except TunesmithError:
+            missing.append(host)
+    failures = compare(reports)
+    for report in reports:
+        if report.nonce != nonce:
+            failures.setdefault(report.host, []).append(Finding("run folder", "it is not the one that node 0 sees"))
+    for host in missing:
+        failures[host] = [_silence()]
+    said = {host: [vars(finding) for finding in found] for host, found in failures.items()}
+    write_json(folder / "preflight.json", {"failures": said, "step_id": topology.step_id, "time": time.time()})
+
+
+def await_json(path: Path, step_id: int, seconds: float) -> dict:
+    """The content of a file of this step, as soon as a node has written it. Raises TunesmithError if none does."""
+    deadline = time.monotonic() + seconds
+    while True:
+        if path.exists():
+            found = json.loads(path.read_text())
+            if found["step_id"] == step_id:
+                return found
+        if time.monotonic() > deadline:
+            raise TunesmithError(f"{path} was not there in time: the run folder is not shared, or a node does not run.")
+        time.sleep(POLL_SECONDS)
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m launcher.job.preflight", description=__doc__.splitlines()[0])
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--report-seconds", type=float, default=REPORT_SECONDS, help="how long nodes wait for others")
+    parser.add_argument("--no-all-reduce", action="store_true", help="do without torch, whose import takes seconds")
+    arguments = parser.parse_args(argv)
+    try:
+        topology = read_topology(os.environ)
+        run_dir = arguments.run_dir.resolve()
+        return run_node(topology, run_dir, not arguments.no_all_reduce, arguments.report_seconds)
+    except (TunesmithError, OSError) as error:
+        print(f"preflight: {os.uname().nodename}: {error}", file=sys.stderr)
+        return EXIT_FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

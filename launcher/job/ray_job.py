@@ -1,0 +1,323 @@
+"""A stage that generates, over all nodes of a job: a Ray of its own, and the stage's process as its driver.
+
+On every node runs a step (ray_node.py), on the job's first node the driver, and above all of them this supervisor:
+
+    start the driver, which reads its input meanwhile        if it has nothing to do, or bad input, that is the end
+    start the head's step, then those of the other nodes     a step that ends now ends the job
+    wait until Ray counts exactly these nodes as alive
+    tell the driver where Ray is                             head gone: end at once; a worker gone: go on without it
+    take down what was started, and nothing else
+
+The exit code is the driver's. What srun returns decides nothing.
+"""
+
+import contextlib
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, Preempted, TunesmithError
+from cluster.files import write_json
+from cluster.processes.orphans import die_with_parent
+from cluster.ray.cluster import ADDRESS_FILE
+from cluster.ray.folder import new_token, private_folder, ray_environment
+from cluster.run.fence import Superseded, run_lock, verify
+from cluster.run.manifest import is_sealed
+from cluster.run.rundir import RunDir
+from launcher.job.allocation import Share, node_step, read_allocation, step_environment
+from launcher.job.ray_node import DONE, KEEP_LOGS, RayNode
+from launcher.recipe import Recipe, load
+from launcher.slurm.container import python_module, step_options
+
+POLL_SECONDS = 0.1
+UP_SECONDS = 300  # from the first step to the last node that is alive; NFS may show a file a minute late
+SAVE_SECONDS = 300  # for a driver that was asked to stop, if Slurm gives it that long
+SAVE_WITHOUT_HEAD_SECONDS = 15  # its calls to Ray hang; every finished request is on disk already
+END_SECONDS = 30  # for a node to take its Ray down
+
+
+@dataclass
+class NodeStep:
+    """The step that keeps Ray up on one node."""
+
+    rank: int
+    share: Share
+    srun: subprocess.Popen
+    meeting: Path
+
+    @property
+    def has_ended(self) -> bool:
+        return self.srun.poll() is not None
+
+    def address(self) -> RayNode | None:
+        """What the node told of itself, once it has."""
+        values = read_json(self.meeting / f"node-{self.rank}.json")
+        return RayNode(**values) if values else None
+
+    def why_ended(self) -> str:
+        """The node's own word if it could leave one."""
+        word = read_json(self.meeting / f"node-{self.rank}.exit.json")
+        reason = word["reason"] if word and word["reason"] else f"its step ended (srun: {self.srun.poll()})"
+        return f"node {self.share.host}: {reason}"
+
+    def tell(self, word: str) -> None:
+        """Send a line. A node that is gone does not hear it."""
+        with contextlib.suppress(BrokenPipeError):
+            self.srun.stdin.write(f"{word}\n".encode())
+            self.srun.stdin.flush()
+
+
+class DriverEnded(Exception):
+    """The driver has ended before Ray was up."""
+
+
+class RayJob:
+    """Everything that one attempt starts."""
+
+    def __init__(
+        self,
+        run: RunDir,
+        meeting: Path,
+        shares: list[Share],
+        asked: list[int],
+        watches: Sequence[Callable[[], None]] = (),
+    ) -> None:
+        self.steps: list[NodeStep] = []
+        self._run = run
+        self._meeting = meeting
+        self._shares = shares
+        self._asked = asked
+        self._watches = watches
+        self._token = new_token()
+        self._others: list[subprocess.Popen] = []  # processes on this node
+        self._driver: subprocess.Popen  # one of them, from `main` on
+
+    def main(self, command: list[str]) -> int:
+        """Bring Ray up, run `command` on it, and take Ray down. Returns the exit code."""
+        word = KEEP_LOGS
+        with private_folder(self._token) as folder:
+            environment = {**os.environ, **ray_environment(folder)}
+            for name in ("RAY_AUTH_TOKEN", "RAY_ADDRESS"):  # these would go before our files
+                environment.pop(name, None)
+            address = self._meeting / "address"
+            try:
+                self._driver = self._start(command, {**environment, ADDRESS_FILE: str(address)})
+                with contextlib.suppress(DriverEnded):
+                    write_json(address, self._bring_up(environment))
+                code = self._drive()
+                word = DONE if code in (EXIT_DONE, EXIT_PREEMPTED) else KEEP_LOGS
+                return code
+            finally:
+                self._take_down(word)
+
+    def _bring_up(self, environment: dict[str, str]) -> str:
+        """Start Ray on all nodes and return where its head listens. Raises TunesmithError naming a node that fails."""
+        deadline = time.monotonic() + UP_SECONDS
+        self._start_step(0, None)
+        while (node := self.steps[0].address()) is None:
+            self._wait(deadline)
+        head = f"{node.address}:{node.head_port}"
+        while len(self._shares) > 1 and not is_listening(node.address, node.head_port):
+            self._wait(deadline)
+        for rank in range(1, len(self._shares)):
+            self._start_step(rank, head)
+        self._await_all(head, deadline, environment)
+        num_cpus, num_gpus = (sum(getattr(share, name) for share in self._shares) for name in ("num_cpus", "num_gpus"))
+        say(f"Ray is up: {', '.join(self._hosts())}; {num_cpus} CPUs, {num_gpus} GPUs")
+        return head
+
+    def _await_all(self, head: str, deadline: float, environment: dict[str, str]) -> None:
+        """Wait until the nodes that Ray counts as alive are those of this job."""
+        addresses = []
+        for step in self.steps:
+            while (node := step.address()) is None:
+                self._wait(deadline)
+            addresses.append(node.address)
+        if len(set(addresses)) < len(addresses):
+            told = ", ".join(map(" ".join, zip(self._hosts(), addresses, strict=True)))
+            raise TunesmithError(f"nodes with the same address ({told}): set GLOO_SOCKET_IFNAME to their interface.")
+        seconds = str(max(1, round(deadline - time.monotonic())))
+        command = python_module("launcher.job.ray_ready", head, seconds, *addresses)
+        check = self._start(command, environment, stdout=subprocess.PIPE)
+        while check.poll() is None:
+            self._wait(deadline + END_SECONDS)
+        if check.returncode != 0:
+            reason = check.stdout.read().decode(errors="replace").strip().splitlines()[-1:] or ["the check was killed."]
+            raise TunesmithError(reason[0])
+
+    def _hosts(self) -> list[str]:
+        return [step.share.host for step in self.steps]
+
+    def _start_step(self, rank: int, head: str | None) -> None:
+        share = self._shares[rank]
+        arguments = [str(self._meeting), str(rank), f"--cpus={share.num_cpus}", f"--gpus={share.num_gpus}"]
+        arguments += [f"--memory-mib={share.memory_mib}", f"--logs={self._run.logs / 'ray'}"]
+        arguments += [] if head is None else [f"--head={head}", f"--head-host={self._shares[0].host}"]
+        srun = subprocess.Popen(
+            [*node_step(share), *step_options(), *python_module("launcher.job.ray_node", *arguments)],
+            env=step_environment(os.environ),
+            stdin=subprocess.PIPE,
+            preexec_fn=die_with_parent,
+        )
+        self.steps.append(NodeStep(rank, share, srun, self._meeting))
+        self.steps[-1].tell(self._token)
+
+    def _wait(self, deadline: float) -> None:
+        """Wait a moment for nodes that are coming up. Raises if one of them has ended, or if there is no point."""
+        if self._driver.poll() is not None:
+            raise DriverEnded
+        for step in self.steps:
+            if step.has_ended:
+                raise TunesmithError(step.why_ended())
+        if self._asked:
+            raise Preempted("asked to stop before Ray was up; nothing had begun.")
+        if time.monotonic() > deadline:
+            late = [step.share.host for step in self.steps if step.address() is None] or self._hosts()
+            raise TunesmithError(
+                f"Ray is not up after {UP_SECONDS} s; waited for {', '.join(late)}. Look for their errors above; or "
+                f"the run folder {self._run.root} is not on a file system that all nodes share."
+            )
+        time.sleep(POLL_SECONDS)
+
+    def _drive(self) -> int:
+        """Wait for the driver's end, watching the nodes beside it."""
+        driver, head, workers = self._driver, self.steps[0], self.steps[1:]
+        save_until = None  # set once the driver has been asked to stop
+        while driver.poll() is None:
+            for watch in self._watches:
+                watch()  # what it raises ends the job
+            if self._is_asked() and save_until is None:
+                driver.send_signal(signal.SIGUSR2 if step_options() else signal.SIGTERM)  # TERM would end srun's step
+                save_until = time.monotonic() + SAVE_SECONDS
+            if head.has_ended:
+                if save_until is None:
+                    driver.kill()
+                    raise TunesmithError(f"Ray's head is gone, so nothing can go on. {head.why_ended()}")
+                save_until = min(save_until, time.monotonic() + SAVE_WITHOUT_HEAD_SECONDS)
+            if save_until is not None and time.monotonic() > save_until:
+                driver.kill()
+            for step in [step for step in workers if step.has_ended]:
+                workers.remove(step)
+                say(f"{step.why_ended()}; going on with {1 + len(workers)} of {len(self.steps)} nodes")
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                driver.wait(POLL_SECONDS)
+        code = driver.returncode
+        was_ended_by_us = code < 0 or code > 128 or head.has_ended  # above 128: as srun tells of a signal
+        if save_until is not None and was_ended_by_us and code != EXIT_DONE:
+            raise Preempted("stopped as asked; what had finished is on disk.")
+        return code if code >= 0 else 128 - code
+
+    def _is_asked(self) -> bool:
+        """Whether Slurm wants this job to stop: it told this process, or the step on this node."""
+        return bool(self._asked) or (self._meeting / "node-0.asked").exists()
+
+    def _start(self, argv: list[str], environment: dict[str, str], stdout: int | None = None) -> subprocess.Popen:
+        """Start a process on this node that does not outlive this one: a step, where only steps run in the image."""
+        if options := step_options():
+            argv, environment = [*node_step(self._shares[0]), *options, *argv], step_environment(environment)
+        process = subprocess.Popen(
+            argv, env=environment, stdin=subprocess.DEVNULL, stdout=stdout, preexec_fn=die_with_parent
+        )
+        self._others.append(process)
+        return process
+
+    def _take_down(self, word: str) -> None:
+        """End what this attempt has started: the workers first, as they would complain of a head that is gone."""
+        for process in self._others:
+            process.kill()
+            process.wait()
+        for step in reversed(self.steps):
+            step.tell(word)
+            with contextlib.suppress(BrokenPipeError):
+                step.srun.stdin.close()
+        deadline = time.monotonic() + END_SECONDS
+        for end in (None, signal.SIGTERM, signal.SIGKILL):
+            for step in self.steps:
+                if end is not None and not step.has_ended:
+                    step.srun.send_signal(end)
+            for step in self.steps:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    step.srun.wait(max(0, deadline - time.monotonic()))
+            deadline = time.monotonic() + END_SECONDS / 3
+
+
+def run(stage: str, arguments: list[str], asked: list[int], watches: Sequence[Callable[[], None]] = ()) -> int:
+    """One attempt at `stage` of a recipe. Returns the exit code.
+
+    asked: grows when Slurm wants the job to stop. watches: called while the driver runs; an error they raise ends it.
+    """
+    recipe = load(Path(arguments[0]), arguments[1:])
+    run = RunDir(recipe.run_dir.resolve()).create()
+    with run_lock(run.root / ".lock", f"run folder {run.root}"):
+        pass  # the driver will hold it; that another job does is better said now than when Ray is up
+    job, attempt = os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_RESTART_COUNT", "0")
+    meeting = run.root / f"gen-{job}-{attempt}" / f"ray-{secrets.token_hex(4)}"  # new, so no word of an earlier one
+    meeting.mkdir(parents=True)
+    shares = read_allocation(job)
+    say_what_stays_idle(recipe, shares)
+    leave_verdict(run, stage, None)
+    code, message = EXIT_FAILED, f"the supervisor of the job broke; where is in the log of job {job}."
+    try:
+        code = RayJob(run, meeting, shares, asked, watches).main(python_module("launcher.cli", stage, *arguments))
+        message = f"{stage} ended with exit code {code}; what it said is in the log of job {job}."
+    except Superseded:
+        raise
+    except TunesmithError as error:
+        code, message = error.exit_code, str(error)
+        run.event(stage, "preempted" if code == EXIT_PREEMPTED else "failed", reason=message, job_id=job)
+        raise
+    finally:
+        if code != EXIT_DONE:
+            status = "preempted" if code == EXIT_PREEMPTED else "failed"
+            leave_verdict(run, stage, {"status": status, "exit_code": code, "message": message, "job_id": job})
+    return code
+
+
+def leave_verdict(run: RunDir, stage: str, verdict: dict | None) -> None:
+    """Replace the stage's verdict, or remove it, unless the dataset that the old one is about is there and sealed.
+
+    Raises Superseded if a newer attempt owns the run.
+    """
+    verify(run.root)
+    if stage == "synthesize" and is_sealed(run.data / "synthesized"):
+        return
+    if verdict is None:
+        run.verdict(stage).unlink(missing_ok=True)
+    else:
+        write_json(run.verdict(stage), verdict)
+
+
+def say_what_stays_idle(recipe: Recipe, shares: list[Share]) -> None:
+    """One engine on four nodes is allowed, and hardly ever meant."""
+    num_engines, num_gpus = recipe.engine.num_replicas, sum(share.num_gpus for share in shares)
+    if num_gpus and (idle := num_gpus - num_engines * recipe.engine.gpus_per_engine) > 0:
+        say(f"engine.num_replicas={num_engines} leaves {idle} of {num_gpus} GPUs idle")
+    elif not num_gpus and num_engines < len(shares):
+        say(f"engine.num_replicas={num_engines} leaves some of the {len(shares)} nodes idle")
+
+
+def is_listening(address: str, port: int) -> bool:
+    try:
+        socket.create_connection((address, port), timeout=5).close()
+    except OSError:
+        return False
+    return True
+
+
+def read_json(path: Path) -> dict | None:
+    """What a node has written, or None if it has not yet."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+
+
+def say(text: str) -> None:
+    print(f"[ray] {text}", flush=True)

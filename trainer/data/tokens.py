@@ -1,0 +1,215 @@
+"""Sources to token arrays on disk, once, by rank 0; every rank then maps the same files.
+
+tokens = load_tokens(prepare_tokens(config, tokenizer, sources, cache_folder))
+tokens.input_ids[tokens.offsets[d]:tokens.offsets[d + 1]]     # document d
+"""
+
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from cluster.errors import InputError
+from cluster.files import explain_full_disk, sha256_file, sha256_json, write_json
+from cluster.run.fence import own_generation, verify
+from trainer.config.data import DataSource
+from trainer.config.train import TrainConfig
+from trainer.data.chat import (
+    IGNORE,
+    TOO_LONG,
+    Encoded,
+    Unmaskable,
+    check_template,
+    encode_chat,
+    encode_text,
+    end_of_turn_ids,
+)
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from trainer.data.sources import Format
+
+ENCODING = 2  # changes when the same rows would give other tokens or labels, so that older caches are not used
+
+
+@dataclass(frozen=True)
+class SourceFacts:
+    """What became of one source."""
+
+    path: str
+    format: str
+    num_documents: int
+    dropped: dict[str, int]  # reason -> rows left out
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """All documents of a job end to end, source by source. `offsets` [D + 1] says where each begins."""
+
+    input_ids: np.ndarray  # int32 [N], as labels a memory map
+    labels: np.ndarray  # int32 [N]
+    offsets: np.ndarray  # int64 [D + 1]
+    sources: tuple[SourceFacts, ...]
+
+    @property
+    def num_documents(self) -> int:
+        return len(self.offsets) - 1
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.offsets)
+
+    @cached_property
+    def trained_lengths(self) -> np.ndarray:
+        """Labels of every document."""
+        return np.add.reduceat(self.labels != IGNORE, self.offsets[:-1], dtype=np.int64)
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """Reason -> rows left out, over all sources."""
+        total: Counter[str] = Counter()
+        for source in self.sources:
+            total.update(source.dropped)
+        return dict(total)
+
+    @property
+    def num_trained(self) -> int:
+        """Tokens with a label."""
+        return int((self.labels != IGNORE).sum())
+
+    def span(self, document: int) -> slice:
+        return slice(int(self.offsets[document]), int(self.offsets[document + 1]))
+
+
+def cache_key(config: TrainConfig, tokenizer: PreTrainedTokenizerFast, sources: Sequence[DataSource]) -> str:
+    """What the tokens depend on: data and how it is read, tokenizer, template and cut."""
+    facts = []
+    for source in sources:
+        path = Path(source.path)
+        sealed = path / "manifest.json"
+        if sealed.is_file():
+            content: object = sha256_file(sealed)
+        else:
+            files = sorted(path.rglob("*")) if path.is_dir() else [path]
+            content = [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files if f.is_file()]
+        facts.append([content, source.format, source.columns])
+    tokenizer_state = sha256_json(json.loads(tokenizer.backend_tokenizer.to_str()))
+    ends = [tokenizer.eos_token, tokenizer.chat_template]
+    return sha256_json([ENCODING, facts, tokenizer_state, ends, config.max_seq_len, config.objective])[:16]
+
+
+def prepare_tokens(
+    config: TrainConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    sources: Sequence[DataSource],
+    cache_folder: Path,
+    key: str = "train.data",
+) -> Path:
+    """Encode every row of `sources` into a folder below `cache_folder`, unless it is there. Returns that folder.
+
+    Rows that cannot be masked right are left out and counted by reason. Raises InputError, which names `key` of
+    the recipe, if a source cannot be read or none of it is left.
+    """
+    from trainer.data.sources import (
+        open_source,  # imports datasets: a second that only the rank that encodes has to spend
+    )
+
+    folder = cache_folder / cache_key(config, tokenizer, sources)
+    if (folder / "tokens.json").is_file():
+        return folder
+    partial = cache_folder / f".{folder.name}.partial{own_generation() or ''}"
+    facts: list[SourceFacts] = []
+    offsets = [0]
+    with explain_full_disk(cache_folder.parent):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    with (
+        explain_full_disk(partial),
+        open(partial / "input_ids.bin", "wb") as ids,
+        open(partial / "labels.bin", "wb") as labels,
+    ):
+        for source in sources:
+            dataset, form = open_source(source, config.objective, key)
+            dropped: Counter[str] = Counter()
+            before = len(offsets)
+            for encoded in _encode_rows(config, tokenizer, dataset, form, dropped):
+                ids.write(encoded.input_ids.tobytes())
+                labels.write(encoded.labels.tobytes())
+                offsets.append(offsets[-1] + len(encoded.input_ids))
+            facts.append(SourceFacts(source.path, form.name, len(offsets) - before, dict(dropped)))
+            refuse_untrainable(facts[-1], config.max_seq_len, key)
+        (partial / "offsets.bin").write_bytes(np.asarray(offsets, dtype=np.int64).tobytes())
+    write_json(partial / "tokens.json", {"num_tokens": offsets[-1], "sources": [asdict(source) for source in facts]})
+    verify(cache_folder.parent)
+    os.rename(partial, folder)
+    return folder
+
+
+def refuse_untrainable(source: SourceFacts, max_seq_len: int, key: str) -> None:
+    """Raise InputError if no row of a source is left."""
+    if source.num_documents:
+        return
+    reasons = ", ".join(f"{reason}: {count}" for reason, count in Counter(source.dropped).most_common())
+    fix = "Give another dataset, or another train.chat_template."
+    if set(source.dropped) == {TOO_LONG}:
+        fix = f"Its prompts alone fill {max_seq_len} tokens: raise train.max_seq_len."
+    raise InputError(f"{key}: no row of {source.path} can be trained ({reasons}). {fix}")
+
+
+def load_tokens(folder: Path) -> Tokens:
+    """Map what `prepare_tokens` wrote."""
+    facts = json.loads((folder / "tokens.json").read_text())
+    return Tokens(
+        np.memmap(folder / "input_ids.bin", dtype=np.int32, mode="r"),
+        np.memmap(folder / "labels.bin", dtype=np.int32, mode="r"),
+        np.fromfile(folder / "offsets.bin", dtype=np.int64),
+        tuple(SourceFacts(**source) for source in facts["sources"]),
+    )
+
+
+def _encode_rows(
+    config: TrainConfig, tokenizer: PreTrainedTokenizerFast, dataset: "Dataset", form: "Format", dropped: Counter
+) -> Iterator[Encoded]:
+    if config.objective == "text":
+        yield from _encode_texts(config, tokenizer, dataset, dropped)
+        return
+    check_template(tokenizer)
+    terminators = end_of_turn_ids(tokenizer)
+    for row in dataset:
+        try:
+            yield encode_chat(
+                tokenizer,
+                form.messages(row),
+                config.max_seq_len,
+                terminators,
+                is_finished=row.get("finish_reason") != "length",
+            )
+        except Unmaskable as reason:
+            dropped[str(reason)] += 1
+
+
+def _encode_texts(
+    config: TrainConfig, tokenizer: PreTrainedTokenizerFast, dataset: "Dataset", dropped: Counter
+) -> Iterator[Encoded]:
+    if tokenizer.eos_token_id is None:
+        raise InputError(
+            "train.objective=text: the tokenizer has no eos token, so no text would ever end. Give it one."
+        )
+    for batch in dataset.iter(batch_size=1000):
+        texts = [text for text in batch["text"] if isinstance(text, str) and text]
+        if missing := len(batch["text"]) - len(texts):
+            dropped["no text"] += missing
+        for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else ():
+            if ids:
+                yield encode_text(ids, tokenizer.eos_token_id, config.max_seq_len)
+            else:
+                dropped["no text"] += 1  # such as spaces, where the tokenizer drops them

@@ -1,0 +1,162 @@
+"""The ways of tuning a part of a model: adapters put around or into it, saved, and loaded again.
+
+All but bottleneck adapters are peft's; what the recipe may combine is in trainer/config/tuning.py.
+"""
+
+import copy
+from pathlib import Path
+
+import torch
+from peft import IA3Config as PeftIa3Config
+from peft import LoraConfig as PeftLoraConfig
+from peft import (
+    PeftConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    PromptTuningInit,
+    TaskType,
+    get_peft_model,
+)
+from safetensors.torch import save_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from cluster.config import ModelConfig
+from cluster.errors import InputError
+from trainer.config.train import TrainConfig
+from trainer.model.adapter_base import check_base, record_base
+from trainer.model.adapters import WEIGHTS_FILE, add_adapters, has_adapters, is_bottleneck, load_adapters, save_adapters
+
+
+def adapt(lm: PreTrainedModel, model: ModelConfig, config: TrainConfig, added_token_ids: list[int]) -> nn.Module:
+    """`lm` with what the recipe tunes: itself, a PeftModel around it, or itself with bottleneck adapters.
+
+    Raises InputError if the model has not the layers that are to be tuned.
+    """
+    if config.tuning == "full":
+        return lm
+    lm.base_revision = model.revision  # for the record of the base that is saved with the adapter
+    if config.tuning == "adapter":
+        return add_adapters(lm, config.adapter.bottleneck_size, config.adapter.activation)
+    try:
+        return get_peft_model(lm, _peft_config(lm, model, config, added_token_ids), revision=model.revision)
+    except ValueError as error:  # peft's word for layers that are not there
+        section = "lora" if config.tuning == "qlora" else config.tuning
+        raise InputError(f"train.{section}: {error} ({type(lm).__name__})") from error
+
+
+def _peft_config(
+    lm: PreTrainedModel, model: ModelConfig, config: TrainConfig, added_token_ids: list[int]
+) -> PeftConfig:
+    if config.tuning in ("lora", "qlora"):
+        return _lora(lm, config, added_token_ids)
+    if config.tuning == "ia3":
+        ia3 = config.ia3
+        return PeftIa3Config(
+            task_type=TaskType.CAUSAL_LM,
+            target_modules=[*ia3.attention_modules, *ia3.feedforward_modules],
+            feedforward_modules=list(ia3.feedforward_modules),
+        )
+    if config.tuning == "prefix":
+        return PrefixTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=config.prefix.num_virtual_tokens)
+    text = config.prompt.init_text
+    return PromptTuningConfig(
+        task_type=TaskType.CAUSAL_LM,
+        num_virtual_tokens=config.prompt.num_virtual_tokens,
+        prompt_tuning_init=PromptTuningInit.TEXT if text else PromptTuningInit.SAMPLE_VOCAB,
+        prompt_tuning_init_text=text,
+        tokenizer_name_or_path=model.path if text else None,
+        tokenizer_kwargs={"revision": model.revision} if text else None,
+    )
+
+
+def _lora(lm: PreTrainedModel, config: TrainConfig, added_token_ids: list[int]) -> PeftLoraConfig:
+    lora = config.lora
+    targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
+    return PeftLoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        use_rslora=lora.rslora,
+        use_dora=lora.dora,
+        trainable_token_indices=dict.fromkeys(_vocabulary_layers(lm), added_token_ids) if added_token_ids else None,
+    )
+
+
+def _vocabulary_layers(lm: nn.Module) -> list[str]:
+    """Names of the input embedding and the head. Where they are not tied, rows of both have to be trained."""
+    layers = (lm.get_input_embeddings(), lm.get_output_embeddings())
+    return [name.rpartition(".")[2] for name, module in lm.named_modules() if module in layers]
+
+
+def base_of(lm: nn.Module) -> PreTrainedModel:
+    """The model as transformers made it, or with bottleneck adapters in it."""
+    return lm.get_base_model() if isinstance(lm, PeftModel) else lm
+
+
+def has_virtual_tokens(lm: nn.Module) -> bool:
+    return isinstance(lm, PeftModel) and lm.active_peft_config.is_prompt_learning
+
+
+def with_virtual_tokens(lm: PeftModel, input_ids: torch.Tensor) -> dict[str, object]:
+    """What the decoder gets for input_ids [B, S] when N virtual tokens are tuned.
+
+    prefix: keys and values of N positions as attention cache. prompt: embeddings [B, N + S, H].
+    """
+    virtual = lm.get_prompt(batch_size=len(input_ids))
+    if lm.active_peft_config.peft_type == "PREFIX_TUNING":
+        return {"input_ids": input_ids, "past_key_values": virtual, "use_cache": True}
+    embedded = base_of(lm).get_input_embeddings()(input_ids)
+    return {"inputs_embeds": torch.cat([virtual.to(embedded.dtype), embedded], dim=1), "use_cache": False}
+
+
+def is_decayed(name: str, parameter: nn.Parameter) -> bool:
+    """Whether weight decay applies: to matrices, and not to norms, biases or the factors of IA3, which rest at 1."""
+    shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 keeps the shape of what it has partitioned
+    return len(shape) >= 2 and ".ia3_l." not in name
+
+
+def is_adapted(lm: nn.Module) -> bool:
+    """Whether a part was added to be tuned, rather than the model itself."""
+    return isinstance(lm, PeftModel) or has_adapters(lm)
+
+
+def save_adapter(lm: nn.Module, folder: Path) -> None:
+    """Write what was tuned, and which base it belongs to. Trained weights have to be whole in this process."""
+    if not isinstance(lm, PeftModel):
+        save_adapters(lm, folder)
+    elif has_virtual_tokens(lm):
+        _save_virtual_tokens(lm, folder)
+    else:
+        # Rows of added tokens are in the adapter as it is; whole embeddings would make it many times larger.
+        lm.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
+    base = base_of(lm)
+    record_base(base, base.base_revision, folder)
+
+
+def _save_virtual_tokens(lm: PeftModel, folder: Path) -> None:
+    """As peft does, except that it would run the prompt's module, which under ZeRO-3 waits for the other ranks."""
+    config = copy.deepcopy(lm.active_peft_config)
+    config.inference_mode = True
+    config.save_pretrained(folder)
+    weight = lm.prompt_encoder[lm.active_adapter].embedding.weight
+    save_file({"prompt_embeddings": weight.detach().cpu().clone()}, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+
+
+def load_adapter(
+    base: PreTrainedModel, folder: Path, revision: str | None = None, vocabulary_size: int = 0
+) -> nn.Module:
+    """`base` with the adapter of `folder`, of whatever kind, for use.
+
+    revision: of `base`, if it is from the hub and not its main branch.
+    vocabulary_size: of the tokenizer, where the adapter trained tokens that the base lacks.
+    Raises InputError if the adapter was trained on another base.
+    """
+    check_base(base, revision, folder)
+    if vocabulary_size > base.get_input_embeddings().num_embeddings:
+        base.resize_token_embeddings(vocabulary_size, pad_to_multiple_of=64, mean_resizing=True)
+    lm = load_adapters(base, folder, revision) if is_bottleneck(folder) else PeftModel.from_pretrained(base, folder)
+    return lm.eval()
