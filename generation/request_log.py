@@ -57,7 +57,7 @@ class RequestLog:
             path.mkdir(parents=True, exist_ok=True)
             self._sealed = self._open_sealed()
             self._open_active()
-            if self._fence.generation is not None:
+            if self._fence.token is not None:
                 # An earlier generation may not know yet that it is one: what it still appends must not come between
                 # the records of this one, so its segment is closed and this one has a segment of its own.
                 self._seal()

@@ -40,7 +40,7 @@ STAGE = "synthesize"
 
 
 def run(config: SynthesisConfig, model: ModelConfig, engine: EngineConfig, run: RunDir, seed: int) -> dict:
-    """Synthesize the dataset and return the verdict, which is also in `verdict-synthesize.json`.
+    """Synthesize the dataset and return the result, which is also in `result-synthesize.json`.
 
     A dataset that is sealed and sound is left as it is. Interrupted work goes on: from the last checkpoint, and from
     there on with the finished requests of the log. Raises InputError for bad input, Preempted after SIGTERM or SIGINT,
@@ -56,7 +56,7 @@ def run(config: SynthesisConfig, model: ModelConfig, engine: EngineConfig, run: 
         try:
             with stop_signals() as stop, RequestLog(run.root / "requests") as log, ray_session(run.root):
                 stop.install()  # again: ray.init has taken SIGTERM
-                verdict = asyncio.run(_until_stopped(Synthesis(inputs, run, log, progress), stop))
+                result = asyncio.run(_until_stopped(Synthesis(inputs, run, log, progress), stop))
         except Preempted as stopped:
             run.event(STAGE, "preempted", reason=str(stopped))
             raise
@@ -66,13 +66,13 @@ def run(config: SynthesisConfig, model: ModelConfig, engine: EngineConfig, run: 
             run.event(STAGE, "failed", reason=str(error))
             raise
         verify(run.root)
-        write_json(run.verdict(STAGE), verdict)
-        append_jsonl(run.metrics, {"stage": STAGE, **verdict})
-        run.event(STAGE, "finished", num_rows=verdict["num_rows"])
-        progress.line(summary(verdict))
-        if hint := how_to_go_on(verdict, config.budget):
+        write_json(run.result(STAGE), result)
+        append_jsonl(run.metrics, {"stage": STAGE, **result})
+        run.event(STAGE, "finished", num_rows=result["num_rows"])
+        progress.line(summary(result))
+        if hint := how_to_go_on(result, config.budget):
             progress.line(hint)
-        return verdict
+        return result
 
 
 class Synthesis:
@@ -87,7 +87,7 @@ class Synthesis:
         self._start = time.monotonic()
 
     async def make(self) -> dict:
-        """Start the engines, run the method, seal the data, and return the verdict."""
+        """Start the engines, run the method, seal the data, and return the result."""
         inputs, config = self._inputs, self._inputs.config
         sink, checkpoint = open_sink(self._run, config, inputs.sha)
         self._say_what_is_there(sink, checkpoint)
@@ -167,7 +167,7 @@ def goal_of(method: Method, config: SynthesisConfig) -> Goal:
 
 
 def driver_counts(driver: Driver, sink: DataSink) -> dict:
-    """The part of the verdict that the data decides, not the machine."""
+    """The part of the result that the data decides, not the machine."""
     tally = driver.committed
     return {
         "is_complete": not driver.stopped_because,
@@ -220,12 +220,12 @@ def _skip(inputs: Inputs, run: RunDir, progress: Progress) -> dict | None:
     if hint := how_to_go_on(counts, inputs.config.budget):
         progress.line(f"INCOMPLETE ({counts['stopped_because']}). {hint}")
     run.event(STAGE, "skipped", num_rows=manifest["rows"])
-    if run.verdict(STAGE).is_file():
-        return json.loads(run.verdict(STAGE).read_text())
-    verdict = {"status": "done", **counts}
+    if run.result(STAGE).is_file():
+        return json.loads(run.result(STAGE).read_text())
+    result = {"status": "done", **counts}
     verify(run.root)
-    write_json(run.verdict(STAGE), verdict)  # killed between the manifest and the verdict
-    return verdict
+    write_json(run.result(STAGE), result)  # killed between the manifest and the result
+    return result
 
 
 def _first(errors: BaseExceptionGroup) -> BaseException:

@@ -86,7 +86,7 @@ class Watch:
             await asyncio.sleep(REPORT_SECONDS)
 
     def figures(self, counts: Mapping[str, object]) -> dict:
-        """The part of the verdict that the machine decides. counts: the other part."""
+        """The part of the result that the machine decides. counts: the other part."""
         self._look_at_engines()
         stats = [pool.stats for pool in self._pools]
         return {
@@ -248,14 +248,14 @@ class Watch:
         return time.monotonic() - self._start
 
 
-def summary(verdict: dict) -> str:
-    """The verdict in a line."""
+def summary(result: dict) -> str:
+    """The result in a line."""
     text = (
-        f"{verdict['num_kept']} of {verdict['num_generated']} instructions kept, {verdict['num_rows']} rows "
-        f"({verdict['num_seed_rows']} of them seeds), rejected: {listed(verdict['rejected']) or 'none'}; "
-        f"{verdict['tokens_per_second']:,.0f} tok/s, {verdict['seconds']:.0f} s"
+        f"{result['num_kept']} of {result['num_generated']} instructions kept, {result['num_rows']} rows "
+        f"({result['num_seed_rows']} of them seeds), rejected: {listed(result['rejected']) or 'none'}; "
+        f"{result['tokens_per_second']:,.0f} tok/s, {result['seconds']:.0f} s"
     )
-    return text if verdict["is_complete"] else f"INCOMPLETE ({verdict['stopped_because']}): {text}"
+    return text if result["is_complete"] else f"INCOMPLETE ({result['stopped_because']}): {text}"
 
 
 def how_to_go_on(counts: Mapping[str, object], budget: BudgetConfig) -> str:

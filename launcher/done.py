@@ -6,7 +6,7 @@ from cluster.run.manifest import MANIFEST, is_sealed
 from cluster.run.rundir import RunDir
 from launcher.recipe import Recipe
 from trainer.checkpoint.state import best_first, newest
-from trainer.verdict import export_key, is_trained, read_verdict
+from trainer.results import export_key, is_trained, read_result
 
 
 def is_done(stage: str, recipe: Recipe, run: RunDir) -> bool:
@@ -45,16 +45,16 @@ def _is_exported(recipe: Recipe, run: RunDir) -> bool:
     made = json.loads((run.export / MANIFEST).read_text())
     if source is None or made.get("key") != export_key(source, recipe.export, recipe.name):
         return False
-    verdict = read_verdict(run, "export") or {}
-    return verdict.get("status") == "done" and (recipe.export.to is None or "uploaded_to" in verdict)
+    result = read_result(run, "export") or {}
+    return result.get("status") == "done" and (recipe.export.to is None or "uploaded_to" in result)
 
 
 def _is_evaluated(recipe: Recipe, run: RunDir) -> bool:
     """There are figures, of the export that is there."""
-    verdict = read_verdict(run, "evaluate") or {}
-    if verdict.get("status") != "done" or not _is_exported(recipe, run):
+    result = read_result(run, "evaluate") or {}
+    if result.get("status") != "done" or not _is_exported(recipe, run):
         return False
-    return run.verdict("evaluate").stat().st_mtime >= (run.export / MANIFEST).stat().st_mtime
+    return run.result("evaluate").stat().st_mtime >= (run.export / MANIFEST).stat().st_mtime
 
 
 _CHECKS = {"synthesize": _is_synthesized, "train": _is_trained, "export": _is_exported, "evaluate": _is_evaluated}

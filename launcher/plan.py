@@ -121,10 +121,10 @@ def print_memory(
     for stage in train.stages:
         found = estimate(facts, train, stage, train.num_processes)
         parts = [found.weights, found.gradients, found.optimizer, found.working, found.total, *[found.host] * offloads]
-        verdict = "chosen" if chosen is not None and chosen.stage == stage else "fits"
+        result = "chosen" if chosen is not None and chosen.stage == stage else "fits"
         if usable is None or found.total > usable:
-            verdict = "" if usable is None else "too much"
-        table.add_row(str(stage), *map(amount, parts), verdict)
+            result = "" if usable is None else "too much"
+        table.add_row(str(stage), *map(amount, parts), result)
     console.print(table)
     if complaint is not None:
         raise complaint

@@ -56,7 +56,7 @@ def train(recipe: Recipe, run: RunDir) -> None:
     from cluster.model_source import locate_model, model_revision
     from cluster.nodes.topology import read_topology
     from launcher.job.node import run_node, train_command
-    from trainer.verdict import is_trained, read_failure
+    from trainer.results import is_trained, read_failure
 
     if is_trained(run):
         say(f"[train] done already: {run.checkpoints}")
@@ -68,7 +68,7 @@ def train(recipe: Recipe, run: RunDir) -> None:
         require_four_bits()
     model_revision(locate_model(recipe.model))  # a missing model is said here, before any process is started
     verify(run.root)
-    run.verdict("train").unlink(missing_ok=True)
+    run.result("train").unlink(missing_ok=True)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // recipe.train.num_processes)))
     local = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
     topology = read_topology(local, recipe.train.num_processes)
@@ -88,8 +88,8 @@ def export(recipe: Recipe, run: RunDir) -> None:
     from trainer import export as stage
 
     job = stage.ExportJob(run, recipe.name, recipe.model, recipe.train, recipe.export)
-    verdict = stage.run(job)
-    say(f"[export] {verdict['form']} model in {verdict['folder']}, {verdict['weights_bytes'] / 1e6:,.1f} MB")
+    result = stage.run(job)
+    say(f"[export] {result['form']} model in {result['folder']}, {result['weights_bytes'] / 1e6:,.1f} MB")
 
 
 def evaluate(recipe: Recipe, run: RunDir) -> None:

@@ -1,7 +1,7 @@
 """How far a run is, from its folder and one question to squeue; no accounting database is needed.
 
 A stage is DONE if its result proves it. Jobs in the queue speak for themselves. For a job that is gone the stage's
-verdict speaks, and where there is none, and Slurm knows nothing more, the answer is UNKNOWN.
+result speaks, and where there is none, and Slurm knows nothing more, the answer is UNKNOWN.
 """
 
 import fcntl
@@ -20,7 +20,7 @@ from launcher.slurm.client import Queued, Slurm, SlurmSilent
 from launcher.slurm.lead import last_rows
 from launcher.slurm.submitted import Submitted, cancelled_file, read_jobs
 from launcher.sweep import read_index
-from trainer.verdict import read_verdict
+from trainer.results import read_result
 
 DONE, RUNNING, WAITING, STOPPED = "DONE", "RUNNING", "WAITING", "STOPPED"
 FAILED, CANCELLED, UNKNOWN, NOT_STARTED = "FAILED", "CANCELLED", "UNKNOWN", "NOT STARTED"
@@ -116,10 +116,10 @@ def state_of_run(recipe: Recipe, run: RunDir, jobs: list[Submitted], answer: Ans
 def state_without_jobs(stage: str, run: RunDir, is_busy: bool) -> StageState:
     if is_busy:
         return StageState(stage, RUNNING, "", 0, f"on this machine. {progress(run, stage)}".strip())
-    verdict = read_verdict(run, stage) or {}
+    result = read_result(run, stage) or {}
     words = {"failed": FAILED, "preempted": STOPPED}
-    word = words.get(verdict.get("status"), NOT_STARTED)
-    return StageState(stage, word, "", 0, verdict.get("message", "") if word == FAILED else "")
+    word = words.get(result.get("status"), NOT_STARTED)
+    return StageState(stage, word, "", 0, result.get("message", "") if word == FAILED else "")
 
 
 def state_of_jobs(stage: str, run: RunDir, jobs: list[Submitted], answer: Answer) -> StageState:
@@ -140,12 +140,12 @@ def state_of_jobs(stage: str, run: RunDir, jobs: list[Submitted], answer: Answer
     last, log = jobs[-1], newest_log(jobs)
     if answer.silence:
         return state(UNKNOWN, last, f"{answer.silence} Its log: {log}")
-    verdict = fresh_verdict(run, stage, last)
-    if verdict.get("status") == "failed":
-        return state(FAILED, last, f"{verdict.get('message', '')} Log: {log}".strip())
+    result = fresh_result(run, stage, last)
+    if result.get("status") == "failed":
+        return state(FAILED, last, f"{result.get('message', '')} Log: {log}".strip())
     if cancelled_file(run).exists():
         return state(CANCELLED, last, "`tunesmith resume` goes on from what is saved")
-    if verdict.get("status") == "preempted":
+    if result.get("status") == "preempted":
         return state(STOPPED, last, "everything is saved; `tunesmith resume` goes on")
     known = answer.jobs.get(last.job_id)
     if known is None:
@@ -164,12 +164,12 @@ def reason_of(queued: Queued) -> str:
     return f"for Slurm: {queued.reason}"
 
 
-def fresh_verdict(run: RunDir, stage: str, job: Submitted) -> dict:
-    """The stage's verdict, unless it is older than the job."""
-    file = run.verdict(stage)
+def fresh_result(run: RunDir, stage: str, job: Submitted) -> dict:
+    """The stage's result, unless it is older than the job."""
+    file = run.result(stage)
     if not file.is_file() or file.stat().st_mtime < job.time:
         return {}
-    return read_verdict(run, stage) or {}
+    return read_result(run, stage) or {}
 
 
 def progress(run: RunDir, stage: str) -> str:
@@ -182,21 +182,21 @@ def progress(run: RunDir, stage: str) -> str:
 
 def figures(run: RunDir, stage: str) -> str:
     """What a finished stage came to."""
-    verdict = read_verdict(run, stage) or {}
-    if stage == "synthesize" and "num_rows" in verdict:
-        return f"{verdict['num_rows']:,} rows"
-    if stage == "train" and "step" in verdict:
-        loss = verdict.get("final_loss")
-        return f"{verdict['step']:,} steps" + (f", loss {loss:.4f}" if loss is not None else "")
-    if stage == "evaluate" and "contenders" in verdict:
-        return ", ".join(f"{name} {value:.1%}" for name, value in exact_matches(verdict).items())
+    result = read_result(run, stage) or {}
+    if stage == "synthesize" and "num_rows" in result:
+        return f"{result['num_rows']:,} rows"
+    if stage == "train" and "step" in result:
+        loss = result.get("final_loss")
+        return f"{result['step']:,} steps" + (f", loss {loss:.4f}" if loss is not None else "")
+    if stage == "evaluate" and "contenders" in result:
+        return ", ".join(f"{name} {value:.1%}" for name, value in exact_matches(result).items())
     return ""
 
 
-def exact_matches(verdict: dict) -> dict[str, float]:
+def exact_matches(result: dict) -> dict[str, float]:
     """The share of exact matches of each contender over all its rows."""
     shares = {}
-    for name, groups in verdict["contenders"].items():
+    for name, groups in result["contenders"].items():
         rows = sum(group["num_rows"] for group in groups.values())
         if rows:
             shares[name] = sum(group["exact_match"] * group["num_rows"] for group in groups.values()) / rows

@@ -1,4 +1,4 @@
-"""The tables at the end of a run: every number is read from the verdicts that the stages wrote."""
+"""The tables at the end of a run: every number is read from the results that the stages wrote."""
 
 import json
 import sys
@@ -11,7 +11,7 @@ from rich.text import Text
 from cluster.run.rundir import RunDir
 from generation.forecast_words import UNITS, amount
 from launcher.recipe import Recipe
-from trainer.verdict import read_verdict
+from trainer.results import read_result
 
 NUM_EXAMPLES = 5
 MAX_ANSWER_CHARS = 50  # an untuned model rambles
@@ -21,7 +21,7 @@ def print_summary(recipe: Recipe, console: Console) -> None:
     """Data, training, accuracy, and what to type next."""
     run = recipe.run
     synthesis, training, export, evaluation = (
-        read_verdict(run, stage) for stage in ("synthesize", "train", "export", "evaluate")
+        read_result(run, stage) for stage in ("synthesize", "train", "export", "evaluate")
     )
     if synthesis and not recipe.train.data:
         console.print(synthesis_table(synthesis))
@@ -31,13 +31,13 @@ def print_summary(recipe: Recipe, console: Console) -> None:
         console.print(accuracy_table(evaluation))
         console.print(examples_table(run))
     console.print("\nMade:")
-    for label, path, verdict in (
+    for label, path, result in (
         ("dataset", run.data / "synthesized", synthesis),
         ("checkpoints", run.checkpoints, training),
         ("model", run.export, export),
         ("answers", run.root / "evaluation", evaluation),
     ):
-        if verdict and path.exists():
+        if result and path.exists():
             console.print(f"  {label:<12} {path}", markup=False, highlight=False)
     if export:
         console.print("\nNext:")
@@ -45,26 +45,26 @@ def print_summary(recipe: Recipe, console: Console) -> None:
             console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
 
 
-def synthesis_table(verdict: dict) -> Table:
+def synthesis_table(result: dict) -> Table:
     table = _table("Synthesis", "", "count")
-    table.add_row("requests to the model", f"{verdict['num_requests']:,}")
-    table.add_row("instructions generated", f"{verdict['num_generated']:,}")
-    table.add_row("instructions kept", f"{verdict['num_kept']:,}")
-    for reason, count in sorted(verdict["rejected"].items(), key=lambda item: -item[1]):
+    table.add_row("requests to the model", f"{result['num_requests']:,}")
+    table.add_row("instructions generated", f"{result['num_generated']:,}")
+    table.add_row("instructions kept", f"{result['num_kept']:,}")
+    for reason, count in sorted(result["rejected"].items(), key=lambda item: -item[1]):
         table.add_row(f"  rejected: {reason}", f"{count:,}")
-    table.add_row("rows in the dataset", f"{verdict['num_rows']:,}")
-    if "tokens_per_second" in verdict:  # not known if the process was killed just after the dataset was sealed
-        _add_machine_rows(table, verdict)
+    table.add_row("rows in the dataset", f"{result['num_rows']:,}")
+    if "tokens_per_second" in result:  # not known if the process was killed just after the dataset was sealed
+        _add_machine_rows(table, result)
     return table
 
 
-def _add_machine_rows(table: Table, verdict: dict) -> None:
+def _add_machine_rows(table: Table, result: dict) -> None:
     """Who generated how fast, where the time went, and how good the forecast was."""
-    table.add_row("method", verdict["method"])
-    for role, model in verdict["models"].items():
+    table.add_row("method", result["method"])
+    for role, model in result["models"].items():
         table.add_row(f"  {role}", Text(model))
-    table.add_row("output tokens per second", f"{verdict['tokens_per_second']:,.0f}")
-    took = verdict["time"]
+    table.add_row("output tokens per second", f"{result['tokens_per_second']:,.0f}")
+    took = result["time"]
     for place, share in took["of_waiting"].items():
         table.add_row(f"  of a request's time: {place.replace('_', ' ')}", f"{share:.1%}")
     for activity, share in took["of_driver"].items():
@@ -73,28 +73,28 @@ def _add_machine_rows(table: Table, verdict: dict) -> None:
         table.add_row("prompt tokens found in the prefix cache", f"{took['prefix_hit_rate']:.1%}")
     if took["num_preemptions"]:
         table.add_row("preemptions in the engines", f"{took['num_preemptions']:,}")
-    table.add_row("engine restarts", f"{verdict['num_engine_restarts']:,}")
-    for name, made in (verdict["forecast"] or {}).items():
+    table.add_row("engine restarts", f"{result['num_engine_restarts']:,}")
+    for name, made in (result["forecast"] or {}).items():
         result = "-" if made["result"] is None else amount(name, made["result"])
         expected = f"forecast {amount(name, made['low'])} to {amount(name, made['high'])}"
         table.add_row(f"{UNITS[name]} ({expected})", result)
 
 
-def training_table(verdict: dict) -> Table:
-    table = _table("Training", "", verdict["tuning"])
-    table.add_row("steps", f"{verdict['step']:,}")
-    table.add_row("tokens", f"{verdict['num_tokens']:,}")
-    table.add_row("  of them with a loss", f"{verdict['num_trained_tokens']:,}")
-    table.add_row("tokens per second", f"{verdict['tokens_per_second']:,.0f}")
-    table.add_row("final loss", "-" if verdict["final_loss"] is None else f"{verdict['final_loss']:.3f}")
-    if verdict.get("validation_loss") is not None:
-        table.add_row("validation loss", f"{verdict['validation_loss']:.3f}")
+def training_table(result: dict) -> Table:
+    table = _table("Training", "", result["tuning"])
+    table.add_row("steps", f"{result['step']:,}")
+    table.add_row("tokens", f"{result['num_tokens']:,}")
+    table.add_row("  of them with a loss", f"{result['num_trained_tokens']:,}")
+    table.add_row("tokens per second", f"{result['tokens_per_second']:,.0f}")
+    table.add_row("final loss", "-" if result["final_loss"] is None else f"{result['final_loss']:.3f}")
+    if result.get("validation_loss") is not None:
+        table.add_row("validation loss", f"{result['validation_loss']:.3f}")
     return table
 
 
-def accuracy_table(verdict: dict) -> Table:
+def accuracy_table(result: dict) -> Table:
     """Exact match (and ROUGE-L) by group, one column a contender."""
-    contenders = verdict["contenders"]
+    contenders = result["contenders"]
     table = _table("Held-out tasks: exact match (ROUGE-L)", "", *contenders)
     groups = list(dict.fromkeys(group for figures in contenders.values() for group in figures))
     for group in groups:

@@ -55,7 +55,7 @@ class EvaluateJob:
 
 
 def run(job: EvaluateJob) -> dict:
-    """Evaluate and return the verdict: figures by contender and group. Finished contenders are not generated again."""
+    """Evaluate and return the result: figures by contender and group. Finished contenders are not generated again."""
     rows = [row for path in job.sets for row in read_set(path)]
     if not is_sealed(job.run.export):
         raise InputError(f"{job.run.export}: there is no exported model. Run `tunesmith export` first.")
@@ -69,11 +69,11 @@ def run(job: EvaluateJob) -> dict:
         for model in dict.fromkeys(contender.model for contender in contenders):
             mine = [contender for contender in contenders if contender.model == model]
             results |= asyncio.run(_evaluate_model(job, model, mine, rows, progress))
-    verdict = {"status": "done", "num_rows": len(rows), "contenders": results}
+    result = {"status": "done", "num_rows": len(rows), "contenders": results}
     verify(job.run.root)
-    write_json(job.run.verdict("evaluate"), verdict)
-    append_jsonl(job.run.metrics, {"stage": "evaluate", **verdict})
-    return verdict
+    write_json(job.run.result("evaluate"), result)
+    append_jsonl(job.run.metrics, {"stage": "evaluate", **result})
+    return result
 
 
 async def _evaluate_model(

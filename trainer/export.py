@@ -25,7 +25,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from cluster.config import ModelConfig, SecretRef
 from cluster.errors import InputError, TunesmithError
 from cluster.files import write_json
-from cluster.run.fence import own_generation, verify
+from cluster.run.fence import own_token, verify
 from cluster.run.manifest import is_sealed, verify_manifest, write_manifest
 from cluster.run.rundir import RunDir
 from trainer.checkpoint.state import best_first, newest, read_state
@@ -38,7 +38,7 @@ from trainer.model.adapter_base import RECORD
 from trainer.model.adapters import CONFIG_FILE, WEIGHTS_FILE
 from trainer.model.load import DTYPES, load_tokenizer
 from trainer.model.tuning import load_adapter
-from trainer.verdict import export_key, read_verdict
+from trainer.results import export_key, read_result
 
 CARD_TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 CHECK_TEXT = "The quick brown fox jumps over the lazy dog. 1 2 3"
@@ -56,7 +56,7 @@ class ExportJob:
 
 
 def run(job: ExportJob) -> dict:
-    """Export the newest or best checkpoint of a run. Returns the verdict. Does nothing if the same is there already.
+    """Export the newest or best checkpoint of a run. Returns the result. Does nothing if the same is there already.
 
     Raises InputError if there is no complete checkpoint, TunesmithError if the export does not load back equal.
     """
@@ -65,16 +65,16 @@ def run(job: ExportJob) -> dict:
         say(f"{source} is not the end of its training; exporting it as it is")
     verify_manifest(source, below="weights")
     key = export_key(source, job.config, job.name)
-    verdict = read_verdict(job.run, "export") or {}
+    result = read_result(job.run, "export") or {}
     is_there = is_sealed(job.run.export) and verify_manifest(job.run.export).get("key") == key
-    if not is_there or verdict.get("status") != "done":
-        verdict = _build(job, source, key)
+    if not is_there or result.get("status") != "done":
+        result = _build(job, source, key)
     if job.config.to is not None:
-        verdict["uploaded_to"] = upload(job.run.export, job.config.to, job.config.hub_token)
+        result["uploaded_to"] = upload(job.run.export, job.config.to, job.config.hub_token)
     verify(job.run.root)
-    write_json(job.run.verdict("export"), verdict)
+    write_json(job.run.result("export"), result)
     job.run.event("export", "done", folder=str(job.run.export))
-    return verdict
+    return result
 
 
 def chosen(job: ExportJob) -> Path:
@@ -102,7 +102,7 @@ def _build(job: ExportJob, source: Path, key: str) -> dict:
     verify(job.run.root)
     for leftover in job.run.root.glob(f".{job.run.export.name}.partial*"):
         shutil.rmtree(leftover, ignore_errors=True)
-    partial = job.run.export.with_name(f".{job.run.export.name}.partial{own_generation() or ''}")
+    partial = job.run.export.with_name(f".{job.run.export.name}.partial{own_token() or ''}")
     tokenizer, _ = load_tokenizer(job.model, job.train.chat_template)
     with explain_failed_write(job.run.root):
         expected = write_form(job, source, tokenizer, partial)
@@ -208,9 +208,9 @@ def check_form(job: ExportJob, expected: torch.Tensor, tokenizer: PreTrainedToke
 
 
 def card(job: ExportJob, source: Path, error: float) -> ModelCard:
-    """The model card: what the model was made of, from the verdicts of the run."""
+    """The model card: what the model was made of, from the results of the run."""
     state = read_state(source)
-    synthesis = job.run.verdict("synthesize")
+    synthesis = job.run.result("synthesize")
     return ModelCard.from_template(
         ModelCardData(
             base_model=None if Path(job.model.path).exists() else job.model.path,

@@ -103,8 +103,8 @@ class StepLine:
             flush=True,
         )
         row = {"stage": "train", "step": state.step, **figures, "time": round(time.time(), 3)}
-        if self.fence.generation is not None:
-            row["generation"] = self.fence.generation
+        if self.fence.token is not None:
+            row["fencing_token"] = self.fence.token
         append_jsonl(self.run.metrics, row)
         self.report(state.step, figures)
 

@@ -2,7 +2,7 @@
 
     torchrun --standalone --nproc-per-node 2 -m trainer.train runs/demo
 
-reads `runs/demo/recipe.yaml` (the resolved recipe) and writes checkpoints, metrics.jsonl and verdict-train.json there.
+reads `runs/demo/recipe.yaml` (the resolved recipe) and writes checkpoints, metrics.jsonl and result-train.json there.
 The exit code is 0 when the job is done and 75 when it was asked to stop and has saved.
 """
 
@@ -45,16 +45,16 @@ with without_collection():
     from trainer.model.sequence import SplitBatches
     from trainer.ranks import make_all_sum
     from trainer.resolve import settle
+    from trainer.results import read_result
     from trainer.schedule import learning_rate
     from trainer.stop import StopRequest
     from trainer.trackers import reporting
     from trainer.validation import make_validation
-    from trainer.verdict import read_verdict
     from trainer.watchdog import LossWatch, StallWatch, describe_rows, profiling
 
 
 def train(job: TrainJob, stop: StopRequest) -> dict:
-    """Train to the end, or to the step at which any rank was asked to stop. Returns the verdict."""
+    """Train to the end, or to the step at which any rank was asked to stop. Returns the result."""
     job = settle(job)
     config, run = job.config, job.run
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -119,7 +119,7 @@ def train(job: TrainJob, stop: StopRequest) -> dict:
         if saved_step < state.step:
             stall.at(f"step {state.step}, saving")
             saver.save(replace(state, train_loss=line.take_mean_loss(), validation_loss=held_out_loss))
-    answer = verdict(job, state, batches, tokens, line)
+    answer = result(job, state, batches, tokens, line)
     return answer | ({"validation_loss": validation.last_loss} if validation is not None else {})
 
 
@@ -159,7 +159,7 @@ def announce(job: TrainJob, batches: Batches) -> None:
     say(f"{job.config.tuning}, ZeRO-{job.config.zero_stage}, {job.config.precision}; {batches.num_steps} steps")
 
 
-def verdict(job: TrainJob, state: TrainState, batches: Batches, tokens: Tokens, line: StepLine) -> dict:
+def result(job: TrainJob, state: TrainState, batches: Batches, tokens: Tokens, line: StepLine) -> dict:
     return {
         "status": "done" if state.finished or state.step >= batches.num_steps else "preempted",
         "step": state.step,
@@ -184,7 +184,7 @@ def leave_word(run: RunDir, error: TunesmithError) -> None:
     the run, print it."""
     try:
         verify(run.root)
-        write_json(run.verdict("train"), {"status": "failed", "exit_code": error.exit_code, "message": str(error)})
+        write_json(run.result("train"), {"status": "failed", "exit_code": error.exit_code, "message": str(error)})
     except (OSError, TunesmithError):
         print(f"error: {error}", file=sys.stderr, flush=True)
 
@@ -196,7 +196,7 @@ def main() -> int:
     quieten_libraries()
     if os.environ["RANK"] == "0":
         verify(job.run.root)
-        job.run.verdict("train").unlink(missing_ok=True)
+        job.run.result("train").unlink(missing_ok=True)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     timeout = datetime.timedelta(seconds=job.config.process_group_timeout_seconds)
@@ -211,7 +211,7 @@ def main() -> int:
         raise SystemExit(error.exit_code) from error
     except Exception as error:
         # What a rank sees when another one gives up is a broken connection; the other one has said why.
-        word = read_verdict(job.run, "train")
+        word = read_result(job.run, "train")
         if word is None or word["status"] != "failed":
             raise
         raise SystemExit(word["exit_code"]) from error
@@ -219,7 +219,7 @@ def main() -> int:
     if dist.get_rank() == 0:
         answer["seconds"] = round(time.time() - started, 1)
         verify(job.run.root)
-        write_json(job.run.verdict("train"), answer)
+        write_json(job.run.result("train"), answer)
         append_jsonl(job.run.events, {"time": round(time.time(), 3), "stage": "train", "event": answer["status"]})
     dist.barrier()
     dist.destroy_process_group()

@@ -121,7 +121,7 @@ def meet(topology: Topology, run_dir: Path, timeout_seconds: float = MEET_SECOND
     The head waits for all the others, and names the one that is missing at the deadline: were each to wait for each, a
     thousand nodes would open a million files. Honors GLOO_SOCKET_IFNAME. Raises TunesmithError at the deadline.
     """
-    folder = topology.generation_dir(run_dir)
+    folder = topology.attempt_dir(run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     address, interface = own_address()
     port = free_port(topology.job_id) if topology.node_rank == 0 else None

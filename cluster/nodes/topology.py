@@ -36,9 +36,9 @@ class Topology:
     def rendezvous_id(self) -> str:
         return f"{self.job_id}-{self.restart_count}"
 
-    def generation_dir(self, run_dir: Path) -> Path:
+    def attempt_dir(self, run_dir: Path) -> Path:
         """Where the nodes of this attempt of this job leave word for each other."""
-        return run_dir / f"gen-{self.rendezvous_id}"
+        return run_dir / f"attempt-{self.rendezvous_id}"
 
 
 def _integer(environ: Mapping[str, str], key: str, default: int | None = None) -> int:

@@ -1,16 +1,16 @@
 """Generations of a run: of all attempts that were ever started on it, only the newest may write.
 
-    generation = claim(run_root, stage="train", job_id="1234")     # once, by what starts an attempt
-    os.environ[VARIABLE] = str(generation)                         # for everything that the attempt starts
+    token = claim(run_root, stage="train", job_id="1234")     # once, by what starts an attempt
+    os.environ[VARIABLE] = str(token)                         # for everything that the attempt starts
     verify(run_root)                                               # in every writer, before each commit
 
 A node that is cut off from the network is dead for Slurm, which starts a successor elsewhere, and yet it computes on
 and still reaches the shared file system. No clock and no lock decides who goes on: the successor makes the next number
-below `<run>/generations/`, and whoever holds a lower one raises Superseded before its next commit.
+below `<run>/claims/`, and whoever holds a lower one raises Superseded before its next commit.
 
 Between a check and the commit that follows it lie microseconds, unless the process is stopped right there. Where even
-that could do harm the writer's files carry the generation in their names (checkpoints being written) or are never
-shared between generations (segments of the request log).
+that could do harm the writer's files carry the token in their names (checkpoints being written) or are never
+shared between claims (segments of the request log).
 
 A process without the variable, which is every local run, is not concerned: the lock of the run folder guards it.
 """
@@ -28,21 +28,21 @@ from pathlib import Path
 from cluster.errors import InputError, TunesmithError
 from cluster.files import exclusive_lock, explain_full_disk, fsync_folder
 
-VARIABLE = "TUNESMITH_GENERATION"
-FOLDER = "generations"
+VARIABLE = "TUNESMITH_FENCING_TOKEN"
+FOLDER = "claims"
 CHECK_SECONDS = 0.5  # how long `Fence.check_now_and_then` trusts an answer
 _NAME = re.compile(r"([0-9]{6,})\.json")
 
 
 class Superseded(TunesmithError):
-    """A newer attempt owns the run. Whoever gets this ends without writing anything more, not even a verdict."""
+    """A newer attempt owns the run. Whoever gets this ends without writing anything more, not even a result."""
 
 
 @dataclass(frozen=True)
 class Claim:
-    """Who made a generation. Of one that died while it wrote this only the number is known."""
+    """Who made a token. Of one that died while it wrote this only the number is known."""
 
-    generation: int
+    token: int
     stage: str = ""
     job_id: str = ""
     host: str = ""
@@ -52,11 +52,11 @@ class Claim:
     progress: float = 0.0  # what was there of its stage when it began
 
     def __str__(self) -> str:
-        return f"attempt {self.generation} of the run (job {self.job_id or '?'} on host {self.host or '?'})"
+        return f"attempt {self.token} of the run (job {self.job_id or '?'} on host {self.host or '?'})"
 
 
 def claim(run_root: Path, stage: str, job_id: str, hosts: tuple[str, ...] = (), progress: float = 0.0) -> int:
-    """Make the next generation of the run and return its number. All earlier ones are fenced off from now on."""
+    """Make the next token of the run and return its number. All earlier ones are fenced off from now on."""
     folder = run_root / FOLDER
     with explain_full_disk(run_root):
         folder.mkdir(parents=True, exist_ok=True)
@@ -73,7 +73,7 @@ def claim(run_root: Path, stage: str, job_id: str, hosts: tuple[str, ...] = (), 
 
 
 def newest(run_root: Path) -> int:
-    """The newest generation of a run; 0 if there is none."""
+    """The newest token of a run; 0 if there is none."""
     folder = run_root / FOLDER
     try:
         # A write to the folder itself goes to the file server, and its answer makes an NFS client drop the list of
@@ -86,21 +86,21 @@ def newest(run_root: Path) -> int:
 
 
 def claims(run_root: Path) -> list[Claim]:
-    """All generations of a run, the newest last."""
+    """All claims of a run, the newest last."""
     return [read_claim(run_root, number) for number in range(1, newest(run_root) + 1)]
 
 
-def read_claim(run_root: Path, generation: int) -> Claim:
-    """Who made a generation; of one that was never written to its end, the number alone."""
+def read_claim(run_root: Path, token: int) -> Claim:
+    """Who made a token; of one that was never written to its end, the number alone."""
     try:
-        fields = json.loads(_file(run_root, generation).read_text())
+        fields = json.loads(_file(run_root, token).read_text())
     except (FileNotFoundError, json.JSONDecodeError):
-        return Claim(generation)
+        return Claim(token)
     return Claim(**fields | {"hosts": tuple(fields["hosts"])})
 
 
-def own_generation() -> int | None:
-    """The generation that this process belongs to; None outside the attempts of a chain."""
+def own_token() -> int | None:
+    """The token that this process belongs to; None outside the attempts of a chain."""
     text = os.environ.get(VARIABLE, "")
     if text and not text.isdecimal():
         raise InputError(f"environment variable {VARIABLE}={text!r}: expected a number. Unset it.")
@@ -108,52 +108,52 @@ def own_generation() -> int | None:
 
 
 def verify(run_root: Path) -> None:
-    """Raise Superseded if a newer generation owns the run. To be called right before a commit."""
+    """Raise Superseded if a newer token owns the run. To be called right before a commit."""
     Fence(run_root).check()
 
 
 @dataclass
 class Fence:
-    """The generation of this process in a run."""
+    """The token of this process in a run."""
 
     run_root: Path
-    generation: int | None = field(default_factory=own_generation)
+    token: int | None = field(default_factory=own_token)
     _checked: float = float("-inf")
 
     def check(self) -> None:
-        """Raise Superseded if a newer generation owns the run."""
-        if self.generation is None:
+        """Raise Superseded if a newer token owns the run."""
+        if self.token is None:
             return
         number = newest(self.run_root)
         self._checked = time.monotonic()
-        if number > self.generation:
+        if number > self.token:
             raise Superseded(
                 f"{self.run_root}: a newer {read_claim(self.run_root, number)} owns this run; this one, number "
-                f"{self.generation}, stops without writing."
+                f"{self.token}, stops without writing."
             )
 
     def check_now_and_then(self, seconds: float = CHECK_SECONDS) -> None:
         """As `check`, but an answer holds for so many seconds: for what is written many times a second."""
-        if self.generation is not None and time.monotonic() - self._checked >= seconds:
+        if self.token is not None and time.monotonic() - self._checked >= seconds:
             self.check()
 
     @property
     def is_superseded(self) -> bool:
-        return self.generation is not None and newest(self.run_root) > self.generation
+        return self.token is not None and newest(self.run_root) > self.token
 
 
 @contextmanager
 def run_lock(path: Path, what: str) -> Iterator[None]:
-    """Hold the run folder: alone, or as one generation among others, of which the fence lets only the newest write.
+    """Hold the run folder: alone, or as one token among others, of which the fence lets only the newest write.
 
-    A generation must not wait for the lock of one that is cut off; but no generation runs beside a local run.
+    A token must not wait for the lock of one that is cut off; but no token runs beside a local run.
     """
-    with exclusive_lock(path, what, shared=own_generation() is not None):
+    with exclusive_lock(path, what, shared=own_token() is not None):
         yield
 
 
-def _file(run_root: Path, generation: int) -> Path:
-    return run_root / FOLDER / f"{generation:06d}.json"
+def _file(run_root: Path, token: int) -> Path:
+    return run_root / FOLDER / f"{token:06d}.json"
 
 
 def _make(path: Path) -> int | None:

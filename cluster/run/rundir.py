@@ -58,8 +58,8 @@ class RunDir:
     def logs(self) -> Path:
         return self.root / "logs"
 
-    def verdict(self, stage: str) -> Path:
-        return self.root / f"verdict-{stage}.json"
+    def result(self, stage: str) -> Path:
+        return self.root / f"result-{stage}.json"
 
     def event(self, stage: str, event: str, **fields: object) -> None:
         """Append one line to `events.jsonl`."""

@@ -131,10 +131,10 @@ class EvolInstruct(GivenInstructions):
         text = prompt.render(first=chain.current, second=evolved)
         answer = await self._inputs.requester.ask("judge", "equal", prompt, text, self._equality_sampling)
         chain.made_by.append(answer)
-        verdict = answer.completion.text.strip()
-        if verdict == NOT_EQUAL:
+        result = answer.completion.text.strip()
+        if result == NOT_EQUAL:
             return None
-        return Rejection("equal") if verdict == EQUAL else not_judged(answer)
+        return Rejection("equal") if result == EQUAL else not_judged(answer)
 
     async def _answer(self, chain: _Chain, instruction: str, round_number: int) -> Production | None:
         """Answer an instruction; an answer that shows it cannot be answered eliminates it."""

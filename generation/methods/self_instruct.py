@@ -141,14 +141,14 @@ class SelfInstruct:
             why = Rejection("truncated_instance" if was_cut else unanswered)
             draft = Draft(instruction, "", completion.text)
             return [], [RejectedRecord("instance", why, made_by.request_id, 0, draft)]
-        verdicts = check_instances(parsed, config.drop_contradictions)
-        good = [position for position, (_, rejection) in enumerate(verdicts) if rejection is None]
+        results = check_instances(parsed, config.drop_contradictions)
+        good = [position for position, (_, rejection) in enumerate(results) if rejection is None]
         draw = self._inputs.draw(kept.id)
         if len(good) > config.max_instances:
             good = draw.sample(good, config.max_instances)
         origin = Origin(self.NAME, kept.id, 0, kept.proposal.parent_ids, kept.proposal.seed_ids, config.license)
         rows, rejected = [], []
-        for position, (instance, rejection) in enumerate(verdicts):
+        for position, (instance, rejection) in enumerate(results):
             if position in good:
                 user = self._layout(instruction, instance.input, draw)
                 rows.append(machine_record(origin, made_by, user, instance.output, position))

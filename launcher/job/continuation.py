@@ -1,6 +1,6 @@
 """One attempt of a chained job: who owns the run, who goes on if this one dies, and whether anybody should.
 
-    claim a generation -> submit the standby -> let the children wait for it -> run the stage -> settle
+    claim a token -> submit the standby -> let the children wait for it -> run the stage -> settle
 
 The standby is a job that waits for the end of this one. If the stage is done it is cancelled, which frees the children;
 if this attempt dies, with a word or with its whole node, the standby runs, and is an attempt like this one. A stage
@@ -36,7 +36,7 @@ from launcher.job.preflight import OnAllNodes, check_nodes
 from launcher.job.standing import PROVEN_BY_OUTPUT, has_output, progress_of
 from launcher.slurm.config import SlurmConfig
 from launcher.slurm.submitted import cancelled_file
-from trainer.verdict import read_verdict
+from trainer.results import read_result
 
 SETTLE_SECONDS = 120  # how long an attempt that ends tries to reach Slurm
 RETRY_SECONDS = 5.0
@@ -80,7 +80,7 @@ class Attempt:
         except TunesmithError as error:  # preflight or a watch: the stage itself has not said anything
             print(f"error: {error}", file=sys.stderr, flush=True)
             code = error.exit_code
-            self._leave_verdict(code, str(error), getattr(error, "kind", "error"))
+            self._write_result_file(code, str(error), getattr(error, "kind", "error"))
         fence.verify(self.run.root)
         return self._settle(code)
 
@@ -115,7 +115,7 @@ class Attempt:
         self._stop(
             EXIT_BAD_INPUT, "bad input",
             f"{self.stage} began although {', '.join(missing)} is not done: what it left is in "
-            f"{self.run.root}/verdict-{missing[0]}.json and the log of job "
+            f"{self.run.root}/result-{missing[0]}.json and the log of job "
             f"{self.chain.of_stage(missing[0])[-1].job_id}. Mend that and submit the run again.",
         )  # fmt: skip
         return False
@@ -136,13 +136,13 @@ class Attempt:
 
     def _claim(self) -> None:
         progress = progress_of(self.stage, self.run)
-        generation = fence.claim(self.run.root, self.stage, self.own.job_id, self.hosts, progress)
-        os.environ[fence.VARIABLE] = str(generation)
-        self._fence = fence.Fence(self.run.root, generation)
+        token = fence.claim(self.run.root, self.stage, self.own.job_id, self.hosts, progress)
+        os.environ[fence.VARIABLE] = str(token)
+        self._fence = fence.Fence(self.run.root, token)
         self._hang_watch = HangWatch(self.run, self.stage, self.policy)
-        self._event("attempt started", generation=generation, hosts=self.hosts, progress=progress)
+        self._event("attempt started", fencing_token=token, hosts=self.hosts, progress=progress)
         if not has_output(self.stage, self.run):
-            self.run.verdict(self.stage).unlink(missing_ok=True)  # of an earlier attempt
+            self.run.result(self.stage).unlink(missing_ok=True)  # of an earlier attempt
 
     def keep_standby(self) -> None:
         """See to it that there is a standby. Called now and then, for Slurm may not answer for a while."""
@@ -161,8 +161,8 @@ class Attempt:
     def _settle(self, code: int) -> int:
         """Decide what becomes of the chain, now that the stage has ended with `code`."""
         proven = has_output(self.stage, self.run) and (self.stage in PROVEN_BY_OUTPUT or code == EXIT_DONE)
-        verdict = read_verdict(self.run, self.stage) or {}
-        message = verdict.get("message", f"it ended with exit code {code}; its log says why")
+        result = read_result(self.run, self.stage) or {}
+        message = result.get("message", f"it ended with exit code {code}; its log says why")
         if code == EXIT_BAD_INPUT:
             self._stop(code, "bad input", message)
             return code
@@ -175,7 +175,7 @@ class Attempt:
             self._event("cancelled", code=code)
             self._cancel([self.standby] if self.standby else [])
             return code if code != EXIT_DONE else EXIT_FAILED
-        self._note_nodes(code, verdict.get("kind", ""))
+        self._note_nodes(code, result.get("kind", ""))
         if self._is_pointless():
             return self._stop_without_progress(message)
         what = "preempted" if code == EXIT_PREEMPTED else "crashed"
@@ -223,7 +223,7 @@ class Attempt:
 
     def _stop(self, code: int, kind: str, message: str) -> None:
         """The end of the chain: say why, and cancel the standby and all that waits for this stage."""
-        self._leave_verdict(code, message, kind)
+        self._write_result_file(code, message, kind)
         print(f"error: {message}", file=sys.stderr, flush=True)
         rest = [self.chain.of_stage(child)[-1] for child in self.chain.descendants_of(self.stage)]
         self._event("stopped", kind=kind, reason=message, cancelled=[job.job_id for job in rest])
@@ -275,11 +275,11 @@ class Attempt:
         fence.verify(self.run.root)
         time.sleep(RETRY_SECONDS)
 
-    def _leave_verdict(self, code: int, message: str, kind: str) -> None:
+    def _write_result_file(self, code: int, message: str, kind: str) -> None:
         fence.verify(self.run.root)
         status = "preempted" if code == EXIT_PREEMPTED else "failed"
-        verdict = {"status": status, "exit_code": code, "kind": kind, "message": message}
-        write_json(self.run.verdict(self.stage), verdict)
+        result = {"status": status, "exit_code": code, "kind": kind, "message": message}
+        write_json(self.run.result(self.stage), result)
 
     def _event(self, event: str, **fields: object) -> None:
         self.run.event(self.stage, event, job=self.own.job_id, attempt=self.own.attempt, **fields)

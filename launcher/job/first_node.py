@@ -44,7 +44,7 @@ class FirstNode:
             raise FirstNodeLost(f"the job's first node {self._host} is lost, so the job is cancelled.")
         self._next_check = time.monotonic() + CHECK_SECONDS
 
-    def await_verdict(self, is_over: Callable[[], bool]) -> None:
+    def await_result(self, is_over: Callable[[], bool]) -> None:
         """As `check`, for as long as it does not answer: Ray ends here before Slurm has seen that a node is dead.
 
         Not longer than until `is_over`, which may wait a moment.

@@ -6,7 +6,7 @@
 `train` runs the recipe's training stage. `exec` runs any script (or `-m module`) in the same way, with RUN_DIR as the
 place where the nodes find each other: for checking a cluster. Outside a Slurm job both use this machine alone.
 
-Each node leaves `<run>/gen-<job>-<restart>/node-<i>.exit.json`, and ends with the exit code of its ranks.
+Each node leaves `<run>/attempt-<job>-<restart>/node-<i>.exit.json`, and ends with the exit code of its ranks.
 """
 
 import argparse
@@ -30,11 +30,11 @@ from cluster.nodes.rendezvous import meet
 from cluster.nodes.topology import Topology, read_topology
 from cluster.run.fence import Fence, run_lock
 from cluster.run.rundir import RunDir
-from trainer.verdict import is_trained, read_verdict
+from trainer.results import is_trained, read_result
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 POLL_SECONDS = 0.5
-FENCE_SECONDS = 5.0  # how often every node looks for a newer generation
+FENCE_SECONDS = 5.0  # how often every node looks for a newer token
 AGREE_SECONDS = 60  # all ranks end together after a preemption; a shared file system may take its time to show it
 
 
@@ -157,7 +157,7 @@ class StopSignals:
 def supervise(argv: list[str], env: dict[str, str], stops: StopSignals, fence: Fence) -> int:
     """Run torchrun to its end, passing stop signals on to its ranks. Returns its exit code.
 
-    Raises Superseded, with all of them killed, when a newer generation owns the run: ranks of a node that is cut off
+    Raises Superseded, with all of them killed, when a newer token owns the run: ranks of a node that is cut off
     may wait for those of other nodes, and then nobody else tells them.
     """
     stops.has_begun = True
@@ -208,7 +208,7 @@ def agree_on_end(topology: Topology, run_dir: Path) -> int:
     srun --kill-on-bad-exit ends all others as soon as one does with a code that is not 0, and would turn their
     "preempted" into "killed".
     """
-    folder = topology.generation_dir(run_dir)
+    folder = topology.attempt_dir(run_dir)
     deadline = time.monotonic() + AGREE_SECONDS
     if topology.node_rank > 0:
         said = _await_exit_code(folder / "end.json", topology.step_id, deadline + POLL_SECONDS)
@@ -233,23 +233,23 @@ def _read_exit_code(path: Path, step_id: int) -> int | None:
 
 
 def settled_code(run: RunDir, code: int) -> int:
-    """The exit code of a training whose torchrun failed, in the light of the verdict.
+    """The exit code of a training whose torchrun failed, in the light of the result.
 
     Rank 0 writes it when every rank has saved. After that the nodes end one by one, and the torchrun of a late one may
     fail for want of the store on the head; the training has not.
     """
-    verdict = read_verdict(run, "train")
-    if code == EXIT_FAILED and verdict is not None:
-        return {"done": EXIT_DONE, "preempted": EXIT_PREEMPTED}.get(verdict["status"], code)
+    result = read_result(run, "train")
+    if code == EXIT_FAILED and result is not None:
+        return {"done": EXIT_DONE, "preempted": EXIT_PREEMPTED}.get(result["status"], code)
     return code
 
 
 def run_node(topology: Topology, run_dir: Path, command: list[str], is_training: bool = False) -> int:
     """Run `command` as this node's part of the job, leave word of how it ended, and return the ranks' exit code.
 
-    `is_training` says that its ranks leave a verdict in `run_dir`, from which an older one has been removed.
+    `is_training` says that its ranks leave a result in `run_dir`, from which an older one has been removed.
     """
-    folder = topology.generation_dir(run_dir)
+    folder = topology.attempt_dir(run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     code = EXIT_FAILED
     with StopSignals() as stops:
@@ -287,7 +287,7 @@ def train(environ: Mapping[str, str], procs_per_node: int | None, recipe_path: P
             stack.enter_context(run_lock(run.root / ".lock", f"run folder {run.root}"))
             Fence(run.root).check()
             recipe.save(run)
-            run.verdict("train").unlink(missing_ok=True)
+            run.result("train").unlink(missing_ok=True)
         return run_node(topology, run.root, train_command(run.root), is_training=True)
 
 

@@ -38,7 +38,7 @@ def catch_up(run: RunDir) -> None:
 def culprits(run: RunDir, job_id: str, hosts: tuple[str, ...]) -> tuple[str, ...]:
     """The nodes that a crash began on: those that left no word if others did, else those that were not just killed."""
     words = {}
-    for path in run.root.glob(f"gen-{job_id}-*/node-*.exit.json"):
+    for path in run.root.glob(f"attempt-{job_id}-*/node-*.exit.json"):
         word = json.loads(path.read_text())
         words[word["host"]] = word["exit_code"]
     silent = tuple(host for host in hosts if host not in words)

@@ -2,7 +2,7 @@
 
     srun --ntasks-per-node=1 python -P -m launcher.job.preflight RUN_DIR [--no-all-reduce]
 
-Every node reports in `<run>/gen-<job>-<restart>/preflight-node-<i>.json`, node 0 compares the reports and leaves
+Every node reports in `<run>/attempt-<job>-<restart>/preflight-node-<i>.json`, node 0 compares the reports and leaves
 `preflight.json`, and if all are fit they sum a known tensor together. `check_nodes` is what an attempt calls: it starts
 this, and names the nodes and checks that failed.
 """
@@ -48,7 +48,7 @@ def check_nodes(run: RunDir, job_id: str, hosts: tuple[str, ...], on_all_nodes: 
         return
     if code == EXIT_PREEMPTED:
         raise Preempted("asked to stop before the stage began; the next attempt begins it.")
-    folder = run.root / f"gen-{job_id}-{os.environ.get('SLURM_RESTART_COUNT', '0')}"
+    folder = run.root / f"attempt-{job_id}-{os.environ.get('SLURM_RESTART_COUNT', '0')}"
     failures = read_failures(folder, hosts)
     failed = tuple(host for host in hosts if host in failures)
     checks = ", ".join(dict.fromkeys(finding.check for host in failed for finding in failures[host]))
@@ -63,9 +63,9 @@ def check_nodes(run: RunDir, job_id: str, hosts: tuple[str, ...], on_all_nodes: 
 def read_failures(folder: Path, hosts: tuple[str, ...]) -> dict[str, list[Finding]]:
     """What node 0 concluded, and what single nodes found after that. A node without a report has failed by that."""
     failures: dict[str, list[Finding]] = {}
-    verdict = folder / "preflight.json"
-    if verdict.exists():
-        said = json.loads(verdict.read_text())["failures"]
+    result = folder / "preflight.json"
+    if result.exists():
+        said = json.loads(result.read_text())["failures"]
         failures = {host: [Finding(**each) for each in found] for host, found in said.items()}
     for rank, host in enumerate(hosts):
         path = folder / f"preflight-node-{rank}.json"
@@ -84,7 +84,7 @@ def _silence() -> Finding:
 
 def run_node(topology: Topology, run_dir: Path, with_all_reduce: bool, report_seconds: float) -> int:
     """This node's part."""
-    folder = topology.generation_dir(run_dir)
+    folder = topology.attempt_dir(run_dir)
     report = NodeReport(topology.node_rank, topology.hosts[topology.node_rank], topology.step_id)
     folder.mkdir(parents=True, exist_ok=True)
     if topology.node_rank == 0:
@@ -98,8 +98,8 @@ def run_node(topology: Topology, run_dir: Path, with_all_reduce: bool, report_se
     if topology.node_rank == 0:
         conclude(topology, folder, report_seconds)
     # Twice: node 0 may have begun to wait a little later.
-    verdict = await_json(folder / "preflight.json", topology.step_id, 2 * report_seconds)
-    if verdict["failures"]:
+    result = await_json(folder / "preflight.json", topology.step_id, 2 * report_seconds)
+    if result["failures"]:
         return EXIT_FAILED
     if with_all_reduce and topology.num_nodes > 1:
         from launcher.job.all_reduce import sum_over_nodes

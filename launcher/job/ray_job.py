@@ -258,11 +258,11 @@ def run(stage: str, arguments: list[str], asked: list[int], watches: Sequence[Ca
     with run_lock(run.root / ".lock", f"run folder {run.root}"):
         pass  # the driver will hold it; that another job does is better said now than when Ray is up
     job, attempt = os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_RESTART_COUNT", "0")
-    meeting = run.root / f"gen-{job}-{attempt}" / f"ray-{secrets.token_hex(4)}"  # new, so no word of an earlier one
+    meeting = run.root / f"attempt-{job}-{attempt}" / f"ray-{secrets.token_hex(4)}"  # new, so no word of an earlier one
     meeting.mkdir(parents=True)
     shares = read_allocation(job)
     say_what_stays_idle(recipe, shares)
-    leave_verdict(run, stage, None)
+    write_result_file(run, stage, None)
     code, message = EXIT_FAILED, f"the supervisor of the job broke; where is in the log of job {job}."
     try:
         code = RayJob(run, meeting, shares, asked, watches).main(python_module("launcher.cli", stage, *arguments))
@@ -276,22 +276,22 @@ def run(stage: str, arguments: list[str], asked: list[int], watches: Sequence[Ca
     finally:
         if code != EXIT_DONE:
             status = "preempted" if code == EXIT_PREEMPTED else "failed"
-            leave_verdict(run, stage, {"status": status, "exit_code": code, "message": message, "job_id": job})
+            write_result_file(run, stage, {"status": status, "exit_code": code, "message": message, "job_id": job})
     return code
 
 
-def leave_verdict(run: RunDir, stage: str, verdict: dict | None) -> None:
-    """Replace the stage's verdict, or remove it, unless the dataset that the old one is about is there and sealed.
+def write_result_file(run: RunDir, stage: str, result: dict | None) -> None:
+    """Replace the stage's result, or remove it, unless the dataset that the old one is about is there and sealed.
 
     Raises Superseded if a newer attempt owns the run.
     """
     verify(run.root)
     if stage == "synthesize" and is_sealed(run.data / "synthesized"):
         return
-    if verdict is None:
-        run.verdict(stage).unlink(missing_ok=True)
+    if result is None:
+        run.result(stage).unlink(missing_ok=True)
     else:
-        write_json(run.verdict(stage), verdict)
+        write_json(run.result(stage), result)
 
 
 def say_what_stays_idle(recipe: Recipe, shares: list[Share]) -> None:

@@ -124,7 +124,7 @@ def keep_up(
             break
         end_descendants(END_SECONDS)
     if first_node is not None:
-        first_node.await_verdict(is_over=lambda: line.read(timeout_seconds=1) is not None)
+        first_node.await_result(is_over=lambda: line.read(timeout_seconds=1) is not None)
     raise TunesmithError(why_ended(log))
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from cluster.run.manifest import is_sealed
 from cluster.run.rundir import RunDir
 from trainer.checkpoint.state import newest, read_state
-from trainer.verdict import is_trained, read_verdict
+from trainer.results import is_trained, read_result
 
-PROVEN_BY_OUTPUT = ("synthesize", "train")  # the verdict of the others may be of an earlier time
+PROVEN_BY_OUTPUT = ("synthesize", "train")  # the result of the others may be of an earlier time
 
 
 def has_output(stage: str, run: RunDir) -> bool:
@@ -42,8 +42,8 @@ def progress_of(stage: str, run: RunDir) -> float:
 
 
 def _says_done(stage: str, run: RunDir) -> bool:
-    verdict = read_verdict(run, stage)
-    return verdict is not None and verdict.get("status") == "done"
+    result = read_result(run, stage)
+    return result is not None and result.get("status") == "done"
 
 
 def _bytes_of(folder: Path, pattern: str) -> int:

@@ -142,15 +142,15 @@ def row_of_near_duplicates(size: int, num_queries: int) -> list[str]:
     started = time.process_time()
     chain.remember_many([str(place) for place in range(size)], kept)
     rate_remembered = size / (time.process_time() - started)
-    verdicts, milliseconds = timed(lambda query: chain.judge(Draft(query)), queries)
+    results, milliseconds = timed(lambda query: chain.judge(Draft(query)), queries)
     sets = [shingles(normalized(text), config) for text in kept]
     num_expected = num_found = num_false = 0
-    for query, verdict in zip(queries, verdicts, strict=True):
+    for query, result in zip(queries, results, strict=True):
         mine = shingles(normalized(query), config)
         is_duplicate = any(jaccard(mine, other) >= config.threshold for other in sets)
         num_expected += is_duplicate
-        num_found += is_duplicate and verdict.rejection is not None
-        num_false += not is_duplicate and verdict.rejection is not None
+        num_found += is_duplicate and result.rejection is not None
+        num_false += not is_duplicate and result.rejection is not None
     return [
         f"{size:,}", f"{num_bands(config)} of {config.num_perm // num_bands(config)}", f"{rate_remembered:,.0f}",
         f"{1000 / milliseconds:,.0f}", f"{num_found} of {num_expected}", str(num_false),

@@ -1,4 +1,4 @@
-"""Of all generations of a run only the newest may write, and what an older one still does harms nothing."""
+"""Of all claims of a run only the newest may write, and what an older one still does harms nothing."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from cluster.run.fence import (
     claim,
     claims,
     newest,
-    own_generation,
+    own_token,
     run_lock,
     verify,
 )
@@ -75,13 +75,13 @@ def test_only_the_newest_passes_even_if_a_claim_was_never_written_to_its_end(tmp
         fence.check()
     assert raised.value.exit_code == EXIT_FAILED
     assert "attempt 5" in str(raised.value) and ("job 105" in str(raised.value)) is (5 not in torn)
-    assert [each.generation for each in claims(run)] == [1, 2, 3, 4, 5]
+    assert [each.token for each in claims(run)] == [1, 2, 3, 4, 5]
 
 
 def test_a_local_run_is_not_concerned_and_excludes_generations(tmp_path: Path, monkeypatch) -> None:
     claim(tmp_path, "train", "7")
     monkeypatch.delenv(VARIABLE, raising=False)
-    assert own_generation() is None
+    assert own_token() is None
     verify(tmp_path)
     with run_lock(tmp_path / ".lock", "run"):
         monkeypatch.setenv(VARIABLE, "1")
@@ -98,7 +98,7 @@ def test_a_local_run_is_not_concerned_and_excludes_generations(tmp_path: Path, m
 def test_a_variable_that_is_no_number_is_told(monkeypatch) -> None:
     monkeypatch.setenv(VARIABLE, "two")
     with pytest.raises(InputError, match=VARIABLE):
-        own_generation()
+        own_token()
 
 
 def write_part(checkpoints: Path, step: int, content: str) -> None:
@@ -139,7 +139,7 @@ def test_the_request_log_of_an_old_generation_takes_nothing_and_disturbs_no_reco
         with pytest.raises(Superseded):
             old._fence._checked = float("-inf")
             old.append(make_id(3), {"by": 1})
-        old._fence.generation = number  # as if its check had been a moment too early
+        old._fence.token = number  # as if its check had been a moment too early
         old.append(make_id(4), {"by": 1})
         new.append(make_id(5), {"by": 2})
         assert [new.get(make_id(i)) for i in (1, 2, 5)] == [{"by": 1}, {"by": 2}, {"by": 2}]
@@ -148,7 +148,7 @@ def test_the_request_log_of_an_old_generation_takes_nothing_and_disturbs_no_reco
     old.close()
     with RequestLog(tmp_path / "requests") as log:
         assert log.ids() == {make_id(i) for i in (1, 2, 4, 5)}
-        assert log.get(make_id(4)) == {"by": 2}, "the record of the newer generation counts"
+        assert log.get(make_id(4)) == {"by": 2}, "the record of the newer token counts"
 
 
 def test_a_check_is_cheap(tmp_path: Path) -> None:

@@ -15,10 +15,10 @@ pytestmark = pytest.mark.timeout(1200)
 
 def accuracy(demo: Demo) -> dict[str, dict[str, float]]:
     """Exact match by contender and group."""
-    verdict = json.loads((demo.run_dir / "verdict-evaluate.json").read_text())
+    result = json.loads((demo.run_dir / "result-evaluate.json").read_text())
     return {
         title: {group: figures["exact_match"] for group, figures in groups.items()}
-        for title, groups in verdict["contenders"].items()
+        for title, groups in result["contenders"].items()
     }
 
 
@@ -66,7 +66,7 @@ def test_the_dataset_opens_with_plain_datasets_and_says_where_rows_come_from(dem
 
 def test_rejected_rows_are_kept_with_their_reason(demo):
     rejected = load_from_disk(str(demo.run_dir / "data" / "rejected"))
-    counts = json.loads((demo.run_dir / "verdict-synthesize.json").read_text())["rejected"]
+    counts = json.loads((demo.run_dir / "result-synthesize.json").read_text())["rejected"]
     assert Counter(rejected["reason"]) == counts and counts["not_novel"] > 0
 
 
@@ -83,8 +83,8 @@ def test_the_tuned_model_is_mostly_right_on_unseen_phrasings(demo):
     assert accuracy(demo)["tuned"][UNSEEN_PHRASINGS] > 0.5
 
 
-def test_the_tables_show_the_figures_of_the_verdicts(demo):
-    synthesis = json.loads((demo.run_dir / "verdict-synthesize.json").read_text())
+def test_the_tables_show_the_figures_of_the_results(demo):
+    synthesis = json.loads((demo.run_dir / "result-synthesize.json").read_text())
     assert f"{synthesis['num_generated']:,}" in demo.output
     for figures in accuracy(demo).values():
         for share in figures.values():

@@ -109,5 +109,5 @@ def test_evol_instruct_from_the_command_line(tmp_path):
         assert by_id[row["parent_ids"][-1]]["messages"][0]["content"] != row["messages"][0]["content"]
     assert all(rejected["reason"])
     assert "not_judged" not in rejected["reason"]  # the judge's answers are whole, in one of the two forms
-    verdict = json.loads((tmp_path / "run" / "verdict-synthesize.json").read_text())
-    assert verdict["num_rows"] == rows.num_rows
+    result = json.loads((tmp_path / "run" / "result-synthesize.json").read_text())
+    assert result["num_rows"] == rows.num_rows

@@ -112,5 +112,5 @@ def test_ray_job_submit_runs_the_stage_on_that_cluster_with_the_code_there_or_wi
         done = submit(environment, *command, options=["--working-dir", code])  # the cluster is still there
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     for name in ("there", "brought"):
-        verdict = json.loads((tmp_path / name / "verdict-synthesize.json").read_text())
-        assert verdict["num_kept"] == 20
+        result = json.loads((tmp_path / name / "result-synthesize.json").read_text())
+        assert result["num_kept"] == 20

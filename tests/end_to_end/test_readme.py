@@ -58,7 +58,7 @@ def test_own_file(tmp_path):
         f"--run-dir {tmp_path / 'mine'}"
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert (tmp_path / "mine" / "verdict-train.json").is_file()
+    assert (tmp_path / "mine" / "result-train.json").is_file()
 
 
 def test_the_folders_it_draws_exist():

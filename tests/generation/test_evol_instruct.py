@@ -150,7 +150,7 @@ def test_given_instructions_need_not_be_in_the_dataset(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("verdict", "reason", "detail"),
+    ("result", "reason", "detail"),
     [
         ("Equal", "equal", ""),
         ("Not equal", None, ""),
@@ -160,8 +160,8 @@ def test_given_instructions_need_not_be_in_the_dataset(tmp_path):
         (("", "engine_died"), "not_judged", "engine_died"),
     ],
 )
-def test_rule_1_what_the_judge_finds_equal_is_eliminated(tmp_path, verdict, reason, detail):
-    pool = model(equal=lambda _: verdict)
+def test_rule_1_what_the_judge_finds_equal_is_eliminated(tmp_path, result, reason, detail):
+    pool = model(equal=lambda _: result)
     made = evolve(tmp_path, pool, num_rounds=1)
     assert_eliminated(made, reason, detail, stage="evolution")
     assert kinds(pool).count("answer") == (1 if reason else 2)  # what is eliminated is not answered

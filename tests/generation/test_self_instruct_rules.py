@@ -142,15 +142,15 @@ def test_demonstrations_stand_on_one_line_without_a_colon():
 
 @needs_published_seeds
 def test_what_the_filters_say_of_the_published_seeds():
-    def verdicts(filters: tuple) -> dict[str, str]:
+    def results(filters: tuple) -> dict[str, str]:
         chain = FilterChain(filters)
         judged = {task.id: chain.judge(Draft(task.instruction)).rejection for task in published_seeds()}
         return {task_id: rejection.reason for task_id, rejection in judged.items() if rejection}
 
     too_short = {"seed_task_12": "too_short", "seed_task_79": "too_short"}  # three words each
     program = {"seed_task_139": "begins_with"}
-    assert verdicts(SELF_INSTRUCT_FILTERS[:-1]) == {**too_short, **program}
-    assert verdicts(ALPACA_FILTERS[:-1]) == {**too_short, **program, "seed_task_169": "blacklisted_word"}
+    assert results(SELF_INSTRUCT_FILTERS[:-1]) == {**too_short, **program}
+    assert results(ALPACA_FILTERS[:-1]) == {**too_short, **program, "seed_task_169": "blacklisted_word"}
 
     novelty = FilterChain(SELF_INSTRUCT_FILTERS[-1:])
     close = {}

@@ -50,12 +50,12 @@ def test_each_role_is_played_by_its_own_model(models, seeds, tmp_path):
     roles = {role: {"path": str(path)} for role, path in models.items()}
     roles["judge"]["engine"] = scripted(num_replicas=2)
     config = EvolInstructConfig(seeds=seeds, models=roles, num_rounds=1, operations=("deepen",))
-    verdict = run(config, ModelConfig(path=str(models["writer"])), scripted(), RunDir(tmp_path / "run"), 0)
+    result = run(config, ModelConfig(path=str(models["writer"])), scripted(), RunDir(tmp_path / "run"), 0)
     rows = load_from_disk(str(tmp_path / "run" / "data" / "synthesized"))
     assert [row["messages"][1]["content"] for row in rows] == ["The Elbe."] * 12
     assert set(rows["model"]) == {str(models["answerer"])}
     assert [len(generated_ids(models[role])) for role in ("writer", "judge", "answerer")] == [6, 6, 7]  # one text anew
-    assert verdict["is_complete"] and verdict["rejected"] == {}
+    assert result["is_complete"] and result["rejected"] == {}
 
 
 @pytest.mark.usefixtures("ray_cluster")

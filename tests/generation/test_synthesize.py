@@ -56,24 +56,24 @@ def model(place) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(place):
-    """The data of one engine that nobody disturbs, its verdict, and how many requests it took."""
+    """The data of one engine that nobody disturbs, its result, and how many requests it took."""
     write_script(place / "model", latency_ms=10)
-    verdict = synthesize(place / "model", place / "undisturbed", NUM_INSTRUCTIONS, scripted(max_num_seqs=8))
-    return contents(place / "undisturbed"), verdict, place / "undisturbed"
+    result = synthesize(place / "model", place / "undisturbed", NUM_INSTRUCTIONS, scripted(max_num_seqs=8))
+    return contents(place / "undisturbed"), result, place / "undisturbed"
 
 
-def test_the_dataset_opens_and_the_verdict_counts_it(undisturbed):
-    _, verdict, run_root = undisturbed
+def test_the_dataset_opens_and_the_result_counts_it(undisturbed):
+    _, result, run_root = undisturbed
     rows = load_from_disk(str(run_root / "data" / "synthesized"))
     rejected = load_from_disk(str(run_root / "data" / "rejected"))
     instructions = load_from_disk(str(run_root / "data" / "instructions"))
-    assert verdict == json.loads((run_root / "verdict-synthesize.json").read_text())
-    assert verdict["num_kept"] == len(instructions) == NUM_INSTRUCTIONS
-    assert verdict["num_rows"] == len(rows) > verdict["num_seed_rows"] == rows["method"].count("seed") == 175
-    assert sum(verdict["rejected"].values()) == len(rejected)
+    assert result == json.loads((run_root / "result-synthesize.json").read_text())
+    assert result["num_kept"] == len(instructions) == NUM_INSTRUCTIONS
+    assert result["num_rows"] == len(rows) > result["num_seed_rows"] == rows["method"].count("seed") == 175
+    assert sum(result["rejected"].values()) == len(rejected)
     num_rejected_instructions = sum(stage == "instruction" for stage in rejected["stage"])
-    assert verdict["num_generated"] == verdict["num_kept"] + num_rejected_instructions
-    assert (verdict["is_complete"], verdict["resumed_requests"]) == (True, 0)
+    assert result["num_generated"] == result["num_kept"] + num_rejected_instructions
+    assert (result["is_complete"], result["resumed_requests"]) == (True, 0)
     for row in rows:
         assert [message["role"] for message in row["messages"]] == ["user", "assistant"]
     assert (run_root / "data" / "synthesized" / "data-00001.arrow").is_file()
@@ -86,10 +86,10 @@ def test_three_engines_make_the_same_bytes_as_one(undisturbed, model, tmp_path):
 
 def test_engines_that_die_change_nothing(undisturbed, model, tmp_path):
     write_script(model, latency_ms=10, die_at=[30, 100, 170])
-    verdict = synthesize(model, tmp_path / "run", NUM_INSTRUCTIONS, scripted(num_replicas=2, max_num_seqs=8))
+    result = synthesize(model, tmp_path / "run", NUM_INSTRUCTIONS, scripted(num_replicas=2, max_num_seqs=8))
     assert contents(tmp_path / "run") == undisturbed[0]
-    assert verdict["num_engine_restarts"] == 3
-    assert set(verdict["rejected"]) == set(undisturbed[1]["rejected"])
+    assert result["num_engine_restarts"] == 3
+    assert set(result["rejected"]) == set(undisturbed[1]["rejected"])
 
 
 def events(run_root: Path) -> list[dict]:
@@ -104,14 +104,14 @@ def test_a_prompt_that_ends_or_hangs_every_engine_costs_its_own_rows_only(
     last = load_from_disk(str(undisturbed[2] / "data" / "instructions"))[-1]  # nothing was drawn from it
     write_script(model, latency_ms=10, **{fault: last["instruction"]})
     engine = scripted(num_replicas=2, max_num_seqs=8, max_request_deaths=2, stall_timeout_seconds=4)
-    verdict = synthesize(model, tmp_path / "run", NUM_INSTRUCTIONS, engine)
+    result = synthesize(model, tmp_path / "run", NUM_INSTRUCTIONS, engine)
     rows = load_from_disk(str(tmp_path / "run" / "data" / "synthesized"))
     assert list(rows) == [row for row in whole if row["task"] != last["id"]]
     rejected = load_from_disk(str(tmp_path / "run" / "data" / "rejected"))
     found = [(row["stage"], row["reason"]) for row in rejected if row["task"] == last["id"]]
     assert found == [("classification", "engine_died")]
-    assert (verdict["num_engine_restarts_hung"], verdict["num_quarantined"]) == (num_hung, 1)
-    assert verdict["time"]["of_waiting"]["lost_engine"] > 0
+    assert (result["num_engine_restarts_hung"], result["num_quarantined"]) == (num_hung, 1)
+    assert result["time"]["of_waiting"]["lost_engine"] > 0
     assert [event["event"] for event in events(tmp_path / "run")].count("request_quarantined") == 1
     assert "is set aside, every engine that had it died" in capsys.readouterr().out
 
@@ -137,21 +137,21 @@ def test_a_budget_seals_what_is_there_and_a_higher_one_goes_on_to_the_same_bytes
 
 def test_a_forecast_is_said_once_and_stands_beside_what_it_came_to(undisturbed, model, tmp_path, capsys):
     write_script(model, latency_ms=200)
-    verdict = synthesize(model, tmp_path / "run", NUM_INSTRUCTIONS, scripted(max_num_seqs=4), pilot_rows=20)
+    result = synthesize(model, tmp_path / "run", NUM_INSTRUCTIONS, scripted(max_num_seqs=4), pilot_rows=20)
     said = capsys.readouterr().out
     assert said.count("forecast: ") == 1
     assert "engine-hours" in said
     (event,) = (event for event in events(tmp_path / "run") if event["event"] == "forecast")
     for name in ("num_rows", "num_completion_tokens"):
-        made = verdict["forecast"][name]
-        assert made == {**event[name], "result": verdict[name]}
+        made = result["forecast"][name]
+        assert made == {**event[name], "result": result[name]}
         assert 0 < made["low"] <= made["expected"] <= made["high"]
-    assert verdict["forecast"]["num_rows"]["low"] > 175  # the rows of the seeds are in it
-    assert verdict["forecast"]["seconds"]["result"] <= verdict["seconds"]
-    assert sum(verdict["time"]["of_waiting"].values()) == pytest.approx(1, abs=0.01)
-    assert {"parse", "filter", "write", "log"} <= verdict["time"]["of_driver"].keys()
+    assert result["forecast"]["num_rows"]["low"] > 175  # the rows of the seeds are in it
+    assert result["forecast"]["seconds"]["result"] <= result["seconds"]
+    assert sum(result["time"]["of_waiting"].values()) == pytest.approx(1, abs=0.01)
+    assert {"parse", "filter", "write", "log"} <= result["time"]["of_driver"].keys()
     console = Console(record=True, width=100, file=io.StringIO())
-    console.print(synthesis_table(verdict))
+    console.print(synthesis_table(result))
     table = console.export_text()
     for text in ("self_instruct", "writer", "of a request's time: engine", "engine restarts", "tokens (forecast"):
         assert text in table
@@ -201,9 +201,9 @@ def test_killed_at_any_point_the_bytes_are_the_same_and_no_logged_request_is_gen
         assert not (run_root / "data" / "synthesized" / "manifest.json").exists()
         logged = logged_ids(run_root, tmp_path / "copy")
     before = len(generated_ids(model))
-    verdict = synthesize(model, run_root, NUM_INSTRUCTIONS, scripted(max_num_seqs=8))
+    result = synthesize(model, run_root, NUM_INSTRUCTIONS, scripted(max_num_seqs=8))
     assert logged.isdisjoint(generated_ids(model)[before:])
-    assert 0 < verdict["resumed_requests"] <= len(logged)
+    assert 0 < result["resumed_requests"] <= len(logged)
     assert contents(run_root) == undisturbed[0]
 
 
@@ -227,10 +227,10 @@ def test_a_signal_ends_it_as_preempted_and_more_signals_break_nothing(undisturbe
 
 
 def test_a_finished_run_is_skipped_and_says_so(undisturbed, model, capsys):
-    _, verdict, run_root = undisturbed
+    _, result, run_root = undisturbed
     times = {path: path.stat().st_mtime_ns for path in (run_root / "data").rglob("*")}
     again = synthesize(model, run_root, NUM_INSTRUCTIONS, scripted())
-    assert again == verdict
+    assert again == result
     assert "already done" in capsys.readouterr().out
     assert generated_ids(model) == []
     assert {path: path.stat().st_mtime_ns for path in (run_root / "data").rglob("*")} == times
@@ -253,9 +253,9 @@ def test_a_removed_dataset_is_made_again_from_the_log_alone(undisturbed, model, 
     shutil.copytree(undisturbed[2], tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "data")
     logged = logged_ids(tmp_path / "run", tmp_path / "copy")
-    verdict = synthesize(model, tmp_path / "run", NUM_INSTRUCTIONS, scripted())
+    result = synthesize(model, tmp_path / "run", NUM_INSTRUCTIONS, scripted())
     assert contents(tmp_path / "run") == undisturbed[0]
-    assert verdict["resumed_requests"] >= verdict["num_requests"]
+    assert result["resumed_requests"] >= result["num_requests"]
     assert logged.isdisjoint(generated_ids(model))  # a request beyond the last one needed may be new
 
 
@@ -272,9 +272,9 @@ def test_a_run_folder_in_use_is_refused(model, tmp_path):
 
 def test_stopping_short_is_said_clearly(model, tmp_path, capsys):
     config = SelfInstructConfig(num_instructions=1000, max_requests=2)
-    verdict = run(config, ModelConfig(path=str(model)), scripted(), RunDir(tmp_path / "run"), 0)
-    assert (verdict["is_complete"], verdict["stopped_because"]) == (False, "max_requests=2 reached")
-    assert 0 < verdict["num_kept"] < 1000
+    result = run(config, ModelConfig(path=str(model)), scripted(), RunDir(tmp_path / "run"), 0)
+    assert (result["is_complete"], result["stopped_because"]) == (False, "max_requests=2 reached")
+    assert 0 < result["num_kept"] < 1000
     assert "INCOMPLETE (max_requests=2 reached)" in capsys.readouterr().out
 
 
@@ -292,8 +292,8 @@ def test_a_model_brings_its_own_seeds_and_prompts(model, tmp_path):
     (own / "seed_tasks.jsonl").write_text(json.dumps({**seed, "instances": [{"input": "", "output": "mine"}]}))
     shutil.copytree(ROOT / "generation" / "prompts" / "self_instruct", own / "prompts" / "self_instruct")
     config = SelfInstructConfig(num_instructions=5)
-    verdict = run(config, ModelConfig(path=str(model)), scripted(), RunDir(tmp_path / "run"), 0)
+    result = run(config, ModelConfig(path=str(model)), scripted(), RunDir(tmp_path / "run"), 0)
     rows = load_from_disk(str(tmp_path / "run" / "data" / "synthesized"))
-    assert verdict["num_seed_rows"] == 1
+    assert result["num_seed_rows"] == 1
     assert rows[0]["messages"][1]["content"] == "mine"
     assert rows[1]["prompt_name"] in ("self_instruct/input_first", "self_instruct/output_first")

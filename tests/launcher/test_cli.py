@@ -123,10 +123,10 @@ def test_plan_shows_the_memory_of_every_stage_from_the_config_alone(
     done = tunesmith("plan", recipe, *arguments, cwd=recipe.parent)
     assert done.returncode == 0, done.stderr
     rows = [line.replace("│", "").split() for line in done.stdout.splitlines() if "GiB" in line and "│" in line]
-    verdicts = {row[0]: " ".join(row[-2:]) for row in rows if row[0] in "123"}
-    assert verdicts["1"] == "too much"
-    assert verdicts["2"].endswith("chosen")
-    assert verdicts["3"].endswith("fits")
+    results = {row[0]: " ".join(row[-2:]) for row in rows if row[0] in "123"}
+    assert results["1"] == "too much"
+    assert results["2"].endswith("chosen")
+    assert results["3"].endswith("fits")
     monkeypatch.chdir(recipe.parent)
     with pytest.raises(InputError, match=r"train\.zero_stage=1 cannot hold this model.*Set train\.zero_stage=auto"):
         print_plan(load(recipe, [*arguments, "train.zero_stage=1"]), recipe, Console(file=io.StringIO()))

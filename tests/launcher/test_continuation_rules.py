@@ -121,7 +121,7 @@ def test_what_is_left_is_always_enough_for_the_job(usable: set[str], bad: list[s
 
 def test_the_nodes_that_a_crash_began_on(tmp_path: Path) -> None:
     run, hosts = RunDir(tmp_path), ("a", "b", "c")
-    folder = tmp_path / "gen-7-0"
+    folder = tmp_path / "attempt-7-0"
     folder.mkdir()
 
     def leave(**codes: int) -> tuple[str, ...]:

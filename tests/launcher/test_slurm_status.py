@@ -1,4 +1,4 @@
-"""How far a run is: proof before the queue, the queue before a verdict, and silence is never success."""
+"""How far a run is: proof before the queue, the queue before a result, and silence is never success."""
 
 import io
 import json
@@ -85,21 +85,21 @@ def test_a_job_that_is_over_without_a_word_has_failed_whatever_its_exit_code(
     assert train(run, f"101|{last}|0:12|2|n[1-2]|(null)|None")[0] == expected
 
 
-def test_a_verdict_speaks_for_a_job_that_is_gone_unless_it_is_older(run: RunDir) -> None:
-    write_json(run.verdict("train"), {"status": "failed", "message": "the disk is full"})
+def test_a_result_speaks_for_a_job_that_is_gone_unless_it_is_older(run: RunDir) -> None:
+    write_json(run.result("train"), {"status": "failed", "message": "the disk is full"})
     assert train(run) == ("FAILED", f"the disk is full Log: {run.logs}/attempt-1/train-101.log")
     assert train(run, RUNNING)[0] == "RUNNING"
-    write_json(run.verdict("train"), {"status": "preempted", "step": 3})
+    write_json(run.result("train"), {"status": "preempted", "step": 3})
     assert train(run)[0] == "STOPPED"
     write_json(cancelled_file(run), {"job_ids": ["101"]})
     assert train(run)[0] == "CANCELLED"
     cancelled_file(run).unlink()
-    os.utime(run.verdict("train"), (time.time() - 1000,) * 2)
+    os.utime(run.result("train"), (time.time() - 1000,) * 2)
     assert train(run)[0] == "UNKNOWN"
 
 
 def test_done_is_what_the_result_proves(run: RunDir) -> None:
-    write_json(run.verdict("train"), {"status": "done", "step": 4, "final_loss": 0.25})
+    write_json(run.result("train"), {"status": "done", "step": 4, "final_loss": 0.25})
     assert train(run)[0] == "UNKNOWN"  # a word without a result
     leave_checkpoint(run, finished=False)
     assert train(run)[0] == "UNKNOWN"
@@ -115,7 +115,7 @@ def test_a_run_without_jobs_is_told_from_its_folder_alone(tmp_path: Path) -> Non
     assert [stage.word for stage in read_all([run.root], slurm)[0].stages] == ["NOT STARTED"] * 3
     with exclusive_lock(run.root / ".lock", "test"):
         assert [stage.word for stage in read_all([run.root], slurm)[0].stages] == ["RUNNING", *["NOT STARTED"] * 2]
-    write_json(run.verdict("train"), {"status": "failed", "message": "no such file"})
+    write_json(run.result("train"), {"status": "failed", "message": "no such file"})
     assert read_all([run.root], slurm)[0].word == "FAILED"
     assert slurm.said == []
     with pytest.raises(InputError, match="it ran on this machine"):

@@ -137,7 +137,7 @@ def test_what_a_partition_has_is_not_refused(asked: dict) -> None:
 def test_a_job_around_us_leaves_nothing_in_the_new_one() -> None:
     around = {
         "SLURM_JOB_ID": "5", "SLURM_CONF": "/etc/slurm.conf", "SBATCH_PARTITION": "x", "SRUN_DEBUG": "3", "RANK": "0",
-        "MASTER_ADDR": "n1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "TUNESMITH_GENERATION": "4", "RANKING": "yes",
+        "MASTER_ADDR": "n1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "TUNESMITH_FENCING_TOKEN": "4", "RANKING": "yes",
         "HOME": "/",
     }  # fmt: skip
     assert scrubbed(around) == {"SLURM_CONF": "/etc/slurm.conf", "RANKING": "yes", "HOME": "/"}

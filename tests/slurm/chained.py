@@ -61,8 +61,8 @@ class ChainedRun:
     def metrics(self) -> list[dict]:
         return [row for row in read_lines(self.run / "metrics.jsonl") if row["stage"] == "train"]
 
-    def verdict(self, stage: str) -> dict:
-        path = self.run / f"verdict-{stage}.json"
+    def result(self, stage: str) -> dict:
+        path = self.run / f"result-{stage}.json"
         return json.loads(path.read_text()) if path.exists() else {}
 
     def output(self) -> str:

@@ -1,7 +1,7 @@
 """Random faults for a while: `python -m tests.slurm.chaos --seed 7 --minutes 30`, or `make chaos SEED=7 MINUTES=30`.
 
 Each round runs one chain of jobs on a real Slurm, strikes it with one to three faults at random moments, and looks at
-what is left: the same weights or data, byte for byte, as without a fault; every request once; a verdict that is true;
+what is left: the same weights or data, byte for byte, as without a fault; every request once; a result that is true;
 nothing that an attempt wrote after another had taken over; and no process. Ends at the first violation, with 1.
 The seed decides workloads, faults, moments and victims; how the machine interleaves them, it cannot.
 """
@@ -138,8 +138,8 @@ def check(workload: Workload, run: ChainedRun, expected: dict[str, str]) -> None
         raise Violation(f"the chain stopped: {stopped[-1]['reason']}")
     if not has_output(workload.stage, RunDir(run.run)):
         raise Violation(f"{workload.stage} says that it is done, and is not")
-    if (verdict := run.verdict(workload.stage)) and verdict.get("status") in ("failed", "preempted"):
-        raise Violation(f"the verdict of a stage that is done: {verdict}")
+    if (result := run.result(workload.stage)) and result.get("status") in ("failed", "preempted"):
+        raise Violation(f"the result of a stage that is done: {result}")
     if (found := workload.result(run)) != expected:
         raise Violation(f"the result differs: {found} instead of {expected}")
     deadline = time.monotonic() + 60
@@ -147,9 +147,9 @@ def check(workload: Workload, run: ChainedRun, expected: dict[str, str]) -> None
         time.sleep(0.5)
     if left:
         raise Violation(f"still running: {left}")
-    claimed = {claim.generation: claim.time for claim in fence.claims(run.run)}
+    claimed = {claim.token: claim.time for claim in fence.claims(run.run)}
     for row in run.metrics():
-        successor = claimed.get((row.get("generation") or 0) + 1)
+        successor = claimed.get((row.get("fencing_token") or 0) + 1)
         if successor is not None and row["time"] > successor + LATE_SECONDS:
             raise Violation(f"written by an attempt after another took over at {successor}: {row}")
 

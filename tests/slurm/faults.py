@@ -34,10 +34,10 @@ class Strike:
 
     def wait_next_attempt(self) -> None:
         """Until another attempt has begun; or until the stage is done, for a fault may come too late to matter."""
-        number = self.attempt["generation"]
+        number = self.attempt["fencing_token"]
 
         def went_on() -> bool:
-            return self.attempt["generation"] > number or bool(self.run.events("done", "stopped"))
+            return self.attempt["fencing_token"] > number or bool(self.run.events("done", "stopped"))
 
         self.run.wait(f"attempt {number + 1}", went_on, NOTICE_SECONDS)
 

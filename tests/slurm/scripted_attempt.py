@@ -19,7 +19,7 @@ from pathlib import Path
 from cluster.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, TunesmithError
 from cluster.files import write_json
 from cluster.processes.orphans import die_with_parent
-from cluster.run.fence import own_generation, verify
+from cluster.run.fence import own_token, verify
 from cluster.run.manifest import write_manifest
 from cluster.run.rundir import RunDir, append_jsonl
 from launcher.job import attempt
@@ -27,7 +27,7 @@ from launcher.slurm.container import python_module
 from trainer.checkpoint.commit import partial_folder, put_in_place, remove_partial
 from trainer.checkpoint.state import TrainState, newest, read_state
 from trainer.config.checkpoints import CheckpointConfig
-from trainer.verdict import is_trained
+from trainer.results import is_trained
 
 SYNTHESIS = (150, 2)  # instructions, engines
 
@@ -69,7 +69,7 @@ def rank(run: RunDir) -> int:
                     return EXIT_BAD_INPUT
         verify(run.root)
         row = {"stage": "train", "step": step, "host": socket.gethostname(), "time": time.time()}
-        append_jsonl(run.metrics, row | {"generation": own_generation()})
+        append_jsonl(run.metrics, row | {"fencing_token": own_token()})
         save(run, step, text, step == script["steps"])
     return EXIT_DONE
 
@@ -88,7 +88,7 @@ def export(run: RunDir) -> int:
     run.export.mkdir()
     (run.export / "weights.txt").write_text((newest(run.checkpoints) / "weights.txt").read_text())
     write_manifest(run.export, ["weights.txt"])
-    write_json(run.verdict("export"), {"status": "done"})
+    write_json(run.result("export"), {"status": "done"})
     return EXIT_DONE
 
 
@@ -103,7 +103,7 @@ def main(argv: list[str]) -> int:
             return error.exit_code
     run = Path(place).parent / "run"
     attempt.STAGES["train"] = lambda _: attempt.run_step([*module("rank", run), *argv[2:]])
-    synthesis = ["tests.generation.drive_synthesis", Path(place).parents[1] / "scripted-model", run, *SYNTHESIS]
+    synthesis = ["tests.token.drive_synthesis", Path(place).parents[1] / "scripted-model", run, *SYNTHESIS]
     attempt.STAGES["synthesize"] = lambda _: attempt.run_step(
         [*attempt.srun(), "--nodes=1", "--ntasks=1", *python_module(*map(str, synthesis))]
     )

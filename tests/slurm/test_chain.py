@@ -165,7 +165,7 @@ def test_a_sweep_is_a_chain_for_each_value_and_one_table_of_what_came_of_it(user
         folder = user.folder / place
         assert yaml.safe_load((folder / "recipe.yaml").read_text())["train"]["learning_rate"] == rate
         assert json.loads((folder / "export" / "manifest.json").read_text())["checkpoint"] == "step_000002"
-        losses.append(f"{json.loads((folder / 'verdict-train.json').read_text())['final_loss']:.4f}")
+        losses.append(f"{json.loads((folder / 'result-train.json').read_text())['final_loss']:.4f}")
     assert losses[0] != losses[1], "each was trained with its own"
     table = [
         [name, str(rate), "DONE", "-", "-", loss] for (name, rate), loss in zip(rates.items(), losses, strict=True)

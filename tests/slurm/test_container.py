@@ -80,11 +80,11 @@ def test_ray_and_its_driver_run_in_the_image_and_can_be_asked_to_stop(
     assert set((place.folder / "inside.log").read_text().split()) == INSIDE
     slurm_cluster.client("scancel", "--batch", "--signal=USR2", str(job))
     place.end(job, "FAILED", "75:0")
-    assert place.verdict()["status"] == "preempted"
+    assert place.result()["status"] == "preempted"
     logged, before = place.logged_ids(), len(generated_ids(place.model))
     place.end(place.submit(), "COMPLETED", "0:0")
     assert logged.isdisjoint(generated_ids(place.model)[before:])
-    assert (place.verdict()["status"], place.verdict()["num_kept"]) == ("done", NUM_INSTRUCTIONS)
+    assert (place.result()["status"], place.result()["num_kept"]) == ("done", NUM_INSTRUCTIONS)
 
 
 @pytest.mark.parametrize("runtime", SHIMS)
@@ -96,4 +96,4 @@ def test_ranks_run_in_the_image_and_meet(slurm_cluster: SlurmBed, tiny_model: Pa
     slurm_cluster.wait_state(job, {"COMPLETED"}, 120)
     assert "x 2 ranks" in slurm_cluster.output(job)
     assert set((run.folder / "inside.log").read_text().split()) == {"launcher.job.node"}
-    assert run.verdict("train")["status"] == "done"
+    assert run.result("train")["status"] == "done"

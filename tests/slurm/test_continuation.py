@@ -31,11 +31,11 @@ def test_a_killed_rank_costs_one_attempt_and_the_children_wait_for_the_next(make
     run = make_run({"1": ["kill", 3]})
     first = run.submit("train")
     child = run.submit("export", after=("train",))
-    run.wait("the export", lambda: run.verdict("export").get("status") == "done", 120)
+    run.wait("the export", lambda: run.result("export").get("status") == "done", 120)
     run.wait_quiet(30)
     assert weights(run) == WEIGHTS
     assert [row["step"] for row in run.metrics()] == [1, 2, 3, 4, 5, 6]
-    assert [row["generation"] for row in run.metrics()] == [1, 1, 2, 2, 2, 2]
+    assert [row["fencing_token"] for row in run.metrics()] == [1, 1, 2, 2, 2, 2]
     (crash,) = run.events("crashed")
     assert (crash["job"], crash["code"]) == (str(first), 137)
     # Attempt 1, the one that went on, and the standby of that one, which nobody needed.
@@ -53,7 +53,7 @@ def test_an_attempt_that_dies_without_a_word_is_followed_by_the_standby_that_it_
     run.submit("export", after=("train",))
     run.wait_step(2, 60)
     kill_supervisor(run)
-    run.wait("the export", lambda: run.verdict("export").get("status") == "done", 60)
+    run.wait("the export", lambda: run.result("export").get("status") == "done", 60)
     run.wait_quiet(30)
     assert run.events("crashed", "preempted") == [], "nobody was left to say so"
     assert [event["attempt"] for event in run.events("attempt started")] == [1, 2, 1]
@@ -70,9 +70,9 @@ def test_attempts_that_bring_nothing_stop_the_chain_and_take_the_children_with_t
     assert [row["attempt"] for row in run.jobs("train")] == [1, 2, 3, 4], "the first one made progress; two did not"
     assert run.bed.job(run.jobs("train")[-1]["job_id"])["JobState"] == "CANCELLED"
     assert run.bed.job(child)["JobState"] == "CANCELLED"
-    verdict = run.verdict("train")
-    assert verdict["status"] == "failed" and verdict["kind"] == "no progress"
-    assert "NO PROGRESS: 2 attempts" in verdict["message"] and "exit code 137" in verdict["message"]
+    result = run.result("train")
+    assert result["status"] == "failed" and result["kind"] == "no progress"
+    assert "NO PROGRESS: 2 attempts" in result["message"] and "exit code 137" in result["message"]
 
 
 def test_bad_input_stops_at_once(make_run) -> None:
@@ -82,7 +82,7 @@ def test_bad_input_stops_at_once(make_run) -> None:
     run.wait_event("stopped", 60)
     run.wait_quiet(30)
     assert len(run.jobs("train")) == 2 and run.bed.job(child)["JobState"] == "CANCELLED"
-    assert (run.verdict("train")["kind"], run.verdict("train")["exit_code"]) == ("bad input", 2)
+    assert (run.result("train")["kind"], run.result("train")["exit_code"]) == ("bad input", 2)
 
 
 def test_a_run_that_is_cancelled_saves_and_nothing_follows(make_run) -> None:
@@ -108,7 +108,7 @@ def test_a_child_without_its_input_says_so_and_ends(make_run) -> None:
     child = run.submit("export", after=("train",))
     run.wait_quiet(60)
     assert run.bed.job(child)["ExitCode"] == "2:0"
-    assert "train is not done" in run.verdict("export")["message"]
+    assert "train is not done" in run.result("export")["message"]
 
 
 def test_a_child_that_begins_too_early_waits_again(make_run) -> None:
@@ -117,7 +117,7 @@ def test_a_child_that_begins_too_early_waits_again(make_run) -> None:
     run.wait_step(1, 60)
     child = run.submit("export", after=("train",))
     run.bed.client("scontrol", "update", f"JobId={child}", "Dependency=")  # as if nobody had moved it in time
-    run.wait("the export", lambda: run.verdict("export").get("status") == "done", 120)
+    run.wait("the export", lambda: run.result("export").get("status") == "done", 120)
     (early,) = run.events("came too early")
     assert early["waits_for"] == ["train"] and len(run.jobs("export")) == 3
     assert (run.run / "export" / "weights.txt").read_text() == WEIGHTS
@@ -153,7 +153,7 @@ def test_a_node_that_is_cut_off_computes_on_and_writes_nothing_once_another_went
             run.bed.client("scontrol", "update", f"NodeName={host}", "State=DOWN", "Reason=silent")
         _, successor = run.wait_event("attempt started", 90, count=2)
         taken_over = successor["time"]
-        before = [row for row in run.metrics() if row["generation"] == 1]
+        before = [row for row in run.metrics() if row["fencing_token"] == 1]
         assert before[-1]["step"] > 3, "it went on while it was cut off"
         run.wait("the old processes to end by themselves", lambda: not pids & run.processes().keys(), 60)
     finally:
@@ -161,10 +161,10 @@ def test_a_node_that_is_cut_off_computes_on_and_writes_nothing_once_another_went
     run.wait_event("done", 120)
     rows = run.metrics()
     assert weights(run) == "".join(f"{step} " for step in range(num_steps))
-    assert all(row["time"] <= taken_over for row in rows if row["generation"] == 1)
-    generations = [row["generation"] for row in rows]
-    assert generations == sorted(generations), "not one row of the old attempt among those of the new one"
-    assert rows[generations.index(2)]["host"] != host
+    assert all(row["time"] <= taken_over for row in rows if row["fencing_token"] == 1)
+    claims = [row["fencing_token"] for row in rows]
+    assert claims == sorted(claims), "not one row of the old attempt among those of the new one"
+    assert rows[claims.index(2)]["host"] != host
     run.bed.wait_node(host, {"IDLE"}, 60)
 
 
@@ -180,7 +180,7 @@ def test_a_node_that_fails_its_preflight_is_left_out_of_the_next_attempt(make_ru
     assert "PREFLIGHT: n1: /tmp: /tmp: 0.0 MiB free" in crash["reason"]
     first, second = run.events("attempt started")
     assert (first["hosts"], second["hosts"]) == (["n1", "n2"], ["n2", "n3"])
-    assert {row["generation"] for row in run.metrics()} == {2}, "nothing had begun on the nodes of the first attempt"
+    assert {row["fencing_token"] for row in run.metrics()} == {2}, "nothing had begun on the nodes of the first attempt"
     assert weights(run) == WEIGHTS
 
 
@@ -201,7 +201,7 @@ def test_an_attempt_that_said_nothing_counts_against_its_node_as_well(make_run) 
     """The next one writes it down, and asks for another node for the one after itself."""
     run = make_run({str(attempt): ["kill", attempt] for attempt in (1, 2)}, step_seconds=0.5)
     run.submit("train")
-    run.wait("a step of the third", lambda: any(row["generation"] == 3 for row in run.metrics()), 60)
+    run.wait("a step of the third", lambda: any(row["fencing_token"] == 3 for row in run.metrics()), 60)
     kill_supervisor(run)
     run.wait_event("done", 60)
     run.wait_quiet(30)

@@ -47,8 +47,8 @@ def num_logged_bytes(run: Path) -> int:
     return sum(path.stat().st_size for path in (run / "requests").glob("*.log"))
 
 
-def verdict(run: Path, stage: str) -> dict:
-    return json.loads((run / f"verdict-{stage}.json").read_text())
+def result(run: Path, stage: str) -> dict:
+    return json.loads((run / f"result-{stage}.json").read_text())
 
 
 def test_the_demo_ends_well_though_the_batch_host_dies_in_its_synthesis(slurm_cluster: SlurmBed, user: User) -> None:
@@ -63,7 +63,7 @@ def test_the_demo_ends_well_though_the_batch_host_dies_in_its_synthesis(slurm_cl
     user.wait("the end", lambda: set(user.status().values()) <= {"DONE", "FAILED", "CANCELLED"}, 900)
     assert user.status() == dict.fromkeys(STAGES, "DONE"), user.logs()
 
-    synthesis = verdict(run, "synthesize")
+    synthesis = result(run, "synthesize")
     assert (synthesis["num_kept"], synthesis["is_complete"]) == (NUM_INSTRUCTIONS, True)
     assert synthesis["resumed_requests"] > 0, "what the first attempt has finished is not generated again"
     assert len(synthesis["engines"]) == 2
@@ -72,7 +72,7 @@ def test_the_demo_ends_well_though_the_batch_host_dies_in_its_synthesis(slurm_cl
     assert max(Counter(row["id"] for row in read_rows(folder)).values()) == 1
     with RequestLog(run / "requests") as log:
         assert len(log) == len(log.ids())
-    assert verdict(run, "train")["status"] == "done"
-    assert set(verdict(run, "evaluate")["contenders"]) >= {"base, chat", "tuned"}
+    assert result(run, "train")["status"] == "done"
+    assert set(result(run, "evaluate")["contenders"]) >= {"base, chat", "tuned"}
     user.wait("an empty queue", lambda: slurm_cluster.squeue() == {}, 60)
     assert processes_of(str(user.folder), set()) == {}

@@ -257,7 +257,7 @@ def test_8_under_our_supervisor_the_failing_nodes_exit_code_arrives_and_each_lea
     bed.wait_state(job, {"COMPLETED"}, 120)
     assert "srun says 3\n" in bed.output(job)
     run = RunDir(bed.shared / "exits")
-    word = json.loads((run.root / f"gen-{job}-0" / "node-1.exit.json").read_text())
+    word = json.loads((run.root / f"attempt-{job}-0" / "node-1.exit.json").read_text())
     assert (word["host"], word["exit_code"]) == ("n2", 3)
     assert culprits(run, str(job), ("n1", "n2")) == ("n2",)
 
@@ -277,7 +277,7 @@ def test_8_an_exit_code_of_0_proves_nothing(make_run: Callable[..., ChainedRun])
     run = make_run({"1": ["lie", 0]})
     run.submit("train")
     child = run.submit("export", after=("train",))
-    run.wait("the export", lambda: run.verdict("export").get("status") == "done", 60)
+    run.wait("the export", lambda: run.result("export").get("status") == "done", 60)
     run.wait_quiet(30)
     (crash,) = run.events("crashed")
     assert crash["code"] == 1

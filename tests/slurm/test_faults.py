@@ -43,7 +43,7 @@ def kill_a_rank(strike: Strike) -> None:
     os.kill(rank_on(strike, host), signal.SIGKILL)
     strike.run.wait_event("crashed", 60)
     assert time.monotonic() - began < 30, "the other rank must not be left waiting"
-    path = strike.run.run / f"gen-{job}-0" / "node-1.exit.json"
+    path = strike.run.run / f"attempt-{job}-0" / "node-1.exit.json"
     assert json.loads(path.read_text())["exit_code"] == 137
 
 
@@ -59,13 +59,13 @@ def cut_off_the_batch_host(strike: Strike) -> None:
     old = set(strike.run.processes_on(strike.attempt["hosts"][0]))
     faults.cut_off_the_batch_host(strike, lambda: not old & strike.run.processes().keys())
     taken_over = strike.attempt["time"]
-    late = [row for row in strike.run.metrics() if row["generation"] == 1 and row["time"] > taken_over + 1]
+    late = [row for row in strike.run.metrics() if row["fencing_token"] == 1 and row["time"] > taken_over + 1]
     assert late == []
 
 
 def signals_of(strike: Strike, job: str) -> set[str]:
     """What the supervisors of the job's two nodes were sent."""
-    folder = strike.run.run / f"gen-{job}-0"
+    folder = strike.run.run / f"attempt-{job}-0"
     return {name for rank in (0, 1) for name in json.loads((folder / f"node-{rank}.exit.json").read_text())["signals"]}
 
 
@@ -142,8 +142,8 @@ def test_the_weights_are_those_of_an_undisturbed_training(
     run.wait_event("done", END_SECONDS)
     run.wait_quiet(60)
     assert weights(run) == undisturbed != {}
-    assert run.verdict("train")["status"] == "done"
+    assert run.result("train")["status"] == "done"
     assert len(run.events("attempt started")) == num_attempts
     assert run.processes() == {}
-    generations = [row["generation"] for row in run.metrics()]
-    assert generations == sorted(generations)
+    claims = [row["fencing_token"] for row in run.metrics()]
+    assert claims == sorted(claims)

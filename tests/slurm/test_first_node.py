@@ -73,11 +73,11 @@ def test_a_slurm_that_does_not_answer_is_asked_again(slurm: Slurm, port: int) ->
     node.check()
     slurm.answers(True)
     with pytest.raises(FirstNodeLost):
-        node.await_verdict(is_over=lambda: False)
+        node.await_result(is_over=lambda: False)
 
 
 def test_the_supervisors_word_ends_the_wait(slurm: Slurm, port: int) -> None:
     slurm.hosts.write_text("n1,n2\n")
     words = iter([False, False, True])
-    FirstNode("n1", f"127.0.0.1:{port}").await_verdict(is_over=lambda: next(words))
+    FirstNode("n1", f"127.0.0.1:{port}").await_result(is_over=lambda: next(words))
     assert next(words, None) is None and slurm.cancelled == []

@@ -93,7 +93,7 @@ def test_a_preempted_node_gives_way_to_a_failure_of_another(
 ) -> None:
     monkeypatch.setattr("launcher.job.node.AGREE_SECONDS", 0)
     topology = Topology(("n1", "n2"), 0, 1, "41", 3, 0)
-    folder = topology.generation_dir(tmp_path)
+    folder = topology.attempt_dir(tmp_path)
     folder.mkdir()
     write_json(folder / "node-0.exit.json", {"exit_code": 75, "step_id": 3})
     write_json(folder / "node-1.exit.json", word_of_the_other)
@@ -106,22 +106,22 @@ def test_a_node_whose_head_says_nothing_ends_as_preempted(tmp_path: Path, monkey
     monkeypatch.setattr("launcher.job.node.AGREE_SECONDS", 0)
     monkeypatch.setattr("launcher.job.node.POLL_SECONDS", 0.01)
     topology = Topology(("n1", "n2"), 1, 1, "41", 3, 0)
-    folder = topology.generation_dir(tmp_path)
+    folder = topology.attempt_dir(tmp_path)
     folder.mkdir()
     write_json(folder / "end.json", {"exit_code": 1, "step_id": 2})  # of an earlier step
     assert agree_on_end(topology, tmp_path) == 75
 
 
 @pytest.mark.parametrize(
-    ("verdict", "code", "settled"),
+    ("result", "code", "settled"),
     [("preempted", 1, 75), ("done", 1, 0), ("failed", 1, 1), (None, 1, 1), ("preempted", 2, 2), ("done", 137, 137)],
 )
-def test_a_late_node_that_lost_the_heads_store_ends_as_the_verdict_says(
-    tmp_path: Path, verdict: str | None, code: int, settled: int
+def test_a_late_node_that_lost_the_heads_store_ends_as_the_result_says(
+    tmp_path: Path, result: str | None, code: int, settled: int
 ) -> None:
     run = RunDir(tmp_path)
-    if verdict is not None:
-        write_json(run.verdict("train"), {"status": verdict})
+    if result is not None:
+        write_json(run.result("train"), {"status": result})
     assert settled_code(run, code) == settled
 
 
@@ -156,7 +156,7 @@ class LocalNode:
         (self.folder / name).touch()
 
     def word(self) -> dict:
-        return json.loads((self.folder / "gen-local-0" / "node-0.exit.json").read_text())
+        return json.loads((self.folder / "attempt-local-0" / "node-0.exit.json").read_text())
 
 
 @pytest.fixture
@@ -216,13 +216,13 @@ def test_stopped_while_it_waits_for_another_node_it_leaves_word(tmp_path: Path) 
     process = subprocess.Popen([sys.executable, "-c", WAIT_FOR_A_NODE, str(tmp_path)], stderr=subprocess.DEVNULL)
     node = LocalNode(process, tmp_path)
     try:
-        node.wait_for("gen-5-0/node-0.json")
+        node.wait_for("attempt-5-0/node-0.json")
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) != 0
     finally:
         process.kill()
         process.wait()
-    assert json.loads((tmp_path / "gen-5-0" / "node-0.exit.json").read_text())["exit_code"] == 75
+    assert json.loads((tmp_path / "attempt-5-0" / "node-0.exit.json").read_text())["exit_code"] == 75
 
 
 @pytest.mark.slurm

@@ -197,7 +197,7 @@ def test_other_code_on_one_node_is_found_and_equal_nodes_sum_together(slurm_clus
     bed = slurm_cluster
     said, run = check(bed, "fit", num_nodes=2)
     assert "all fit" in said, said
-    (folder,) = run.glob("gen-*")
+    (folder,) = run.glob("attempt-*")
     found = [json.loads(path.read_text()) for path in folder.glob("preflight-node-*.json")]
     assert len(found) == 2 and all(report["all_reduce_seconds"] > 0 for report in found)
 
@@ -216,4 +216,4 @@ def test_other_code_on_one_node_is_found_and_equal_nodes_sum_together(slurm_clus
 def test_alone_it_wants_no_other_node(tmp_path: Path) -> None:
     argv = [sys.executable, "-P", "-m", "launcher.job.preflight", str(tmp_path)]
     assert subprocess.run(argv, cwd=PROJECT, env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(PROJECT)}).returncode == 0
-    assert json.loads((tmp_path / "gen-local-0" / "preflight.json").read_text())["failures"] == {}
+    assert json.loads((tmp_path / "attempt-local-0" / "preflight.json").read_text())["failures"] == {}

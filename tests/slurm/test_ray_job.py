@@ -74,8 +74,8 @@ class Place:
         assert fields["ExitCode"] == exit_code, self.bed.output(job)
         self.bed._wait("empty nodes", lambda: not left_behind(self.bed), 60, lambda: str(left_behind(self.bed)))
 
-    def verdict(self, stage: str = "synthesize") -> dict:
-        return json.loads((self.run / f"verdict-{stage}.json").read_text())
+    def result(self, stage: str = "synthesize") -> dict:
+        return json.loads((self.run / f"result-{stage}.json").read_text())
 
     def logged_ids(self) -> set[str]:
         """Ids in a copy of the request log, so that reading it repairs nothing."""
@@ -172,7 +172,7 @@ def test_a_killed_head_ends_the_job_at_once_and_a_killed_worker_does_not(slurm_c
     slurm_cluster.wait_state(job, {"FAILED"}, 30)  # Ray's driver alone would notice after 60 s
     place.end(job, "FAILED", "1:0")
     reason = "Ray's head is gone, so nothing can go on. node n1: Ray ended by itself: gcs_server (exit code -9)"
-    assert (place.verdict()["status"], place.verdict()["message"]) == ("failed", reason), time.monotonic() - killed_at
+    assert (place.result()["status"], place.result()["message"]) == ("failed", reason), time.monotonic() - killed_at
     assert f"error: {reason}" in slurm_cluster.output(job)
     assert lines_of(place.run / "events.jsonl")[-1]["reason"] == reason
     assert list((place.run / "logs" / "ray" / "n1").glob("gcs_server.*"))
@@ -186,10 +186,10 @@ def test_a_killed_head_ends_the_job_at_once_and_a_killed_worker_does_not(slurm_c
     said = slurm_cluster.output(job)
     assert "[ray] node n2: Ray ended by itself: raylet (exit code -9); going on with 1 of 2 nodes" in said
     assert logged.isdisjoint(generated_ids(place.model)[before:])
-    verdict = place.verdict()
-    assert (verdict["status"], verdict["num_kept"], verdict["is_complete"]) == ("done", NUM_INSTRUCTIONS, True)
-    assert verdict["num_engine_restarts"] >= 1
-    assert verify_manifest(place.run / "data" / "synthesized")["rows"] == verdict["num_rows"]
+    result = place.result()
+    assert (result["status"], result["num_kept"], result["is_complete"]) == ("done", NUM_INSTRUCTIONS, True)
+    assert result["num_engine_restarts"] >= 1
+    assert verify_manifest(place.run / "data" / "synthesized")["rows"] == result["num_rows"]
     rows = Counter(row["id"] for row in read_rows(place.run / "data" / "synthesized"))
     assert max(rows.values()) == 1
 
@@ -204,7 +204,7 @@ def test_a_node_that_ray_cannot_use_ends_the_job_and_is_named(slurm_cluster: Slu
         place.end(place.submit(), "FAILED", "1:0")
     finally:
         (shm / "filler").unlink()
-    assert place.verdict()["message"].startswith("node n2: Ray needs 80 MiB of /dev/shm")
+    assert place.result()["message"].startswith("node n2: Ray needs 80 MiB of /dev/shm")
 
 
 @pytest.mark.long
@@ -217,10 +217,10 @@ def test_vllm_engines_on_two_nodes_make_one_dataset(slurm_cluster: SlurmBed, pla
     synthesize = {"method": "instruction_wild", "num_instructions": 4, "models": models}
     place.write_recipe(model={"path": model}, engine=engine, synthesize=synthesize)
     place.end(place.submit(), "COMPLETED", "0:0", 400)
-    verdict = place.verdict()
-    assert (verdict["status"], verdict["num_kept"]) == ("done", 4)
-    assert verify_manifest(place.run / "data" / "synthesized")["rows"] == verdict["num_rows"] > 0
-    numbers = {engine["node"]: engine["num_requests"] for engine in verdict["engines"]}
+    result = place.result()
+    assert (result["status"], result["num_kept"]) == ("done", 4)
+    assert verify_manifest(place.run / "data" / "synthesized")["rows"] == result["num_rows"] > 0
+    numbers = {engine["node"]: engine["num_requests"] for engine in result["engines"]}
     assert set(numbers) == {"10.77.0.11", "10.77.0.12"} and min(numbers.values()) > 0
 
 
@@ -242,7 +242,7 @@ def test_vllm_replicas_of_two_nodes_share_the_work_and_save_when_asked_to_stop(
     slurm_cluster._wait("answers of both nodes", both_answer, 400, lambda: slurm_cluster.output(job))
     slurm_cluster.client("scancel", "--batch", "--signal=USR2", str(job))  # what --signal=B:USR2@300 does
     place.end(job, "FAILED", "75:0")
-    assert place.verdict()["status"] == "preempted"
+    assert place.result()["status"] == "preempted"
     assert len(place.logged_ids()) >= sum(requests_by_node(place.run).values()) > 0
 
 
@@ -264,13 +264,13 @@ def test_asked_to_stop_it_saves_and_the_same_command_goes_on(slurm_cluster: Slur
         slurm_cluster.client("scancel", *signal_options, str(job))
         place.end(job, "FAILED", "75:0")
         assert f"error: stopped by SIGTERM; {len(place.logged_ids())} finished" in slurm_cluster.output(job)
-        assert place.verdict()["status"] == "preempted"
+        assert place.result()["status"] == "preempted"
         assert logged.isdisjoint(generated_ids(place.model)[before:])
         logged = place.logged_ids()
     before = len(generated_ids(place.model))
     place.end(place.submit(), "COMPLETED", "0:0")
     assert logged.isdisjoint(generated_ids(place.model)[before:])
-    assert place.verdict()["num_kept"] == NUM_INSTRUCTIONS
+    assert place.result()["num_kept"] == NUM_INSTRUCTIONS
 
 
 @pytest.mark.long
@@ -281,7 +281,7 @@ def test_a_lost_node_takes_its_engine_along_and_nothing_else(slurm_cluster: Slur
     place.wait_for_requests(job, 12)
     with slurm_cluster.powered_off("n2"):
         place.end(job, "COMPLETED", "0:0")
-    assert place.verdict()["num_kept"] == NUM_INSTRUCTIONS
+    assert place.result()["num_kept"] == NUM_INSTRUCTIONS
     rows = Counter(row["id"] for row in read_rows(place.run / "data" / "synthesized"))
     assert max(rows.values()) == 1
 
@@ -296,7 +296,7 @@ def test_a_lost_batch_host_ends_the_job(slurm_cluster: SlurmBed, place: Place) -
     with slurm_cluster.powered_off("n1"):
         slurm_cluster.wait_state(job, {"CANCELLED"}, 240)
     slurm_cluster._wait("empty nodes", lambda: not left_behind(slurm_cluster), 60, str)
-    (word,) = place.run.glob("gen-*/ray-*/node-1.exit.json")
+    (word,) = place.run.glob("attempt-*/ray-*/node-1.exit.json")
     assert json.loads(word.read_text())["reason"] == "the job's first node n1 is lost, so the job is cancelled."
 
 
@@ -312,7 +312,7 @@ def test_two_jobs_on_one_node_do_not_meet(slurm_cluster: SlurmBed, place: Place)
     place.wait_for_requests(first, 1)
     second = other.submit(options=options)
     slurm_cluster.wait_state(second, {"COMPLETED"}, RAY_SECONDS)
-    assert (other.verdict()["num_kept"], other.verdict()["num_engine_restarts"]) == (NUM_INSTRUCTIONS, 0)
+    assert (other.result()["num_kept"], other.result()["num_engine_restarts"]) == (NUM_INSTRUCTIONS, 0)
     place.wait_for_requests(first, len(generated_ids(place.model)) + 8)
     slurm_cluster.client("scancel", "--batch", "--signal=USR2", str(first))
     place.end(first, "FAILED", "75:0")
@@ -328,7 +328,7 @@ def test_a_full_tmp_ends_the_job_and_the_node_is_named(slurm_cluster: SlurmBed, 
         place.end(place.submit(), "FAILED", "1:0")
     finally:
         (tmp_of(slurm_cluster, "n2") / "filler").unlink()
-    assert place.verdict()["message"].startswith("node n2: /tmp on n2: No space left on device.")
+    assert place.result()["message"].startswith("node n2: /tmp on n2: No space left on device.")
 
 
 @pytest.mark.long
@@ -345,8 +345,8 @@ def test_a_trained_run_is_exported_and_evaluated(slurm_cluster: SlurmBed, place:
     one_node = ["--nodes=1", "--nodelist=n1", "--cpus-per-task=1", "--mem=1500"]
     for stage in ("train", "export", "evaluate"):
         place.end(place.submit(stage=stage, options=one_node), "COMPLETED", "0:0", 400)
-        assert place.verdict(stage)["status"] == "done"
-    assert "tuned" in place.verdict("evaluate")["contenders"]
+        assert place.result(stage)["status"] == "done"
+    assert "tuned" in place.result("evaluate")["contenders"]
 
 
 @pytest.mark.long
@@ -363,4 +363,4 @@ def test_a_killed_supervisor_takes_everything_along(slurm_cluster: SlurmBed, pla
         program = [sys.executable, "-c", "from cluster.ray.folder import *\nwith private_folder('x'): pass"]
         slurm_cluster.nodes[node].run(*program, cwd=PROJECT, env=slurm_cluster.env)
     assert left_behind(slurm_cluster) == []
-    assert not (place.run / "verdict-synthesize.json").exists()
+    assert not (place.run / "result-synthesize.json").exists()

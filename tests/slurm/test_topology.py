@@ -38,7 +38,7 @@ def test_no_job_is_one_local_node() -> None:
 def test_a_step_sees_its_own_nodes_and_its_attempt() -> None:
     topology = read_topology(JOB | {"SLURM_GPUS_ON_NODE": "8", "SLURM_RESTART_COUNT": "2"}, expand=expand)
     assert topology == Topology(("n2", "n3"), 1, 8, "41", 7, 2)
-    assert topology.generation_dir(Path("run")) == Path("run/gen-41-2")
+    assert topology.attempt_dir(Path("run")) == Path("run/attempt-41-2")
 
 
 def test_a_step_in_an_image_goes_by_what_the_jobs_script_has_told_it() -> None:
@@ -150,7 +150,7 @@ def test_nodes_that_meet_read_the_same_head(tmp_path: Path, monkeypatch: pytest.
 
 def test_the_node_that_does_not_come_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     a_network(monkeypatch)
-    with pytest.raises(TunesmithError, match=r"node 1 \(n2\) did not write .*gen-41-0/node-1\.json"):
+    with pytest.raises(TunesmithError, match=r"node 1 \(n2\) did not write .*attempt-41-0/node-1\.json"):
         meet(Topology(("n1", "n2"), 0, 1, "41", 0, 0), tmp_path, timeout_seconds=0)
 
 
@@ -163,6 +163,6 @@ def test_word_of_an_earlier_step_in_the_same_allocation_does_not_count(
         meet(dataclasses.replace(now, step_id=0, node_rank=1), tmp_path, timeout_seconds=0)
     with pytest.raises(TunesmithError, match="node 1"):
         meet(now, tmp_path, timeout_seconds=0)
-    earlier = json.loads((tmp_path / "gen-41-0/node-1.json").read_text())
-    write_json(tmp_path / "gen-41-0/node-1.json", earlier | {"step_id": 1})
+    earlier = json.loads((tmp_path / "attempt-41-0/node-1.json").read_text())
+    write_json(tmp_path / "attempt-41-0/node-1.json", earlier | {"step_id": 1})
     assert meet(now, tmp_path, timeout_seconds=0)[0].host == "n1"

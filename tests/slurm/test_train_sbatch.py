@@ -38,7 +38,7 @@ def read_rows(path: Path) -> list[dict]:
 
 def exit_words(run: Path, job: int) -> list[dict]:
     """What each of two nodes left about its end."""
-    return [json.loads((run / f"gen-{job}-0" / f"node-{node}.exit.json").read_text()) for node in (0, 1)]
+    return [json.loads((run / f"attempt-{job}-0" / f"node-{node}.exit.json").read_text()) for node in (0, 1)]
 
 
 def test_two_nodes_train_one_model_and_the_same_command_goes_on_after_a_notice(
@@ -50,21 +50,21 @@ def test_two_nodes_train_one_model_and_the_same_command_goes_on_after_a_notice(
     slurm_cluster.wait_output(job, "step 3/", 300)
     slurm_cluster.client("scancel", "--batch", "--signal=USR2", str(job))  # what --signal=B:USR2@300 does
     assert slurm_cluster.wait_state(job, {"FAILED"}, 60)["ExitCode"] == "75:0", slurm_cluster.output(job)
-    verdict = json.loads((run / "verdict-train.json").read_text())
-    assert verdict["status"] == "preempted"
-    stopped_at = verdict["step"]
+    result = json.loads((run / "result-train.json").read_text())
+    assert result["status"] == "preempted"
+    stopped_at = result["step"]
     assert read_rows(run / "metrics.jsonl")[-1]["step"] == stopped_at >= 3
     assert [word["exit_code"] for word in exit_words(run, job)] == [75, 75]
 
     job = slurm_cluster.sbatch(*command, options=options, cwd=recipe.parent, env=ENV)
     slurm_cluster.wait_state(job, {"COMPLETED"}, 300)
     output = slurm_cluster.output(job)
-    assert f"going on from {verdict['checkpoint']}, step {stopped_at} of {NUM_STEPS}" in output
+    assert f"going on from {result['checkpoint']}, step {stopped_at} of {NUM_STEPS}" in output
     assert "x 2 ranks" in output and f"; {NUM_STEPS} steps" in output
     steps = [row["step"] for row in read_rows(run / "metrics.jsonl") if row["stage"] == "train"]
     assert steps == list(range(1, NUM_STEPS + 1))
-    verdict = json.loads((run / "verdict-train.json").read_text())
-    assert (verdict["status"], verdict["step"], verdict["num_rows"]) == ("done", NUM_STEPS, 8)
+    result = json.loads((run / "result-train.json").read_text())
+    assert (result["status"], result["step"], result["num_rows"]) == ("done", NUM_STEPS, 8)
     assert (run / "checkpoints" / f"step_{NUM_STEPS:06d}").is_dir()
     assert [(word["host"], word["exit_code"]) for word in exit_words(run, job)] == [("n1", 0), ("n2", 0)]
 

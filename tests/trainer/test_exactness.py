@@ -217,9 +217,9 @@ def test_two_ranks_validate_as_plain_pytorch_does(trained: dict[str, Path], name
             ids, labels = (torch.tensor(array[span].astype("int64")) for array in (tokens.input_ids, tokens.labels))
             total += float(document_loss(lm, ids, labels))
             num_labels += int((labels != IGNORE).sum())
-    verdict = json.loads((job.run.root / "metrics.jsonl").read_text().splitlines()[-1])
-    assert verdict["stage"] == "validation"
-    assert verdict["loss"] == pytest.approx(total / num_labels, rel=TOLERANCE)
+    result = json.loads((job.run.root / "metrics.jsonl").read_text().splitlines()[-1])
+    assert result["stage"] == "validation"
+    assert result["loss"] == pytest.approx(total / num_labels, rel=TOLERANCE)
 
 
 def test_steps_of_so_many_documents_take_as_many_passes_as_they_need(trained: dict[str, Path]) -> None:

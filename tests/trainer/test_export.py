@@ -85,7 +85,7 @@ def runs(tmp_path_factory, chat_model: Path, chat_data: Path, one_rank) -> dict[
 @pytest.mark.parametrize("name", ["full", "lora", "grown", "grown-full"])
 def test_a_merged_export_answers_as_the_model_in_the_trainer_does(runs, name: str) -> None:
     run, live = runs[name]
-    verdict = export.run(export_job(run))
+    result = export.run(export_job(run))
     folder = run / "export"
     loaded = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True)
     assert not isinstance(loaded, PeftModel)
@@ -95,7 +95,7 @@ def test_a_merged_export_answers_as_the_model_in_the_trainer_does(runs, name: st
     base = AutoModelForCausalLM.from_pretrained(read_job(run).model.path)
     known = ids.clamp(max=base.config.vocab_size - 1)
     assert (logits(loaded, known)[..., :100] - logits(base, known)[..., :100]).abs().max() > 0.05, "nothing was trained"
-    assert verdict["max_logit_error"] < 1e-4
+    assert result["max_logit_error"] < 1e-4
 
 
 def test_an_adapter_export_answers_as_the_model_in_the_trainer_does(runs) -> None:

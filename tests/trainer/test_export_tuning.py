@@ -60,8 +60,8 @@ def base_of(run: Path) -> torch.nn.Module:
 @pytest.mark.parametrize("name", sorted(VARIANTS.keys() - {"grown-dora"}))
 def test_an_adapter_export_answers_as_the_model_in_the_trainer_does(runs, name: str) -> None:
     run, live = runs[name]
-    verdict = export.run(export_job(run, form="adapter"))
-    assert verdict["max_logit_error"] < 1e-4
+    result = export.run(export_job(run, form="adapter"))
+    assert result["max_logit_error"] < 1e-4
     if name == "adapter":
         loaded = load_adapters(base_of(run), run / "export").eval()
     else:

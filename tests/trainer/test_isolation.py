@@ -117,10 +117,10 @@ def test_tokens_the_template_adds_and_nothing_would_train_are_an_error(
 def test_the_other_ways_of_tuning_pass_the_checks_and_train(
     tmp_path: Path, chat_model: Path, chat_data: Path, settings: dict
 ) -> None:
-    verdict = train_here(
+    result = train_here(
         write_job(tmp_path / "run", chat_model, chat_data, num_epochs=4, learning_rate=0.02, **settings)
     )
-    assert verdict["status"] == "done"
+    assert result["status"] == "done"
     losses = [loss for loss, _ in trace(tmp_path / "run").values()]
     assert losses[-1] < losses[0]
 

@@ -54,7 +54,7 @@ def test_a_published_recipe_trains_a_tiny_model(one_rank, tmp_path: Path, chat_m
     run = tmp_path / "run"
     run.mkdir()
     (run / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
-    verdict = train_here(run)
-    assert (verdict["status"], verdict["step"]) == ("done", 2)
+    result = train_here(run)
+    assert (result["status"], result["step"]) == ("done", 2)
     seen = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
     assert seen["step"] == 1 and 0 < seen["loss"] < 20

@@ -89,7 +89,7 @@ def assert_same(run: Path, expected: Path) -> None:
     assert found.keys() == wanted.keys()
     for key in wanted:
         assert torch.equal(found[key], wanted[key]), key
-    figures = [json.loads((folder / "verdict-train.json").read_text()) for folder in (run, expected)]
+    figures = [json.loads((folder / "result-train.json").read_text()) for folder in (run, expected)]
     for key in ("status", "step", "num_tokens", "num_trained_tokens", "final_loss"):
         assert figures[0][key] == figures[1][key], key
 
@@ -149,7 +149,7 @@ def test_killed_and_then_asked_to_stop_it_goes_on_bit_for_bit(
     assert "The same command goes on" in output
     step = read_state(newest(run / "checkpoints")).step
     assert step == max(trace(run)) < NUM_STEPS
-    assert json.loads((run / "verdict-train.json").read_text())["status"] == "preempted"
+    assert json.loads((run / "result-train.json").read_text())["status"] == "preempted"
     code, output = command("train", recipe, "--run-dir", run, cwd=tmp_path)
     assert code == EXIT_DONE, output
     num_rows = len((run / "metrics.jsonl").read_text().splitlines())

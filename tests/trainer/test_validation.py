@@ -43,10 +43,10 @@ def plain_loss(run: Path, tokens, documents: list[int]) -> float:
 
 def test_a_share_is_held_out_and_its_loss_is_exact(tmp_path: Path, chat_model: Path, chat_data: Path, capsys) -> None:
     run = write_job(tmp_path / "run", chat_model, chat_data, validation={"fraction": 0.2, "every_steps": 2}, **SETTINGS)
-    verdict = train_here(run)
+    result = train_here(run)
     losses = validated(run)
     assert list(losses) == [2, 4, 5], "every two steps, and at the end"
-    assert verdict["validation_loss"] == losses[5]
+    assert result["validation_loss"] == losses[5]
     assert f"step 5 | validation loss {losses[5]:.4f}" in capsys.readouterr().out
     job = read_job(run)
     (cache,) = (run / "tokens").iterdir()

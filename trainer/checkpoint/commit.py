@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from cluster.files import fsync_folder
-from cluster.run.fence import own_generation, verify
+from cluster.run.fence import own_token, verify
 from cluster.run.manifest import write_manifest
 from trainer.checkpoint.state import no_longer_kept, step_folder
 from trainer.config.checkpoints import CheckpointConfig
@@ -21,9 +21,9 @@ CONVERTED = "universal_"  # a checkpoint in the form that any number of ranks ca
 
 
 def partial_folder(checkpoints: Path, step: int) -> Path:
-    """Where a checkpoint is written. Two generations never write to the same place, however late one of them is."""
-    generation = own_generation()
-    owner = "" if generation is None else f"g{generation}_"
+    """Where a checkpoint is written. Two claims never write to the same place, however late one of them is."""
+    token = own_token()
+    owner = "" if token is None else f"g{token}_"
     return checkpoints / f"{PARTIAL}{owner}{step_folder(checkpoints, step).name}"
 
 
@@ -44,7 +44,7 @@ def remove(folder: Path) -> None:
 def seal(partial: Path, folder: Path, **fields: object) -> None:
     """Write the manifest of `partial`, make all of it last, and rename it to `folder`.
 
-    Raises Superseded if a newer generation owns the run by then.
+    Raises Superseded if a newer token owns the run by then.
     """
     files = sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file())
     write_manifest(partial, files, **fields)

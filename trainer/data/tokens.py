@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from cluster.errors import InputError
 from cluster.files import explain_full_disk, sha256_file, sha256_json, write_json
-from cluster.run.fence import own_generation, verify
+from cluster.run.fence import own_token, verify
 from trainer.config.data import DataSource
 from trainer.config.train import TrainConfig
 from trainer.data.chat import (
@@ -126,7 +126,7 @@ def prepare_tokens(
     folder = cache_folder / cache_key(config, tokenizer, sources)
     if (folder / "tokens.json").is_file():
         return folder
-    partial = cache_folder / f".{folder.name}.partial{own_generation() or ''}"
+    partial = cache_folder / f".{folder.name}.partial{own_token() or ''}"
     facts: list[SourceFacts] = []
     offsets = [0]
     with explain_full_disk(cache_folder.parent):

@@ -9,9 +9,9 @@ from trainer.checkpoint.state import newest, read_state
 from trainer.config.after import ExportConfig
 
 
-def read_verdict(run: RunDir, stage: str) -> dict | None:
-    """The verdict of a stage's last attempt, or None."""
-    file = run.verdict(stage)
+def read_result(run: RunDir, stage: str) -> dict | None:
+    """The result of a stage's last attempt, or None."""
+    file = run.result(stage)
     return json.loads(file.read_text()) if file.is_file() else None
 
 
@@ -23,8 +23,8 @@ def is_trained(run: RunDir) -> bool:
 
 def read_failure(run: RunDir) -> str | None:
     """What the ranks gave as the reason of their failure, if they could."""
-    verdict = read_verdict(run, "train")
-    return verdict["message"] if verdict and verdict["status"] == "failed" else None
+    result = read_result(run, "train")
+    return result["message"] if result and result["status"] == "failed" else None
 
 
 def export_key(source: Path, config: ExportConfig, name: str) -> str:
