@@ -18,7 +18,7 @@ VENV = ROOT / ".venv"
 STAMP = VENV / "tunesmith-installed"
 WANTED_PYTHON = (3, 11)
 TORCH = "torch==2.13.0"  # as in pyproject.toml
-EXTRAS = ("cpu", "gpu", "report", "bench", "dev")
+EXTRAS = ("cpu", "gpu", "bench", "dev")
 
 
 def fail(sentence: str) -> None:

@@ -20,7 +20,7 @@ from cluster.run.rundir import RunDir
 from generation.config import DEFAULT_METHOD, METHOD_CONFIGS, SelfInstructConfig, SynthesisConfig, SynthesizeConfig
 from generation.config.filters import FILTER_CONFIGS
 from launcher.secrets import refuse_literal_tokens
-from launcher.slurm.config import SlurmConfig
+from launcher.slurm_config import SlurmConfig
 from trainer.config.after import EvaluateConfig, ExportConfig
 from trainer.config.train import TrainConfig
 from trainer.config.tuning import form_refusal

@@ -79,7 +79,9 @@ def read_run(folder: Path) -> tuple[Recipe, RunDir]:
     """The recipe of a run folder, wherever the folder lies now. Raises InputError if it is none."""
     run = RunDir(folder.resolve())
     if not run.recipe.is_file():
-        raise InputError(f"{folder} is no run folder: there is no {run.recipe.name} in it. See `tunesmith runs`.")
+        raise InputError(
+            f"{folder} is no run folder: there is no {run.recipe.name} in it. `tunesmith list` shows the run folders."
+        )
     return read_resolved(run.recipe).model_copy(update={"run_dir": run.root}), run
 
 

@@ -34,8 +34,8 @@ from launcher.job.chain import (
 from launcher.job.hang import WATCHED, HangWatch
 from launcher.job.preflight import OnAllNodes, check_nodes
 from launcher.job.standing import PROVEN_BY_OUTPUT, has_output, progress_of
-from launcher.slurm.config import SlurmConfig
 from launcher.slurm.submitted import cancelled_file
+from launcher.slurm_config import SlurmConfig
 from trainer.results import read_result
 
 SETTLE_SECONDS = 120  # how long an attempt that ends tries to reach Slurm

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from cluster.errors import TunesmithError
 from cluster.run.rundir import RunDir
-from launcher.slurm.config import SlurmConfig
+from launcher.slurm_config import SlurmConfig
 
 WATCHED = ("synthesize", "train")  # the others tell of no steps; the time limit of their job ends them
 LEAST_SECONDS = 900.0

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cluster.errors import InputError, TunesmithError
-from launcher.slurm.config import seconds_of
+from launcher.slurm_config import seconds_of
 
 # Of a job in which we may run ourselves: a new job must not take over what was asked for the old one.
 _INHERITED = re.compile(

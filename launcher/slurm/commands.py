@@ -1,4 +1,4 @@
-"""The commands that need, or ask, Slurm: run and plan `--on slurm`, status, logs, cancel, resume, runs.
+"""The commands that need, or ask, Slurm: run and plan `--on slurm`, status, logs, cancel, resume, list.
 
 Nothing heavy is imported here, as everywhere behind the command line: each command imports what it needs.
 """
@@ -18,8 +18,9 @@ RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="a run folder, su
 
 def add_to(app: typer.Typer) -> None:
     """Add the commands about runs to the command line."""
-    for command in (status, logs, cancel, resume, runs):
+    for command in (status, logs, cancel, resume):
         app.command()(command)
+    app.command("list")(list_runs)
 
 
 def status(run: RunFolder) -> None:
@@ -39,7 +40,7 @@ def status(run: RunFolder) -> None:
     print_status(read_all([run], Slurm())[0], Console())
 
 
-def runs(
+def list_runs(
     folder: Annotated[Path, typer.Argument(metavar="[FOLDER]", help="where to look for runs")] = Path("runs"),
 ) -> None:
     """List the runs in a folder, with their states."""

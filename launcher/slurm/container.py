@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from launcher.slurm.config import ContainerConfig
+    from launcher.slurm_config import ContainerConfig
 
 ENVIRONMENT = "TUNESMITH_CONTAINER"
 

@@ -15,8 +15,8 @@ from cluster.errors import InputError
 from launcher.plan import stages_of
 from launcher.recipe import Recipe
 from launcher.slurm import container
-from launcher.slurm.config import JobConfig
 from launcher.slurm.lead import check_time, lead_seconds
+from launcher.slurm_config import JobConfig
 
 # Variables that a job gets if they are set where it is submitted. Values stay out of the command line.
 USUAL = frozenset(

@@ -6,7 +6,7 @@ from pathlib import Path
 from cluster.errors import InputError
 from cluster.run.manifest import MANIFEST
 from cluster.run.rundir import RunDir
-from launcher.slurm.config import JobConfig, seconds_of
+from launcher.slurm_config import JobConfig, seconds_of
 from trainer.checkpoint.state import newest
 
 SLURM_SECONDS = 60  # Slurm may send the signal so much later than it was told to

@@ -9,9 +9,9 @@ from rich.text import Text
 
 from launcher.plan import print_memory, stages_of
 from launcher.recipe import Recipe
-from launcher.slurm.config import JobConfig
 from launcher.slurm.jobs import Job
 from launcher.slurm.submit import Prepared
+from launcher.slurm_config import JobConfig
 from trainer.config.train import TrainConfig
 from trainer.memory import USABLE_SHARE, usable_bytes
 

@@ -20,10 +20,10 @@ from launcher.done import is_done
 from launcher.recipe import Recipe
 from launcher.slurm import container
 from launcher.slurm.client import Partition, Slurm, scrubbed
-from launcher.slurm.config import JobConfig, seconds_of
 from launcher.slurm.jobs import Chain, Job, container_file, jobs_of
 from launcher.slurm.snapshot import take_snapshot
 from launcher.slurm.submitted import Submitted, cancelled_file, jobs_file, next_attempt, read_jobs
+from launcher.slurm_config import JobConfig, seconds_of
 
 
 @dataclass(frozen=True)

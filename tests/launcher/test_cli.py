@@ -41,7 +41,7 @@ def recipe(tmp_path: Path) -> Path:
         ["run", "absent.yaml"],
         ["plan", "recipe.yaml", "--on", "slurm"],
         ["status", "."],
-        ["runs", "."],
+        ["list", "."],
     ],
 )
 def test_answering_loads_no_heavy_library(recipe: Path, arguments: list[str]) -> None:
@@ -76,7 +76,7 @@ assert not loaded, loaded
         "logs",
         "cancel",
         "resume",
-        "runs",
+        "list",
     ],
 )
 def test_help_lists_every_command(tmp_path: Path, command: str) -> None:

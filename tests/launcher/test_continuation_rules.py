@@ -15,8 +15,8 @@ from launcher.job import node_health as ledger
 from launcher.job.chain import STANDBY_OF, Chain, submission_environ, successor_argv
 from launcher.job.hang import LEAST_SECONDS, HangWatch, Hung
 from launcher.job.standing import progress_of
-from launcher.slurm.config import SlurmConfig
 from launcher.slurm.submitted import cancelled_file
+from launcher.slurm_config import SlurmConfig
 
 
 def test_the_successor_is_submitted_as_the_first_was_but_for_what_it_waits_for() -> None:

@@ -8,12 +8,12 @@ import pytest
 
 from cluster.errors import InputError
 from cluster.files import write_json
-from launcher.slurm.config import SlurmConfig, refuse_option, seconds_of
 from launcher.slurm.container import Container, configured, of_job
 from launcher.slurm.jobs import jobs_of
 from launcher.slurm.lead import lead_seconds
 from launcher.slurm.snapshot import code_files, take_snapshot
 from launcher.slurm.submit import check_batch
+from launcher.slurm_config import SlurmConfig, refuse_option, seconds_of
 from tests.launcher.slurm_chain import ENVIRON, chain_of, recipe_of
 
 SLURM = {

@@ -10,10 +10,10 @@ from cluster.errors import InputError, TunesmithError
 from cluster.files import read_jsonl
 from launcher.slurm.cancel import cancel_run
 from launcher.slurm.client import Partition, SlurmSilent, scrubbed
-from launcher.slurm.config import JobConfig
 from launcher.slurm.jobs import jobs_of
 from launcher.slurm.submit import Prepared, check_request, submit
 from launcher.slurm.submitted import cancelled_file, read_jobs
+from launcher.slurm_config import JobConfig
 from tests.launcher.slurm_chain import FakeSlurm, chain_of, recipe_of
 
 

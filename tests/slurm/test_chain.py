@@ -104,7 +104,7 @@ def test_a_chain_is_planned_submitted_watched_and_resumed(slurm_cluster: SlurmBe
     assert "cancelled" in said and set(re.findall(r"[0-9]+", said)) >= {third["job_id"], user.jobs()[-1]["job_id"]}
     user.wait("its end", lambda: user.status() == {"train": "DONE", "export": "CANCELLED"}, 60)
     assert slurm_cluster.squeue() == {}
-    assert user.rows("runs", ".")[0][1:3] == ["CANCELLED", "export"]
+    assert user.rows("list", ".")[0][1:3] == ["CANCELLED", "export"]
 
 
 def follow(user: User) -> str:
@@ -124,7 +124,7 @@ def test_a_parent_that_fails_takes_its_children_along(user: User) -> None:
     assert rows["train"][1] == "FAILED" and rows["export"][1] in ("FAILED", "CANCELLED")
     assert "is in use by another process" in user.tunesmith("logs", "run", "--stage", "train")
     assert not (run / "export").exists()
-    assert user.rows("runs", ".")[0][1:3] == ["FAILED", "train"]
+    assert user.rows("list", ".")[0][1:3] == ["FAILED", "train"]
 
 
 def test_bad_input_is_one_refusal_before_anything_is_submitted(user: User) -> None:
@@ -171,6 +171,6 @@ def test_a_sweep_is_a_chain_for_each_value_and_one_table_of_what_came_of_it(user
         [name, str(rate), "DONE", "-", "-", loss] for (name, rate), loss in zip(rates.items(), losses, strict=True)
     ]
     assert user.rows("status", "run") == table
-    assert user.rows("runs", ".") == table
+    assert user.rows("list", ".") == table
     assert user.tunesmith("resume", "run").count("everything is done, so nothing was submitted") == 2
     assert user.bed.squeue() == {}
