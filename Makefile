@@ -11,7 +11,7 @@ setup: ## Make .venv and install everything for a machine without a GPU
 	@$(PYTHON) launcher/bootstrap.py cpu dev
 
 demo: setup ## A small model instructs itself, end to end, with real parts (minutes); ARGS="key=value --run-dir DIR"
-	@$(BIN)/tunesmith run recipes/demo.yaml $(ARGS)
+	@$(BIN)/tunesmith run recipes/demo/self_instruct.yaml $(ARGS)
 
 test: setup ## Run the tests, in two processes
 	@$(BIN)/python -m pytest -n 2 --dist loadgroup
@@ -47,13 +47,13 @@ bench-launch: setup ## Measure the way from sbatch to the first step, on a Slurm
 
 base-model: setup ## Train the embedded base model again from nothing (half an hour on 2 cores)
 	@$(BIN)/python -m toy_world.build data --out runs/base-model/world --seed 0
-	@$(BIN)/tunesmith train recipes/base_model.yaml
+	@$(BIN)/tunesmith train recipes/demo/base_model.yaml
 	@$(BIN)/python -m toy_world.build model --weights runs/base-model/checkpoints/step_005136/weights --out models/world-base
 	@$(BIN)/python -m toy_world.build assets --out models/world-base/tunesmith
 
 chat-model: setup ## Tune the embedded chat model again from the base model (half an hour on 2 cores)
 	@$(BIN)/python -m toy_world.build_chat data --base models/world-base --out runs/chat-model/world --seed 0
-	@$(BIN)/tunesmith train recipes/chat_model.yaml
+	@$(BIN)/tunesmith train recipes/demo/chat_model.yaml
 	@$(BIN)/python -m toy_world.build_chat model --weights runs/chat-model/checkpoints/step_002200/weights --out models/world-chat
 	@$(BIN)/python -m toy_world.build_chat assets --out models/world-chat/tunesmith
 

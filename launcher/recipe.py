@@ -1,6 +1,6 @@
 """One recipe, one run: YAML validated against the config models of the packages, with `key.sub=value` overrides.
 
-recipe = load(Path("recipes/demo.yaml"), ["train.learning_rate=1e-3"])
+recipe = load(Path("recipes/demo/self_instruct.yaml"), ["train.learning_rate=1e-3"])
 """
 
 import difflib
@@ -93,7 +93,7 @@ class Recipe(StrictModel):
 def load(path: Path, overrides: list[str]) -> Recipe:
     """Read and validate a recipe. Raises InputError naming the key, its line, and the nearest right key."""
     if not path.is_file():
-        raise InputError(f"{path}: there is no such recipe. See recipes/ for some.")
+        raise InputError(f"{path}: there is no such recipe. See recipes/ for examples.")
     text, written = read_mapping(path)
     for override in overrides:
         if "=" not in override:

@@ -52,7 +52,7 @@ def attempt(
     arguments = [*overrides, "--run-dir", str(run_dir)]
     command = ["make", "--no-print-directory", "demo", f"ARGS={' '.join(arguments)}"]
     if until is not None:
-        command = [sys.executable, "-m", "launcher.cli", "run", "recipes/demo.yaml", *arguments]
+        command = [sys.executable, "-m", "launcher.cli", "run", "recipes/demo/self_instruct.yaml", *arguments]
     environment = {**os.environ, "HF_TOKEN": CANARY, "PYTHONUNBUFFERED": "1"}
     with open(output, "w") as file:
         process = subprocess.Popen(

@@ -35,7 +35,7 @@ async def synthesize(method: str, pool: EnginePool, folder: Path) -> None:
     """The recipe of `method`, a little of it, on engines that are up already."""
     key = "num_instructions" if method in GROWING else "max_instructions"
     size = {**GROWING, **GIVEN}[method]
-    recipe = load(ROOT / "recipes" / f"{method}.yaml", [f"synthesize.{key}={size}"])
+    recipe = load(ROOT / "recipes/demo" / f"{method}.yaml", [f"synthesize.{key}={size}"])
     config = recipe.synthesize
     inputs = load_inputs(config, recipe.model, recipe.engine, recipe.seed)
     run = RunDir(folder).create()
@@ -59,7 +59,7 @@ def made(ray_cluster, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("methods")
 
     async def make_all() -> None:
-        engine = load(ROOT / "recipes" / "magpie.yaml", []).engine
+        engine = load(ROOT / "recipes/demo/magpie.yaml", []).engine
         async with EnginePool.start(engine, ModelConfig(path=str(CHAT_MODEL))) as pool:
             for method in (*GROWING, *GIVEN):
                 await synthesize(method, pool, folder / method)
@@ -88,7 +88,7 @@ def test_what_the_teacher_asks_are_mostly_tasks_of_its_world(made, method):
 
 
 def test_evol_instruct_from_the_command_line(tmp_path):
-    command = [str(ROOT / ".venv/bin/tunesmith"), "synthesize", "recipes/evol_instruct.yaml"]
+    command = [str(ROOT / ".venv/bin/tunesmith"), "synthesize", "recipes/demo/evol_instruct.yaml"]
     command += ["synthesize.max_instructions=24", "synthesize.num_rounds=2"]
     command += ["--run-dir", str(tmp_path / "run")]
     with tempfile.TemporaryDirectory(prefix="ts") as scratch:  # tmp_path is too long for Ray's sockets

@@ -13,13 +13,21 @@ COMMANDS = re.findall(r"^\$ (.+)$", README, flags=re.MULTILINE)
 RUN_ELSEWHERE = {
     "make demo": "tests/end_to_end/conftest.py:attempt",
     "make test": ".ci/run:make test",
-    "sbatch --nodes 2 slurm/synthesize.sbatch recipes/demo.yaml engine.num_replicas=2": (
+    "sbatch --nodes 2 slurm/synthesize.sbatch recipes/demo/self_instruct.yaml engine.num_replicas=2": (
         "tests/slurm/test_ray_job.py:def test_vllm_engines_on_two_nodes"
     ),
-    "sbatch --nodes 2 slurm/train.sbatch recipes/demo.yaml": "tests/slurm/test_train_sbatch.py:def test_two_nodes",
-    "ray job submit -- tunesmith synthesize recipes/demo.yaml": "tests/end_to_end/test_ray_job.py:ray job submit",
-    "tunesmith synthesize recipes/evol_instruct.yaml": "tests/end_to_end/test_methods.py:recipes/evol_instruct.yaml",
-    "tunesmith train recipes/demo.yaml train.data=my.jsonl --run-dir runs/mine": "test_readme.py:own_file",
+    "sbatch --nodes 2 slurm/train.sbatch recipes/demo/self_instruct.yaml": (
+        "tests/slurm/test_train_sbatch.py:def test_two_nodes"
+    ),
+    "ray job submit -- tunesmith synthesize recipes/demo/self_instruct.yaml": (
+        "tests/end_to_end/test_ray_job.py:ray job submit"
+    ),
+    "tunesmith synthesize recipes/demo/evol_instruct.yaml": (
+        "tests/end_to_end/test_methods.py:recipes/demo/evol_instruct.yaml"
+    ),
+    "tunesmith train recipes/demo/self_instruct.yaml train.data=my.jsonl --run-dir runs/mine": (
+        "test_readme.py:own_file"
+    ),
 }
 NEEDS_A_HUB = [command for command in COMMANDS if "<org/name>" in command]
 
@@ -54,7 +62,7 @@ def test_own_file(tmp_path):
     row = '{"messages": [{"role": "user", "content": "Say hello."}, {"role": "assistant", "content": "hello"}]}\n'
     data.write_text(row * 16)
     done = tunesmith(
-        f"tunesmith train recipes/demo.yaml train.data={data} train.num_epochs=1 train.num_processes=1 "
+        f"tunesmith train recipes/demo/self_instruct.yaml train.data={data} train.num_epochs=1 train.num_processes=1 "
         f"--run-dir {tmp_path / 'mine'}"
     )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -135,7 +135,7 @@ def test_plan_shows_the_memory_of_every_stage_from_the_config_alone(
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["plan", "absent.yaml"], "error: absent.yaml: there is no such recipe. See recipes/ for some."),
+        (["plan", "absent.yaml"], "error: absent.yaml: there is no such recipe. See recipes/ for examples."),
         (
             ["train", "recipe.yaml", "train.pakcing=false"],
             "error: command line: train.pakcing: unknown key; did you mean",

@@ -1,9 +1,11 @@
 """A recipe is checked as a whole before anything starts; an error names the place and the nearest right key."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
+from pydantic import BaseModel
 
 from cluster.errors import InputError
 from cluster.run.rundir import RunDir
@@ -11,6 +13,7 @@ from launcher import recipe as recipes
 from launcher.recipe import Recipe
 
 ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 GOOD = """\
 name: test
 model:
@@ -151,11 +154,27 @@ def test_a_missing_recipe_is_an_error(tmp_path: Path) -> None:
     assert complaint(tmp_path / "absent.yaml").startswith(f"{tmp_path}/absent.yaml: there is no such recipe")
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_of_the_project_is_valid(path: Path) -> None:
     recipe = recipes.load(path, [])
     again = Recipe(**yaml.safe_load(yaml.safe_dump(recipe.model_dump(mode="json"))))
     assert again == recipe, "a resolved recipe does not read back as it was"
+
+
+def repeated_defaults(written: dict, config: BaseModel, section: str = "") -> Iterator[str]:
+    """Dotted keys of `written` whose value is the default of `config`'s field."""
+    for key, value in written.items():
+        field = type(config).model_fields[key]
+        if isinstance(value, dict) and isinstance(inner := getattr(config, key), BaseModel):
+            yield from repeated_defaults(value, inner, f"{section}{key}.")
+        elif field.get_default(call_default_factory=True) == getattr(config, key):
+            yield section + key
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_repeats_no_default(path: Path) -> None:
+    written = yaml.safe_load(path.read_text())
+    assert set(repeated_defaults(written, recipes.load(path, []))) <= {"synthesize.method"}
 
 
 def saved(write, tmp_path: Path, *overrides: str) -> RunDir:

@@ -29,7 +29,7 @@ def user(slurm_cluster: SlurmBed, request: pytest.FixtureRequest) -> Iterator[Us
     """With the demo's recipe, smaller, and slow enough to be struck: two engines of eight sequences on two nodes."""
     folder = slurm_cluster.shared / re.sub(r"\W", "-", request.node.name)
     folder.mkdir()
-    recipe = yaml.safe_load((PROJECT / "recipes" / "demo.yaml").read_text())
+    recipe = yaml.safe_load((PROJECT / "recipes/demo/self_instruct.yaml").read_text())
     recipe |= {"run_dir": "run", "model": {"path": str(PROJECT / "models" / "world-base")}}
     recipe["engine"] |= {"num_replicas": 2, "max_num_seqs": 4}
     recipe["synthesize"]["num_instructions"] = NUM_INSTRUCTIONS
