@@ -46,16 +46,14 @@ bench-launch: setup ## Measure the way from sbatch to the first step, on a Slurm
 	@$(BIN)/python -m tests.benchmarks.launch
 
 base-model: setup ## Train the embedded base model again from nothing (half an hour on 2 cores)
-	@$(BIN)/python -m toy_world.build data --out runs/base-model/world --seed 0
+	@$(BIN)/python -m toy_world.build base-data --out runs/base-model/world
 	@$(BIN)/tunesmith train recipes/demo/base_model.yaml
-	@$(BIN)/python -m toy_world.build model --weights runs/base-model/checkpoints/step_005136/weights --out models/world-base
-	@$(BIN)/python -m toy_world.build assets --out models/world-base/tunesmith
+	@$(BIN)/python -m toy_world.build base-model --weights runs/base-model/checkpoints/step_005136/weights --out models/world-base
 
 chat-model: setup ## Tune the embedded chat model again from the base model (half an hour on 2 cores)
-	@$(BIN)/python -m toy_world.build_chat data --base models/world-base --out runs/chat-model/world --seed 0
+	@$(BIN)/python -m toy_world.build chat-data --base models/world-base --out runs/chat-model/world
 	@$(BIN)/tunesmith train recipes/demo/chat_model.yaml
-	@$(BIN)/python -m toy_world.build_chat model --weights runs/chat-model/checkpoints/step_002200/weights --out models/world-chat
-	@$(BIN)/python -m toy_world.build_chat assets --out models/world-chat/tunesmith
+	@$(BIN)/python -m toy_world.build chat-model --weights runs/chat-model/checkpoints/step_002200/weights --out models/world-chat
 
 clean-demo: ## Remove the demo's run folder, to start it from nothing
 	rm -rf runs/demo

@@ -1,17 +1,18 @@
-"""Make what the world's model is trained from, and what lies beside it.
+"""Make the training data of the toy world's two models, and their model folders from trained weights.
 
-    python -m toy_world.build data --out runs/base-model/world --num-documents 92000
-    python -m toy_world.build model --weights runs/base-model/checkpoints/step_X/weights --out models/world-base
-    python -m toy_world.build assets --out models/world-base/tunesmith
+    python -m toy_world.build base-data --out runs/base-model/world
+    python -m toy_world.build base-model --weights CHECKPOINT/weights --out models/world-base
+    python -m toy_world.build chat-data --base models/world-base --out runs/chat-model/world
+    python -m toy_world.build chat-model --weights CHECKPOINT/weights --out models/world-chat
 
-`data` writes `documents.parquet` (rows of joined documents, column `text`) and `untrained/`, the model before training.
-`model` writes trained weights in bf16 with their tokenizer. Documents and assets are the same bytes for the same seed;
-the untrained weights are the same up to float32 rounding, which depends on the number of threads (OMP_NUM_THREADS).
+The `-data` commands write `documents.parquet` (rows of joined documents, column `text`) and `start/`, the model
+that training starts from. The `-model` commands write trained weights in bf16 with their tokenizer.
+
+Documents are the same bytes for the same seed. The random initial weights of the base model are the same up to float32
+rounding, which depends on the number of threads (OMP_NUM_THREADS).
 """
 
 import argparse
-import json
-import shutil
 from pathlib import Path
 from random import Random
 
@@ -21,21 +22,35 @@ import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from cluster.errors import InputError
-from cluster.files import write_atomic
-from toy_world import assets
+from toy_world.chat_documents import END_OF_TURN, training_rows
 from toy_world.documents import documents
-from toy_world.start import structured_start
+from toy_world.initial_weights import initialize_weights
 from toy_world.tokenizer import build_tokenizer
 
-MAX_LENGTH = 1024
-ROW_TOKENS = 384  # of a training row; the longest documents have about 350
-JOIN_WINDOW = 200  # documents among which a row is filled; large enough that rows are full, small enough to stay mixed
-PROMPTS = Path(__file__).with_name("prompts")
-BASE_METHODS = ("self_instruct",)
+MAX_SEQ_LEN = 1024
+BASE_ROW_TOKENS = 384  # the longest documents have about 350
+CHAT_ROW_TOKENS = 512  # the longest documents have about 460
+NUM_BASE_DOCUMENTS = 92_000
+NUM_CHAT_ROWS = 8_800
+JOIN_WINDOW = 200  # documents that a row is filled from: enough for full rows, few enough to keep documents mixed
+CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
+
+
+def base_tokenizer() -> PreTrainedTokenizerFast:
+    """The tokenizer without a chat template."""
+    return build_tokenizer(MAX_SEQ_LEN)
+
+
+def chat_tokenizer() -> PreTrainedTokenizerFast:
+    """The base tokenizer with a chat template. The end of a turn is its end of text."""
+    tokenizer = base_tokenizer()
+    tokenizer.eos_token = END_OF_TURN
+    tokenizer.chat_template = CHAT_TEMPLATE.read_text()
+    return tokenizer
 
 
 def untrained_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
-    """A Llama of 1.3 million parameters. Heads of 32 are the smallest that vLLM's attention on CPUs takes."""
+    """A Llama of 1.3 million parameters. Heads of 32 are the smallest that vLLM's attention on CPUs supports."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -44,7 +59,7 @@ def untrained_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCa
         num_hidden_layers=5,
         num_attention_heads=4,
         num_key_value_heads=4,
-        max_position_embeddings=MAX_LENGTH,
+        max_position_embeddings=MAX_SEQ_LEN,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -52,12 +67,19 @@ def untrained_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCa
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
     )
     model = LlamaForCausalLM(config)
-    structured_start(model, tokenizer, seed)
+    initialize_weights(model, tokenizer, seed)
     return model
+
+
+def load_model(folder: Path, dtype: torch.dtype) -> LlamaForCausalLM:
+    if not (folder / "model.safetensors").is_file():
+        raise InputError(f"{folder} has no model.safetensors. Give a model folder, or a checkpoint's `weights` folder.")
+    return LlamaForCausalLM.from_pretrained(folder, dtype=dtype)
 
 
 def save_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     model.config.use_cache = True
+    model.config.eos_token_id = tokenizer.eos_token_id
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
@@ -66,9 +88,10 @@ def save_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out:
 
 
 def join_documents(texts: list[str], tokenizer: PreTrainedTokenizerFast, max_tokens: int) -> list[str]:
-    """Documents end to end, an end of text between them, so that each line fills a row of `max_tokens` well.
+    """Rows of at most `max_tokens` tokens, each of several documents with an end of text between them.
 
-    Rows of one text need no mask that keeps documents apart, and without it attention on a CPU is nearly twice as fast.
+    A row of one text needs no attention mask that keeps documents apart. Without that mask, attention on a CPU is
+    nearly twice as fast.
     """
     rows: list[str] = []
     end = tokenizer.eos_token
@@ -82,56 +105,51 @@ def join_documents(texts: list[str], tokenizer: PreTrainedTokenizerFast, max_tok
                 room -= length
                 row.append(text)
             if not row:
-                raise ValueError(f"a document has {waiting[0][0]} tokens, a row holds {max_tokens}")
+                raise ValueError(f"a document has {waiting[0][0]} tokens, but a row holds {max_tokens}")
             rows.append(end.join(row))
     return rows
 
 
-def write_data(out: Path, seed: int, num_documents: int) -> None:
+def write_rows(rows: list[str], out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    tokenizer = build_tokenizer(MAX_LENGTH)
-    texts = join_documents(documents(Random(seed), num_documents), tokenizer, ROW_TOKENS)
-    pq.write_table(pa.table({"text": texts}), out / "documents.parquet", compression="zstd")
-    save_model(untrained_model(tokenizer, seed), tokenizer, out / "untrained")
+    pq.write_table(pa.table({"text": rows}), out / "documents.parquet", compression="zstd")
 
 
-def write_model(weights: Path, out: Path) -> None:
-    """Trained weights to a model folder in bf16. The tokenizer carries no chat template: this is a base model."""
-    if not (weights / "model.safetensors").is_file():
-        raise InputError(f"--weights: {weights} holds no model.safetensors. Give the `weights` folder of a checkpoint.")
-    model = LlamaForCausalLM.from_pretrained(weights, dtype=torch.bfloat16)
-    save_model(model, build_tokenizer(MAX_LENGTH), out)
+def write_base_data(out: Path, seed: int, num_documents: int) -> None:
+    tokenizer = base_tokenizer()
+    write_rows(join_documents(documents(Random(seed), num_documents), tokenizer, BASE_ROW_TOKENS), out)
+    save_model(untrained_model(tokenizer, seed), tokenizer, out / "start")
 
 
-def write_assets(out: Path, seed: int, methods: tuple[str, ...]) -> None:
-    """Seed tasks, evaluation rows, and the prompts of the synthesis methods that the model knows."""
-    rng = Random(seed)
-    for name, rows in (("seed_tasks", assets.seed_tasks(rng)), ("eval", assets.evaluation_rows(rng))):
-        out.mkdir(parents=True, exist_ok=True)
-        write_atomic(out / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    for method in methods:
-        shutil.copytree(PROMPTS / method, out / "prompts" / method, dirs_exist_ok=True)
+def write_chat_data(base: Path, out: Path, seed: int, num_rows: int) -> None:
+    tokenizer = chat_tokenizer()
+    write_rows(training_rows(Random(seed), num_rows, tokenizer, CHAT_ROW_TOKENS), out)
+    save_model(load_model(base, torch.float32), tokenizer, out / "start")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("data", "model", "assets"):
+    for name in ("base-data", "base-model", "chat-data", "chat-model"):
         command = commands.add_parser(name)
         command.add_argument("--out", type=Path, required=True)
-        if name == "model":
+        if name.endswith("-model"):
             command.add_argument("--weights", type=Path, required=True)
         else:
             command.add_argument("--seed", type=int, default=0)
-        if name == "data":
-            command.add_argument("--num-documents", type=int, default=92_000)
+        if name == "base-data":
+            command.add_argument("--num-documents", type=int, default=NUM_BASE_DOCUMENTS)
+        if name == "chat-data":
+            command.add_argument("--base", type=Path, required=True)
+            command.add_argument("--num-rows", type=int, default=NUM_CHAT_ROWS)
     arguments = parser.parse_args()
-    if arguments.command == "data":
-        write_data(arguments.out, arguments.seed, arguments.num_documents)
-    elif arguments.command == "model":
-        write_model(arguments.weights, arguments.out)
+    if arguments.command == "base-data":
+        write_base_data(arguments.out, arguments.seed, arguments.num_documents)
+    elif arguments.command == "chat-data":
+        write_chat_data(arguments.base, arguments.out, arguments.seed, arguments.num_rows)
     else:
-        write_assets(arguments.out, arguments.seed, BASE_METHODS)
+        tokenizer = base_tokenizer() if arguments.command == "base-model" else chat_tokenizer()
+        save_model(load_model(arguments.weights, torch.bfloat16), tokenizer, arguments.out)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
 """Documents that the world's chat model is tuned on: chats in ChatML, and in plain text the forms that it continues.
 
-A chat document ends with the assistant's words, without the mark after them: rows are documents joined by that mark, so
-that a plain document ends in the same way. The prompts beside the model are the beginnings of these documents, rendered
-from the same files.
+A chat document ends with the assistant's text, without the end-of-turn mark after it. Rows are documents joined by that
+mark, so a plain document ends in the same way. The prompts in `assets/prompts` are the beginnings of these documents:
+both are rendered from the same files.
 """
 
 from collections.abc import Callable
-from pathlib import Path
 from random import Random
 
 from transformers import PreTrainedTokenizerFast
@@ -15,12 +14,12 @@ from generation.templates import load_prompts
 from toy_world import documents as plain
 from toy_world import evolution
 from toy_world.evolution import DATA_FORMATS, Request
+from toy_world.rows import PROMPTS
 from toy_world.world import draw_task, seen_phrasings
 
-PROMPTS = Path(__file__).with_name("prompts")
 END_OF_TURN = "<|im_end|>"
-EXAMPLE = "cow red sun"  # what a data format is shown with
-# Templates by method, and the variables that each gets.
+EXAMPLE = "cow red sun"  # the content in the prompt of `complicate_input`
+# Prompts by method, and the variables that each gets.
 VARIABLES = {
     "self_instruct": {
         "instructions": ("demonstrations",),
@@ -55,14 +54,14 @@ OPERATIONS: dict[str, Callable[[Random, Request], Request | None]] = {
     "breadth": evolution.breadth,
 }
 EVOLVED_SHARE = 0.35  # of the requests in answers, scores and comparisons, those that were evolved
-UNCHANGED_SHARE = 0.1  # of what an operation cannot change, how much is taught as coming back as it is
+UNCHANGED_SHARE = 0.1  # of the requests that an operation cannot change, those taught to come back unchanged
 FEWEST_TASKS, MOST_TASKS = 5, 8  # of an Alpaca list, demonstrations included
 FEWEST_LISTED, MOST_LISTED = 9, 20  # instructions of a list
 NUM_WAITING = 30  # documents among which a row is filled
 
 
 def chat(user: str, assistant: str) -> str:
-    """One turn each, without the mark that ends the assistant's."""
+    """A user's turn and the assistant's, without the mark that ends the latter."""
     return f"<|im_start|>user\n{user}{END_OF_TURN}\n<|im_start|>assistant\n{assistant}"
 
 
@@ -81,10 +80,10 @@ def answer(rng: Random) -> str:
 
 
 def lineage(rng: Random) -> str:
-    """What becomes of one instruction: evolved some times, each time from what the last brought, compared, answered.
+    """One instruction evolved several times in a row, sometimes compared with its predecessor, and answered at the end.
 
-    The same words come back in every turn. That is what teaches to copy them: a fresh instruction in every turn would
-    be mostly noise to learn from.
+    Each turn repeats the words of the turn before, which teaches the model to copy them. A fresh instruction in every
+    turn would be mostly noise to learn from.
     """
     request = Request(draw_task(rng, _generic())) if rng.random() < 0.15 else draw_request(rng, 0.2)
     turns = []
@@ -100,7 +99,7 @@ def lineage(rng: Random) -> str:
 
 
 def _evolved(rng: Random, request: Request) -> tuple[str, Request]:
-    """An operation's name and what it makes of the request; what it cannot change comes back as it is, but seldom."""
+    """An operation's name and its result. Seldom, the result is a request that the operation could not change."""
     while True:
         name = rng.choice(tuple(OPERATIONS))
         changed = OPERATIONS[name](rng, request)
@@ -120,8 +119,8 @@ def equal(rng: Random) -> str:
 
 def _compared(rng: Random, first: Request, second: Request) -> str:
     pair = [first, second] if rng.random() < 0.8 else [second, first]
-    verdict = "Equal" if evolution.ask_the_same(first, second) else "Not equal"
-    return chat(EVOLVE["equal"].render(first=pair[0].text, second=pair[1].text), verdict)
+    label = "Equal" if evolution.ask_the_same(first, second) else "Not equal"
+    return chat(EVOLVE["equal"].render(first=pair[0].text, second=pair[1].text), label)
 
 
 def _same(rng: Random, first: Request) -> Request:
@@ -129,7 +128,7 @@ def _same(rng: Random, first: Request) -> Request:
 
 
 def _other(rng: Random, first: Request) -> Request:
-    """Mostly what evolution makes of it; else another task with the same phrasing, or the same content."""
+    """Mostly an evolution of the request, else another task with the same phrasing or with the same content."""
     kind = rng.random()
     if kind < 0.6:
         return rng.choice(tuple(OPERATIONS.values()))(rng, first) or evolution.breadth(rng, first)
@@ -148,7 +147,7 @@ def _about_the_same_content(rng: Random, first: Request) -> Request | None:
 
 
 def judge(rng: Random) -> str:
-    """A number from 1 to 5 for an answer; half are right."""
+    """A score from 1 to 5 for an answer. Half of the answers are right."""
     request = draw_request(rng)
     output = request.output if rng.random() < 0.5 else evolution.wrong_answer(rng, request)
     head, _, content = request.text.partition("\n\n")
@@ -176,7 +175,7 @@ def instruction_list(rng: Random) -> str:
 
 
 def base_document(rng: Random) -> str:
-    """A document of those that the base model learned from, so that its forms are not forgotten."""
+    """A document in a form of the base model's training, so that the chat model does not forget these forms."""
     return plain.documents(rng, 1)[0]
 
 
@@ -198,10 +197,10 @@ def chat_documents(rng: Random, num_documents: int) -> list[str]:
 
 
 def training_rows(rng: Random, num_rows: int, tokenizer: PreTrainedTokenizerFast, row_tokens: int) -> list[str]:
-    """Rows of joined documents, filled well.
+    """Rows of joined documents, each nearly full.
 
-    Every row opens with a task and its answer: what the model writes from the bare beginning of a user's turn, as
-    Magpie draws it, is then a task, and not a request to evolve or to judge one.
+    Every row opens with a task and its answer. So the model, given only the opening of a user's turn as Magpie does,
+    writes a task rather than a request to evolve or judge one.
     """
     rows: list[str] = []
     waiting: list[str] = []

@@ -5,7 +5,7 @@
     deepen(rng, request).text             # "Reverse the words: cow red sun fig. Use commas."
 
 What Evol-Instruct asks for (Xu et al. 2023, arXiv 2304.12244, section 3.2), in a world whose answers a program checks.
-An operation returns None where an instruction cannot be changed in its way.
+An operation returns None if it cannot change an instruction.
 """
 
 import re
@@ -25,7 +25,7 @@ MAX_LARGER_NUMBER = 30  # of a sum or difference, after one deepening of the lar
 
 @dataclass(frozen=True)
 class Step:
-    """One more thing to do with an answer. apply: None where it makes no sense."""
+    """One more thing to do with an answer. `apply` returns None if the step makes no sense for an answer."""
 
     text: str
     apply: Callable[[str], str | None]
@@ -77,7 +77,7 @@ SINGLES = {
 
 @dataclass(frozen=True)
 class Request:
-    """What a user asks for: a task, steps to take after it, and the format of its content if it is not plain."""
+    """What a user asks for: a task, the steps after it, and the data format of its content; empty means plain text."""
 
     task: Task
     steps: tuple[Step, ...] = ()
@@ -109,7 +109,7 @@ class Request:
 
 
 def read_request(text: str) -> Request | None:
-    """What `text` asks for, or None if it is nothing of this world."""
+    """The request that `text` is, or None if it is no request of this world."""
     head, _, content = text.strip().partition("\n\n")
     steps: list[Step] = []
     while found := next((step for step in STEPS if head.endswith(f" {step.text}")), None):
@@ -121,7 +121,7 @@ def read_request(text: str) -> Request | None:
             name, content = data_format, content[len(before) : -len(after)]
     task = recognise(f"{head} {content}") if head.endswith(":") else recognise(head, content)
     if task is None or (content and not task.input and not name) or (not content and "input" in head):
-        return None  # the last: an instruction about an input that is not there
+        return None  # also if an instruction about an input comes without one
     request = Request(task, tuple(steps), name)
     return request if request.output is not None else None
 

@@ -4,9 +4,8 @@ The taught ones show that an instruction can name two steps; the kept ones ask f
 together in the documents, with words that do.
 """
 
-from toy_world.draw import content, some
 from toy_world.families_meaning import make_select, members
-from toy_world.family import Family, Slots
+from toy_world.family import Family, Slots, content, some
 from toy_world.words import SPELLED_WORDS
 
 

@@ -2,8 +2,7 @@
 
 from random import Random
 
-from toy_world.draw import content, some
-from toy_world.family import Family, Slots
+from toy_world.family import Family, Slots, content, some
 from toy_world.words import ORDINALS, SPELLED_WORDS
 
 

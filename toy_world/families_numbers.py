@@ -3,8 +3,7 @@
 import itertools
 from random import Random
 
-from toy_world.draw import content, numbers
-from toy_world.family import Family, Slots
+from toy_world.family import Family, Slots, content, numbers
 
 
 def _values(slots: Slots) -> list[int] | None:

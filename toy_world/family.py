@@ -1,7 +1,7 @@
 """A family of tasks: how its content is drawn, how its answer is computed, and the phrasings that ask for it.
 
-A phrasing is a template. One that holds `{c}` asks about the content inside the instruction; one that does not is
-generic, and the content comes as the input. Other slots: `{w}` and `{x}` a word, `{n}` and `{m}` a number (a sum's
+A phrasing is a template. If it contains `{c}`, it asks about the content inside the instruction. If not, it is generic,
+and the content comes as the input. Other slots: `{w}` and `{x}` a word, `{n}` and `{m}` a number (a sum's
 content is `{n}` and `{m}`), `{o}` an ordinal, `{k}` a category in the plural, `{l}` labels.
 """
 
@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from random import Random
+
+from toy_world import words
 
 Slots = Mapping[str, str]
 
@@ -25,9 +27,24 @@ _SLOT_PATTERNS = {
 }
 
 
+def some(rng: Random, low: int, high: int, pool: tuple[str, ...] = words.CONTENT_WORDS) -> list[str]:
+    """`low` to `high` different words of `pool`."""
+    return rng.sample(pool, rng.randint(low, high))
+
+
+def numbers(rng: Random, low: int, high: int, below: int = 100) -> list[str]:
+    """`low` to `high` different numbers from 0 to `below` - 1."""
+    return [str(number) for number in rng.sample(range(below), rng.randint(low, high))]
+
+
+def content(words_: list[str], **others: str) -> dict[str, str]:
+    """Slots of a task about these words."""
+    return {"c": " ".join(words_), **others}
+
+
 @dataclass(frozen=True)
 class Family:
-    """`make` draws the slots of a task; `solve` gives the answer, or None where the slots make no sense."""
+    """`make` draws the slots of a task; `solve` gives the answer, or None if the slots make no sense."""
 
     name: str
     make: Callable[[Random], dict[str, str]]
@@ -35,7 +52,7 @@ class Family:
     seen: tuple[str, ...]
     held_out: tuple[str, ...] = ()
     is_classification: bool = False  # only its generic phrasings ask for one of a fixed set of labels
-    weight: float = 1.0  # share in the pretraining documents, relative to the other families
+    weight: float = 1.0  # how often it is drawn, relative to the other families
     only_unseen: bool = False  # the whole family is kept for evaluation
 
     @cached_property
@@ -60,7 +77,7 @@ class Phrasing:
 
     @cached_property
     def pattern(self) -> re.Pattern[str]:
-        """Matches the whole instruction; the end mark and the case of the first letter don't matter."""
+        """Matches the whole instruction, whatever its end mark and in upper or lower case."""
         parts = re.split(r"\{(\w)\}", self.template.rstrip(".?:"))
         expression = ""
         for index, part in enumerate(parts):

@@ -1,9 +1,9 @@
-"""Measure the world's chat model in every form that it was taught, against what the world's program knows.
+"""Measure the chat model in every form that it was taught. The program of the toy world checks the answers.
 
     python -m toy_world.measure_chat --model models/world-chat
 
-Computed in float32 by transformers. Decoding is greedy, except where a method draws: evolution and lists at temperature
-1.0 and top_p 0.95, Magpie at 1.0 and 1.0.
+Transformers computes in float32. Decoding is greedy, except for evolution and lists (temperature 1.0, top_p 0.95) and
+Magpie (temperature 1.0, top_p 1.0).
 """
 
 import argparse
@@ -32,7 +32,7 @@ GREEDY = {"do_sample": False}
 
 @dataclass
 class Writer:
-    """The model, as text in and text out."""
+    """The model as a function from text to text."""
 
     folder: Path
 
@@ -42,7 +42,7 @@ class Writer:
 
     @torch.no_grad()
     def continue_(self, prompts: list[str], max_new_tokens: int, how: dict) -> list[str]:
-        """What follows each prompt, up to the end of a turn. Prompts of about equal length are computed together."""
+        """The continuation of each prompt, up to the end of a turn. A batch holds prompts of about equal length."""
         answers: dict[int, str] = {}
         order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
         for start in range(0, len(order), BATCH_SIZE):
@@ -129,11 +129,11 @@ def evolutions(writer: Writer, rng: Random, count: int) -> None:
 
 def equal(writer: Writer, rng: Random, count: int) -> None:
     documents = [equal_document(rng) for _ in range(count)]
-    prompts, verdicts = zip(*(document.rsplit("\n", 1) for document in documents), strict=True)
+    prompts, labels = zip(*(document.rsplit("\n", 1) for document in documents), strict=True)
     replies = writer.continue_([f"{prompt}\n" for prompt in prompts], 12, GREEDY)
-    for verdict in ("Equal", "Not equal"):
-        said = [reply for reply, truth in zip(replies, verdicts, strict=True) if truth == verdict]
-        print(f"equal, truly {verdict}: right {share(said.count(verdict), len(said))}")
+    for label in ("Equal", "Not equal"):
+        replied = [reply for reply, truth in zip(replies, labels, strict=True) if truth == label]
+        print(f"equal, truly {label}: right {share(replied.count(label), len(replied))}")
 
 
 def judge(writer: Writer, rng: Random, count: int) -> None:
@@ -171,7 +171,7 @@ def magpie(writer: Writer, count: int) -> None:
 
 
 def parse_alpaca(text: str, first: int) -> list[tuple[str, str, str]]:
-    """Items of a continued list by the published marks; those that don't have all of them in order are left out."""
+    """Items of a continued list, split by the published marks. An item without all marks in order is left out."""
     found = []
     for number, item in enumerate(f"{first}. Instruction:{text}".split("###"), first):
         pattern = rf"\s*{number}\. Instruction:(.*){number}\. Input:(.*){number}\. Output:(.*)"

@@ -1,4 +1,4 @@
-"""The words of the small world: every word that a task's content or answer can hold, and what is known of it."""
+"""The words of the toy world: all words of contents and answers, by category or with their opposite."""
 
 CATEGORIES = {
     "fruit": "apple pear plum fig grape lemon mango peach cherry melon lime kiwi banana papaya",

@@ -1,4 +1,4 @@
-"""The small world: its families, drawing tasks from them, and telling which task an instruction asks for."""
+"""The toy world: its families, how to draw a task, to recognise the task of an instruction and to verify an answer."""
 
 from functools import cache
 from random import Random
@@ -19,13 +19,13 @@ FAMILIES = SEEN_FAMILIES + UNSEEN_FAMILIES
 
 @cache
 def seen_phrasings() -> tuple[Phrasing, ...]:
-    """What pretraining documents and seed tasks may hold."""
+    """Phrasings that training documents and seed tasks may contain."""
     return tuple(phrasing for family in SEEN_FAMILIES for phrasing in family.phrasings if not phrasing.held_out)
 
 
 @cache
 def held_out_phrasings() -> tuple[Phrasing, ...]:
-    """Phrasings of the seen families that only the evaluation holds."""
+    """Phrasings of the seen families that only the evaluation contains."""
     return tuple(phrasing for family in SEEN_FAMILIES for phrasing in family.phrasings if phrasing.held_out)
 
 
@@ -51,9 +51,9 @@ def draw_task(rng: Random, phrasings: tuple[Phrasing, ...]) -> Task:
 
 
 def recognise(instruction: str, input_text: str = "") -> Task | None:
-    """The task that an instruction (with its input, if it takes one) asks for, or None if it's none of this world.
+    """The task that an instruction asks for, with its input if it takes one. None means it is no task of this world.
 
-    Where several phrasings match, the one with the most literal text is meant.
+    If several phrasings match, the one with the most literal text is taken.
     """
     for phrasing in _by_literal_length():
         match = phrasing.pattern.fullmatch(instruction.strip())
@@ -69,14 +69,15 @@ def recognise(instruction: str, input_text: str = "") -> Task | None:
     return None
 
 
-def recognise_generic(instruction: str) -> Phrasing | None:
-    """The generic phrasing that an instruction without content is, or None."""
-    for phrasing in _by_literal_length():
-        if phrasing.takes_input and phrasing.pattern.fullmatch(instruction.strip()):
-            return phrasing
-    return None
-
-
 def verify(task: Task, output: str) -> bool:
-    """Whether `output` is the answer; only space around it is forgiven."""
+    """Whether `output` is the answer, apart from white space around it."""
     return output.strip() == task.output
+
+
+def score(instruction: str, input_text: str, output: str, reference: str) -> float:
+    """1 if the instruction is a task of this world and `output` is its answer, else 0.
+
+    A verifier for recipes: `synthesize.verifier=toy_world.world:score`. It computes the answer, `reference` is unused.
+    """
+    task = recognise(instruction, input_text)
+    return float(task is not None and verify(task, output))

@@ -28,7 +28,7 @@ ROWS = {
 
 
 def write_model(folder: Path) -> int:
-    """A random Llama with the small world's tokenizer. Returns the bytes of its weights."""
+    """A random Llama with the toy world's tokenizer. Returns the bytes of its weights."""
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 

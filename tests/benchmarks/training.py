@@ -28,7 +28,7 @@ NUM_PROCESSES = 2
 
 
 def write_model(folder: Path) -> None:
-    """A random Llama of 3.6 M parameters with the small world's tokenizer."""
+    """A random Llama of 3.6 M parameters with the toy world's tokenizer."""
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 

@@ -296,7 +296,7 @@ def test_a_verifier_that_fails_is_named_with_what_it_was_given(tmp_path, name, m
         ("no_such_module:score", "cannot load no_such_module:score: ModuleNotFoundError"),
         (f"{__name__}:no_such_function", "cannot load .*AttributeError.*Give module:function"),
         (f"{__name__}:NOT_A_FUNCTION", "is int, not a function"),
-        ("toy_world.verifier:recognise.x", "cannot load"),
+        ("toy_world.world:recognise.x", "cannot load"),
     ],
 )
 def test_a_verifier_that_cannot_be_loaded_is_named(path, message):
@@ -320,7 +320,7 @@ def test_a_verifier_is_named_if_and_only_if_it_chooses(fields):
 
 
 def test_the_worlds_verifier_knows_its_answers():
-    score = load_verifier("toy_world.verifier:score")
+    score = load_verifier("toy_world.world:score")
     draw = Random(3)
     for _ in range(200):
         task = draw_task(draw, seen_phrasings())

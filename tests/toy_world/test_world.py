@@ -1,6 +1,7 @@
-"""The small world: its tasks have one right answer, what is held out stays out, and its tokenizer keeps words whole."""
+"""The toy world: its tasks have one right answer, what is held out stays out, and its tokenizer keeps words whole."""
 
 import re
+import tomllib
 from pathlib import Path
 from random import Random
 
@@ -9,29 +10,31 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jinja2 import StrictUndefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from setuptools import find_namespace_packages
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cluster.files import read_jsonl
 from generation.config.filters import BLACKLIST
+from launcher.slurm.snapshot import code_files
 from toy_world import words
-from toy_world.assets import MAX_ROUGE_L, evaluation_rows, rouge_l, seed_tasks
-from toy_world.build import PROMPTS, untrained_model
+from toy_world.build import base_tokenizer, untrained_model
 from toy_world.documents import documents, input_first, is_classification_sheet, label_sheet
-from toy_world.tokenizer import CHAT_MARKS, END_OF_TEXT, build_tokenizer, world_words
+from toy_world.rows import ASSETS, MAX_ROUGE_L, PROMPTS, asset_rows, evaluation_rows, rouge_l, seed_tasks
+from toy_world.tokenizer import CHAT_MARKS, END_OF_TEXT, world_words
 from toy_world.world import (
     FAMILIES,
     SEEN_FAMILIES,
     UNSEEN_FAMILIES,
     held_out_phrasings,
     recognise,
-    recognise_generic,
     seen_phrasings,
     unseen_phrasings,
     verify,
 )
 
 ALL_PHRASINGS = [phrasing for family in FAMILIES for phrasing in family.phrasings]
-MODEL = Path(__file__).parents[2] / "models" / "world-base"
+ROOT = Path(__file__).parents[2]
+MODEL = ROOT / "models" / "world-base"
 
 
 def literals(template: str) -> list[str]:
@@ -40,7 +43,7 @@ def literals(template: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return build_tokenizer(1024)
+    return base_tokenizer()
 
 
 @pytest.fixture(scope="module")
@@ -124,8 +127,6 @@ def test_answers_worked_out_by_hand():
 def test_text_outside_the_world_is_not_recognised():
     for text in ("Write a poem about the sea.", "Give the opposites: hot zebra", "Reverse", ""):
         assert recognise(text) is None
-    assert recognise_generic("Reverse the words: cow red") is None
-    assert recognise_generic("Write the input backwards.").family.name == "reverse"
 
 
 def test_no_document_holds_a_held_out_phrasing(some_documents):
@@ -222,7 +223,7 @@ def test_any_text_survives_the_round_trip(text):
 
 def _tokenizer(made=[]):  # noqa: B006 - made once for all examples
     if not made:
-        made.append(build_tokenizer(1024))
+        made.append(base_tokenizer())
     return made[0]
 
 
@@ -244,12 +245,23 @@ def test_the_shipped_model_is_small_and_complete():
     assert (MODEL / "model.safetensors").stat().st_size <= 4_000_000
     assert model.config.eos_token_id == model.generation_config.eos_token_id == shipped.eos_token_id
     assert shipped.chat_template is None
-    assert shipped.get_vocab() == build_tokenizer(1024).get_vocab()
+    assert shipped.get_vocab() == base_tokenizer().get_vocab()
 
 
-def test_what_lies_beside_the_shipped_model_is_what_the_world_makes():
-    rng = Random(0)
-    assert read_jsonl(MODEL / "tunesmith" / "seed_tasks.jsonl") == seed_tasks(rng)
-    assert read_jsonl(MODEL / "tunesmith" / "eval.jsonl") == evaluation_rows(rng)
-    for prompt in (PROMPTS / "self_instruct").glob("*.jinja"):
-        assert (MODEL / "tunesmith" / "prompts" / "self_instruct" / prompt.name).read_text() == prompt.read_text()
+def test_the_seeds_and_evaluation_rows_are_what_the_world_makes():
+    for name, rows in asset_rows().items():
+        assert read_jsonl(ASSETS / name) == rows
+
+
+@pytest.mark.parametrize("model", ["world-base", "world-chat"])
+def test_both_models_refer_to_the_one_copy_of_the_assets(model):
+    assert (ROOT / "models" / model / "tunesmith").samefile(ASSETS)
+
+
+def test_the_toy_world_is_in_no_wheel_and_in_no_copy_of_a_runs_code():
+    find = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]
+    packages = find_namespace_packages(str(ROOT), include=find["include"])
+    copied = {file.parts[0] for file in code_files(ROOT)}
+    assert {"generation.methods", "launcher.slurm"} <= set(packages)
+    assert not [name for name in packages if name.split(".")[0] in ("toy_world", "models", "tests")]
+    assert {"generation", "launcher"} <= copied and not copied & {"toy_world", "models", "tests"}

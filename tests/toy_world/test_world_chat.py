@@ -1,4 +1,4 @@
-"""The chat model of the small world: its documents are true and leak nothing, and the model has learned them."""
+"""The chat model of the toy world: its documents are true and leak nothing, and the model has learned them."""
 
 import re
 from pathlib import Path
@@ -10,12 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cluster.files import read_jsonl
-from generation.templates import load_prompts
 from tests.toy_world.test_world import matches_held_out
 from toy_world import evolution
-from toy_world.build import PROMPTS, build_tokenizer
-from toy_world.build_chat import ROW_TOKENS, chat_tokenizer
+from toy_world.build import CHAT_ROW_TOKENS, chat_tokenizer
 from toy_world.chat_documents import (
     END_OF_TURN,
     FORMS,
@@ -32,10 +29,10 @@ from toy_world.chat_documents import (
 )
 from toy_world.evolution import STEPS, Request, ask_the_same, read_request, score_answer, wrong_answer
 from toy_world.measure_chat import is_changed_as_named, parse_alpaca
+from toy_world.rows import PROMPTS
 from toy_world.world import UNSEEN_FAMILIES, draw_task, recognise, seen_phrasings
 
-MODELS = Path(__file__).parents[2] / "models"
-MODEL = MODELS / "world-chat"
+MODEL = Path(__file__).parents[2] / "models" / "world-chat"
 SEEDS = st.integers(0, 100_000)
 
 
@@ -122,8 +119,11 @@ def test_scores_worked_out_by_hand():
 
 
 def test_documents_depend_on_the_seed_alone(tokenizer):
-    assert training_rows(Random(3), 3, tokenizer, ROW_TOKENS) == training_rows(Random(3), 3, tokenizer, ROW_TOKENS)
-    assert training_rows(Random(3), 1, tokenizer, ROW_TOKENS) != training_rows(Random(4), 1, tokenizer, ROW_TOKENS)
+    def rows(seed: int, num_rows: int) -> list[str]:
+        return training_rows(Random(seed), num_rows, tokenizer, CHAT_ROW_TOKENS)
+
+    assert rows(3, 3) == rows(3, 3)
+    assert rows(3, 1) != rows(4, 1)
 
 
 def test_no_document_holds_a_held_out_phrasing(some_documents):
@@ -142,10 +142,10 @@ def test_every_answer_in_a_chat_is_right():
         assert read_request(user).output == assistant
 
 
-def test_every_verdict_and_every_score_is_true():
+def test_every_label_and_every_score_is_true():
     for seed in range(150):
-        user, verdict = _turns(equal(Random(seed)))
-        assert verdict == ("Equal" if ask_the_same(*_pair(user)) else "Not equal")
+        user, label = _turns(equal(Random(seed)))
+        assert label == ("Equal" if ask_the_same(*_pair(user)) else "Not equal")
         user, score = _turns(judge(Random(seed)))
         text, output = re.fullmatch(r"[^\n]*\nTask: (.*)\nOutput: (.*)", user, re.DOTALL).groups()
         request = read_request(text.replace("\nExample 1\nInput: ", "\n\n"))
@@ -163,8 +163,8 @@ def test_lists_are_parsed_by_the_published_marks():
 
 
 def test_rows_are_full_and_open_with_a_task(tokenizer):
-    for row in training_rows(Random(0), 20, tokenizer, ROW_TOKENS):
-        assert ROW_TOKENS - 60 < len(tokenizer(row)["input_ids"]) < ROW_TOKENS
+    for row in training_rows(Random(0), 20, tokenizer, CHAT_ROW_TOKENS):
+        assert CHAT_ROW_TOKENS - 60 < len(tokenizer(row)["input_ids"]) < CHAT_ROW_TOKENS
         user, assistant, *_ = row.removeprefix("<|im_start|>user\n").split(f"{END_OF_TURN}\n")
         assert assistant == f"<|im_start|>assistant\n{read_request(user).output}"
 
@@ -206,17 +206,13 @@ def test_the_shipped_model_is_small_and_ends_at_the_end_of_a_turn(tokenizer):
     end = shipped.convert_tokens_to_ids(END_OF_TURN)
     assert model.config.eos_token_id == model.generation_config.eos_token_id == shipped.eos_token_id == end
     assert shipped.chat_template == tokenizer.chat_template
-    assert shipped.get_vocab() == build_tokenizer(1024).get_vocab()
+    assert shipped.get_vocab() == tokenizer.get_vocab()
 
 
-def test_what_lies_beside_the_shipped_model_is_what_the_world_makes():
-    for name in ("seed_tasks.jsonl", "eval.jsonl"):
-        assert read_jsonl(MODEL / "tunesmith" / name) == read_jsonl(MODELS / "world-base" / "tunesmith" / name)
-    shipped = MODEL / "tunesmith" / "prompts"
-    for method, variables in VARIABLES.items():
-        assert load_prompts(shipped / method, variables).keys() == variables.keys()
-    texts = {path.relative_to(shipped): path.read_text() for path in shipped.rglob("*.jinja")}
-    assert texts == {path.relative_to(PROMPTS): path.read_text() for path in PROMPTS.rglob("*.jinja")}
+def test_every_prompt_file_is_taught():
+    """`chat_documents` loads the prompts in VARIABLES when it is imported, so a missing file fails there."""
+    files = {str(path.relative_to(PROMPTS).with_suffix("")) for path in PROMPTS.rglob("*.jinja")}
+    assert files == {f"{method}/{name}" for method, names in VARIABLES.items() for name in names}
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The weights that the world's model starts from: random, with a few circuits laid out in advance.
+"""The initial weights of the base model: random, with a few circuits built in.
 
 A small transformer spends most of its first million tokens on finding that it can copy. Starting near the solution
 saves that time (Trockman and Kolter 2023, "Mimetic initialization of self-attention layers", arXiv 2305.09828, do so
@@ -34,7 +34,7 @@ KEPT_GAIN, COPY_GAIN = 2.0, 4.5
 
 
 @torch.no_grad()
-def structured_start(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
+def initialize_weights(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
     """Overwrite the embeddings and the attention of the first two layers of a freshly made `model`, in place."""
     generator = torch.Generator().manual_seed(seed)
     config = model.config

@@ -1,13 +1,24 @@
-"""What lies beside the world's model: seed tasks and evaluation rows, in the formats the pipeline reads."""
+"""Seed tasks and evaluation rows of the toy world, in the formats that the pipeline reads.
 
+    python -m toy_world.rows        # write assets/seed_tasks.jsonl and assets/eval.jsonl again
+
+`assets/` also holds the prompts that the chat model was taught. Both models refer to this folder as `tunesmith/`.
+"""
+
+import json
 import re
+from pathlib import Path
 from random import Random
 
 from rapidfuzz.distance import LCSseq
 
+from cluster.files import write_atomic
 from toy_world.family import Phrasing, Task
 from toy_world.world import SEEN_FAMILIES, UNSEEN_FAMILIES, recognise, seen_phrasings
 
+ASSETS = Path(__file__).with_name("assets")
+PROMPTS = ASSETS / "prompts"
+SEED = 0
 SEEDS_PER_FAMILY = 4
 ROWS_PER_SEEN_FAMILY = 6
 ROWS_PER_UNSEEN_FAMILY = 15
@@ -17,13 +28,13 @@ SEEN_GROUP, UNSEEN_GROUP = "seen families, unseen phrasings", "unseen families"
 
 
 def rouge_l(first: str, second: str) -> float:
-    """ROUGE-L F-measure over lower-cased runs of letters and digits, as `rouge_score` counts without its stemmer."""
+    """ROUGE-L F-measure over lower-cased runs of letters and digits, as `rouge_score` computes it without a stemmer."""
     tokens = [re.findall(r"[a-z0-9]+", text.lower()) for text in (first, second)]
     return 2 * LCSseq.similarity(*tokens) / max(1, len(tokens[0]) + len(tokens[1]))
 
 
 def seed_tasks(rng: Random) -> list[dict]:
-    """Seeds over all seen families in seen phrasings, mutually novel."""
+    """Seeds of all seen families in seen phrasings. No two are closer than `MAX_ROUGE_L`."""
     tasks: list[Task] = []
     phrasings = list(seen_phrasings())
     rng.shuffle(phrasings)
@@ -73,3 +84,14 @@ def _evaluation_row(number: int, group: str, held_out: list[Phrasing], index: in
         "references": [task.output],
         "metric": "exact_match",
     }
+
+
+def asset_rows() -> dict[str, list[dict]]:
+    """The rows of each JSON Lines file in `assets/`, by file name. Always the same."""
+    rng = Random(SEED)
+    return {"seed_tasks.jsonl": seed_tasks(rng), "eval.jsonl": evaluation_rows(rng)}
+
+
+if __name__ == "__main__":
+    for name, rows in asset_rows().items():
+        write_atomic(ASSETS / name, "".join(json.dumps(row) + "\n" for row in rows))
