@@ -2,7 +2,7 @@
 
 with Progress("synthesize") as progress:
     progress.line("resuming: 312 finished requests found")
-    progress.update("214/400 instructions kept")
+    progress.update("214/400 instructions accepted")
 """
 
 import time

@@ -3,8 +3,9 @@
     proposal r -> drafts -> filters -> kept instructions -> finished in parallel -> rows, in order -> files
 
 Everything that decides the data happens in the order of r, whatever order the answers come in: a proposal may draw only
-on what was kept up to r - lookahead, drafts are judged in the order of r, and rows leave in the order of their
-instructions. So one engine or many, interrupted or not, make the same data as long as the engines answer the same.
+on what was accepted up to proposal r - max_concurrent_proposals, drafts are filtered in the order of r, and rows are
+written in the order of their instructions. So one engine or many, interrupted or not, make the same data as long as the
+engines answer the same.
 """
 
 import asyncio
@@ -14,17 +15,16 @@ from collections import deque
 from collections.abc import Coroutine
 from dataclasses import asdict, dataclass, replace
 
-from generation.attribution import Attribution
+from generation.accepted import AcceptedList, Demonstration
 from generation.config import SynthesisConfig
 from generation.filters import Draft, FilterChain
 from generation.forecast import Pilot
 from generation.judge import Judge
-from generation.kept import KeptList, Shown
-from generation.method import Kept, Method, Outcome, Proposal
-from generation.records import Production, Record, RejectedRecord, draft_of
+from generation.method import AcceptedInstruction, InstructionResult, Method, Proposal
+from generation.records import GenerationResult, Record, RejectedRecord, draft_of
 from generation.requester import BudgetReached
 from generation.sink import DataSink
-from generation.state import Admission, Tally, from_json, to_json
+from generation.state import Counts, LoopState, Timers, from_json, to_json
 
 MAX_OPEN = 20_000  # kept instructions whose rows are not yet committed; bounds memory, and slack behind a slow one
 
@@ -33,33 +33,33 @@ MAX_OPEN = 20_000  # kept instructions whose rows are not yet committed; bounds 
 class _Finishing:
     """A kept instruction whose rows are being made."""
 
-    kept: Kept
-    task: asyncio.Task[Outcome | BudgetReached]
+    kept: AcceptedInstruction
+    task: asyncio.Task[InstructionResult | BudgetReached]
 
 
 # What goes from judging to the files, in order: of each proposal the request that wrote it, what became of its drafts,
 # and where judging stood after it. None: there is no more.
-_Admitted = Production | RejectedRecord | _Finishing | Admission | None
+_Admitted = GenerationResult | RejectedRecord | _Finishing | LoopState | None
 
 
 class Driver:
     """One run of a method to its end."""
 
     def __init__(
-        self, method: Method, config: SynthesisConfig, sink: DataSink, judge: Judge | None, attribution: Attribution
+        self, method: Method, config: SynthesisConfig, sink: DataSink, judge: Judge | None, timers: Timers
     ) -> None:
         self.stopped_because = ""  # empty: the method reached its goal
         self.spent_budget: str | None = None  # the limit that stopped it, if it was one
-        self.admission = Admission()  # ahead of what is committed
-        self.committed = Tally()
+        self.state = LoopState()  # ahead of what is committed
+        self.committed = Counts()
         self.num_unfinished = 0  # kept instructions that a spent budget left without rows
         self.pilot = Pilot(config.pilot_rows)
         self._method = method
         self._config = config
         self._sink = sink
         self._judge = judge
-        self._attribution = attribution
-        self._kept = KeptList(config.lookahead)
+        self._timers = timers
+        self._kept = AcceptedList(config.max_concurrent_proposals)
         self._instruction_filters = FilterChain(config.instruction_filters)
         self._row_filters = FilterChain(config.row_filters)
         self._room = asyncio.Semaphore(MAX_OPEN)
@@ -78,7 +78,7 @@ class Driver:
             self._restore(checkpoint)
         elif not all(self._commit_row(record) for record in self._method.seed_rows()):
             return
-        self._end_step(self.admission)
+        self._end_step(self.state)
         async with asyncio.TaskGroup() as group:
             growing = group.create_task(self._grow(group))
             await self._commit()
@@ -88,9 +88,9 @@ class Driver:
 
     def _restore(self, checkpoint: dict) -> None:
         """Take up where a checkpoint left off: the counts, and the filters' memory from the committed columns."""
-        self.admission, self.committed = from_json(checkpoint)
+        self.state, self.committed = from_json(checkpoint)
         kept = list(self._sink.iter_columns("instructions", ["id", "instruction", "input"]))
-        self._kept.restore(kept, self.admission.num_admitted, self.admission.kept_after)
+        self._kept.restore(kept, self.state.num_proposals, self.state.num_accepted_after)
         for batch in kept:
             columns = batch.to_pydict()
             self._instruction_filters.remember_many(columns["id"], columns["instruction"], columns["input"])
@@ -105,7 +105,7 @@ class Driver:
     async def _grow(self, group: asyncio.TaskGroup) -> None:
         """Begin proposals, several at a time, and admit them in order."""
         under_way: deque[asyncio.Task[Proposal | BudgetReached]] = deque()
-        num_begun = self.admission.num_admitted
+        num_begun = self.state.num_proposals
         last = math.inf if self._method.max_proposals is None else self._method.max_proposals
         while not self._has_enough() and not self.spent_budget:
             while len(under_way) < self._num_wanted() and num_begun < last:
@@ -121,8 +121,8 @@ class Driver:
                 break
             await self._admit(group, proposal)
             is_searching = self._method.num_wanted is not None  # else the proposals are given, and end by themselves
-            if is_searching and self.admission.num_fruitless >= self._config.max_fruitless_requests:
-                self._stop(f"{self.admission.num_fruitless} requests in a row brought nothing new")
+            if is_searching and self.state.num_empty >= self._config.max_empty_requests:
+                self._stop(f"{self.state.num_empty} requests in a row brought nothing new")
                 break
         if self.spent_budget and under_way:
             await asyncio.wait(under_way)  # they cannot be admitted, but what is paid for goes into the log
@@ -131,46 +131,46 @@ class Driver:
         self._admitted.put_nowait(None)
 
     def _has_enough(self) -> bool:
-        return self._method.num_wanted is not None and self.admission.num_kept >= self._method.num_wanted
+        return self._method.num_wanted is not None and self.state.num_accepted >= self._method.num_wanted
 
     def _num_wanted(self) -> int:
-        """Proposals to have under way: `lookahead`, fewer when fewer will do at the yield so far."""
+        """Proposals to have under way: `max_concurrent_proposals`, fewer when fewer will do at the yield so far."""
         if self._method.num_wanted is None:
-            return self._config.lookahead
-        num_missing = self._method.num_wanted - self.admission.num_kept
-        if self.admission.num_kept:
-            num_missing = math.ceil(num_missing * self.admission.num_admitted / self.admission.num_kept)
-        return min(self._config.lookahead, num_missing)
+            return self._config.max_concurrent_proposals
+        num_missing = self._method.num_wanted - self.state.num_accepted
+        if self.state.num_accepted:
+            num_missing = math.ceil(num_missing * self.state.num_proposals / self.state.num_accepted)
+        return min(self._config.max_concurrent_proposals, num_missing)
 
     async def _admit(self, group: asyncio.TaskGroup, proposal: Proposal) -> None:
         """Judge the drafts of the next proposal in order, and begin to finish those that are kept."""
-        state = self.admission = self.admission.copy()
-        if proposal.made_by:
-            self._admitted.put_nowait(proposal.made_by)
-        num_kept_before = state.num_kept
+        state = self.state = self.state.copy()
+        if proposal.response:
+            self._admitted.put_nowait(proposal.response)
+        num_accepted_before = state.num_accepted
         for position, item in enumerate(proposal.items):
             if self._has_enough():
                 break
-            judged = self._judge_draft(proposal, position, item) if isinstance(item, Draft) else item
-            if isinstance(judged, Kept):
+            judged = self._filter_draft(proposal, position, item) if isinstance(item, Draft) else item
+            if isinstance(judged, AcceptedInstruction):
                 await self._room.acquire()
                 judged = _Finishing(judged, self._start(group, self._finish(judged)))
             self._admitted.put_nowait(judged)
-        state.num_admitted += 1
-        state.num_fruitless = 0 if state.num_kept > num_kept_before else state.num_fruitless + 1
-        state.kept_after = self._kept.end_proposal()
+        state.num_proposals += 1
+        state.num_empty = 0 if state.num_accepted > num_accepted_before else state.num_empty + 1
+        state.num_accepted_after = self._kept.end_proposal()
         self._admitted.put_nowait(state)
 
-    def _judge_draft(self, proposal: Proposal, position: int, draft: Draft) -> Kept | RejectedRecord:
-        with self._attribution.spent_on("filter"):
-            verdict = self._instruction_filters.judge(draft)
-            if verdict.rejection:
-                source = proposal.made_by.request_id if proposal.made_by else proposal.id_prefix
-                return RejectedRecord("instruction", verdict.rejection, source, position, draft, verdict.nearest)
-            kept = Kept(f"{proposal.id_prefix}-{position}", draft, position, proposal, verdict.nearest)
+    def _filter_draft(self, proposal: Proposal, position: int, draft: Draft) -> AcceptedInstruction | RejectedRecord:
+        with self._timers.measure("filter"):
+            decision = self._instruction_filters.decide(draft)
+            if decision.rejection:
+                source = proposal.response.request_id if proposal.response else proposal.id_prefix
+                return RejectedRecord("instruction", decision.rejection, source, position, draft, decision.nearest)
+            kept = AcceptedInstruction(f"{proposal.id_prefix}-{position}", draft, position, proposal, decision.nearest)
             self._instruction_filters.remember(kept.id, draft)
-        self._kept.append(Shown(kept.id, draft.instruction))
-        self.admission.num_kept += 1
+        self._kept.append(Demonstration(kept.id, draft.instruction))
+        self.state.num_accepted += 1
         return kept
 
     # -- finish
@@ -190,7 +190,7 @@ class Driver:
         task.add_done_callback(lambda _: work.close())  # cancelled before its first step, it would never be awaited
         return task
 
-    async def _finish(self, kept: Kept) -> Outcome:
+    async def _finish(self, kept: AcceptedInstruction) -> InstructionResult:
         outcome = await self._method.finish(kept)
         return await self._judge.score(outcome) if self._judge else outcome
 
@@ -207,21 +207,23 @@ class Driver:
         """Hand results to the files in order, whichever is ready first, until all are or the rows are enough."""
         while (item := await self._admitted.get()) is not None:
             match item:
-                case Production():
-                    self.committed.count((item,))
+                case GenerationResult():
+                    self.committed.add((item,))
                 case RejectedRecord():
                     self.committed.num_generated += item.stage == "instruction"
-                    with self._attribution.spent_on("write"):
+                    with self._timers.measure("write"):
                         self._sink.add_rejected(item)
                 case _Finishing():
                     self.committed.num_generated += 1
                     if not await self._commit_outcome(item.kept, item.task):
                         return
-                case Admission():
+                case LoopState():
                     self._end_step(item)
                     self._maybe_checkpoint(item)
 
-    async def _commit_outcome(self, kept: Kept, task: asyncio.Task[Outcome | BudgetReached]) -> bool:
+    async def _commit_outcome(
+        self, kept: AcceptedInstruction, task: asyncio.Task[InstructionResult | BudgetReached]
+    ) -> bool:
         """Returns False once the dataset has all the rows that the budget allows."""
         outcome = await task
         self._room.release()
@@ -229,8 +231,8 @@ class Driver:
             self._spent(outcome)
             self.num_unfinished += 1
             return True
-        self.committed.count(outcome.made_by)
-        with self._attribution.spent_on("write"):
+        self.committed.add(outcome.responses)
+        with self._timers.measure("write"):
             self._sink.add_instruction(instruction_row(kept, outcome))
             for rejected in outcome.rejected:
                 self._sink.add_rejected(replace(rejected, task=kept.id))
@@ -240,16 +242,16 @@ class Driver:
         """Filter and write a row of a kept instruction or of a seed. Returns False once the budget allows no more."""
         if self._config.row_filters:
             draft = draft_of(record)
-            with self._attribution.spent_on("filter"):
-                verdict = self._row_filters.judge(draft)
-                if verdict.rejection is None:
+            with self._timers.measure("filter"):
+                decision = self._row_filters.decide(draft)
+                if decision.rejection is None:
                     self._row_filters.remember(record.id, draft)
-            if verdict.rejection:
-                nearest = verdict.nearest
-                rejected = RejectedRecord("row", verdict.rejection, record.id, 0, draft, nearest, kept_id)
+            if decision.rejection:
+                nearest = decision.nearest
+                rejected = RejectedRecord("row", decision.rejection, record.id, 0, draft, nearest, kept_id)
                 self._sink.add_rejected(rejected)
                 return True
-        with self._attribution.spent_on("write"):
+        with self._timers.measure("write"):
             self._sink.add_row(record)
         limit = self._config.budget.max_rows
         if limit is not None and self._sink.num_rows >= limit:
@@ -257,29 +259,29 @@ class Driver:
             return False
         return True
 
-    def _end_step(self, admission: Admission) -> None:
+    def _end_step(self, state: LoopState) -> None:
         """All of a proposal is committed: one more measurement for the forecast."""
         tokens = self.committed.num_completion_tokens
-        self.pilot.add(admission.num_admitted, self._sink.num_instructions, self._sink.num_rows, tokens)
+        self.pilot.add(state.num_proposals, self._sink.num_instructions, self._sink.num_rows, tokens)
 
-    def _maybe_checkpoint(self, admission: Admission) -> None:
+    def _maybe_checkpoint(self, state: LoopState) -> None:
         """Save progress now and then, between proposals, as long as nothing before was left unfinished."""
         is_due = time.monotonic() - self._last_checkpoint >= self._config.checkpoint_seconds
         if is_due and not self.num_unfinished:
-            with self._attribution.spent_on("write"):
-                self._sink.checkpoint(to_json(admission, self.committed))
+            with self._timers.measure("write"):
+                self._sink.checkpoint(to_json(state, self.committed))
             self._last_checkpoint = time.monotonic()
 
 
-def instruction_row(kept: Kept, outcome: Outcome) -> dict:
+def instruction_row(kept: AcceptedInstruction, outcome: InstructionResult) -> dict:
     """A kept instruction as a row of `data/instructions`."""
-    made_by = kept.proposal.made_by
+    response = kept.proposal.response
     return {
         "id": kept.id,
         "instruction": kept.draft.instruction,
         "input": kept.draft.input,
         "is_classification": outcome.is_classification,
-        "request_id": made_by.request_id if made_by else None,
+        "request_id": response.request_id if response else None,
         "round": 0,
         "parent_ids": list(kept.proposal.parent_ids),
         "seed_ids": list(kept.proposal.seed_ids),

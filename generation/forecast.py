@@ -36,7 +36,7 @@ class Range:
 class Goal:
     """What ends a run, in all; None: that does not."""
 
-    num_kept: int | None = None  # instructions
+    num_accepted: int | None = None  # instructions
     num_proposals: int | None = None
     max_rows: int | None = None
     max_completion_tokens: int | None = None
@@ -49,23 +49,25 @@ class Pilot:
 
     num_rows_wanted: int
     num_proposals: int = 0
-    num_kept: int = 0
+    num_accepted: int = 0
     num_rows: int = 0
     num_tokens: int = 0  # of completions
     steps: list[tuple[int, int, int]] = field(default_factory=list)  # kept, rows, tokens
     is_begun: bool = False
     is_full: bool = False
 
-    def add(self, num_proposals: int, num_kept: int, num_rows: int, num_tokens: int) -> None:
+    def add(self, num_proposals: int, num_accepted: int, num_rows: int, num_tokens: int) -> None:
         """One more step is committed; these are the totals now. The first call is where measuring begins."""
         if self.is_full:
             return
         if self.is_begun:
-            self.steps.append((num_kept - self.num_kept, num_rows - self.num_rows, num_tokens - self.num_tokens))
+            self.steps.append(
+                (num_accepted - self.num_accepted, num_rows - self.num_rows, num_tokens - self.num_tokens)
+            )
             self.is_full = sum(step[1] for step in self.steps) >= self.num_rows_wanted
         self.is_begun = True
         self.num_proposals = num_proposals
-        self.num_kept, self.num_rows, self.num_tokens = num_kept, num_rows, num_tokens
+        self.num_accepted, self.num_rows, self.num_tokens = num_accepted, num_rows, num_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,8 +155,8 @@ def _remaining(pilot: Pilot, goal: Goal, pace: Pace, speeds: np.ndarray | None) 
     left: dict[int, float | np.ndarray] = {}
     if goal.num_proposals is not None:
         left[0] = max(goal.num_proposals - pilot.num_proposals, 0)
-    if goal.num_kept is not None:
-        left[1] = max(goal.num_kept - pilot.num_kept, 0)
+    if goal.num_accepted is not None:
+        left[1] = max(goal.num_accepted - pilot.num_accepted, 0)
     if goal.max_rows is not None:
         left[2] = max(goal.max_rows - pilot.num_rows, 0)
     tokens: float | np.ndarray = np.inf

@@ -16,7 +16,7 @@ from generation.judge import PROMPTS as JUDGE_PROMPTS
 from generation.method import Method
 from generation.methods import METHODS
 from generation.seed_tasks import SeedTask, load_seed_tasks
-from generation.serving import Player, find_players
+from generation.serving import RoleModel, resolve_models
 from generation.templates import Prompt, load_prompts
 
 PACKAGE = Path(__file__).parent
@@ -33,7 +33,7 @@ class Inputs:
     method: type[Method]
     seeds: Sequence[SeedTask]
     prompts: dict[str, Prompt]
-    players: Mapping[Role, Player]
+    models: Mapping[Role, RoleModel]
     seed: int
     identity: dict
 
@@ -43,18 +43,18 @@ class Inputs:
 
     @property
     def num_engines(self) -> int:
-        return sum({(p.source, p.engine): p.engine.num_replicas for p in self.players.values()}.values())
+        return sum({(each.source, each.engine): each.engine.num_replicas for each in self.models.values()}.values())
 
     @property
     def model_names(self) -> str:
-        return ", ".join(dict.fromkeys(player.name for player in self.players.values()))
+        return ", ".join(dict.fromkeys(role_model.name for role_model in self.models.values()))
 
 
 def load_inputs(config: SynthesisConfig, model: ModelConfig, engine: EngineConfig, seed: int) -> Inputs:
     """Find and check seeds, prompts and models. `auto` means the writer's own where it brings some."""
     method = METHODS[config.method]
-    players = find_players(config, method, model, engine)
-    first = next(iter(players.values()))
+    models = resolve_models(config, method, model, engine)
+    first = next(iter(models.values()))
     own = Path(first.source.path) / BESIDE_MODEL
     seeds_path = _seeds_path(config, method, own)
     seeds = load_seed_tasks(seeds_path) if seeds_path else ()
@@ -64,12 +64,16 @@ def load_inputs(config: SynthesisConfig, model: ModelConfig, engine: EngineConfi
         "seeds": _fingerprint(seeds_path) if seeds_path else None,
         "prompts": {name: prompt.sha for name, prompt in prompts.items()},
         "models": {
-            role: {"revision": player.revision, "form": player.form, "max_model_len": player.engine.max_model_len}
-            for role, player in players.items()
+            role: {
+                "revision": role_model.revision,
+                "form": role_model.form,
+                "max_model_len": role_model.engine.max_model_len,
+            }
+            for role, role_model in models.items()
         },
         "seed": seed,
     }
-    return Inputs(config, method, seeds, prompts, players, seed, identity)
+    return Inputs(config, method, seeds, prompts, models, seed, identity)
 
 
 def _seeds_path(config: SynthesisConfig, method: type[Method], own: Path) -> Path | None:

@@ -6,8 +6,8 @@ from dataclasses import replace
 from cluster.engines.config import Sampling, StructuredOutput
 from generation.config import JudgeConfig
 from generation.filters import Draft, Rejection
-from generation.method import Outcome
-from generation.records import Production, Record, RejectedRecord, draft_of
+from generation.method import InstructionResult
+from generation.records import GenerationResult, Record, RejectedRecord, draft_of
 from generation.requester import UNANSWERED, Requester
 from generation.templates import Prompt
 
@@ -20,20 +20,20 @@ def score_sampling(sampling: Sampling) -> Sampling:
     return sampling.model_copy(update={"structured": StructuredOutput(choice=SCORES)})
 
 
-def parse_score(made_by: Production) -> int | None:
+def parse_score(response: GenerationResult) -> int | None:
     """The score that was given; None if the judge was not answered for."""
-    text = made_by.completion.text.strip()
-    return int(text) if made_by.completion.finish_reason not in UNANSWERED and text in SCORES else None
+    text = response.completion.text.strip()
+    return int(text) if response.completion.finish_reason not in UNANSWERED and text in SCORES else None
 
 
-def not_judged(made_by: Production) -> Rejection:
+def not_judged(response: GenerationResult) -> Rejection:
     """Nothing can be said of what a judge did not answer for, or answered in another way than it was asked to."""
-    completion = made_by.completion
+    completion = response.completion
     return Rejection("not_judged", completion.text.strip() or completion.finish_reason)
 
 
 class Judge:
-    """Asks the judge about every row of an outcome."""
+    """Asks the judge about every row of an result."""
 
     def __init__(self, config: JudgeConfig, prompt: Prompt, requester: Requester) -> None:
         self._config = config
@@ -41,20 +41,20 @@ class Judge:
         self._requester = requester
         self._sampling = score_sampling(config.sampling)
 
-    async def score(self, outcome: Outcome) -> Outcome:
-        """The outcome with the rows that score too low among the rejected."""
-        answers = await asyncio.gather(*(self._ask(record) for record in outcome.rows))
-        rows, rejected = [], list(outcome.rejected)
-        for record, made_by in zip(outcome.rows, answers, strict=True):
-            score = parse_score(made_by)
+    async def score(self, result: InstructionResult) -> InstructionResult:
+        """The result with the rows that score too low among the rejected."""
+        answers = await asyncio.gather(*(self._ask(record) for record in result.rows))
+        rows, rejected = [], list(result.rejected)
+        for record, response in zip(result.rows, answers, strict=True):
+            score = parse_score(response)
             if score is not None and score >= self._config.min_score:
                 rows.append(record)
                 continue
-            why = Rejection("low_score", str(score)) if score else not_judged(made_by)
+            why = Rejection("low_score", str(score)) if score else not_judged(response)
             rejected.append(RejectedRecord("row", why, record.id, 0, draft_of(record)))
-        return replace(outcome, rows=tuple(rows), rejected=tuple(rejected), made_by=(*outcome.made_by, *answers))
+        return replace(result, rows=tuple(rows), rejected=tuple(rejected), responses=(*result.responses, *answers))
 
-    async def _ask(self, record: Record) -> Production:
+    async def _ask(self, record: Record) -> GenerationResult:
         draft: Draft = draft_of(record)
         text = self._prompt.render(
             instruction=draft.instruction, input="", output=draft.output, rubric=self._config.rubric

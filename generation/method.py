@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from random import Random
 from typing import ClassVar, Protocol
 
-from generation.attribution import Attribution
+from generation.accepted import Demonstration
 from generation.config import Role
 from generation.filters import Draft, Neighbor
-from generation.kept import Shown
-from generation.records import Production, Record, RejectedRecord
+from generation.records import GenerationResult, Record, RejectedRecord
 from generation.requester import Requester
 from generation.seed_tasks import SeedTask
+from generation.state import Timers
 from generation.templates import Prompt
 
 
@@ -27,13 +27,13 @@ class Proposal:
 
     id_prefix: str
     items: tuple[Draft | RejectedRecord, ...]
-    made_by: Production | None = None  # none: the instructions are given
+    response: GenerationResult | None = None  # none: the instructions are given
     parent_ids: tuple[str, ...] = ()
     seed_ids: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class AcceptedInstruction:
     """An instruction that passed the filters, and the proposal that it came from."""
 
     id: str
@@ -44,12 +44,12 @@ class Kept:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class InstructionResult:
     """What became of a kept instruction."""
 
     rows: tuple[Record, ...] = ()
     rejected: tuple[RejectedRecord, ...] = ()
-    made_by: tuple[Production, ...] = ()  # requests beside the proposal's own
+    responses: tuple[GenerationResult, ...] = ()  # requests beside the proposal's own
     is_classification: bool | None = None  # none: not asked
 
 
@@ -60,7 +60,7 @@ class MethodInputs:
     seeds: Sequence[SeedTask]
     prompts: Mapping[str, Prompt]
     requester: Requester
-    attribution: Attribution
+    timers: Timers
     seed: int
 
     def draw(self, *what: object) -> Random:
@@ -85,8 +85,8 @@ class Method(Protocol):
     def seed_rows(self) -> Sequence[Record]:
         """Rows that are in the dataset before anything is generated."""
 
-    def propose(self, number: int, visible: Sequence[Shown]) -> Coroutine[None, None, Proposal]:
+    def propose(self, number: int, visible: Sequence[Demonstration]) -> Coroutine[None, None, Proposal]:
         """Begin proposal `number`. It may draw on what is `visible`, now: later it would be something else."""
 
-    async def finish(self, kept: Kept) -> Outcome:
+    async def finish(self, accepted: AcceptedInstruction) -> InstructionResult:
         """Make the rows of a kept instruction."""

@@ -82,7 +82,7 @@ class Origin:
 
 
 @dataclass(frozen=True, slots=True)
-class Production:
+class GenerationResult:
     """Which request wrote a row."""
 
     request_id: str
@@ -192,24 +192,24 @@ def human_record(
 
 
 def machine_record(
-    origin: Origin, made_by: Production, user: str, assistant: str, position: int = 0, sample: int = 0
+    origin: Origin, response: GenerationResult, user: str, assistant: str, position: int = 0, sample: int = 0
 ) -> Record:
     """The row at `position` of what a request wrote in sample `sample`. Token counts are the whole request's."""
     return Record(
-        id=sha256_json([made_by.request_id, origin.task, origin.round, position, sample]),
+        id=sha256_json([response.request_id, origin.task, origin.round, position, sample]),
         messages=make_messages(user, assistant),
         method=origin.method,
         task=origin.task,
         round=origin.round,
         parent_ids=origin.parent_ids,
         seed_ids=origin.seed_ids,
-        model=made_by.model,
-        model_revision=made_by.model_revision,
-        prompt_name=made_by.prompt_name,
-        prompt_sha=made_by.prompt_sha,
-        sampling=json.dumps(made_by.sampling.model_dump(mode="json", exclude_none=True), sort_keys=True),
-        num_prompt_tokens=made_by.completion.num_prompt_tokens,
-        num_completion_tokens=made_by.completion.num_completion_tokens,
-        finish_reason=made_by.completion.samples[sample].finish_reason,
+        model=response.model,
+        model_revision=response.model_revision,
+        prompt_name=response.prompt_name,
+        prompt_sha=response.prompt_sha,
+        sampling=json.dumps(response.sampling.model_dump(mode="json", exclude_none=True), sort_keys=True),
+        num_prompt_tokens=response.completion.num_prompt_tokens,
+        num_completion_tokens=response.completion.num_completion_tokens,
+        finish_reason=response.completion.samples[sample].finish_reason,
         license=origin.license,
     )

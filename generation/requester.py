@@ -12,11 +12,10 @@ from cluster.engines.config import Prompt as EnginePrompt
 from cluster.engines.pool import EnginePool
 from cluster.errors import TunesmithError
 from cluster.files import sha256_json
-from generation.attribution import Attribution
 from generation.config import BudgetConfig, Role
-from generation.records import Production
+from generation.records import GenerationResult
 from generation.request_log import RequestLog
-from generation.state import Tally
+from generation.state import Counts, Timers
 from generation.templates import Prompt
 
 UNANSWERED = ("prompt_too_long", "engine_died")  # finish reasons of a completion without a text
@@ -38,7 +37,7 @@ class ServedModel:
     source: ModelConfig
     revision: str
     pool: EnginePool
-    form: Literal["plain", "chat"]
+    form: Literal["completion", "chat"]
     adapter: str | None = None
 
 
@@ -51,11 +50,11 @@ class Requester:
         log: RequestLog,
         seed: int,
         budget: BudgetConfig | None = None,
-        attribution: Attribution | None = None,
-        spent: Tally | None = None,
+        timers: Timers | None = None,
+        spent: Counts | None = None,
     ) -> None:
         """spent: on the requests of what is committed already; they are not asked again, and count for the budget."""
-        spent = spent or Tally()
+        spent = spent or Counts()
         self.num_resumed = 0
         self.num_generated = 0  # requests that engines answered
         self.num_answered = spent.num_requests  # logged ones included
@@ -64,7 +63,7 @@ class Requester:
         self._log = log
         self._seed = seed
         self._budget = budget or BudgetConfig()
-        self._attribution = attribution or Attribution()
+        self._timers = timers or Timers()
         self._under_way: dict[str, asyncio.Task[Completion]] = {}
         self._gate = asyncio.Lock()  # one request waits for the budget, those after it for the gate
         self._start = time.monotonic()
@@ -89,7 +88,7 @@ class Requester:
         sampling: Sampling,
         replica: int = 0,
         system: str | None = None,
-    ) -> Production:
+    ) -> GenerationResult:
         """Continue `text`, which `prompt` rendered, or answer it as the user's turn of a chat if the role is asked so.
 
         `replica` tells apart requests that may have the same text; `system` is put before the user's turn.
@@ -102,7 +101,7 @@ class Requester:
 
     async def continue_tokens(
         self, role: Role, stage: str, token_ids: list[int], name: str, sampling: Sampling, replica: int
-    ) -> Production:
+    ) -> GenerationResult:
         """Continue a prompt that no template made; `name` stands for it in the rows."""
         return await self._ask(role, stage, token_ids, (name, sha256_json(token_ids)[:16]), sampling, replica)
 
@@ -114,7 +113,7 @@ class Requester:
         prompt: tuple[str, str],
         sampling: Sampling,
         replica: int,
-    ) -> Production:
+    ) -> GenerationResult:
         """The id is a hash of all that decides the answer; the model goes in by what it holds, so moving its folder
         changes nothing. The sampling seed follows from the id, unless the recipe sets one."""
         model = self._models[role]
@@ -133,7 +132,7 @@ class Requester:
             sampling = sampling.model_copy(update={"seed": int(request_id[:8], 16) >> 1})
         request = GenerationRequest(request_id, rendered, sampling, model.adapter, group=name)
         completion = await self._complete(request, model.pool)
-        return Production(request_id, model.name, model.revision, name, sha, sampling, completion)
+        return GenerationResult(request_id, model.name, model.revision, name, sha, sampling, completion)
 
     async def _complete(self, request: GenerationRequest, pool: EnginePool) -> Completion:
         """From the log, from the same request if it is under way, or from the engines."""
@@ -157,7 +156,7 @@ class Requester:
 
     async def _generate(self, request: GenerationRequest, pool: EnginePool) -> Completion:
         completion = await pool.generate(request)
-        with self._attribution.spent_on("log"):
+        with self._timers.measure("log"):
             self._log.append(request.request_id, asdict(_without_token_ids(completion)))
         self.num_generated += 1
         self._count(completion)

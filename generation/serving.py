@@ -23,7 +23,7 @@ ROUNDING = 1e-6  # of sums of fractions of a CPU
 
 
 @dataclass(frozen=True)
-class Player:
+class RoleModel:
     """A model in a role, found and checked, before any engine is started."""
 
     name: str  # as the recipe has it
@@ -34,9 +34,9 @@ class Player:
     engine: EngineConfig
 
 
-def find_players(
+def resolve_models(
     config: SynthesisConfig, method: type[Method], model: ModelConfig, engine: EngineConfig
-) -> dict[Role, Player]:
+) -> dict[Role, RoleModel]:
     """The model of each role that the method has, and of the judge if rows are judged.
 
     Raises InputError for a model or an adapter that is not there.
@@ -44,7 +44,7 @@ def find_players(
     forms = dict(method.FORMS)
     if config.judge:
         forms.setdefault("judge", "chat")
-    players: dict[Role, Player] = {}
+    models: dict[Role, RoleModel] = {}
     for role, form in forms.items():
         chosen = config.models.of(role)
         named = ModelConfig(path=chosen.path, revision=chosen.revision) if chosen.path else model
@@ -56,8 +56,8 @@ def find_players(
             adapter = str(_locate_adapter(written_under, chosen.adapter))
             revision += f"+{fingerprint_folder(Path(adapter))}"
         name = f"{named.path}+{chosen.adapter}" if chosen.adapter else named.path
-        players[role] = Player(name, source, revision, chosen.form or form, adapter, chosen.engine or engine)
-    return players
+        models[role] = RoleModel(name, source, revision, chosen.form or form, adapter, chosen.engine or engine)
+    return models
 
 
 def _locate_adapter(role: Role, path: str) -> Path:
@@ -71,14 +71,14 @@ def _locate_adapter(role: Role, path: str) -> Path:
 
 
 @contextlib.asynccontextmanager
-async def serving(players: Mapping[Role, Player]) -> AsyncIterator[dict[Role, ServedModel]]:
+async def serving(models: Mapping[Role, RoleModel]) -> AsyncIterator[dict[Role, ServedModel]]:
     """Start one pool for each model and engine setting; roles that agree in both share it.
 
     Raises InputError if the cluster cannot hold all pools side by side, and what `EnginePool.start` raises.
     """
     adapters: dict[tuple[ModelConfig, EngineConfig], set[str]] = {}
-    for player in players.values():
-        adapters.setdefault((player.source, player.engine), set()).update(filter(None, [player.adapter]))
+    for role_model in models.values():
+        adapters.setdefault((role_model.source, role_model.engine), set()).update(filter(None, [role_model.adapter]))
     if len(adapters) > 1:  # a single pool sees for itself
         await _wait_for_room([engine for _, engine in adapters])
     async with contextlib.AsyncExitStack() as stack:
@@ -88,18 +88,17 @@ async def serving(players: Mapping[Role, Player]) -> AsyncIterator[dict[Role, Se
         }
         yield {
             role: ServedModel(
-                player.name, player.source, player.revision, pools[player.source, player.engine], player.form,
-                player.adapter,
+                each.name, each.source, each.revision, pools[each.source, each.engine], each.form, each.adapter
             )
-            for role, player in players.items()
-        }  # fmt: skip
+            for role, each in models.items()
+        }
 
 
-def count_gpus(players: Mapping[Role, Player]) -> int:
+def count_gpus(models: Mapping[Role, RoleModel]) -> int:
     """GPUs of all engines together, 0 on a cluster without any. Needs a Ray session."""
     if not ray.cluster_resources().get("GPU", 0):
         return 0
-    engines = {(player.source, player.engine): player.engine for player in players.values()}.values()
+    engines = {(role_model.source, role_model.engine): role_model.engine for role_model in models.values()}.values()
     return sum(engine.num_replicas * engine.gpus_per_engine for engine in engines)
 
 

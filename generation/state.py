@@ -1,43 +1,66 @@
-"""Where the loop of synthesis stands, as counts that a checkpoint carries."""
+"""What the driver counts and measures: the state of its loop, totals of the committed data, and its own time."""
 
-from collections.abc import Sequence
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
-from generation.records import Production
+from generation.records import GenerationResult
 
 
 @dataclass(slots=True)
-class Tally:
-    """What went into the committed data: drafts that were judged, and requests with their tokens."""
+class Counts:
+    """What went into the committed data: drafts that were filtered, and requests with their tokens."""
 
     num_generated: int = 0  # drafts
     num_requests: int = 0
     num_prompt_tokens: int = 0
     num_completion_tokens: int = 0
 
-    def count(self, made_by: Sequence[Production]) -> None:
-        self.num_requests += len(made_by)
-        self.num_prompt_tokens += sum(each.completion.num_prompt_tokens for each in made_by)
-        self.num_completion_tokens += sum(each.completion.num_completion_tokens for each in made_by)
+    def add(self, responses: Sequence[GenerationResult]) -> None:
+        self.num_requests += len(responses)
+        self.num_prompt_tokens += sum(each.completion.num_prompt_tokens for each in responses)
+        self.num_completion_tokens += sum(each.completion.num_completion_tokens for each in responses)
 
 
 @dataclass(slots=True)
-class Admission:
-    """After some number of proposals: what has been judged."""
+class LoopState:
+    """The loop after some number of proposals: what passed the instruction filters."""
 
-    num_admitted: int = 0  # proposals
-    num_kept: int = 0
-    num_fruitless: int = 0  # proposals in a row that kept nothing
-    kept_after: list[int] = field(default_factory=list)  # num_kept after each of the last `lookahead` proposals
+    num_proposals: int = 0
+    num_accepted: int = 0  # instructions
+    num_empty: int = 0  # latest proposals in a row of which nothing was accepted
+    num_accepted_after: list[int] = field(default_factory=list)  # each of the last `max_concurrent_proposals` proposals
 
-    def copy(self) -> "Admission":
+    def copy(self) -> "LoopState":
         return replace(self)
 
 
-def to_json(admission: Admission, committed: Tally) -> dict:
-    """The state of a checkpoint: all proposals up to `admission` are in the files, and `committed` went into them."""
-    return {"admission": asdict(admission), "committed": asdict(committed)}
+def to_json(state: LoopState, committed: Counts) -> dict:
+    """The state of a checkpoint: everything up to `state` is in the files, and `committed` counts what went in."""
+    return {"state": asdict(state), "committed": asdict(committed)}
 
 
-def from_json(state: dict) -> tuple[Admission, Tally]:
-    return Admission(**state["admission"]), Tally(**state["committed"])
+def from_json(checkpoint: dict) -> tuple[LoopState, Counts]:
+    return LoopState(**checkpoint["state"]), Counts(**checkpoint["committed"])
+
+
+class Timers:
+    """Seconds that the driver's process spent, by activity: parse, filter, write, log. Activities may not nest."""
+
+    def __init__(self) -> None:
+        self.seconds: Counter[str] = Counter()
+
+    @contextlib.contextmanager
+    def measure(self, activity: str) -> Iterator[None]:
+        """Add the duration of the block to `activity`. The block must not wait for anything."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[activity] += time.perf_counter() - start
+
+    def shares(self, total_seconds: float) -> dict[str, float]:
+        """The fraction of `total_seconds` that each activity took."""
+        return {name: round(value / max(total_seconds, 1e-9), 4) for name, value in sorted(self.seconds.items())}

@@ -22,7 +22,6 @@ from cluster.ray.cluster import ray_session
 from cluster.run.fence import Superseded, run_lock, verify
 from cluster.run.manifest import is_sealed, verify_manifest
 from cluster.run.rundir import RunDir, append_jsonl
-from generation.attribution import Attribution
 from generation.config import SynthesisConfig
 from generation.driver import Driver
 from generation.forecast import Goal
@@ -33,7 +32,7 @@ from generation.request_log import RequestLog
 from generation.requester import Requester
 from generation.serving import count_gpus, serving
 from generation.sink import DataSink, remove_progress
-from generation.state import from_json
+from generation.state import Timers, from_json
 from generation.watch import Watch, how_to_go_on, listed, summary
 
 STAGE = "synthesize"
@@ -83,7 +82,7 @@ class Synthesis:
         self._inputs = inputs
         self._run = run
         self._progress = progress
-        self._attribution = Attribution()
+        self._timers = Timers()
         self._start = time.monotonic()
 
     async def make(self) -> dict:
@@ -92,18 +91,18 @@ class Synthesis:
         sink, checkpoint = open_sink(self._run, config, inputs.sha)
         self._say_what_is_there(sink, checkpoint)
         self._progress.update(f"starting {inputs.num_engines} engine(s) of {inputs.model_names}")
-        async with serving(inputs.players) as models:
+        async with serving(inputs.models) as served_models:
             gc.freeze()  # what is there by now stays: not to be looked through for garbage again and again
             spent = from_json(checkpoint)[1] if checkpoint else None
-            requester = Requester(models, self.log, inputs.seed, config.budget, self._attribution, spent)
+            requester = Requester(served_models, self.log, inputs.seed, config.budget, self._timers, spent)
             method = inputs.method(
-                config, MethodInputs(inputs.seeds, inputs.prompts, requester, self._attribution, inputs.seed)
+                config, MethodInputs(inputs.seeds, inputs.prompts, requester, self._timers, inputs.seed)
             )
             judge = Judge(config.judge, inputs.prompts["row_judge"], requester) if config.judge else None
-            driver = Driver(method, config, sink, judge, self._attribution)
+            driver = Driver(method, config, sink, judge, self._timers)
             watch = Watch(
-                self._run, self._progress, driver, method, sink, requester, self._attribution,
-                goal_of(method, config), count_gpus(inputs.players), inputs.sha,
+                self._run, self._progress, driver, method, sink, requester, self._timers,
+                goal_of(method, config), count_gpus(inputs.models), inputs.sha,
             )  # fmt: skip
             reporter = asyncio.create_task(watch.report())
             try:
@@ -175,7 +174,7 @@ def driver_counts(driver: Driver, sink: DataSink) -> dict:
         "spent_budget": driver.spent_budget,
         "num_requests": tally.num_requests,
         "num_generated": tally.num_generated,
-        "num_kept": sink.num_instructions,
+        "num_accepted": sink.num_instructions,
         "num_rows": sink.num_rows,
         "num_seed_rows": sink.num_rows_by_method["seed"],
         "rejected": dict(sorted(sink.rejected.items())),

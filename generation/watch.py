@@ -13,7 +13,6 @@ from cluster.files import write_json
 from cluster.progress import Progress
 from cluster.run.fence import Fence
 from cluster.run.rundir import RunDir, append_jsonl
-from generation.attribution import Attribution
 from generation.config import BudgetConfig
 from generation.driver import Driver
 from generation.forecast import Goal, Pace, forecast
@@ -21,6 +20,7 @@ from generation.forecast_words import describe_forecast
 from generation.method import Method
 from generation.requester import Requester
 from generation.sink import DataSink
+from generation.state import Timers
 
 STAGE = "synthesize"
 REPORT_SECONDS = 1.0
@@ -44,7 +44,7 @@ class Watch:
         method: Method,
         sink: DataSink,
         requester: Requester,
-        attribution: Attribution,
+        timers: Timers,
         goal: Goal,
         num_gpus: int,
         inputs_sha: str,
@@ -58,7 +58,7 @@ class Watch:
         self._sink = sink
         self._requester = requester
         self._pools: list[EnginePool] = requester.pools()
-        self._attribution = attribution
+        self._timers = timers
         self._goal = goal
         self._num_gpus = num_gpus
         self._identity = {"inputs_sha": inputs_sha, "goal": asdict(goal)}
@@ -100,7 +100,7 @@ class Watch:
                 for engine in each.engines
             ],
             "tokens_per_second": round(self._tokens_per_second(), 1),
-            "driver_seconds": {name: round(value, 3) for name, value in sorted(self._attribution.seconds.items())},
+            "driver_seconds": {name: round(value, 3) for name, value in sorted(self._timers.seconds.items())},
             "time": self.time_shares(),
             "forecast": self._against_result(counts),
         }
@@ -119,7 +119,7 @@ class Watch:
         return {
             "of_waiting": {name: round(value / total, 4) for name, value in waited.items()},
             "seconds_per_request": {name: round(value / max(num_requests, 1), 4) for name, value in waited.items()},
-            "of_driver": self._attribution.shares(self._seconds()),
+            "of_driver": self._timers.shares(self._seconds()),
             "driver_cpu": round((time.process_time() - self._start_cpu) / max(self._seconds(), 1e-9), 4),
             "num_preemptions": sum(each.num_preemptions for each in stats),
             "prefix_hit_rate": (
@@ -220,18 +220,18 @@ class Watch:
     def _line(self) -> str:
         wanted = self._method.num_wanted or self._method.max_proposals
         goal = f"/{wanted}" if wanted else ""
-        kept, sink, shares = self._driver.admission.num_kept, self._sink, self.time_shares()
+        kept, sink, shares = self._driver.state.num_accepted, self._sink, self.time_shares()
         waiting, driver = shares["of_waiting"], sum(shares["of_driver"].values())
         reasons = f" ({listed(sink.rejected)})" if sink.rejected else ""
         return (
-            f"{kept}{goal} instructions kept, {sink.num_rows} rows, {sink.rejected.total()} rejected{reasons}, "
+            f"{kept}{goal} instructions accepted, {sink.num_rows} rows, {sink.rejected.total()} rejected{reasons}, "
             f"{self._tokens_per_second():,.0f} tok/s; waiting: engine "
             f"{waiting['engine']:.0%} queue {waiting['queue']:.0%}; driver {driver:.0%}"
         )
 
     def _metrics(self) -> dict:
         return {
-            "num_kept": self._driver.admission.num_kept,
+            "num_accepted": self._driver.state.num_accepted,
             "num_rows": self._sink.num_rows,
             "tokens_per_second": round(self._tokens_per_second(), 1),
             "time": self.time_shares(),
@@ -251,7 +251,7 @@ class Watch:
 def summary(result: dict) -> str:
     """The result in a line."""
     text = (
-        f"{result['num_kept']} of {result['num_generated']} instructions kept, {result['num_rows']} rows "
+        f"{result['num_accepted']} of {result['num_generated']} instructions accepted, {result['num_rows']} rows "
         f"({result['num_seed_rows']} of them seeds), rejected: {listed(result['rejected']) or 'none'}; "
         f"{result['tokens_per_second']:,.0f} tok/s, {result['seconds']:.0f} s"
     )

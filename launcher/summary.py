@@ -49,7 +49,7 @@ def synthesis_table(result: dict) -> Table:
     table = _table("Synthesis", "", "count")
     table.add_row("requests to the model", f"{result['num_requests']:,}")
     table.add_row("instructions generated", f"{result['num_generated']:,}")
-    table.add_row("instructions kept", f"{result['num_kept']:,}")
+    table.add_row("instructions accepted", f"{result['num_accepted']:,}")
     for reason, count in sorted(result["rejected"].items(), key=lambda item: -item[1]):
         table.add_row(f"  rejected: {reason}", f"{count:,}")
     table.add_row("rows in the dataset", f"{result['num_rows']:,}")

@@ -146,7 +146,7 @@ def prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt) -> list[int
         return prompt
     if not tokenizer.chat_template:
         raise TunesmithError(
-            "the model has no chat template. Ask it in plain form, or put a chat_template.jinja in its folder."
+            "the model has no chat template. Use the completion form, or put a chat_template.jinja in its folder."
         )
     text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
     return tokenizer.encode(text, add_special_tokens=False)  # the template has written them

@@ -18,8 +18,9 @@ class RoleConfig(StrictModel):
     path: str | None = Field(None, description="folder or name on the hub; none: the recipe's `model`")
     revision: str | None = Field(None, description="commit or tag on the hub")
     adapter: str | None = Field(None, description="folder of a LoRA adapter, served on top of `path`")
-    form: Literal["plain", "chat"] | None = Field(
-        None, description="plain: the prompt is text to continue; chat: it is the user's turn; none: the method's own"
+    form: Literal["completion", "chat"] | None = Field(
+        None,
+        description="completion: the prompt is continued; chat: it is the user's turn; None means the method's default",
     )
     engine: EngineConfig | None = Field(None, description="engines of this model; none: the recipe's `engine`")
 
@@ -79,8 +80,14 @@ class SynthesisConfig(StrictModel):
     prompts: str = Field("auto", description="folder of templates; auto: the writer's own, else those packaged")
     models: RolesConfig = RolesConfig()
     budget: BudgetConfig = BudgetConfig()
-    lookahead: int = Field(64, ge=1, description="proposals in flight; part of what decides the data")
-    max_fruitless_requests: int = Field(200, ge=1, description="proposals in a row that keep nothing before giving up")
+    max_concurrent_proposals: int = Field(
+        64,
+        ge=1,
+        description="proposals in flight at once; decides which instructions a prompt may show, and so the data",
+    )
+    max_empty_requests: int = Field(
+        200, ge=1, description="the run ends after this many proposals in a row of which no instruction is accepted"
+    )
     instruction_filters: tuple[FilterConfig, ...] = Field((), description="what an instruction must pass, in order")
     row_filters: tuple[FilterConfig, ...] = Field((), description="what a finished row must pass, in order")
     judge: JudgeConfig | None = Field(None, description="a model that scores finished rows; none: nobody does")

@@ -25,7 +25,7 @@ from generation.config.filters import (
     TruncationConfig,
 )
 from generation.filters import heuristics, quality
-from generation.filters.drafts import Check, Draft, Verdict, joined
+from generation.filters.drafts import Check, Decision, Draft, joined
 from generation.filters.duplicates import ExactDuplicates, NearDuplicates
 from generation.filters.novelty import Novelty
 
@@ -50,7 +50,7 @@ class Memory(Protocol):
 
     fields: tuple[FieldName, ...]
 
-    def judge(self, draft: Draft) -> Verdict: ...
+    def decide(self, draft: Draft) -> Decision: ...
     def remember_texts(self, ids: Sequence[str], texts: Sequence[str]) -> None: ...
 
 
@@ -62,32 +62,32 @@ MEMORIES: dict[type[BaseModel], Callable[..., Memory]] = {
 
 
 class FilterChain:
-    """Asks filter after filter. The same drafts remembered in the same order give the same verdicts."""
+    """Asks filter after filter. The same drafts remembered in the same order give the same decisions."""
 
     def __init__(self, configs: Sequence[FilterConfig]) -> None:
         """Raises InputError if a filter cannot work as configured."""
         self._memories: list[Memory] = []
-        self._judges: list[Callable[[Draft], Verdict]] = []
+        self._filters: list[Callable[[Draft], Decision]] = []
         for config in configs:
             if type(config) in MEMORIES:
                 memory = MEMORIES[type(config)](config)
                 self._memories.append(memory)
-                self._judges.append(memory.judge)
+                self._filters.append(memory.decide)
             else:
-                self._judges.append(_verdict_of(CHECKS[type(config)](config)))
+                self._filters.append(_decision_of(CHECKS[type(config)](config)))
 
-    def judge(self, draft: Draft) -> Verdict:
+    def decide(self, draft: Draft) -> Decision:
         """The first rejection, or none. Remembers nothing.
 
         nearest: what the last filter of novelty that was asked found.
         """
         nearest = ()
-        for judge in self._judges:
-            verdict = judge(draft)
-            nearest = verdict.nearest or nearest
-            if verdict.rejection:
-                return Verdict(verdict.rejection, nearest)
-        return Verdict(None, nearest)
+        for decide in self._filters:
+            decision = decide(draft)
+            nearest = decision.nearest or nearest
+            if decision.rejection:
+                return Decision(decision.rejection, nearest)
+        return Decision(None, nearest)
 
     def remember(self, draft_id: str, draft: Draft) -> None:
         """Judge later drafts by this one too."""
@@ -121,5 +121,5 @@ class FilterChain:
             memory.remember_texts(ids, texts)
 
 
-def _verdict_of(check: Check) -> Callable[[Draft], Verdict]:
-    return lambda draft: Verdict(check(draft))
+def _decision_of(check: Check) -> Callable[[Draft], Decision]:
+    return lambda draft: Decision(check(draft))

@@ -33,7 +33,7 @@ class Neighbor:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class Decision:
     """What a filter or a chain says of a draft. nearest: what novelty was judged by, the closest first."""
 
     rejection: Rejection | None

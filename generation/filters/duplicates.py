@@ -7,9 +7,9 @@ from hashlib import blake2b
 from rensa import RMinHash, RMinHashLSH
 
 from generation.config.filters import ExactDuplicateConfig, NearDuplicateConfig
-from generation.filters.drafts import FIELD_END, Draft, Rejection, Verdict, joined_fields
+from generation.filters.drafts import FIELD_END, Decision, Draft, Rejection, joined_fields
 
-PASSED = Verdict(None)
+PASSED = Decision(None)
 BULK_SIZE = 10_000  # texts whose shingles are in memory at one time
 
 
@@ -29,11 +29,11 @@ class ExactDuplicates:
         self.fields = config.fields
         self._ids: dict[bytes, str] = {}
 
-    def judge(self, draft: Draft) -> Verdict:
+    def decide(self, draft: Draft) -> Decision:
         text = joined_fields(self.fields, draft)
         if text is None or (found := self._ids.get(self._digest(text))) is None:
             return PASSED
-        return Verdict(Rejection("exact_duplicate", f"same as {found}"))
+        return Decision(Rejection("exact_duplicate", f"same as {found}"))
 
     def remember_texts(self, ids: Sequence[str], texts: Sequence[str]) -> None:
         for draft_id, text in zip(ids, texts, strict=True):
@@ -54,7 +54,7 @@ class NearDuplicates:
         self._ids: list[str] = []
         self._texts: list[str] = []  # normalized
 
-    def judge(self, draft: Draft) -> Verdict:
+    def decide(self, draft: Draft) -> Decision:
         text = joined_fields(self.fields, draft)
         if text is None or not self._ids or not (found := shingles(normalized(text), self._config)):
             return PASSED
@@ -65,7 +65,7 @@ class NearDuplicates:
                 best, best_place = similarity, place
         if best < self._config.threshold:
             return PASSED
-        return Verdict(Rejection("near_duplicate", f"Jaccard {best:.3f} to {self._ids[best_place]}"))
+        return Decision(Rejection("near_duplicate", f"Jaccard {best:.3f} to {self._ids[best_place]}"))
 
     def remember_texts(self, ids: Sequence[str], texts: Sequence[str]) -> None:
         config = self._config

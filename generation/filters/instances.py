@@ -36,7 +36,7 @@ def check_instances(
     An input that has two different outputs makes all of them untrustworthy: the task loses every instance, unless
     `drop_contradictions` is off.
     """
-    verdicts: list[tuple[Instance, Rejection | None]] = []
+    decisions: list[tuple[Instance, Rejection | None]] = []
     outputs: dict[str, set[str]] = {}
     seen: set[Instance] = set()
     for instance in instances:
@@ -46,9 +46,9 @@ def check_instances(
         if rejection is None:
             seen.add(instance)
             outputs.setdefault(instance.input, set()).add(instance.output)
-        verdicts.append((instance, rejection))
+        decisions.append((instance, rejection))
     contradiction = next((text for text, found in outputs.items() if text and len(found) > 1), None)
     if contradiction is None or not drop_contradictions:
-        return verdicts
+        return decisions
     why = Rejection("contradicting_outputs", f"input {contradiction!r} has {len(outputs[contradiction])} outputs")
-    return [(instance, rejection or why) for instance, rejection in verdicts]
+    return [(instance, rejection or why) for instance, rejection in decisions]

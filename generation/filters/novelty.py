@@ -14,7 +14,7 @@ from rapidfuzz.distance import LCSseq
 from rapidfuzz.process import cdist
 
 from generation.config.filters import NoveltyConfig
-from generation.filters.drafts import Draft, Neighbor, Rejection, Verdict, joined_fields
+from generation.filters.drafts import Decision, Draft, Neighbor, Rejection, joined_fields
 from generation.filters.tokens import rouge_tokens, unicode_tokens
 
 TOKENIZERS = {"rouge": rouge_tokens, "unicode": unicode_tokens}
@@ -40,10 +40,10 @@ class Novelty:
         self._config = config
         self._index = NoveltyIndex(TOKENIZERS[config.tokenizer])
 
-    def judge(self, draft: Draft) -> Verdict:
+    def decide(self, draft: Draft) -> Decision:
         text = joined_fields(self.fields, draft)
         if text is None:
-            return Verdict(None)
+            return Decision(None)
         config = self._config
         # If none are stored, one that is too close is all there is to find, and most texts are out at once.
         min_score = 0.0 if config.num_nearest else config.max_score
@@ -51,8 +51,8 @@ class Novelty:
         stored = nearest[: config.num_nearest]
         if nearest and nearest[0].score > config.max_score:
             why = Rejection("not_novel", f"ROUGE-L {nearest[0].score:.3f} to {nearest[0].id}")
-            return Verdict(why, stored)
-        return Verdict(None, stored)
+            return Decision(why, stored)
+        return Decision(None, stored)
 
     def remember_texts(self, ids: Sequence[str], texts: Sequence[str]) -> None:
         self._index.add_many(ids, texts)

@@ -3,22 +3,22 @@
 from cluster.engines.config import Sampling
 from generation.filters import Draft, Rejection
 from generation.method import MethodInputs
-from generation.records import Production, RejectedRecord
+from generation.records import GenerationResult, RejectedRecord
 from generation.requester import UNANSWERED
 
 
 async def ask_for_answer(
     inputs: MethodInputs, draft: Draft, sampling: Sampling, system: str | None = None, replica: int = 0
-) -> Production:
+) -> GenerationResult:
     """Ask the answerer by the template `answer`, which gets the variables that the method names for it."""
     prompt = inputs.prompts["answer"]
     text = prompt.render(instruction=draft.instruction, input=draft.input)
     return await inputs.requester.ask("answerer", "answer", prompt, text, sampling, replica, system)
 
 
-def check_answer(draft: Draft, made_by: Production, sample: int = 0) -> RejectedRecord | None:
+def check_answer(draft: Draft, response: GenerationResult, sample: int = 0) -> RejectedRecord | None:
     """Why an answer cannot be a row: it was not given, is empty, or was cut at max_tokens."""
-    written = made_by.completion.samples[sample]
+    written = response.completion.samples[sample]
     if written.finish_reason in UNANSWERED:
         why = Rejection(written.finish_reason)
     elif not written.text.strip():
@@ -28,4 +28,4 @@ def check_answer(draft: Draft, made_by: Production, sample: int = 0) -> Rejected
     else:
         return None
     rejected = Draft(draft.instruction, draft.input, written.text, written.finish_reason)
-    return RejectedRecord("answer", why, made_by.request_id, sample, rejected)
+    return RejectedRecord("answer", why, response.request_id, sample, rejected)

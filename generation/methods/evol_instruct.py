@@ -12,17 +12,17 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from cluster.engines.config import StructuredOutput
+from generation.accepted import Demonstration
 from generation.config import EvolInstructConfig, Role
 from generation.config.evol_instruct import Operation
 from generation.config.filters import FormatLeakageConfig, OnlyStopwordsConfig, RefusalConfig
 from generation.filters import Draft, FilterChain, Rejection
 from generation.judge import not_judged
-from generation.kept import Shown
-from generation.method import Kept, MethodInputs, Outcome, Proposal
+from generation.method import AcceptedInstruction, InstructionResult, MethodInputs, Proposal
 from generation.methods.answers import ask_for_answer, check_answer
 from generation.methods.data_formats import EXAMPLES
 from generation.methods.given import GivenInstructions
-from generation.records import Production, Record, RejectedRecord, machine_record, user_turn
+from generation.records import GenerationResult, Record, RejectedRecord, machine_record, user_turn
 from generation.requester import UNANSWERED
 
 EQUAL, NOT_EQUAL = "Equal", "Not equal"
@@ -36,7 +36,7 @@ class _Chain:
     parent_ids: tuple[str, ...] = ()  # rows of the earlier rounds that it came through
     rows: list[Record] = field(default_factory=list)
     rejected: list[RejectedRecord] = field(default_factory=list)
-    made_by: list[Production] = field(default_factory=list)
+    responses: list[GenerationResult] = field(default_factory=list)
 
 
 class EvolInstruct(GivenInstructions):
@@ -65,61 +65,63 @@ class EvolInstruct(GivenInstructions):
         choice = StructuredOutput(choice=(EQUAL, NOT_EQUAL))
         self._equality_sampling = config.equality_sampling.model_copy(update={"structured": choice})
 
-    async def propose(self, number: int, visible: Sequence[Shown]) -> Proposal:
+    async def propose(self, number: int, visible: Sequence[Demonstration]) -> Proposal:
         """An instruction with its input is one text, as published."""
         task = self._given[number]
         texts = [user_turn(task.instruction, instance.input) for instance in task.instances] or [task.instruction]
         return Proposal(task.id, tuple(Draft(text) for text in texts), seed_ids=(task.id,))
 
-    async def finish(self, kept: Kept) -> Outcome:
+    async def finish(self, accepted: AcceptedInstruction) -> InstructionResult:
         """All rounds of one instruction."""
-        chain = _Chain(kept.draft.instruction)
+        chain = _Chain(accepted.draft.instruction)
         if self._evolution.include_given:
-            await self._answer_given(kept, chain)
+            await self._answer_given(accepted, chain)
         for round_number in range(1, self._evolution.num_rounds + 1):
-            await self._evolve(kept, chain, round_number)
-        return Outcome(tuple(chain.rows), tuple(chain.rejected), tuple(chain.made_by))
+            await self._evolve(accepted, chain, round_number)
+        return InstructionResult(tuple(chain.rows), tuple(chain.rejected), tuple(chain.responses))
 
-    async def _answer_given(self, kept: Kept, chain: _Chain) -> None:
+    async def _answer_given(self, accepted: AcceptedInstruction, chain: _Chain) -> None:
         answer = await self._answer(chain, chain.current, 0)
         if answer:
-            self._keep(kept, chain, chain.current, answer, 0)
+            self._keep(accepted, chain, chain.current, answer, 0)
 
-    async def _evolve(self, kept: Kept, chain: _Chain, round_number: int) -> None:
+    async def _evolve(self, accepted: AcceptedInstruction, chain: _Chain, round_number: int) -> None:
         """One round: the chain goes on from the evolved instruction, or stays where it is."""
-        operation: Operation = self._inputs.draw(kept.id, round_number).choice(self._evolution.operations)
-        made_by = await self._rewrite(kept, chain.current, operation, round_number)
-        chain.made_by.append(made_by)
-        evolved = made_by.completion.text.strip()
-        if why := await self._eliminate_instruction(chain, made_by, evolved):
-            draft = Draft(evolved, finish_reason=made_by.completion.finish_reason)
-            chain.rejected.append(RejectedRecord("evolution", why, made_by.request_id, round_number, draft))
+        operation: Operation = self._inputs.draw(accepted.id, round_number).choice(self._evolution.operations)
+        response = await self._rewrite(accepted, chain.current, operation, round_number)
+        chain.responses.append(response)
+        evolved = response.completion.text.strip()
+        if why := await self._eliminate_instruction(chain, response, evolved):
+            draft = Draft(evolved, finish_reason=response.completion.finish_reason)
+            chain.rejected.append(RejectedRecord("evolution", why, response.request_id, round_number, draft))
             return
         answer = await self._answer(chain, evolved, round_number)
         if answer:
-            self._keep(kept, chain, evolved, answer, round_number)
+            self._keep(accepted, chain, evolved, answer, round_number)
             chain.current = evolved
 
-    async def _rewrite(self, kept: Kept, instruction: str, operation: Operation, round_number: int) -> Production:
+    async def _rewrite(
+        self, accepted: AcceptedInstruction, instruction: str, operation: Operation, round_number: int
+    ) -> GenerationResult:
         prompt = self._inputs.prompts[operation]
         variables = {"instruction": instruction}
         if operation == "complicate_input":
-            data_format = self._inputs.draw(kept.id, round_number, "format").choice(self._evolution.data_formats)
+            data_format = self._inputs.draw(accepted.id, round_number, "format").choice(self._evolution.data_formats)
             variables |= {"data_format": data_format, "example": EXAMPLES.get(data_format, "")}
         text = prompt.render(**variables)
         sampling = self._evolution.evolution_sampling
         return await self._inputs.requester.ask("writer", operation, prompt, text, sampling, replica=round_number)
 
-    async def _eliminate_instruction(self, chain: _Chain, made_by: Production, evolved: str) -> Rejection | None:
+    async def _eliminate_instruction(self, chain: _Chain, response: GenerationResult, evolved: str) -> Rejection | None:
         """Why an evolved instruction is eliminated before it is answered, or None."""
-        finish_reason = made_by.completion.finish_reason
+        finish_reason = response.completion.finish_reason
         if finish_reason in UNANSWERED:
             return Rejection(finish_reason)
         if finish_reason == "length":
             return Rejection("truncated_evolution")
         if not evolved:
             return Rejection("empty")
-        if leaked := self._leaked.judge(Draft(evolved)).rejection:
+        if leaked := self._leaked.decide(Draft(evolved)).rejection:
             return leaked
         if evolved == chain.current:
             return Rejection("equal", "unchanged")
@@ -130,29 +132,36 @@ class EvolInstruct(GivenInstructions):
         prompt = self._inputs.prompts["equal"]
         text = prompt.render(first=chain.current, second=evolved)
         answer = await self._inputs.requester.ask("judge", "equal", prompt, text, self._equality_sampling)
-        chain.made_by.append(answer)
+        chain.responses.append(answer)
         result = answer.completion.text.strip()
         if result == NOT_EQUAL:
             return None
         return Rejection("equal") if result == EQUAL else not_judged(answer)
 
-    async def _answer(self, chain: _Chain, instruction: str, round_number: int) -> Production | None:
+    async def _answer(self, chain: _Chain, instruction: str, round_number: int) -> GenerationResult | None:
         """Answer an instruction; an answer that shows it cannot be answered eliminates it."""
         draft = Draft(instruction)
-        made_by = await ask_for_answer(self._inputs, draft, self._evolution.answer_sampling, replica=round_number)
-        chain.made_by.append(made_by)
-        rejected = check_answer(draft, made_by)
+        response = await ask_for_answer(self._inputs, draft, self._evolution.answer_sampling, replica=round_number)
+        chain.responses.append(response)
+        rejected = check_answer(draft, response)
         if rejected is None:
-            answered = Draft(instruction, "", made_by.completion.text)
-            if why := self._answer_rules.judge(answered).rejection:
-                rejected = RejectedRecord("answer", why, made_by.request_id, 0, answered)
+            answered = Draft(instruction, "", response.completion.text)
+            if why := self._answer_rules.decide(answered).rejection:
+                rejected = RejectedRecord("answer", why, response.request_id, 0, answered)
         if rejected:
             chain.rejected.append(rejected)
             return None
-        return made_by
+        return response
 
-    def _keep(self, kept: Kept, chain: _Chain, instruction: str, answer: Production, round_number: int) -> None:
-        origin = self._origin(self.NAME, kept, round_number, chain.parent_ids)
+    def _keep(
+        self,
+        accepted: AcceptedInstruction,
+        chain: _Chain,
+        instruction: str,
+        answer: GenerationResult,
+        round_number: int,
+    ) -> None:
+        origin = self._origin(self.NAME, accepted, round_number, chain.parent_ids)
         row = machine_record(origin, answer, instruction, answer.completion.text.strip())
         chain.rows.append(row)
         chain.parent_ids = (*chain.parent_ids, row.id)

@@ -4,13 +4,13 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
+from generation.accepted import Demonstration
 from generation.config import AnswerOnlyConfig, RejectionSamplingConfig, Role, SynthesisConfig
 from generation.filters import Draft, Rejection
 from generation.judge import not_judged, parse_score, score_sampling
-from generation.kept import Shown
-from generation.method import Kept, MethodInputs, Outcome, Proposal
+from generation.method import AcceptedInstruction, InstructionResult, MethodInputs, Proposal
 from generation.methods.answers import ask_for_answer, check_answer
-from generation.records import Origin, Production, Record, RejectedRecord, machine_record, user_turn
+from generation.records import GenerationResult, Origin, Record, RejectedRecord, machine_record, user_turn
 from generation.seed_tasks import SeedTask
 from generation.verifier import load_verifier
 
@@ -32,14 +32,16 @@ class GivenInstructions:
     def seed_rows(self) -> Sequence[Record]:
         return ()
 
-    async def propose(self, number: int, visible: Sequence[Shown]) -> Proposal:
+    async def propose(self, number: int, visible: Sequence[Demonstration]) -> Proposal:
         """Nothing is generated: the instruction, once for each of its inputs."""
         task = self._given[number]
         items = tuple(Draft(task.instruction, instance.input, instance.output or None) for instance in task.instances)
         return Proposal(task.id, items or (Draft(task.instruction),), seed_ids=(task.id,))
 
-    def _origin(self, name: str, kept: Kept, round_number: int = 0, parent_ids: tuple[str, ...] = ()) -> Origin:
-        return Origin(name, kept.id, round_number, parent_ids, kept.proposal.seed_ids, self._config.license)
+    def _origin(
+        self, name: str, accepted: AcceptedInstruction, round_number: int = 0, parent_ids: tuple[str, ...] = ()
+    ) -> Origin:
+        return Origin(name, accepted.id, round_number, parent_ids, accepted.proposal.seed_ids, self._config.license)
 
 
 class AnswerOnly(GivenInstructions):
@@ -53,13 +55,13 @@ class AnswerOnly(GivenInstructions):
         super().__init__(config, inputs, config.max_instructions)
         self._sampling = config.answer_sampling
 
-    async def finish(self, kept: Kept) -> Outcome:
-        made_by = await ask_for_answer(self._inputs, kept.draft, self._sampling, replica=kept.position)
-        if rejected := check_answer(kept.draft, made_by):
-            return Outcome(rejected=(rejected,), made_by=(made_by,))
-        user = user_turn(kept.draft.instruction, kept.draft.input)
-        row = machine_record(self._origin(self.NAME, kept), made_by, user, made_by.completion.text.strip())
-        return Outcome((row,), made_by=(made_by,))
+    async def finish(self, accepted: AcceptedInstruction) -> InstructionResult:
+        response = await ask_for_answer(self._inputs, accepted.draft, self._sampling, replica=accepted.position)
+        if rejected := check_answer(accepted.draft, response):
+            return InstructionResult(rejected=(rejected,), responses=(response,))
+        user = user_turn(accepted.draft.instruction, accepted.draft.input)
+        row = machine_record(self._origin(self.NAME, accepted), response, user, response.completion.text.strip())
+        return InstructionResult((row,), responses=(response,))
 
 
 class RejectionSampling(GivenInstructions):
@@ -79,36 +81,38 @@ class RejectionSampling(GivenInstructions):
         self._min_score = config.min_score
         self._verify = load_verifier(config.verifier) if config.verifier else None
 
-    async def finish(self, kept: Kept) -> Outcome:
-        made_by = await ask_for_answer(self._inputs, kept.draft, self._sampling, replica=kept.position)
-        samples = range(len(made_by.completion.samples))
-        rejected = {s: why for s in samples if (why := check_answer(kept.draft, made_by, s))}
+    async def finish(self, accepted: AcceptedInstruction) -> InstructionResult:
+        response = await ask_for_answer(self._inputs, accepted.draft, self._sampling, replica=accepted.position)
+        samples = range(len(response.completion.samples))
+        rejected = {s: why for s in samples if (why := check_answer(accepted.draft, response, s))}
         usable = [sample for sample in samples if sample not in rejected]
-        scores, judged_by = await self._score(kept.draft, made_by, usable)
+        scores, judged_by = await self._score(accepted.draft, response, usable)
         rejected |= {
-            sample: RejectedRecord("answer", why, made_by.request_id, sample, _answered(kept.draft, made_by, sample))
+            sample: RejectedRecord(
+                "answer", why, response.request_id, sample, _answered(accepted.draft, response, sample)
+            )
             for sample, why in choose_best(scores, self._min_score).items()
         }
-        user = user_turn(kept.draft.instruction, kept.draft.input)
+        user = user_turn(accepted.draft.instruction, accepted.draft.input)
         rows = tuple(
-            machine_record(self._origin(self.NAME, kept), made_by, user, _text(made_by, sample), sample=sample)
+            machine_record(self._origin(self.NAME, accepted), response, user, _text(response, sample), sample=sample)
             for sample in usable
             if sample not in rejected
         )
-        return Outcome(rows, tuple(rejected[sample] for sample in sorted(rejected)), (made_by, *judged_by))
+        return InstructionResult(rows, tuple(rejected[sample] for sample in sorted(rejected)), (response, *judged_by))
 
     async def _score(
-        self, draft: Draft, made_by: Production, usable: list[int]
-    ) -> tuple[dict[int, float | Rejection], tuple[Production, ...]]:
+        self, draft: Draft, response: GenerationResult, usable: list[int]
+    ) -> tuple[dict[int, float | Rejection], tuple[GenerationResult, ...]]:
         """Score by sample, or why it has none, and the requests that it took."""
         if self._verify is not None:
             reference = draft.output or ""
-            return {s: self._verify(draft.instruction, draft.input, _text(made_by, s), reference) for s in usable}, ()
-        answers = await asyncio.gather(*(self._judge(draft, _text(made_by, sample)) for sample in usable))
+            return {s: self._verify(draft.instruction, draft.input, _text(response, s), reference) for s in usable}, ()
+        answers = await asyncio.gather(*(self._judge(draft, _text(response, sample)) for sample in usable))
         scores = [parse_score(answer) or not_judged(answer) for answer in answers]
         return dict(zip(usable, scores, strict=True)), tuple(answers)
 
-    async def _judge(self, draft: Draft, output: str) -> Production:
+    async def _judge(self, draft: Draft, output: str) -> GenerationResult:
         prompt = self._inputs.prompts["judge"]
         text = prompt.render(instruction=draft.instruction, input=draft.input, output=output)
         return await self._inputs.requester.ask("judge", "judge", prompt, text, self._judge_sampling)
@@ -127,9 +131,9 @@ def choose_best(scores: Mapping[int, float | Rejection], min_score: float) -> di
     return rejections
 
 
-def _text(made_by: Production, sample: int) -> str:
-    return made_by.completion.samples[sample].text.strip()
+def _text(response: GenerationResult, sample: int) -> str:
+    return response.completion.samples[sample].text.strip()
 
 
-def _answered(draft: Draft, made_by: Production, sample: int) -> Draft:
-    return Draft(draft.instruction, draft.input, _text(made_by, sample))
+def _answered(draft: Draft, response: GenerationResult, sample: int) -> Draft:
+    return Draft(draft.instruction, draft.input, _text(response, sample))

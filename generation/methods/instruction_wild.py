@@ -9,14 +9,14 @@ from collections.abc import Coroutine, Sequence
 from typing import ClassVar
 
 from cluster.errors import InputError
+from generation.accepted import Demonstration
 from generation.config import InstructionWildConfig, Role
 from generation.filters import Draft, Rejection
-from generation.kept import Shown
-from generation.method import Kept, MethodInputs, Outcome, Proposal
+from generation.method import AcceptedInstruction, InstructionResult, MethodInputs, Proposal
 from generation.methods.answers import ask_for_answer, check_answer
 from generation.methods.parsing import parse_instructions
 from generation.methods.seeds import one_line, seed_drafts
-from generation.records import Origin, Production, Record, RejectedRecord, machine_record
+from generation.records import GenerationResult, Origin, Record, RejectedRecord, machine_record
 from generation.requester import UNANSWERED
 
 
@@ -28,7 +28,7 @@ class InstructionWild:
         "instructions": ("demonstrations", "language"),
         "answer": ("instruction", "input"),
     }
-    FORMS: ClassVar[dict[Role, str]] = {"writer": "plain", "answerer": "chat"}
+    FORMS: ClassVar[dict[Role, str]] = {"writer": "completion", "answerer": "chat"}
 
     def __init__(self, config: InstructionWildConfig, inputs: MethodInputs) -> None:
         """Raises InputError if no seed is in the language that is asked for."""
@@ -37,10 +37,10 @@ class InstructionWild:
         self.exhausted = f"max_requests={config.max_requests} reached"
         self._config = config
         self._inputs = inputs
-        self._shown_seeds = [
+        self._seeds_to_show = [
             task for task in inputs.seeds if config.language in (None, task.language or config.language)
         ]
-        if not self._shown_seeds:
+        if not self._seeds_to_show:
             known = ", ".join(sorted({task.language for task in inputs.seeds}))
             raise InputError(
                 f"synthesize.language={config.language}: no seed is in that language; they are in {known}."
@@ -52,9 +52,9 @@ class InstructionWild:
     def seed_rows(self) -> Sequence[Record]:
         return ()
 
-    def propose(self, number: int, visible: Sequence[Shown]) -> Coroutine[None, None, Proposal]:
+    def propose(self, number: int, visible: Sequence[Demonstration]) -> Coroutine[None, None, Proposal]:
         """Demonstrations: seeds alone, as in Alpaca."""
-        seeds = self._shown_seeds
+        seeds = self._seeds_to_show
         drawn = self._inputs.draw(number).sample(seeds, min(self._config.num_demonstrations, len(seeds)))
         return self._propose(
             number, [one_line(task.instruction) for task in drawn], tuple(sorted(task.id for task in drawn))
@@ -63,26 +63,26 @@ class InstructionWild:
     async def _propose(self, number: int, demonstrations: list[str], seed_ids: tuple[str, ...]) -> Proposal:
         prompt = self._inputs.prompts["instructions"]
         text = prompt.render(demonstrations=demonstrations, language=self._config.language)
-        made_by = await self._inputs.requester.ask(
+        response = await self._inputs.requester.ask(
             "writer", "instructions", prompt, text, self._config.instruction_sampling, replica=number
         )
-        items = self._items(made_by, first_number=len(demonstrations) + 1)
-        return Proposal(f"{self.NAME}-{made_by.request_id[:16]}", items, made_by, (), seed_ids)
+        items = self._items(response, first_number=len(demonstrations) + 1)
+        return Proposal(f"{self.NAME}-{response.request_id[:16]}", items, response, (), seed_ids)
 
-    def _items(self, made_by: Production, first_number: int) -> tuple[Draft | RejectedRecord, ...]:
-        completion = made_by.completion
+    def _items(self, response: GenerationResult, first_number: int) -> tuple[Draft | RejectedRecord, ...]:
+        completion = response.completion
         if completion.finish_reason in UNANSWERED:
             why = Rejection(completion.finish_reason)
-            return (RejectedRecord("response", why, made_by.request_id, 0, Draft("")),)
-        with self._inputs.attribution.spent_on("parse"):
+            return (RejectedRecord("response", why, response.request_id, 0, Draft("")),)
+        with self._inputs.timers.measure("parse"):
             texts = parse_instructions(completion.text, first_number, capitalize=False)
         return tuple(Draft(text) for text in (texts[:-1] if completion.finish_reason == "length" else texts))
 
-    async def finish(self, kept: Kept) -> Outcome:
+    async def finish(self, accepted: AcceptedInstruction) -> InstructionResult:
         """The second pass."""
-        made_by = await ask_for_answer(self._inputs, kept.draft, self._config.answer_sampling)
-        if rejected := check_answer(kept.draft, made_by):
-            return Outcome(rejected=(rejected,), made_by=(made_by,))
-        origin = Origin(self.NAME, kept.id, 0, (), kept.proposal.seed_ids, self._config.license)
-        row = machine_record(origin, made_by, kept.draft.instruction, made_by.completion.text.strip())
-        return Outcome((row,), made_by=(made_by,))
+        response = await ask_for_answer(self._inputs, accepted.draft, self._config.answer_sampling)
+        if rejected := check_answer(accepted.draft, response):
+            return InstructionResult(rejected=(rejected,), responses=(response,))
+        origin = Origin(self.NAME, accepted.id, 0, (), accepted.proposal.seed_ids, self._config.license)
+        row = machine_record(origin, response, accepted.draft.instruction, response.completion.text.strip())
+        return InstructionResult((row,), responses=(response,))

@@ -6,10 +6,10 @@ template prefix -> drawn again and again -> filters -> each answered by the mode
 from collections.abc import Sequence
 from typing import ClassVar
 
+from generation.accepted import Demonstration
 from generation.config import MagpieConfig, Role
 from generation.filters import Draft, Rejection
-from generation.kept import Shown
-from generation.method import Kept, MethodInputs, Outcome, Proposal
+from generation.method import AcceptedInstruction, InstructionResult, MethodInputs, Proposal
 from generation.methods.answers import ask_for_answer, check_answer
 from generation.methods.chat_template import user_turn_opening
 from generation.records import Origin, Record, RejectedRecord, machine_record
@@ -45,21 +45,21 @@ class Magpie:
     def seed_rows(self) -> Sequence[Record]:
         return ()
 
-    async def propose(self, number: int, visible: Sequence[Shown]) -> Proposal:
-        made_by = await self._inputs.requester.continue_tokens(
+    async def propose(self, number: int, visible: Sequence[Demonstration]) -> Proposal:
+        response = await self._inputs.requester.continue_tokens(
             "writer", "instructions", list(self._opening.token_ids), "chat template", self._sampling, replica=number
         )
-        completion = made_by.completion
+        completion = response.completion
         item: Draft | RejectedRecord = Draft(completion.text.strip(), finish_reason=completion.finish_reason)
         if completion.finish_reason in UNANSWERED:
-            item = RejectedRecord("response", Rejection(completion.finish_reason), made_by.request_id, 0, item)
-        return Proposal(f"{self.NAME}-{made_by.request_id[:16]}", (item,), made_by)
+            item = RejectedRecord("response", Rejection(completion.finish_reason), response.request_id, 0, item)
+        return Proposal(f"{self.NAME}-{response.request_id[:16]}", (item,), response)
 
-    async def finish(self, kept: Kept) -> Outcome:
+    async def finish(self, accepted: AcceptedInstruction) -> InstructionResult:
         system = self._config.system_prompt
-        made_by = await ask_for_answer(self._inputs, kept.draft, self._config.answer_sampling, system)
-        if rejected := check_answer(kept.draft, made_by):
-            return Outcome(rejected=(rejected,), made_by=(made_by,))
-        origin = Origin(self.NAME, kept.id, license=self._config.license)
-        row = machine_record(origin, made_by, kept.draft.instruction, made_by.completion.text.strip())
-        return Outcome((row,), made_by=(made_by,))
+        response = await ask_for_answer(self._inputs, accepted.draft, self._config.answer_sampling, system)
+        if rejected := check_answer(accepted.draft, response):
+            return InstructionResult(rejected=(rejected,), responses=(response,))
+        origin = Origin(self.NAME, accepted.id, license=self._config.license)
+        row = machine_record(origin, response, accepted.draft.instruction, response.completion.text.strip())
+        return InstructionResult((row,), responses=(response,))

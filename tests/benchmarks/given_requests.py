@@ -10,16 +10,16 @@ from cluster.config import ModelConfig
 from cluster.engines.config import GenerationRequest
 from cluster.engines.pool import EnginePool
 from cluster.run.rundir import RunDir
-from generation.attribution import Attribution
 from generation.config import AnswerOnlyConfig
 from generation.config.filters import EmptyConfig, NoveltyConfig, RefusalConfig, RepetitionConfig
 from generation.driver import Driver
 from generation.filters import Draft
-from generation.method import Kept, MethodInputs, Outcome, Proposal
+from generation.method import AcceptedInstruction, InstructionResult, MethodInputs, Proposal
 from generation.records import Origin, machine_record
 from generation.request_log import RequestLog
 from generation.requester import Requester, ServedModel
 from generation.sink import DataSink
+from generation.state import Timers
 from generation.templates import Prompt
 
 # All of a row is judged; a high limit of novelty keeps most rows, so that every later one is compared with them.
@@ -37,7 +37,7 @@ class GivenRequests:
 
     NAME = "given_requests"
     PROMPTS: ClassVar[dict[str, tuple[str, ...]]] = {}
-    FORMS: ClassVar[dict[str, str]] = {"answerer": "plain"}
+    FORMS: ClassVar[dict[str, str]] = {"answerer": "completion"}
 
     def __init__(self, requests: list[GenerationRequest], inputs: MethodInputs) -> None:
         self.num_wanted = None
@@ -56,16 +56,16 @@ class GivenRequests:
     async def propose(self, number, visible) -> Proposal:
         return Proposal(str(number), (Draft(str(number)),), seed_ids=(str(number),))
 
-    async def finish(self, kept: Kept) -> Outcome:
-        number = int(kept.draft.instruction)
+    async def finish(self, accepted: AcceptedInstruction) -> InstructionResult:
+        number = int(accepted.draft.instruction)
         request = self._requests[number]
-        made_by = await self._inputs.requester.ask(
+        response = await self._inputs.requester.ask(
             "answerer", "answer", PROMPT, request.prompt, request.sampling, replica=number
         )
-        completion = made_by.completion
+        completion = response.completion
         self.finished.append((time.perf_counter(), completion.num_completion_tokens))
-        row = machine_record(Origin(self.NAME, kept.id), made_by, request.prompt, completion.text)
-        return Outcome((row,), made_by=(made_by,))
+        row = machine_record(Origin(self.NAME, accepted.id), response, request.prompt, completion.text)
+        return InstructionResult((row,), responses=(response,))
 
 
 async def synthesize(
@@ -73,12 +73,12 @@ async def synthesize(
 ) -> list[tuple[float, int]]:
     """Make a dataset of the requests' answers in `folder`; moment and tokens of each."""
     run = RunDir(folder).create()
-    config = AnswerOnlyConfig(row_filters=FILTERS, lookahead=1024, checkpoint_seconds=5)
+    config = AnswerOnlyConfig(row_filters=FILTERS, max_concurrent_proposals=1024, checkpoint_seconds=5)
     with RequestLog(folder / "requests") as log:
         sink, _ = DataSink.open(run, config.rows_per_shard, "benchmark")
-        attribution = Attribution()
-        requester = Requester({"answerer": ServedModel("m", model, "r", pool, "plain")}, log, 0, None, attribution)
-        method = GivenRequests(requests, MethodInputs((), {}, requester, attribution, 0))
-        await Driver(method, config, sink, None, attribution).run(None)
+        timers = Timers()
+        requester = Requester({"answerer": ServedModel("m", model, "r", pool, "completion")}, log, 0, None, timers)
+        method = GivenRequests(requests, MethodInputs((), {}, requester, timers, 0))
+        await Driver(method, config, sink, None, timers).run(None)
         sink.seal()
     return method.finished

@@ -142,7 +142,7 @@ def row_of_near_duplicates(size: int, num_queries: int) -> list[str]:
     started = time.process_time()
     chain.remember_many([str(place) for place in range(size)], kept)
     rate_remembered = size / (time.process_time() - started)
-    results, milliseconds = timed(lambda query: chain.judge(Draft(query)), queries)
+    results, milliseconds = timed(lambda query: chain.decide(Draft(query)), queries)
     sets = [shingles(normalized(text), config) for text in kept]
     num_expected = num_found = num_false = 0
     for query, result in zip(queries, results, strict=True):

@@ -178,7 +178,9 @@ def test_a_chat_with_a_model_without_a_template_is_refused_with_the_fix(tiny_mod
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    with pytest.raises(TunesmithError, match=r"no chat template\. Ask it in plain form, or put a chat_template\.jinja"):
+    with pytest.raises(
+        TunesmithError, match=r"no chat template\. Use the completion form, or put a chat_template\.jinja"
+    ):
         prompt_ids(tokenizer, [{"role": "user", "content": "hello"}])
 
 

@@ -13,13 +13,13 @@ from datasets import load_from_disk
 from cluster.config import ModelConfig
 from cluster.engines.pool import EnginePool
 from cluster.run.rundir import RunDir
-from generation.attribution import Attribution
 from generation.driver import Driver
 from generation.inputs import load_inputs
 from generation.method import MethodInputs
 from generation.request_log import RequestLog
 from generation.requester import Requester, ServedModel
 from generation.sink import DataSink
+from generation.state import Timers
 from generation.store import read_rows
 from launcher.recipe import load
 from tests.end_to_end.conftest import ROOT
@@ -42,14 +42,14 @@ async def synthesize(method: str, pool: EnginePool, folder: Path) -> None:
     with RequestLog(folder / "requests") as log:
         sink, _ = DataSink.open(run, config.rows_per_shard, inputs.sha)
         models = {
-            role: ServedModel(player.name, player.source, player.revision, pool, player.form)
-            for role, player in inputs.players.items()
+            role: ServedModel(role_model.name, role_model.source, role_model.revision, pool, role_model.form)
+            for role, role_model in inputs.models.items()
         }
-        assert {player.source.path for player in inputs.players.values()} == {str(CHAT_MODEL)}
-        attribution = Attribution()
-        requester = Requester(models, log, inputs.seed, config.budget, attribution)
-        method_inputs = MethodInputs(inputs.seeds, inputs.prompts, requester, attribution, inputs.seed)
-        await Driver(inputs.method(config, method_inputs), config, sink, None, attribution).run(None)
+        assert {role_model.source.path for role_model in inputs.models.values()} == {str(CHAT_MODEL)}
+        timers = Timers()
+        requester = Requester(models, log, inputs.seed, config.budget, timers)
+        method_inputs = MethodInputs(inputs.seeds, inputs.prompts, requester, timers, inputs.seed)
+        await Driver(inputs.method(config, method_inputs), config, sink, None, timers).run(None)
         sink.seal()
 
 

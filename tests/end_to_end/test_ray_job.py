@@ -113,4 +113,4 @@ def test_ray_job_submit_runs_the_stage_on_that_cluster_with_the_code_there_or_wi
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     for name in ("there", "brought"):
         result = json.loads((tmp_path / name / "result-synthesize.json").read_text())
-        assert result["num_kept"] == 20
+        assert result["num_accepted"] == 20

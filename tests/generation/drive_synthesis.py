@@ -20,7 +20,7 @@ def synthesize(model: Path, run_root: Path, num_instructions: int, engine: Engin
     config = SelfInstructConfig(
         **{
             "num_instructions": num_instructions,
-            "lookahead": 16,
+            "max_concurrent_proposals": 16,
             "rows_per_shard": 40,
             "checkpoint_seconds": 0.2,
             **fields,

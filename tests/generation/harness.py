@@ -9,7 +9,6 @@ from pathlib import Path
 from cluster.config import ModelConfig
 from cluster.engines.config import Completion, GenerationRequest, Sample
 from cluster.run.rundir import RunDir
-from generation.attribution import Attribution
 from generation.config import Role, SynthesisConfig
 from generation.driver import Driver
 from generation.filters import Instance
@@ -20,7 +19,7 @@ from generation.methods import METHODS
 from generation.request_log import RequestLog
 from generation.requester import Requester, ServedModel
 from generation.seed_tasks import SeedTask
-from generation.state import from_json
+from generation.state import Timers, from_json
 from generation.store import read_rows
 from generation.synthesize import open_sink
 from generation.templates import load_prompts
@@ -117,14 +116,14 @@ def drive(
             for role, form in {"judge": "chat", **method_type.FORMS}.items()
         }
         served |= models or {}
-        attribution = Attribution()
+        timers = Timers()
         spent = from_json(checkpoint)[1] if checkpoint else None
-        requester = Requester(served, log, seed, config.budget, attribution, spent)
-        method = method_type(config, MethodInputs(seeds, prompts, requester, attribution, seed))
+        requester = Requester(served, log, seed, config.budget, timers, spent)
+        method = method_type(config, MethodInputs(seeds, prompts, requester, timers, seed))
         judge = None
         if config.judge:
             judge = Judge(config.judge, load_prompts(PROMPT_FOLDER / "judge", JUDGE_PROMPTS)["judge"], requester)
-        driver = Driver(method, config, sink, judge, attribution)
+        driver = Driver(method, config, sink, judge, timers)
         asyncio.run(driver.run(checkpoint))
         sink.seal()
     columns = [list(read_rows(run.data / name)) for name in ("synthesized", "rejected", "instructions")]

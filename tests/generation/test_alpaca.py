@@ -155,7 +155,7 @@ def test_what_becomes_of_each_item(tmp_path):
 
 
 def test_a_response_that_was_not_given_is_a_reject_with_its_reason(tmp_path):
-    made = drive(tmp_path, once("", "prompt_too_long"), AlpacaConfig(max_fruitless_requests=2))
+    made = drive(tmp_path, once("", "prompt_too_long"), AlpacaConfig(max_empty_requests=2))
     assert [(row["stage"], row["reason"]) for row in made.rejected] == [("response", "prompt_too_long")] * 2
 
 
@@ -167,7 +167,7 @@ def numbered(request: GenerationRequest) -> str:
 
 def test_three_human_seeds_are_shown_and_never_what_the_machine_wrote(tmp_path):
     pool = CoroutinePool(answer=numbered)
-    made = drive(tmp_path, pool, AlpacaConfig(num_instructions=30, lookahead=1))
+    made = drive(tmp_path, pool, AlpacaConfig(num_instructions=30, max_concurrent_proposals=1))
     seeds = {seed.instruction: seed.id for seed in SEEDS}
     assert len(made.instructions) == 30
     shown_at_all = set()
@@ -235,7 +235,7 @@ def test_in_a_chat_the_whole_prompt_is_the_users_turn(tmp_path):
 @pytest.mark.skipif(not PUBLISHED_SEEDS.is_file(), reason="the published seeds are not beside this checkout")
 def test_a_run_over_the_published_seeds(tmp_path):
     pool, seeds = CoroutinePool(answer=numbered), load_seed_tasks(PUBLISHED_SEEDS)
-    made = drive(tmp_path, pool, AlpacaConfig(num_instructions=200, lookahead=4), seeds=seeds)
+    made = drive(tmp_path, pool, AlpacaConfig(num_instructions=200, max_concurrent_proposals=4), seeds=seeds)
     assert len(made.rows) == len(made.instructions) == 200
     assert len({seed for row in made.rows for seed in row["seed_ids"]}) > 120
     items = [re.findall(r"^\d+\. (?:Instruction|Input|Output):", r.prompt, re.MULTILINE) for r in pool.requests]

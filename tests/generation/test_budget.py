@@ -10,7 +10,7 @@ from generation.request_log import RequestLog
 from generation.watch import how_to_go_on
 from tests.generation.harness import CoroutinePool, Made, drive
 
-CONFIG = SelfInstructConfig(num_instructions=40, lookahead=8, rows_per_shard=25, checkpoint_seconds=0)
+CONFIG = SelfInstructConfig(num_instructions=40, max_concurrent_proposals=8, rows_per_shard=25, checkpoint_seconds=0)
 
 
 def with_budget(**limits: object) -> SelfInstructConfig:
@@ -47,7 +47,7 @@ def test_tokens_are_spent_up_to_the_limit_and_a_higher_one_goes_on(unlimited, tm
 
 def test_rows_of_instructions_in_flight_when_the_tokens_are_spent_are_there(tmp_path, unlimited):
     made = drive(tmp_path, CoroutinePool(3), with_budget(max_completion_tokens=2000))
-    assert len(made.instructions) == made.driver.admission.num_kept - made.driver.num_unfinished
+    assert len(made.instructions) == made.driver.state.num_accepted - made.driver.num_unfinished
     rows = {row["id"]: row for row in unlimited.rows}
     assert made.rows == [rows[row["id"]] for row in made.rows]
 

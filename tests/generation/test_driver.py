@@ -13,15 +13,15 @@ from hypothesis import strategies as st
 
 import generation.driver
 from cluster.run.rundir import RunDir
-from generation.attribution import Attribution
+from generation.accepted import Demonstration
 from generation.config import BudgetConfig, SynthesisConfig
 from generation.config.filters import ExactDuplicateConfig, NoveltyConfig
 from generation.driver import Driver
 from generation.filters import Draft, Instance, Rejection
-from generation.kept import Shown
-from generation.method import Kept, Outcome, Proposal
+from generation.method import AcceptedInstruction, InstructionResult, Proposal
 from generation.records import Origin, Record, RejectedRecord, human_record
 from generation.requester import BudgetReached
+from generation.state import Timers
 from generation.store import read_rows
 from generation.synthesize import open_sink
 
@@ -68,8 +68,8 @@ class MadeUp:
         if self.num_steps_to_spend is not None and self.num_steps > self.num_steps_to_spend:
             raise BudgetReached("max_completion_tokens", 1)
 
-    def propose(self, number: int, visible: Sequence[Shown]):
-        self.seen[number] = tuple(shown.id for shown in visible)
+    def propose(self, number: int, visible: Sequence[Demonstration]):
+        self.seen[number] = tuple(demonstration.id for demonstration in visible)
         draw = Random(f"{self.data_seed} {number} {len(visible)} {self.seen[number][-1:]}")
         return self._propose(number, draw)
 
@@ -84,15 +84,15 @@ class MadeUp:
                 items.append(draft)
         return Proposal(f"made-up-{number}", tuple(items))
 
-    async def finish(self, kept: Kept) -> Outcome:
+    async def finish(self, accepted: AcceptedInstruction) -> InstructionResult:
         self.num_open += 1
         self.max_open = max(self.max_open, self.num_open)
         await self._step()
         self.num_open -= 1
-        draw = Random(f"{self.data_seed} {kept.id}")
-        rows = tuple(row(kept.id, position, draw.choice(WORDS)) for position in range(draw.randrange(4)))
-        rejected = (RejectedRecord("answer", Rejection("empty"), kept.id, 9, kept.draft),) * draw.randrange(2)
-        return Outcome(rows, rejected)
+        draw = Random(f"{self.data_seed} {accepted.id}")
+        rows = tuple(row(accepted.id, position, draw.choice(WORDS)) for position in range(draw.randrange(4)))
+        rejected = (RejectedRecord("answer", Rejection("empty"), accepted.id, 9, accepted.draft),) * draw.randrange(2)
+        return InstructionResult(rows, rejected)
 
 
 def row(task: str, position: int, text: str) -> Record:
@@ -104,10 +104,10 @@ class EagerDriver(Driver):
 
     checkpoints = Random(0)
 
-    def _maybe_checkpoint(self, admission) -> None:
+    def _maybe_checkpoint(self, state) -> None:
         if self.checkpoints.random() < 0.3:
             self._last_checkpoint = float("-inf")
-            super()._maybe_checkpoint(admission)
+            super()._maybe_checkpoint(state)
         else:
             self._last_checkpoint = float("inf")
 
@@ -115,7 +115,7 @@ class EagerDriver(Driver):
 def drive(folder: Path, method: MadeUp, config: SynthesisConfig, checkpoints: int = 0) -> Driver:
     sink, checkpoint = open_sink(RunDir(folder).create(), config, "sha")
     EagerDriver.checkpoints = Random(checkpoints)
-    driver = EagerDriver(method, config, sink, None, Attribution())
+    driver = EagerDriver(method, config, sink, None, Timers())
     asyncio.run(driver.run(checkpoint))
     sink.seal()
     return driver
@@ -131,13 +131,18 @@ def folders(tmp_path_factory) -> Callable[[], Path]:
     return lambda: Path(tempfile.mkdtemp(dir=tmp_path_factory.getbasetemp()))
 
 
-def config_of(lookahead: int = 4, **fields: object) -> SynthesisConfig:
+def config_of(max_concurrent_proposals: int = 4, **fields: object) -> SynthesisConfig:
     """Both kinds of filters remember: rows with a text that was there before are rejected."""
     filters = {
         "instruction_filters": (NoveltyConfig(),),
         "row_filters": (ExactDuplicateConfig(fields=("instruction",)),),
     }
-    return SynthesisConfig(lookahead=lookahead, rows_per_shard=7, max_fruitless_requests=50, **{**filters, **fields})
+    return SynthesisConfig(
+        max_concurrent_proposals=max_concurrent_proposals,
+        rows_per_shard=7,
+        max_empty_requests=50,
+        **{**filters, **fields},
+    )
 
 
 laws = settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -155,8 +160,8 @@ def test_something_is_kept_and_something_of_every_kind_rejected(folders):
 
 @laws
 @given(seeds, seeds, seeds, st.integers(1, 9))
-def test_the_same_data_whatever_the_timing(folders, data_seed, first, second, lookahead):
-    config = config_of(lookahead)
+def test_the_same_data_whatever_the_timing(folders, data_seed, first, second, max_concurrent_proposals):
+    config = config_of(max_concurrent_proposals)
     one, other = folders(), folders()
     methods = MadeUp(data_seed, first), MadeUp(data_seed, second)
     drivers = drive(one, methods[0], config), drive(other, methods[1], config, checkpoints=second)
@@ -169,9 +174,9 @@ def test_the_same_data_whatever_the_timing(folders, data_seed, first, second, lo
 @laws
 @given(seeds, st.lists(st.integers(0, 40), min_size=1, max_size=4), seeds, st.integers(1, 9))
 def test_killed_at_any_points_and_resumed_from_any_checkpoints_the_data_is_the_same(
-    folders, data_seed, kills, timing, lookahead
+    folders, data_seed, kills, timing, max_concurrent_proposals
 ):
-    config = config_of(lookahead)
+    config = config_of(max_concurrent_proposals)
     whole, killed = folders(), folders()
     expected = drive(whole, MadeUp(data_seed, 0), config)
     for number, num_steps in enumerate(kills):
@@ -204,25 +209,27 @@ def test_after_a_resume_both_kinds_of_filters_know_what_was_there(folders):
 
 @laws
 @given(seeds, seeds, st.integers(1, 9))
-def test_a_proposal_sees_what_was_kept_up_to_lookahead_before_it(folders, data_seed, timing, lookahead):
+def test_a_proposal_sees_what_was_accepted_up_to_max_concurrent_proposals_before_it(
+    folders, data_seed, timing, max_concurrent_proposals
+):
     method = MadeUp(data_seed, timing)
     folder = folders()
-    drive(folder, method, config_of(lookahead))
+    drive(folder, method, config_of(max_concurrent_proposals))
     instructions = [row["id"] for row in data(folder)[2]]
     number_of = {name: int(name.split("-")[2]) for name in instructions}
     for number, seen in method.seen.items():
-        assert list(seen) == [name for name in instructions if number_of[name] <= number - lookahead]
+        assert list(seen) == [name for name in instructions if number_of[name] <= number - max_concurrent_proposals]
 
 
 @pytest.mark.parametrize("max_open", [1, 3])
 def test_never_more_open_instructions_than_allowed(folders, monkeypatch, max_open):
     whole, bounded = folders(), folders()
     free = MadeUp(5, 0)
-    drive(whole, free, config_of(lookahead=9))
+    drive(whole, free, config_of(max_concurrent_proposals=9))
     assert free.max_open > 3
     monkeypatch.setattr(generation.driver, "MAX_OPEN", max_open)
     method = MadeUp(5, 0)
-    drive(bounded, method, config_of(lookahead=9))
+    drive(bounded, method, config_of(max_concurrent_proposals=9))
     assert method.max_open == max_open
     assert data(bounded) == data(whole)
 
@@ -256,7 +263,7 @@ def test_what_a_spent_budget_cuts_off_comes_later_and_whole(folders, data_seed, 
         assert rows == all_rows
         return
     assert driver.stopped_because == "budget.max_completion_tokens=1 reached"
-    assert len(rows[2]) == driver.admission.num_kept - driver.num_unfinished
+    assert len(rows[2]) == driver.state.num_accepted - driver.num_unfinished
     position = {row["id"]: place for place, row in enumerate(all_rows[2])}
     places = [position[row["id"]] for row in rows[2]]
     assert places == sorted(places)  # gaps, and what is there is in order

@@ -32,7 +32,7 @@ def remembering(config, *texts: str) -> FilterChain:
     ],
 )
 def test_exact_duplicates(text, is_duplicate):
-    rejection = remembering(ExactDuplicateConfig(), "Name a tree.", "Name three birds.").judge(Draft(text)).rejection
+    rejection = remembering(ExactDuplicateConfig(), "Name a tree.", "Name three birds.").decide(Draft(text)).rejection
     assert (rejection is not None) is is_duplicate
     assert not is_duplicate or (rejection.reason, rejection.detail) == ("exact_duplicate", "same as id1")
 
@@ -40,19 +40,19 @@ def test_exact_duplicates(text, is_duplicate):
 def test_the_input_is_a_part_of_what_is_compared():
     chain = FilterChain([ExactDuplicateConfig()])
     chain.remember("a", Draft("Translate.", "one two"))
-    assert chain.judge(Draft("Translate.", "one")).rejection is None
-    assert chain.judge(Draft("translate.", "One  two")).rejection.detail == "same as a"
-    assert chain.judge(Draft("translate. ", " One two\n")).rejection.detail == "same as a"
-    assert chain.judge(Draft("Translate. one", "two")).rejection is None
+    assert chain.decide(Draft("Translate.", "one")).rejection is None
+    assert chain.decide(Draft("translate.", "One  two")).rejection.detail == "same as a"
+    assert chain.decide(Draft("translate. ", " One two\n")).rejection.detail == "same as a"
+    assert chain.decide(Draft("Translate. one", "two")).rejection is None
 
 
 def test_of_several_equal_ones_the_first_is_named():
-    assert remembering(ExactDuplicateConfig(), "x", "X", "x").judge(Draft("x")).rejection.detail == "same as id0"
+    assert remembering(ExactDuplicateConfig(), "x", "X", "x").decide(Draft("x")).rejection.detail == "same as id0"
 
 
 def test_text_that_is_no_unicode_stops_nothing():
     for config in (ExactDuplicateConfig(), NearDuplicateConfig()):
-        remembering(config, "broken \ud800 half").judge(Draft("broken \udc00 half"))
+        remembering(config, "broken \ud800 half").decide(Draft("broken \udc00 half"))
 
 
 # -- near duplicates
@@ -92,7 +92,7 @@ def test_the_jaccard_similarity_itself_decides(threshold, is_duplicate):
         threshold=threshold, shingle_unit="word", shingle_size=1, min_recall=0.999_999, fields=INSTRUCTION
     )
     rejection = (
-        remembering(config, "nothing like it", "one two three four").judge(Draft("one two three five")).rejection
+        remembering(config, "nothing like it", "one two three four").decide(Draft("one two three five")).rejection
     )
     assert (rejection is not None) is is_duplicate
     assert not is_duplicate or rejection.detail == "Jaccard 0.600 to id1"
@@ -103,7 +103,7 @@ def test_the_nearest_is_named_and_of_equals_the_first():
     chain = remembering(
         config, "Name three birds of a forest", "Name three birds of the forest", "name three birds of the forest"
     )
-    rejection = chain.judge(Draft("Name three birds of the forest!")).rejection
+    rejection = chain.decide(Draft("Name three birds of the forest!")).rejection
     assert (rejection.reason, rejection.detail.split()[-1]) == ("near_duplicate", "id1")
 
 
@@ -111,8 +111,8 @@ def test_texts_that_are_remembered_at_different_times_are_told_apart():
     chain = FilterChain([NearDuplicateConfig()])
     for name, text in (("a", "Name three birds of the forest"), ("b", "Sort these words by length")):
         chain.remember(name, Draft(text))
-    assert chain.judge(Draft("Sort these words by length!")).rejection.detail.split()[-1] == "b"
-    assert chain.judge(Draft("Name three birds of the forest!")).rejection.detail.split()[-1] == "a"
+    assert chain.decide(Draft("Sort these words by length!")).rejection.detail.split()[-1] == "b"
+    assert chain.decide(Draft("Name three birds of the forest!")).rejection.detail.split()[-1] == "a"
 
 
 @settings(deadline=None)
@@ -126,7 +126,7 @@ def test_a_sketch_does_not_depend_on_the_order_of_shingles(shingles, draw):
 
 def test_text_without_shingles_is_no_duplicate():
     chain = remembering(NearDuplicateConfig(fields=INSTRUCTION), "", " ")
-    assert chain.judge(Draft("")).rejection is None
+    assert chain.decide(Draft("")).rejection is None
 
 
 words = st.sampled_from(["one", "two", "three", "four", "five", "six"])
@@ -137,7 +137,7 @@ words = st.sampled_from(["one", "two", "three", "four", "five", "six"])
 def test_nothing_below_the_threshold_is_ever_rejected(remembered, words):
     config = NearDuplicateConfig(threshold=0.5, shingle_unit="word", shingle_size=2, fields=INSTRUCTION)
     text = " ".join(words)
-    rejection = remembering(config, *remembered).judge(Draft(text)).rejection
+    rejection = remembering(config, *remembered).decide(Draft(text)).rejection
     mine = shingles(normalized(text), config)
     best = max((jaccard(mine, shingles(normalized(other), config)) for other in remembered), default=0.0)
     if rejection:
@@ -158,5 +158,5 @@ def test_as_many_are_found_as_the_configuration_promises():
         changed = " ".join(words)
         if jaccard(shingles(text, config), shingles(changed, config)) >= config.threshold:
             expected += 1
-            found += chain.judge(Draft(changed)).rejection is not None
+            found += chain.decide(Draft(changed)).rejection is not None
     assert expected > 200 and found >= config.min_recall * expected

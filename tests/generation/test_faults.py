@@ -24,7 +24,7 @@ from tests.generation.harness import CoroutinePool, Made, drive, prompt_text
 
 CONFIG = SelfInstructConfig(
     num_instructions=15,
-    lookahead=4,
+    max_concurrent_proposals=4,
     rows_per_shard=10,
     checkpoint_seconds=0,
     row_filters=(ExactDuplicateConfig(fields=("output",)),),
@@ -209,7 +209,7 @@ def claimed(tmp_path) -> tuple[RunDir, ModelConfig]:
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"lookahead": 5}, "synthesize.lookahead: was 4, is 5"),
+        ({"max_concurrent_proposals": 5}, "synthesize.max_concurrent_proposals: was 4, is 5"),
         ({"num_instructions": 16}, "synthesize.num_instructions: was 15, is 16"),
         ({"row_filters": ()}, "synthesize.row_filters"),
     ],

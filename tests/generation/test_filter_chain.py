@@ -32,11 +32,11 @@ def test_the_first_filter_that_objects_decides():
     draft = Draft("Draw a map")
     short, forbidden = {"type": "length"}, {"type": "blacklist"}
     for order, expected in (([short, forbidden], "too_short"), ([forbidden, short], "blacklisted_word")):
-        assert FilterChain(FILTERS.validate_python(order)).judge(draft).rejection.reason == expected
+        assert FilterChain(FILTERS.validate_python(order)).decide(draft).rejection.reason == expected
 
 
 def test_an_empty_chain_lets_everything_pass():
-    assert FilterChain([]).judge(Draft("")).rejection is None
+    assert FilterChain([]).decide(Draft("")).rejection is None
 
 
 @settings(deadline=None, max_examples=30)
@@ -45,11 +45,11 @@ def test_judging_changes_nothing(remembered, judged):
     chain, other = FilterChain(MEMORIES), FilterChain(MEMORIES)
     for number, draft in enumerate(remembered):
         for one in judged:
-            chain.judge(one)
+            chain.decide(one)
         chain.remember(str(number), draft)
         other.remember(str(number), draft)
-    first = [chain.judge(draft) for draft in judged]
-    assert first == [chain.judge(draft) for draft in judged] == [other.judge(draft) for draft in judged]
+    first = [chain.decide(draft) for draft in judged]
+    assert first == [chain.decide(draft) for draft in judged] == [other.decide(draft) for draft in judged]
 
 
 @settings(deadline=None, max_examples=30)
@@ -62,19 +62,19 @@ def test_columns_are_remembered_as_one_by_one(remembered, judged):
     at_once.remember_many(
         ids, [d.instruction for d in remembered], [d.input for d in remembered], [d.output for d in remembered]
     )
-    assert [one_by_one.judge(draft) for draft in judged] == [at_once.judge(draft) for draft in judged]
+    assert [one_by_one.decide(draft) for draft in judged] == [at_once.decide(draft) for draft in judged]
 
 
 def test_columns_that_are_left_out():
     chain = FilterChain(MEMORIES)
     chain.remember_many(["a"], ["Name three birds"])
-    assert chain.judge(Draft("name  THREE birds", "", "wren")).rejection.detail == "same as a"
+    assert chain.decide(Draft("name  THREE birds", "", "wren")).rejection.detail == "same as a"
     by_output = FilterChain(FILTERS.validate_python([{"type": "exact_duplicate", "fields": ["output"]}]))
     by_output.remember_many(["a"], ["Name three birds"])
     by_output.remember("b", Draft("Name three birds"))
-    assert by_output.judge(Draft("Name three birds", "", "")).rejection is None
+    assert by_output.decide(Draft("Name three birds", "", "")).rejection is None
     by_output.remember("c", Draft("Name three birds", "", "wren"))
-    assert by_output.judge(Draft("Name a bird", "", "Wren ")).rejection.detail == "same as c"
+    assert by_output.decide(Draft("Name a bird", "", "Wren ")).rejection.detail == "same as c"
 
 
 def test_columns_of_unequal_length_are_refused():
@@ -88,31 +88,31 @@ def test_columns_of_unequal_length_are_refused():
 def test_nearest_are_told_of_what_is_kept_and_of_what_is_not_new():
     chain = FilterChain(SELF_INSTRUCT_FILTERS)
     chain.remember_many(["a", "b"], ["Name three birds of the forest", "Sort these words by length"])
-    kept = chain.judge(Draft("Name some old trees of the forest"))
+    kept = chain.decide(Draft("Name some old trees of the forest"))
     assert kept.rejection is None and [n.id for n in kept.nearest] == ["a"]
-    again = chain.judge(Draft("Name three birds of the forest today"))
+    again = chain.decide(Draft("Name three birds of the forest today"))
     assert again.rejection.reason == "not_novel" and again.nearest[0].id == "a"
     assert again.rejection.detail == "ROUGE-L 0.923 to a"
-    assert chain.judge(Draft("Draw three birds of the forest")).nearest == ()  # novelty was not asked
+    assert chain.decide(Draft("Draw three birds of the forest")).nearest == ()  # novelty was not asked
 
 
 def test_nearest_are_told_whatever_a_later_filter_says():
     chain = FilterChain(FILTERS.validate_python([{"type": "novelty"}, {"type": "empty"}, {"type": "blacklist"}]))
     chain.remember("a", Draft("Name three birds of the forest"))
-    verdict = chain.judge(Draft("Draw some old trees of the forest"))
-    assert verdict.rejection.reason == "blacklisted_word" and [n.id for n in verdict.nearest] == ["a"]
-    assert [n.id for n in chain.judge(Draft("Grow some old trees of the forest")).nearest] == ["a"]
+    decision = chain.decide(Draft("Draw some old trees of the forest"))
+    assert decision.rejection.reason == "blacklisted_word" and [n.id for n in decision.nearest] == ["a"]
+    assert [n.id for n in chain.decide(Draft("Grow some old trees of the forest")).nearest] == ["a"]
 
 
 def test_no_neighbours_are_stored_if_none_are_wanted():
     chain = FilterChain(FILTERS.validate_python([{"type": "novelty", "num_nearest": 0}]))
     chain.remember("a", Draft("Name three birds of the forest"))
-    assert chain.judge(Draft("Name three birds of the forest today")) == chain.judge(
+    assert chain.decide(Draft("Name three birds of the forest today")) == chain.decide(
         Draft("name three birds of the forest, today")
     )
-    verdict = chain.judge(Draft("Name three birds of the forest today"))
-    assert (verdict.rejection.detail, verdict.nearest) == ("ROUGE-L 0.923 to a", ())
-    assert chain.judge(Draft("Name two trees")).rejection is None
+    decision = chain.decide(Draft("Name three birds of the forest today"))
+    assert (decision.rejection.detail, decision.nearest) == ("ROUGE-L 0.923 to a", ())
+    assert chain.decide(Draft("Name two trees")).rejection is None
 
 
 @pytest.mark.skipif(not PUBLISHED_SEEDS.is_file(), reason="the published seeds are not at hand")
@@ -131,14 +131,14 @@ def test_the_published_seeds_one_after_the_other(filters, expected_reasons):
     kept: list[SeedTask] = []
     reasons: Counter[str] = Counter()
     for task in load_seed_tasks(PUBLISHED_SEEDS):
-        verdict = chain.judge(Draft(task.instruction))
-        reason = verdict.rejection.reason if verdict.rejection else "kept"
+        decision = chain.decide(Draft(task.instruction))
+        reason = decision.rejection.reason if decision.rejection else "kept"
         reasons[reason] += 1
         if reason in ("kept", "not_novel"):
             scores = [scorer.score(other.instruction, task.instruction)["rougeL"].fmeasure for other in kept]
             ranked = sorted(range(len(kept)), key=lambda place: (-scores[place], place))[:10]
             expected = [(kept[place].id, scores[place]) for place in ranked if scores[place] > 0]
-            assert [(neighbor.id, neighbor.score) for neighbor in verdict.nearest] == expected
+            assert [(neighbor.id, neighbor.score) for neighbor in decision.nearest] == expected
             assert (reason == "not_novel") is (max(scores, default=0.0) > 0.7)
         if reason == "kept":
             kept.append(task)

@@ -25,7 +25,7 @@ def chain(*entries: dict) -> FilterChain:
 
 
 def reason(entry: dict, **fields: str) -> str | None:
-    rejection = chain(entry).judge(Draft(**{"instruction": "Sort these four words", **fields})).rejection
+    rejection = chain(entry).decide(Draft(**{"instruction": "Sort these four words", **fields})).rejection
     return rejection and rejection.reason
 
 
@@ -62,29 +62,29 @@ HEURISTICS = [
 
 @pytest.mark.parametrize(("instruction", "expected"), HEURISTICS)
 def test_the_heuristics_of_self_instruct(instruction, expected):
-    for judge in (FilterChain(SELF_INSTRUCT_FILTERS).judge, FilterChain(ALPACA_FILTERS).judge):
-        rejection = judge(Draft(instruction)).rejection
+    for decide in (FilterChain(SELF_INSTRUCT_FILTERS).decide, FilterChain(ALPACA_FILTERS).decide):
+        rejection = decide(Draft(instruction)).rejection
         assert (rejection and rejection.reason) == expected
 
 
 @pytest.mark.parametrize("word", ["video", "Audio", "music", "flowchart", "diagram"])
 def test_alpaca_forbids_more_words(word):
     draft = Draft(f"Describe a {word} in five words")
-    assert FilterChain(SELF_INSTRUCT_FILTERS).judge(draft).rejection is None
-    assert FilterChain(ALPACA_FILTERS).judge(draft).rejection.detail == word
+    assert FilterChain(SELF_INSTRUCT_FILTERS).decide(draft).rejection is None
+    assert FilterChain(ALPACA_FILTERS).decide(draft).rejection.detail == word
 
 
 @pytest.mark.parametrize("filters", [SELF_INSTRUCT_FILTERS, ALPACA_FILTERS])
 def test_the_published_chains_end_with_novelty_at_seven_tenths(filters):
     novelty = filters[-1]
     assert (novelty.type, novelty.max_score, novelty.num_nearest, novelty.tokenizer) == ("novelty", 0.7, 10, "rouge")
-    judge = FilterChain(filters)
-    judge.remember("a", Draft("one two three four five six seven eight nine ten"))
+    chain = FilterChain(filters)
+    chain.remember("a", Draft("one two three four five six seven eight nine ten"))
     # Nine and nine of ten tokens in common: 0.9; seven of ten: 0.7, which is not more than 0.7.
-    assert judge.judge(Draft("one two three four five six seven eight nine zen")).rejection.reason == "not_novel"
-    verdict = judge.judge(Draft("one two three four five six seven xx yy zz"))
-    assert verdict.rejection is None
-    assert [(n.id, round(n.score, 9)) for n in verdict.nearest] == [("a", 0.7)]
+    assert chain.decide(Draft("one two three four five six seven eight nine zen")).rejection.reason == "not_novel"
+    decision = chain.decide(Draft("one two three four five six seven xx yy zz"))
+    assert decision.rejection is None
+    assert [(n.id, round(n.score, 9)) for n in decision.nearest] == [("a", 0.7)]
 
 
 def test_lists_without_entries_reject_nothing():
@@ -117,8 +117,8 @@ def test_the_heuristics_as_a_recipe_sets_them(entry, text, expected):
 
 def test_a_text_may_be_short_in_both_units_and_the_limits_leave_room():
     entry = {"type": "length", "min_words": 2, "min_characters": 30, "max_words": None}
-    assert chain(entry).judge(Draft("one")).rejection.detail == "1 words"
-    assert chain(entry).judge(Draft("one two")).rejection.detail == "7 characters"
+    assert chain(entry).decide(Draft("one")).rejection.detail == "1 words"
+    assert chain(entry).decide(Draft("one two")).rejection.detail == "7 characters"
     with pytest.raises(ValidationError, match="min_words=9 is more than max_words=8"):
         chain({"type": "length", "min_words": 9, "max_words": 8})
 
@@ -128,10 +128,10 @@ def test_a_text_may_be_short_in_both_units_and_the_limits_leave_room():
 
 def test_the_first_field_that_fails_decides_and_is_named():
     entry = {"type": "blacklist", "words": ["map"], "fields": ["instruction", "input", "output"]}
-    assert chain(entry).judge(Draft("a map", "a map", "a map")).rejection.detail == "map"
-    assert chain(entry).judge(Draft("a", "a map", "a map")).rejection.detail == "input: map"
-    assert chain(entry).judge(Draft("a", "a", "a map")).rejection.detail == "output: map"
-    assert chain(entry).judge(Draft("a", "a", None)).rejection is None
+    assert chain(entry).decide(Draft("a map", "a map", "a map")).rejection.detail == "map"
+    assert chain(entry).decide(Draft("a", "a map", "a map")).rejection.detail == "input: map"
+    assert chain(entry).decide(Draft("a", "a", "a map")).rejection.detail == "output: map"
+    assert chain(entry).decide(Draft("a", "a", None)).rejection is None
 
 
 def test_an_empty_field_has_a_reason_of_its_own():
@@ -173,7 +173,7 @@ def test_truncation(finish_reason, expected):
     ],
 )
 def test_format_leakage(text, expected):
-    rejection = chain({"type": "format_leakage"}).judge(Draft(text)).rejection
+    rejection = chain({"type": "format_leakage"}).decide(Draft(text)).rejection
     assert (rejection and rejection.detail) == expected
     assert rejection is None or rejection.reason == "format_leakage"
 
@@ -346,8 +346,8 @@ def test_instance_rules(given, output, expected):
 
 
 def reasons(*pairs: tuple[str, str]) -> list[str | None]:
-    verdicts = check_instances([Instance(*pair) for pair in pairs])
-    return [rejection.reason if rejection else None for _, rejection in verdicts]
+    decisions = check_instances([Instance(*pair) for pair in pairs])
+    return [rejection.reason if rejection else None for _, rejection in decisions]
 
 
 def test_a_contradiction_costs_the_task_all_its_instances():

@@ -20,19 +20,19 @@ def simulate(seed: int, goal: Goal, pilot_rows: int, falls_to: float = 1.0) -> t
     pilot.add(0, 0, 0, 0)
     made = None
     while True:
-        share = 0.6 * max(falls_to, 1 - (1 - falls_to) * kept / (goal.num_kept or 1500))
-        num_kept = int(draw.binomial(draw.integers(4, 11), share))
-        kept, proposals = kept + num_kept, proposals + 1
-        rows += int(draw.integers(0, 4, num_kept).sum())
-        tokens += int(150 + draw.lognormal(4, 0.8, num_kept).sum())
+        share = 0.6 * max(falls_to, 1 - (1 - falls_to) * kept / (goal.num_accepted or 1500))
+        num_accepted = int(draw.binomial(draw.integers(4, 11), share))
+        kept, proposals = kept + num_accepted, proposals + 1
+        rows += int(draw.integers(0, 4, num_accepted).sum())
+        tokens += int(150 + draw.lognormal(4, 0.8, num_accepted).sum())
         pilot.add(proposals, kept, rows, tokens)
         if pilot.is_full and made is None:
             made = forecast(pilot, goal, Pace(0, 60.0, (900.0, 1100.0)))
-        if kept >= (goal.num_kept or 1e9) or proposals >= (goal.num_proposals or 1e9):
+        if kept >= (goal.num_accepted or 1e9) or proposals >= (goal.num_proposals or 1e9):
             return made, rows, tokens
 
 
-@pytest.mark.parametrize("goal", [Goal(num_kept=1500), Goal(num_proposals=300)])
+@pytest.mark.parametrize("goal", [Goal(num_accepted=1500), Goal(num_proposals=300)])
 def test_the_range_holds_as_often_as_it_says(goal):
     runs = [simulate(seed, goal, pilot_rows=150) for seed in range(150)]
     rows = np.mean([num_rows in made.num_rows for made, num_rows, _ in runs])
@@ -52,7 +52,7 @@ def test_a_yield_that_falls_within_the_pilot_raises_the_expected_tokens():
         for step in order:
             totals += (1, *step)
             pilot.add(*map(int, totals))
-    goal, pace = Goal(num_kept=5000), Pace()
+    goal, pace = Goal(num_accepted=5000), Pace()
     at_steady_yield = forecast(steady, goal, pace).num_completion_tokens
     with_later_half = forecast(falling, goal, pace).num_completion_tokens
     assert at_steady_yield.high < 1.3 * 5000 / 3 * 1000
@@ -67,13 +67,15 @@ def a_pilot(num_steps: int = 30) -> Pilot:
     return pilot
 
 
-@example(max_rows=161, max_completion_tokens=None, num_kept=96, max_seconds=None)  # two limits at about the same time
+@example(
+    max_rows=161, max_completion_tokens=None, num_accepted=96, max_seconds=None
+)  # two limits at about the same time
 @given(
     st.integers(150, 10**6) | st.none(), st.integers(21_100, 10**8) | st.none(), st.integers(90, 10**5),
     st.floats(100, 10**6) | st.none(),
 )  # fmt: skip
-def test_budgets_cut_the_forecast_off(max_rows, max_completion_tokens, num_kept, max_seconds):
-    goal = Goal(num_kept, None, max_rows, max_completion_tokens, max_seconds)
+def test_budgets_cut_the_forecast_off(max_rows, max_completion_tokens, num_accepted, max_seconds):
+    goal = Goal(num_accepted, None, max_rows, max_completion_tokens, max_seconds)
     made = forecast(a_pilot(), goal, Pace(0, 60.0, (90.0, 110.0)))
     assert made == forecast(a_pilot(), goal, Pace(0, 60.0, (90.0, 110.0)))
     for found in (made.num_rows, made.num_completion_tokens, made.seconds):
@@ -100,7 +102,7 @@ def test_no_forecast_where_nothing_ends_the_run():
     pilot = Pilot(10)
     pilot.add(0, 0, 0, 0)
     pilot.add(1, 0, 50, 100)
-    assert forecast(pilot, Goal(num_kept=10), Pace()) is None
+    assert forecast(pilot, Goal(num_accepted=10), Pace()) is None
     assert forecast(a_pilot(), Goal(), Pace()) is None
 
 

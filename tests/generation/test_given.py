@@ -168,7 +168,7 @@ def test_answers_that_cannot_be_rows_are_rejected_with_their_text(tmp_path):
 
 def test_filters_may_reject_any_number_in_a_row_and_the_rest_is_still_answered(tmp_path):
     seeds = [SeedTask(f"{number}", "", "Do.", (), False) for number in range(30)] + SEEDS[:1]
-    config = AnswerOnlyConfig(instruction_filters=({"type": "length"},), max_fruitless_requests=5)
+    config = AnswerOnlyConfig(instruction_filters=({"type": "length"},), max_empty_requests=5)
     made = drive(tmp_path, CoroutinePool(answer=lambda _: "Yes."), config, seeds=seeds)
     assert len(made.rows) == 1 and made.driver.stopped_because == ""
 

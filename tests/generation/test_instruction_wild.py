@@ -26,7 +26,7 @@ def lists(pool: CoroutinePool) -> list[str]:
 
 def test_five_seeds_are_shown_and_the_list_goes_on_at_six(tmp_path):
     pool = CoroutinePool(0)
-    made = drive(tmp_path, pool, InstructionWildConfig(num_instructions=20, lookahead=1))
+    made = drive(tmp_path, pool, InstructionWildConfig(num_instructions=20, max_concurrent_proposals=1))
     seeds = {seed.instruction for seed in SEEDS}
     for prompt in lists(pool):
         shown = re.findall(r"^\d\. (.*)$", prompt, re.MULTILINE)
@@ -66,7 +66,7 @@ def test_a_chat_that_begins_the_list_anew_adds_no_instruction(tmp_path):
 def test_another_model_may_answer(tmp_path):
     writer, answerer = CoroutinePool(1), CoroutinePool(2)
     models = {
-        "writer": ServedModel("the-writer", ModelConfig(path="w"), "rev-w", writer, "plain"),
+        "writer": ServedModel("the-writer", ModelConfig(path="w"), "rev-w", writer, "completion"),
         "answerer": ServedModel("the-answerer", ModelConfig(path="a"), "rev-a", answerer, "chat"),
     }
     made = drive(tmp_path, CoroutinePool(answer=None, max_requests=0), InstructionWildConfig(), models=models)
@@ -144,7 +144,7 @@ def test_a_run_over_the_packaged_seeds(tmp_path):
         return f" {number:x} {number * 7:x}\n7. {number * 3:x} or {number * 5:x}"
 
     pool, seeds = CoroutinePool(answer=write), load_seed_tasks(PACKAGED)
-    made = drive(tmp_path, pool, InstructionWildConfig(num_instructions=80, lookahead=4), seeds=seeds)
+    made = drive(tmp_path, pool, InstructionWildConfig(num_instructions=80, max_concurrent_proposals=4), seeds=seeds)
     assert len(made.rows) == 80
     english = {seed.id for seed in seeds if seed.language == "English"}
     assert english > {seed_id for row in made.rows for seed_id in row["seed_ids"]}

@@ -29,13 +29,13 @@ JUDGE = JudgeConfig(min_score=2)
 CONFIGS: dict[str, SynthesisConfig] = {
     config.method: config
     for config in (
-        SelfInstructConfig(num_instructions=25, lookahead=8, judge=JUDGE),
-        AlpacaConfig(num_instructions=25, lookahead=4, num_tasks=6),
-        InstructionWildConfig(num_instructions=25, lookahead=8, judge=JUDGE),
-        EvolInstructConfig(num_rounds=2, lookahead=4),
-        MagpieConfig(num_instructions=20, lookahead=8),
-        AnswerOnlyConfig(lookahead=4, judge=JUDGE),
-        RejectionSamplingConfig(lookahead=4, min_score=3),
+        SelfInstructConfig(num_instructions=25, max_concurrent_proposals=8, judge=JUDGE),
+        AlpacaConfig(num_instructions=25, max_concurrent_proposals=4, num_tasks=6),
+        InstructionWildConfig(num_instructions=25, max_concurrent_proposals=8, judge=JUDGE),
+        EvolInstructConfig(num_rounds=2, max_concurrent_proposals=4),
+        MagpieConfig(num_instructions=20, max_concurrent_proposals=8),
+        AnswerOnlyConfig(max_concurrent_proposals=4, judge=JUDGE),
+        RejectionSamplingConfig(max_concurrent_proposals=4, min_score=3),
     )
 }
 assert CONFIGS.keys() == METHODS.keys()

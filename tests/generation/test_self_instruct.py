@@ -73,7 +73,7 @@ def test_instances_with_the_label_first():
 # -- the method
 
 
-CONFIG = SelfInstructConfig(num_instructions=60, lookahead=8)
+CONFIG = SelfInstructConfig(num_instructions=60, max_concurrent_proposals=8)
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def test_after_a_kill_the_same_data_is_made_and_nothing_logged_is_asked_again(
 
 def test_demonstrations_are_six_seeds_and_two_of_the_machine_once_it_has_some(tmp_path):
     pool = CoroutinePool(0)
-    config = SelfInstructConfig(num_instructions=30, lookahead=1, capitalize=False)
+    config = SelfInstructConfig(num_instructions=30, max_concurrent_proposals=1, capitalize=False)
     made = drive(tmp_path, pool, config)
     prompts = [request.prompt for request in pool.requests if request.prompt.endswith("9.")]
     seeds = {task.instruction for task in SEEDS}
@@ -128,7 +128,7 @@ def test_equal_prompts_are_different_requests(tmp_path):
 
 
 def test_any_earlier_instruction_may_be_shown_again(tmp_path):
-    config = SelfInstructConfig(num_instructions=60, lookahead=1)
+    config = SelfInstructConfig(num_instructions=60, max_concurrent_proposals=1)
     made = drive(tmp_path, CoroutinePool(0), config)
     order = [row["id"] for row in made.instructions]
     distances = [
@@ -161,9 +161,9 @@ def test_published_sampling_reaches_the_engines(tmp_path):
 
 def test_a_response_cut_short_is_dropped_whole_and_giving_up_says_why(tmp_path):
     pool = CoroutinePool(answer=lambda request: (CoroutinePool.scripted(request), "length"))
-    made = drive(tmp_path, pool, SelfInstructConfig(max_fruitless_requests=5))
+    made = drive(tmp_path, pool, SelfInstructConfig(max_empty_requests=5))
     driver = made.driver
-    assert (driver.admission.num_kept, driver.committed.num_generated, len(made.rejected)) == (0, 0, 5)
+    assert (driver.state.num_accepted, driver.committed.num_generated, len(made.rejected)) == (0, 0, 5)
     assert made.reasons == {"truncated_response"}
     assert "5 requests in a row" in made.driver.stopped_because
 
@@ -192,7 +192,7 @@ def test_no_more_requests_than_allowed(tmp_path):
     config = SelfInstructConfig(num_instructions=500, max_requests=3)
     driver = drive(tmp_path, pool, config).driver
     assert sum(request.prompt.endswith("9.") for request in pool.requests) == 3
-    assert 0 < driver.admission.num_kept < 500
+    assert 0 < driver.state.num_accepted < 500
     assert driver.stopped_because == "max_requests=3 reached"
 
 
@@ -273,7 +273,7 @@ def test_a_request_is_the_same_only_if_all_that_decides_it_is(tmp_path):
     pool = CoroutinePool(0)
     prompt = prompts["classify"]
 
-    def requester(log: RequestLog, name: str = "m", revision: str = "1", seed: int = 0, form: str = "plain"):
+    def requester(log: RequestLog, name: str = "m", revision: str = "1", seed: int = 0, form: str = "completion"):
         model = ServedModel(name, ModelConfig(path=name), revision, pool, form)
         return Requester({"writer": model}, log, seed)
 
@@ -301,7 +301,7 @@ def test_a_request_is_the_same_only_if_all_that_decides_it_is(tmp_path):
 def test_equal_requests_at_the_same_time_are_one(tmp_path):
     pool = CoroutinePool(0)
     prompt = load_prompts(PROMPT_FOLDER / "self_instruct", PROMPTS)["classify"]
-    model = ServedModel("m", ModelConfig(path="m"), "1", pool, "plain")
+    model = ServedModel("m", ModelConfig(path="m"), "1", pool, "completion")
 
     async def ask_twice(log: RequestLog):
         requester = Requester({"writer": model}, log, 0)

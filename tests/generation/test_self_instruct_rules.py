@@ -91,7 +91,7 @@ def test_rows_of_seeds_and_of_the_machine_get_the_published_layouts(tmp_path):
 def test_classification_seeds_alone_are_shown_under_a_header_of_their_own(tmp_path):
     kinds = [SeedTask(f"c{i}", "", f"Is {word} warm or cold? Say one.", (), True) for i, word in enumerate("xyz")]
     pool = CoroutinePool(0)
-    config = SelfInstructConfig(num_instructions=5, lookahead=1, only_classification_seeds=True)
+    config = SelfInstructConfig(num_instructions=5, max_concurrent_proposals=1, only_classification_seeds=True)
     made = drive(tmp_path / "only", pool, config, seeds=[*kinds, *SEEDS])
     first = pool.requests[0].prompt
     header, *shown = first.splitlines()
@@ -144,7 +144,7 @@ def test_demonstrations_stand_on_one_line_without_a_colon():
 def test_what_the_filters_say_of_the_published_seeds():
     def results(filters: tuple) -> dict[str, str]:
         chain = FilterChain(filters)
-        judged = {task.id: chain.judge(Draft(task.instruction)).rejection for task in published_seeds()}
+        judged = {task.id: chain.decide(Draft(task.instruction)).rejection for task in published_seeds()}
         return {task_id: rejection.reason for task_id, rejection in judged.items() if rejection}
 
     too_short = {"seed_task_12": "too_short", "seed_task_79": "too_short"}  # three words each
@@ -155,7 +155,7 @@ def test_what_the_filters_say_of_the_published_seeds():
     novelty = FilterChain(SELF_INSTRUCT_FILTERS[-1:])
     close = {}
     for task in published_seeds():
-        if rejection := novelty.judge(Draft(task.instruction)).rejection:
+        if rejection := novelty.decide(Draft(task.instruction)).rejection:
             close[task.id] = rejection.detail
         novelty.remember(task.id, Draft(task.instruction))
     assert close == {
@@ -167,7 +167,7 @@ def test_what_the_filters_say_of_the_published_seeds():
 @needs_published_seeds
 def test_a_run_over_the_published_seeds(tmp_path):
     pool, seeds = CoroutinePool(0), published_seeds()
-    made = drive(tmp_path, pool, SelfInstructConfig(num_instructions=40, lookahead=4), seeds=seeds)
+    made = drive(tmp_path, pool, SelfInstructConfig(num_instructions=40, max_concurrent_proposals=4), seeds=seeds)
     assert [row["task"] for row in made.rows if row["method"] == "seed"] == [task.id for task in seeds]
     assert {row["messages"][1]["content"] for row in made.rows[:175]} == {t.instances[0].output for t in seeds}
     assert len(made.instructions) == 40

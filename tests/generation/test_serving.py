@@ -13,7 +13,7 @@ from cluster.errors import InputError
 from cluster.run.rundir import RunDir
 from generation.config import AnswerOnlyConfig, EvolInstructConfig, RejectionSamplingConfig
 from generation.methods import METHODS
-from generation.serving import find_players, serving
+from generation.serving import resolve_models, serving
 from generation.synthesize import run
 from tests.fakes import generated_ids, scripted, write_script
 
@@ -63,10 +63,10 @@ def test_roles_that_agree_in_model_and_engine_share_a_pool(models, tmp_path):
     adapter = make_adapter(tmp_path / "adapter")
     same = {"path": str(models["writer"])}
     config = EvolInstructConfig(models={"writer": same, "answerer": {**same, "adapter": str(adapter)}, "judge": same})
-    players = find_players(config, METHODS["evol_instruct"], ModelConfig(path=str(models["judge"])), scripted())
+    role_models = resolve_models(config, METHODS["evol_instruct"], ModelConfig(path=str(models["judge"])), scripted())
 
     async def served() -> dict:
-        async with serving(players) as roles:
+        async with serving(role_models) as roles:
             return dict(roles)
 
     roles = asyncio.run(served())
@@ -97,4 +97,4 @@ def test_pools_that_do_not_fit_side_by_side_are_an_error_at_once(models, seeds, 
 def test_a_model_or_an_adapter_that_is_not_there_is_named_before_anything_starts(models, role, fields, message):
     config = AnswerOnlyConfig(models={role: fields})
     with pytest.raises(InputError, match=message):
-        find_players(config, METHODS["answer_only"], ModelConfig(path=str(models["writer"])), scripted())
+        resolve_models(config, METHODS["answer_only"], ModelConfig(path=str(models["writer"])), scripted())

@@ -68,11 +68,11 @@ def test_the_dataset_opens_and_the_result_counts_it(undisturbed):
     rejected = load_from_disk(str(run_root / "data" / "rejected"))
     instructions = load_from_disk(str(run_root / "data" / "instructions"))
     assert result == json.loads((run_root / "result-synthesize.json").read_text())
-    assert result["num_kept"] == len(instructions) == NUM_INSTRUCTIONS
+    assert result["num_accepted"] == len(instructions) == NUM_INSTRUCTIONS
     assert result["num_rows"] == len(rows) > result["num_seed_rows"] == rows["method"].count("seed") == 175
     assert sum(result["rejected"].values()) == len(rejected)
     num_rejected_instructions = sum(stage == "instruction" for stage in rejected["stage"])
-    assert result["num_generated"] == result["num_kept"] + num_rejected_instructions
+    assert result["num_generated"] == result["num_accepted"] + num_rejected_instructions
     assert (result["is_complete"], result["resumed_requests"]) == (True, 0)
     for row in rows:
         assert [message["role"] for message in row["messages"]] == ["user", "assistant"]
@@ -274,12 +274,12 @@ def test_stopping_short_is_said_clearly(model, tmp_path, capsys):
     config = SelfInstructConfig(num_instructions=1000, max_requests=2)
     result = run(config, ModelConfig(path=str(model)), scripted(), RunDir(tmp_path / "run"), 0)
     assert (result["is_complete"], result["stopped_because"]) == (False, "max_requests=2 reached")
-    assert 0 < result["num_kept"] < 1000
+    assert 0 < result["num_accepted"] < 1000
     assert "INCOMPLETE (max_requests=2 reached)" in capsys.readouterr().out
 
 
 def test_keeping_nothing_is_a_failure_with_the_reasons(model, tmp_path):
-    config = SelfInstructConfig(instruction_filters=(LengthConfig(min_words=100),), max_fruitless_requests=3)
+    config = SelfInstructConfig(instruction_filters=(LengthConfig(min_words=100),), max_empty_requests=3)
     with pytest.raises(TunesmithError, match=r"nothing was kept of 21 instructions: .*too_short"):
         run(config, ModelConfig(path=str(model)), scripted(), RunDir(tmp_path / "run"), 0)
     assert not (tmp_path / "run" / "data" / "synthesized" / "manifest.json").exists()

@@ -63,7 +63,7 @@ def test_each_passes_the_methods_own_filters(rows):
     chain = FilterChain(INSTRUCTION_WILD_FILTERS)
     for row in rows:
         draft = Draft(row["instruction"])
-        assert chain.judge(draft).rejection is None, row["id"]
+        assert chain.decide(draft).rejection is None, row["id"]
         chain.remember(row["id"], draft)
 
 

@@ -84,7 +84,7 @@ def test_ray_and_its_driver_run_in_the_image_and_can_be_asked_to_stop(
     logged, before = place.logged_ids(), len(generated_ids(place.model))
     place.end(place.submit(), "COMPLETED", "0:0")
     assert logged.isdisjoint(generated_ids(place.model)[before:])
-    assert (place.result()["status"], place.result()["num_kept"]) == ("done", NUM_INSTRUCTIONS)
+    assert (place.result()["status"], place.result()["num_accepted"]) == ("done", NUM_INSTRUCTIONS)
 
 
 @pytest.mark.parametrize("runtime", SHIMS)

@@ -64,7 +64,7 @@ def test_the_demo_ends_well_though_the_batch_host_dies_in_its_synthesis(slurm_cl
     assert user.status() == dict.fromkeys(STAGES, "DONE"), user.logs()
 
     synthesis = result(run, "synthesize")
-    assert (synthesis["num_kept"], synthesis["is_complete"]) == (NUM_INSTRUCTIONS, True)
+    assert (synthesis["num_accepted"], synthesis["is_complete"]) == (NUM_INSTRUCTIONS, True)
     assert synthesis["resumed_requests"] > 0, "what the first attempt has finished is not generated again"
     assert len(synthesis["engines"]) == 2
     folder = run / "data" / "synthesized"

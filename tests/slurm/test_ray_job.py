@@ -187,7 +187,7 @@ def test_a_killed_head_ends_the_job_at_once_and_a_killed_worker_does_not(slurm_c
     assert "[ray] node n2: Ray ended by itself: raylet (exit code -9); going on with 1 of 2 nodes" in said
     assert logged.isdisjoint(generated_ids(place.model)[before:])
     result = place.result()
-    assert (result["status"], result["num_kept"], result["is_complete"]) == ("done", NUM_INSTRUCTIONS, True)
+    assert (result["status"], result["num_accepted"], result["is_complete"]) == ("done", NUM_INSTRUCTIONS, True)
     assert result["num_engine_restarts"] >= 1
     assert verify_manifest(place.run / "data" / "synthesized")["rows"] == result["num_rows"]
     rows = Counter(row["id"] for row in read_rows(place.run / "data" / "synthesized"))
@@ -218,7 +218,7 @@ def test_vllm_engines_on_two_nodes_make_one_dataset(slurm_cluster: SlurmBed, pla
     place.write_recipe(model={"path": model}, engine=engine, synthesize=synthesize)
     place.end(place.submit(), "COMPLETED", "0:0", 400)
     result = place.result()
-    assert (result["status"], result["num_kept"]) == ("done", 4)
+    assert (result["status"], result["num_accepted"]) == ("done", 4)
     assert verify_manifest(place.run / "data" / "synthesized")["rows"] == result["num_rows"] > 0
     numbers = {engine["node"]: engine["num_requests"] for engine in result["engines"]}
     assert set(numbers) == {"10.77.0.11", "10.77.0.12"} and min(numbers.values()) > 0
@@ -270,7 +270,7 @@ def test_asked_to_stop_it_saves_and_the_same_command_goes_on(slurm_cluster: Slur
     before = len(generated_ids(place.model))
     place.end(place.submit(), "COMPLETED", "0:0")
     assert logged.isdisjoint(generated_ids(place.model)[before:])
-    assert place.result()["num_kept"] == NUM_INSTRUCTIONS
+    assert place.result()["num_accepted"] == NUM_INSTRUCTIONS
 
 
 @pytest.mark.long
@@ -281,7 +281,7 @@ def test_a_lost_node_takes_its_engine_along_and_nothing_else(slurm_cluster: Slur
     place.wait_for_requests(job, 12)
     with slurm_cluster.powered_off("n2"):
         place.end(job, "COMPLETED", "0:0")
-    assert place.result()["num_kept"] == NUM_INSTRUCTIONS
+    assert place.result()["num_accepted"] == NUM_INSTRUCTIONS
     rows = Counter(row["id"] for row in read_rows(place.run / "data" / "synthesized"))
     assert max(rows.values()) == 1
 
@@ -312,7 +312,7 @@ def test_two_jobs_on_one_node_do_not_meet(slurm_cluster: SlurmBed, place: Place)
     place.wait_for_requests(first, 1)
     second = other.submit(options=options)
     slurm_cluster.wait_state(second, {"COMPLETED"}, RAY_SECONDS)
-    assert (other.result()["num_kept"], other.result()["num_engine_restarts"]) == (NUM_INSTRUCTIONS, 0)
+    assert (other.result()["num_accepted"], other.result()["num_engine_restarts"]) == (NUM_INSTRUCTIONS, 0)
     place.wait_for_requests(first, len(generated_ids(place.model)) + 8)
     slurm_cluster.client("scancel", "--batch", "--signal=USR2", str(first))
     place.end(first, "FAILED", "75:0")
