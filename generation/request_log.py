@@ -178,7 +178,7 @@ class RequestLog:
     def _open_active(self) -> None:
         """Begin to write the segment after the full ones; what it holds already is read, and its torn end cut off."""
         path = self._segment(len(self._sealed))
-        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
         try:
             fsync_folder(self.path)
             records = scan_segment(path, may_be_torn=True)

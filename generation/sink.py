@@ -63,7 +63,7 @@ class DataSink:
         Raises InputError if the data is sealed, or was begun from other inputs, or if its files are damaged.
         """
         path = run.data / "progress.json"
-        if is_sealed(run.data / "synthesized"):
+        if is_sealed(run.synthesized):
             raise InputError(f"{run.data}: finished already. Remove it to make it anew.")
         if not path.is_file():
             return cls(run, rows_per_shard, inputs_sha), None

@@ -46,14 +46,14 @@ def run(config: SynthesisConfig, model: ModelConfig, engine: EngineConfig, run: 
     TunesmithError if the engines fail or nothing could be kept.
     """
     run.create()
-    with run_lock(run.root / ".lock-synthesize", str(run.root)), Progress(STAGE) as progress:
+    with run_lock(run.synthesis_lock), Progress(STAGE) as progress:
         inputs = load_inputs(config, model, engine, seed)
         claim(run, inputs)
-        if is_sealed(run.data / "synthesized") and (done := _skip(inputs, run, progress)):
+        if is_sealed(run.synthesized) and (done := _skip(inputs, run, progress)):
             return done
         run.event(STAGE, "started", method=inputs.method.NAME, num_engines=inputs.num_engines, inputs_sha=inputs.sha)
         try:
-            with stop_signals() as stop, RequestLog(run.root / "requests") as log, ray_session(run.root):
+            with stop_signals() as stop, RequestLog(run.requests) as log, ray_session(run.root):
                 stop.install()  # again: ray.init has taken SIGTERM
                 result = asyncio.run(_until_stopped(Synthesis(inputs, run, log, progress), stop))
         except Preempted as stopped:
@@ -203,7 +203,7 @@ def _skip(inputs: Inputs, run: RunDir, progress: Progress) -> dict | None:
     """Leave a finished dataset alone, if it is sound. None: a budget cut it off that is higher by now."""
     for name in ("rejected", "instructions"):
         verify_manifest(run.data / name)
-    manifest = verify_manifest(run.data / "synthesized")
+    manifest = verify_manifest(run.synthesized)
     counts, budget = manifest["counts"], inputs.config.budget.model_dump()
     if spent := counts["spent_budget"]:
         old, new = manifest["budget"][spent], budget[spent]
@@ -211,7 +211,7 @@ def _skip(inputs: Inputs, run: RunDir, progress: Progress) -> dict | None:
             progress.line(
                 f"{manifest['rows']} rows were made before {counts['stopped_because']}; going on from the log"
             )
-            (run.data / "synthesized" / "manifest.json").unlink()
+            (run.synthesized / "manifest.json").unlink()
             remove_progress(run)
             return None
     remove_progress(run)

@@ -5,7 +5,6 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 
 from cluster.engines.pool import EnginePool
 from cluster.engines.pool_stats import EngineStats
@@ -174,13 +173,13 @@ class Watch:
             }
             self._progress.line(describe_forecast(self._forecast))
             self._run.event(STAGE, "forecast", num_rows_of_pilot=driver.pilot.num_rows, **self._forecast)
-        write_json(self._forecast_path, {**self._identity, "forecast": self._forecast})
+        write_json(self._run.forecast, {**self._identity, "forecast": self._forecast})
 
     def _load_forecast(self) -> dict | None:
         """What an earlier attempt at the same goal forecast."""
-        if not self._forecast_path.is_file():
+        if not self._run.forecast.is_file():
             return None
-        saved = json.loads(self._forecast_path.read_text())
+        saved = json.loads(self._run.forecast.read_text())
         return saved.pop("forecast") if saved | {"forecast": None} == {**self._identity, "forecast": None} else None
 
     def _against_result(self, counts: Mapping[str, object]) -> dict | None:
@@ -203,10 +202,6 @@ class Watch:
         overall = tokens / max(seconds, 1e-9)
         later = (tokens - middle[1]) / (seconds - middle[0]) if seconds > middle[0] else overall
         return min(overall, later), max(overall, later)
-
-    @property
-    def _forecast_path(self) -> Path:
-        return self._run.root / "forecast.json"
 
     @property
     def _hours_name(self) -> str:

@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 
 from cluster.errors import TunesmithError
+from cluster.run.rundir import RunDir
 from launcher.slurm import commands
 
 app = typer.Typer(
@@ -65,7 +66,7 @@ def run(
         return
     members = members_of(recipe, overrides or [], resolved)
     if members:
-        save_index(resolved.run_dir, members)
+        save_index(resolved.run, members)
     for one in [member.recipe for member in members] or [resolved]:
         run_all(one)
 
@@ -121,7 +122,7 @@ def inspect_tokens(
 ) -> None:
     """Paint what training sees: trained text in colour, the rest dim, end tokens and borders of documents shown."""
     if recipe.is_dir():
-        recipe, run_dir = recipe / "recipe.yaml", run_dir or recipe
+        recipe, run_dir = RunDir(recipe).recipe, run_dir or recipe
     resolved = read(recipe, overrides, run_dir)
     from trainer.quiet import name_accelerator, quieten_libraries
 

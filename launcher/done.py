@@ -6,7 +6,7 @@ from cluster.run.manifest import MANIFEST, is_sealed
 from cluster.run.rundir import RunDir
 from launcher.recipe import Recipe
 from trainer.checkpoint.state import best_first, newest
-from trainer.results import export_key, is_trained, read_result
+from trainer.results import export_key, is_trained
 
 
 def is_done(stage: str, recipe: Recipe, run: RunDir) -> bool:
@@ -20,15 +20,15 @@ def what_again(stage: str, run: RunDir) -> str:
         last = newest(run.checkpoints)
         return f"goes on from {last.name}" if last else "begins anew, as no checkpoint is complete"
     if stage == "synthesize":
-        return "goes on; finished requests are not made again" if (run.root / "requests").is_dir() else "begins anew"
+        return "goes on; finished requests are not made again" if run.requests.is_dir() else "begins anew"
     if stage == "evaluate":
-        answers = len(list((run.root / "evaluation").glob("*.json")))
+        answers = len(list(run.evaluation.glob("*.json")))
         return f"goes on with the answers of {answers} contenders" if answers else "begins anew"
     return "is done again"
 
 
 def _is_synthesized(recipe: Recipe, run: RunDir) -> bool:
-    return is_sealed(run.data / "synthesized")
+    return is_sealed(run.synthesized)
 
 
 def _is_trained(recipe: Recipe, run: RunDir) -> bool:
@@ -45,13 +45,13 @@ def _is_exported(recipe: Recipe, run: RunDir) -> bool:
     made = json.loads((run.export / MANIFEST).read_text())
     if source is None or made.get("key") != export_key(source, recipe.export, recipe.name):
         return False
-    result = read_result(run, "export") or {}
+    result = run.read_result("export") or {}
     return result.get("status") == "done" and (recipe.export.to is None or "uploaded_to" in result)
 
 
 def _is_evaluated(recipe: Recipe, run: RunDir) -> bool:
     """There are figures, of the export that is there."""
-    result = read_result(run, "evaluate") or {}
+    result = run.read_result("evaluate") or {}
     if result.get("status") != "done" or not _is_exported(recipe, run):
         return False
     return run.result("evaluate").stat().st_mtime >= (run.export / MANIFEST).stat().st_mtime

@@ -57,7 +57,7 @@ def inspect_tokens(recipe: Recipe, num_rows: int, console: Console) -> None:
 @contextlib.contextmanager
 def _tokens(job: TrainJob, tokenizer: PreTrainedTokenizerFast) -> Iterator[Tokens]:
     """The run's own tokens if it has them already, else made now and thrown away afterwards."""
-    cached = job.run.root / "tokens" / cache_key(job.config, tokenizer, job.sources)
+    cached = job.run.tokens / cache_key(job.config, tokenizer, job.sources)
     if (cached / "tokens.json").is_file():
         yield load_tokens(cached)
         return

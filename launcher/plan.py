@@ -22,7 +22,7 @@ def stages_of(recipe: Recipe, place: str = " here") -> list[tuple[str, str, str]
             (
                 "synthesize",
                 _synthesis(recipe),
-                str(run.data / "synthesized"),
+                str(run.synthesized),
             )
         )
     stages += [
@@ -31,7 +31,7 @@ def stages_of(recipe: Recipe, place: str = " here") -> list[tuple[str, str, str]
     ]
     if train.objective == "chat" and recipe.export.form == "merged":
         models = "base and tuned model" if recipe.evaluate.compare_base else "tuned model"
-        stages.append(("evaluate", f"{models} on held-out tasks: exact match, ROUGE-L", str(run.root / "evaluation")))
+        stages.append(("evaluate", f"{models} on held-out tasks: exact match, ROUGE-L", str(run.evaluation)))
     return stages
 
 

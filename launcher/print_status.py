@@ -5,7 +5,6 @@ from rich.table import Table
 from rich.text import Text
 
 from launcher.status import DONE, FAILED, LIVE, UNKNOWN, RunState, exact_matches
-from trainer.results import read_result
 
 _COLOURS = {DONE: "green", FAILED: "red", UNKNOWN: "yellow"}
 
@@ -64,7 +63,7 @@ def print_runs(runs: list[tuple[RunState, dict[str, object]]], console: Console)
 def figures_of(state: RunState) -> dict[str, str]:
     """Losses and shares of exact matches, as far as there are any."""
     figures = {}
-    training, evaluation = (read_result(state.run, stage) or {} for stage in ("train", "evaluate"))
+    training, evaluation = (state.run.read_result(stage) or {} for stage in ("train", "evaluate"))
     for name in ("final_loss", "validation_loss"):
         if training.get(name) is not None:
             figures[name.replace("_", " ")] = f"{training[name]:.4f}"

@@ -22,7 +22,7 @@ def say(text: str) -> None:
 def run_stage(stage: str, recipe: Recipe) -> None:
     """Run one stage to its end, under the run folder's lock. Raises TunesmithError, or Preempted if asked to stop."""
     run = recipe.run.create()
-    with run_lock(run.root / ".lock", f"run folder {run.root}"):
+    with run_lock(run.lock):
         verify(run.root)
         recipe.save(run)
         try:
@@ -72,7 +72,7 @@ def train(recipe: Recipe, run: RunDir) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // recipe.train.num_processes)))
     local = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
     topology = read_topology(local, recipe.train.num_processes)
-    code = run_node(topology, run.root.resolve(), train_command(run.root), is_training=True)
+    code = run_node(topology, RunDir(run.root.resolve()), train_command(run.root), is_training=True)
     if code == EXIT_PREEMPTED:
         raise Preempted(f"training stopped; the last step is saved in {run.checkpoints}. The same command goes on.")
     if code != EXIT_DONE:

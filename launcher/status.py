@@ -18,9 +18,8 @@ from launcher.plan import stages_of
 from launcher.recipe import Recipe, read_resolved
 from launcher.slurm.client import Queued, Slurm, SlurmSilent
 from launcher.slurm.lead import last_rows
-from launcher.slurm.submitted import Submitted, cancelled_file, read_jobs
+from launcher.slurm.submitted import Submitted, read_jobs
 from launcher.sweep import read_index
-from trainer.results import read_result
 
 DONE, RUNNING, WAITING, STOPPED = "DONE", "RUNNING", "WAITING", "STOPPED"
 FAILED, CANCELLED, UNKNOWN, NOT_STARTED = "FAILED", "CANCELLED", "UNKNOWN", "NOT STARTED"
@@ -118,7 +117,7 @@ def state_of_run(recipe: Recipe, run: RunDir, jobs: list[Submitted], answer: Ans
 def state_without_jobs(stage: str, run: RunDir, is_busy: bool) -> StageState:
     if is_busy:
         return StageState(stage, RUNNING, "", 0, f"on this machine. {progress(run, stage)}".strip())
-    result = read_result(run, stage) or {}
+    result = run.read_result(stage) or {}
     words = {"failed": FAILED, "preempted": STOPPED}
     word = words.get(result.get("status"), NOT_STARTED)
     return StageState(stage, word, "", 0, result.get("message", "") if word == FAILED else "")
@@ -145,7 +144,7 @@ def state_of_jobs(stage: str, run: RunDir, jobs: list[Submitted], answer: Answer
     result = fresh_result(run, stage, last)
     if result.get("status") == "failed":
         return state(FAILED, last, f"{result.get('message', '')} Log: {log}".strip())
-    if cancelled_file(run).exists():
+    if run.cancelled.exists():
         return state(CANCELLED, last, "`tunesmith resume` goes on from what is saved")
     if result.get("status") == "preempted":
         return state(STOPPED, last, "everything is saved; `tunesmith resume` goes on")
@@ -171,7 +170,7 @@ def fresh_result(run: RunDir, stage: str, job: Submitted) -> dict:
     file = run.result(stage)
     if not file.is_file() or file.stat().st_mtime < job.time:
         return {}
-    return read_result(run, stage) or {}
+    return run.read_result(stage) or {}
 
 
 def progress(run: RunDir, stage: str) -> str:
@@ -184,7 +183,7 @@ def progress(run: RunDir, stage: str) -> str:
 
 def figures(run: RunDir, stage: str) -> str:
     """What a finished stage came to."""
-    result = read_result(run, stage) or {}
+    result = run.read_result(stage) or {}
     if stage == "synthesize" and "num_rows" in result:
         return f"{result['num_rows']:,} rows"
     if stage == "train" and "step" in result:
@@ -212,9 +211,9 @@ def newest_log(jobs: list[Submitted]) -> Path:
 
 def is_locked(run: RunDir) -> bool:
     """Whether a process on this machine works in the run folder."""
-    if not (run.root / ".lock").is_file():
+    if not run.lock.is_file():
         return False
-    with open(run.root / ".lock") as file:
+    with open(run.lock) as file:
         holder = file.read()
         # Asking the kernel takes the lock for a moment, so it is asked only where somebody is known to hold it.
         if not holder.isdigit() or not psutil.pid_exists(int(holder)):
@@ -232,9 +231,9 @@ def find_runs(folder: Path) -> list[tuple[Path, dict[str, object]]]:
         raise InputError(f"{folder}: there is no such folder. Runs lie in `runs` unless --run-dir said otherwise.")
     found: list[tuple[Path, dict[str, object]]] = []
     for place in sorted(path for path in folder.iterdir() if path.is_dir()):
-        if (place / "recipe.yaml").is_file():
+        if RunDir(place).recipe.is_file():
             found.append((place, {}))
-        found += [(run, values) for run, values in read_index(place) if (run / "recipe.yaml").is_file()]
+        found += [(run, values) for run, values in read_index(place) if RunDir(run).recipe.is_file()]
     return found
 
 

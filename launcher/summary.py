@@ -11,7 +11,6 @@ from rich.text import Text
 from cluster.run.rundir import RunDir
 from generation.forecast_words import UNITS, amount
 from launcher.recipe import Recipe
-from trainer.results import read_result
 
 NUM_EXAMPLES = 5
 MAX_ANSWER_CHARS = 50  # an untuned model rambles
@@ -21,7 +20,7 @@ def print_summary(recipe: Recipe, console: Console) -> None:
     """Data, training, accuracy, and what to type next."""
     run = recipe.run
     synthesis, training, export, evaluation = (
-        read_result(run, stage) for stage in ("synthesize", "train", "export", "evaluate")
+        run.read_result(stage) for stage in ("synthesize", "train", "export", "evaluate")
     )
     if synthesis and not recipe.train.data:
         console.print(synthesis_table(synthesis))
@@ -32,10 +31,10 @@ def print_summary(recipe: Recipe, console: Console) -> None:
         console.print(examples_table(run))
     console.print("\nMade:")
     for label, path, result in (
-        ("dataset", run.data / "synthesized", synthesis),
+        ("dataset", run.synthesized, synthesis),
         ("checkpoints", run.checkpoints, training),
         ("model", run.export, export),
-        ("answers", run.root / "evaluation", evaluation),
+        ("answers", run.evaluation, evaluation),
     ):
         if result and path.exists():
             console.print(f"  {label:<12} {path}", markup=False, highlight=False)
@@ -111,7 +110,7 @@ def examples_table(run: RunDir) -> Table:
     table = _table("Some of the questions", "question")
     columns = []
     for name, title in (("base", "base, chat"), ("tuned", "tuned")):
-        file = run.root / "evaluation" / f"{name}.json"
+        file = run.answers(name)
         if file.is_file():
             columns.append(json.loads(file.read_text())["rows"])
             table.add_column(title, overflow="fold", max_width=30)

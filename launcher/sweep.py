@@ -11,10 +11,9 @@ from pathlib import Path
 
 from cluster.errors import InputError
 from cluster.files import write_json
+from cluster.run.rundir import RunDir
 from launcher.recipe import Recipe, load
 
-INDEX = "sweep.json"
-FOLDER = "sweep"
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._]+")
 
 
@@ -39,7 +38,7 @@ def members_of(path: Path, overrides: list[str], recipe: Recipe) -> list[Member]
             member = load(path, [*overrides, *settings])
         except InputError as error:
             raise InputError(f"run {name} of the sweep: {error}") from error
-        place = {"name": f"{recipe.name}-{name}", "run_dir": recipe.run_dir / FOLDER / name, "sweep": {}}
+        place = {"name": f"{recipe.name}-{name}", "run_dir": recipe.run.sweep / name, "sweep": {}}
         members.append(Member(name, dict(zip(keys, values, strict=True)), member.model_copy(update=place)))
     return members
 
@@ -50,26 +49,27 @@ def member_name(number: int, values: dict[str, object]) -> str:
     return f"{number:03d}_{'_'.join(parts)}"[:100]
 
 
-def save_index(root: Path, members: list[Member]) -> None:
+def save_index(sweep: RunDir, members: list[Member]) -> None:
     """Write which runs belong to the sweep. Raises InputError if the folder holds one run, or another sweep."""
-    root.mkdir(parents=True, exist_ok=True)
+    file = sweep.create().sweep_index
     index = {"runs": [{"name": member.name, "values": member.values} for member in members]}
-    if (root / "recipe.yaml").exists():
-        raise InputError(f"{root} holds a single run. Give another folder with `--run-dir`, or remove this one.")
-    if (root / INDEX).is_file() and json.loads((root / INDEX).read_text()) != json.loads(json.dumps(index)):
-        raise InputError(f"{root} holds another sweep. Give another folder with `--run-dir`, or remove this one.")
-    write_json(root / INDEX, index)
+    if sweep.recipe.exists():
+        raise InputError(f"{sweep.root} holds a single run. Give another folder with `--run-dir`, or remove this one.")
+    if file.is_file() and json.loads(file.read_text()) != json.loads(json.dumps(index)):
+        raise InputError(f"{sweep.root} holds another sweep. Give another folder with `--run-dir`, or remove this one.")
+    write_json(file, index)
 
 
 def folders_of(root: Path) -> list[Path]:
     """The run folders below a sweep's, as far as they were started; of a single run its own."""
     members = read_index(root)
-    return [folder for folder, _ in members if (folder / "recipe.yaml").is_file()] if members else [root]
+    return [folder for folder, _ in members if RunDir(folder).recipe.is_file()] if members else [root]
 
 
 def read_index(root: Path) -> list[tuple[Path, dict[str, object]]]:
     """(run folder, values) of each run of the sweep in `root`; none if it holds no sweep."""
-    if not (root / INDEX).is_file():
+    sweep = RunDir(root)
+    if not sweep.sweep_index.is_file():
         return []
-    runs = json.loads((root / INDEX).read_text())["runs"]
-    return [(root / FOLDER / run["name"], run["values"]) for run in runs]
+    runs = json.loads(sweep.sweep_index.read_text())["runs"]
+    return [(sweep.sweep / run["name"], run["values"]) for run in runs]

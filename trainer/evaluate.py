@@ -90,7 +90,7 @@ async def _evaluate_model(
     missing = {}
     for contender, rendered in prompts.items():
         key = sha256_json([model_revision(model), rendered, job.config.sampling.model_dump(mode="json")])
-        file = job.run.root / "evaluation" / f"{contender.name}.json"
+        file = job.run.answers(contender.name)
         done = json.loads(file.read_text()) if file.is_file() else {}
         if done.get("key") == key:
             progress.line(f"{contender.title}: {len(done['rows'])} answers are there already")

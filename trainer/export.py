@@ -38,7 +38,7 @@ from trainer.model.adapter_base import RECORD
 from trainer.model.adapters import CONFIG_FILE, WEIGHTS_FILE
 from trainer.model.load import DTYPES, load_tokenizer
 from trainer.model.tuning import load_adapter
-from trainer.results import export_key, read_result
+from trainer.results import export_key
 
 CARD_TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 CHECK_TEXT = "The quick brown fox jumps over the lazy dog. 1 2 3"
@@ -65,7 +65,7 @@ def run(job: ExportJob) -> dict:
         say(f"{source} is not the end of its training; exporting it as it is")
     verify_manifest(source, below="weights")
     key = export_key(source, job.config, job.name)
-    result = read_result(job.run, "export") or {}
+    result = job.run.read_result("export") or {}
     is_there = is_sealed(job.run.export) and verify_manifest(job.run.export).get("key") == key
     if not is_there or result.get("status") != "done":
         result = _build(job, source, key)

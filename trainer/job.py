@@ -13,8 +13,6 @@ from cluster.run.rundir import RunDir
 from trainer.config.data import DataSource
 from trainer.config.train import TrainConfig
 
-SYNTHESIZED = "synthesized"  # the dataset of the run itself, below `data/`
-
 
 @dataclass(frozen=True)
 class TrainJob:
@@ -25,7 +23,7 @@ class TrainJob:
 
     @property
     def sources(self) -> tuple[DataSource, ...]:
-        return self.config.data or (DataSource(path=str(self.run.data / SYNTHESIZED)),)
+        return self.config.data or (DataSource(path=str(self.run.synthesized)),)
 
     def fingerprint(self, tokens_key: str) -> str:
         """Hash of all that shapes the result. When to save or validate and how many ranks there are does not."""

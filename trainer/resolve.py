@@ -17,8 +17,6 @@ from trainer.memory import MemoryEstimate, amount, check_heads, choose_stage, re
 from trainer.model.attention import choose_attention
 from trainer.model.layers import uses_liger
 
-CHOICE = "zero.json"  # in the run folder: the stage that was chosen, and why
-
 
 def settle(job: TrainJob) -> TrainJob:
     """The job with its ZeRO stage chosen. A collective; raises InputError on every rank if the model does not fit.
@@ -43,7 +41,7 @@ def settle(job: TrainJob) -> TrainJob:
 
 
 def _choose(job: TrainJob, world_size: int, usable: int) -> TrainConfig:
-    file = job.run.root / CHOICE
+    file = job.run.zero
     config = job.config
     if config.zero_stage == "auto" and newest(job.run.checkpoints) is not None and file.is_file():
         config = config.model_copy(update={"zero_stage": json.loads(file.read_text())["zero_stage"]})

@@ -1,18 +1,11 @@
 """What the stages of this package left in a run folder, read without loading torch."""
 
-import json
 from pathlib import Path
 
 from cluster.files import sha256_json
 from cluster.run.rundir import RunDir
 from trainer.checkpoint.state import newest, read_state
 from trainer.config.after import ExportConfig
-
-
-def read_result(run: RunDir, stage: str) -> dict | None:
-    """The result of a stage's last attempt, or None."""
-    file = run.result(stage)
-    return json.loads(file.read_text()) if file.is_file() else None
 
 
 def is_trained(run: RunDir) -> bool:
@@ -23,7 +16,7 @@ def is_trained(run: RunDir) -> bool:
 
 def read_failure(run: RunDir) -> str | None:
     """What the ranks gave as the reason of their failure, if they could."""
-    result = read_result(run, "train")
+    result = run.read_result("train")
     return result["message"] if result and result["status"] == "failed" else None
 
 

@@ -31,7 +31,7 @@ def _open(name: str, run: RunDir, settings: dict) -> Iterator[Report]:
     if name == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
 
-        writer = SummaryWriter(str(run.root / "tensorboard"))
+        writer = SummaryWriter(str(run.tensorboard))
         try:
             yield lambda step, figures: [writer.add_scalar(key, value, step) for key, value in figures.items()]
         finally:

@@ -45,7 +45,6 @@ with without_collection():
     from trainer.model.sequence import SplitBatches
     from trainer.ranks import make_all_sum
     from trainer.resolve import settle
-    from trainer.results import read_result
     from trainer.schedule import learning_rate
     from trainer.stop import StopRequest
     from trainer.trackers import reporting
@@ -82,7 +81,7 @@ def train(job: TrainJob, stop: StopRequest) -> dict:
     )
     with (
         StallWatch(config.stall_timeout_seconds, rank) as stall,
-        profiling(config.profile, run.root / "profile", rank == 0) as profile,
+        profiling(config.profile, run.profile, rank == 0) as profile,
         reporting(config.report_to if rank == 0 else (), run, config.model_dump(mode="json")) as report,
         checkpoint.Saver(engine, run.checkpoints, config.checkpoint, all_sum) as saver,
     ):
@@ -135,7 +134,7 @@ def shared_tokens(job: TrainJob, tokenizer: object) -> tuple[Tokens, str]:
     """Rank 0 encodes the dataset, the others map its files. Also returns the hash of the whole job."""
     folder: list[str | None] = [None]
     if dist.get_rank() == 0:
-        folder = [str(prepare_tokens(job.config, tokenizer, job.sources, job.run.root / "tokens"))]
+        folder = [str(prepare_tokens(job.config, tokenizer, job.sources, job.run.tokens))]
     dist.broadcast_object_list(folder, src=0)
     path = Path(str(folder[0]))
     return load_tokens(path), job.fingerprint(path.name)
@@ -211,7 +210,7 @@ def main() -> int:
         raise SystemExit(error.exit_code) from error
     except Exception as error:
         # What a rank sees when another one gives up is a broken connection; the other one has said why.
-        word = read_result(job.run, "train")
+        word = job.run.read_result("train")
         if word is None or word["status"] != "failed":
             raise
         raise SystemExit(word["exit_code"]) from error

@@ -84,7 +84,7 @@ def make_validation(job: TrainJob, tokenizer: object, tokens: Tokens, say: Calla
         folder: list[str | None] = [None]
         if dist.get_rank() == 0:
             source = DataSource(path=config.path)
-            folder = [str(prepare_tokens(job.config, tokenizer, (source,), job.run.root / "tokens", KEY))]
+            folder = [str(prepare_tokens(job.config, tokenizer, (source,), job.run.tokens, KEY))]
         dist.broadcast_object_list(folder, src=0)
         tokens = load_tokens(Path(str(folder[0])))
         documents = hashed(tokens, job.seed).argsort(kind="stable")

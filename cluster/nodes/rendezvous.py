@@ -1,6 +1,6 @@
 """Where the nodes of a job meet: over the run folder every node tells its address, and all read the head's.
 
-    own, head = meet(topology, run_dir)     # head.address and head.port: where node 0 listens
+    own, head = meet(topology, run)         # head.address and head.port: where node 0 listens
 
 No node resolves another's name. Each finds its own address and publishes it, so a `127.0.1.1` in somebody's /etc/hosts
 cannot turn one job of N nodes into N jobs that wait for each other.
@@ -21,6 +21,7 @@ import psutil
 from cluster.errors import InputError, TunesmithError
 from cluster.files import write_json
 from cluster.nodes.topology import Topology
+from cluster.run.rundir import RunDir
 
 MEET_SECONDS = 300  # nodes of a job start within seconds, but NFS may show a new file a minute late
 POLL_SECONDS = 0.2
@@ -115,13 +116,13 @@ def _await_node(path: Path, step_id: int, deadline: float, who: str) -> NodeAddr
         time.sleep(POLL_SECONDS)
 
 
-def meet(topology: Topology, run_dir: Path, timeout_seconds: float = MEET_SECONDS) -> tuple[NodeAddress, NodeAddress]:
+def meet(topology: Topology, run: RunDir, timeout_seconds: float = MEET_SECONDS) -> tuple[NodeAddress, NodeAddress]:
     """Publish this node's address, wait for that of the head, and return (own, head's).
 
     The head waits for all the others, and names the one that is missing at the deadline: were each to wait for each, a
     thousand nodes would open a million files. Honors GLOO_SOCKET_IFNAME. Raises TunesmithError at the deadline.
     """
-    folder = topology.attempt_dir(run_dir)
+    folder = topology.attempt_dir(run)
     folder.mkdir(parents=True, exist_ok=True)
     address, interface = own_address()
     port = free_port(topology.job_id) if topology.node_rank == 0 else None

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.errors import InputError
+from cluster.run.rundir import RunDir
 
 HOSTS = "TUNESMITH_HOSTS"  # a job's id and its nodes, for steps in an image, where there is no scontrol
 _HOST_LIST = re.compile(r"[A-Za-z0-9][A-Za-z0-9._,\[\]-]*")
@@ -36,9 +37,9 @@ class Topology:
     def rendezvous_id(self) -> str:
         return f"{self.job_id}-{self.restart_count}"
 
-    def attempt_dir(self, run_dir: Path) -> Path:
-        """Where the nodes of this attempt of this job leave word for each other."""
-        return run_dir / f"attempt-{self.rendezvous_id}"
+    def attempt_dir(self, run: RunDir) -> Path:
+        """Where the nodes of this attempt of this job leave files for each other."""
+        return run.attempt_dir(self.job_id, self.restart_count)
 
 
 def _integer(environ: Mapping[str, str], key: str, default: int | None = None) -> int:

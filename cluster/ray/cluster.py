@@ -17,6 +17,7 @@ from pathlib import Path
 
 from cluster.errors import InputError, TunesmithError
 from cluster.ray.folder import RAY_FOLDER, keep_logs, new_token, private_folder, ray_environment
+from cluster.run.rundir import RunDir
 
 START_ATTEMPTS = 3
 ADDRESS_FILE = "TUNESMITH_RAY_ADDRESS_FILE"  # names the file that will have the address of our Ray, as JSON
@@ -80,7 +81,7 @@ def _private(run_root: Path) -> Iterator[None]:
         try:
             yield
         except BaseException:
-            keep_logs(folder, run_root / "logs" / "ray")
+            keep_logs(folder, RunDir(run_root).ray_logs)
             raise
         finally:
             ray.shutdown()

@@ -27,9 +27,9 @@ from pathlib import Path
 
 from cluster.errors import InputError, TunesmithError
 from cluster.files import exclusive_lock, explain_full_disk, fsync_folder
+from cluster.run.rundir import RunDir
 
 VARIABLE = "TUNESMITH_FENCING_TOKEN"
-FOLDER = "claims"
 CHECK_SECONDS = 0.5  # how long `Fence.check_now_and_then` trusts an answer
 _NAME = re.compile(r"([0-9]{6,})\.json")
 
@@ -57,7 +57,7 @@ class Claim:
 
 def claim(run_root: Path, stage: str, job_id: str, hosts: tuple[str, ...] = (), progress: float = 0.0) -> int:
     """Make the next token of the run and return its number. All earlier ones are fenced off from now on."""
-    folder = run_root / FOLDER
+    folder = RunDir(run_root).claims
     with explain_full_disk(run_root):
         folder.mkdir(parents=True, exist_ok=True)
         number = newest(run_root) + 1
@@ -74,7 +74,7 @@ def claim(run_root: Path, stage: str, job_id: str, hosts: tuple[str, ...] = (), 
 
 def newest(run_root: Path) -> int:
     """The newest token of a run; 0 if there is none."""
-    folder = run_root / FOLDER
+    folder = RunDir(run_root).claims
     try:
         # A write to the folder itself goes to the file server, and its answer makes an NFS client drop the list of
         # names that it may hold for up to a minute.
@@ -143,22 +143,23 @@ class Fence:
 
 
 @contextmanager
-def run_lock(path: Path, what: str) -> Iterator[None]:
-    """Hold the run folder: alone, or as one token among others, of which the fence lets only the newest write.
+def run_lock(path: Path) -> Iterator[None]:
+    """Hold the lock at `path`, in a run folder. Raises InputError if another process holds it.
 
-    A token must not wait for the lock of one that is cut off; but no token runs beside a local run.
+    A process with a fencing token shares the lock with other such processes: it must not wait for one that is cut off,
+    and the fence lets only the newest write. A local run shares it with nobody.
     """
-    with exclusive_lock(path, what, shared=own_token() is not None):
+    with exclusive_lock(path, f"run folder {path.parent}", shared=own_token() is not None):
         yield
 
 
 def _file(run_root: Path, token: int) -> Path:
-    return run_root / FOLDER / f"{token:06d}.json"
+    return RunDir(run_root).claims / f"{token:06d}.json"
 
 
 def _make(path: Path) -> int | None:
     """Create a file and open it; None if there is one already."""
     try:
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     except FileExistsError:
         return None

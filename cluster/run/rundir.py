@@ -1,4 +1,4 @@
-"""The run folder: one place that says where everything of a run lies, and the event log beside it.
+"""The run folder: the only place that knows the names of what lies in it, the event log, and the results of stages.
 
 run = RunDir(Path("runs/demo"))
 run.event("synthesize", "started", num_engines=1)
@@ -16,50 +16,75 @@ from cluster.files import explain_full_disk
 STAGES = ("synthesize", "train", "export", "evaluate")
 
 
+def _path(name: str) -> property:
+    return property(lambda run: run.root / name)
+
+
 @dataclass(frozen=True)
 class RunDir:
-    """Paths inside a run folder. Making one touches nothing; `create` makes the folder."""
+    """Paths inside a run folder. An instance reads and writes nothing by itself; `create` makes the folder."""
 
     root: Path
+
+    recipe = _path("recipe.yaml")  # resolved: every value written out
+    plan = _path("plan.json")
+    events = _path("events.jsonl")
+    metrics = _path("metrics.jsonl")
+    logs = _path("logs")
+    ray_logs = _path("logs/ray")
+
+    data = _path("data")
+    synthesized = _path("data/synthesized")
+    requests = _path("requests")  # the log of finished requests
+    forecast = _path("forecast.json")
+
+    tokens = _path("tokens")  # datasets as token ids
+    checkpoints = _path("checkpoints")
+    zero = _path("zero.json")  # the ZeRO stage that `auto` chose, and why
+    profile = _path("profile")
+    tensorboard = _path("tensorboard")
+    export = _path("export")
+    evaluation = _path("evaluation")  # the answers of each evaluated model
+
+    sweep = _path("sweep")  # the run folders of a sweep
+    sweep_index = _path("sweep.json")
+    jobs = _path("jobs.jsonl")  # one line for each submitted job
+    nodes = _path("nodes.jsonl")  # the health of nodes
+    code = _path("code")  # copies of the source code that jobs run
+    container = _path("container.json")
+    cancelled = _path("cancelled.json")
+    claims = _path("claims")  # one file for each fencing token
+
+    lock = _path(".lock")
+    synthesis_lock = _path(".lock-synthesize")  # also held by a synthesis that runs without the launcher
+    submission_lock = _path(".lock-submit")
 
     def create(self) -> "RunDir":
         self.root.mkdir(parents=True, exist_ok=True)
         return self
 
-    @property
-    def recipe(self) -> Path:
-        return self.root / "recipe.yaml"
+    def attempt_dir(self, job_id: str, restart_count: int) -> Path:
+        """Where the nodes of one attempt of one job leave files for each other."""
+        return self.root / f"attempt-{job_id}-{restart_count}"
 
-    @property
-    def plan(self) -> Path:
-        return self.root / "plan.json"
+    def attempt_dirs(self, job_id: str) -> list[Path]:
+        return sorted(self.root.glob(f"attempt-{job_id}-*"))
 
-    @property
-    def events(self) -> Path:
-        return self.root / "events.jsonl"
+    def job_log(self, stage: str, attempt: int) -> Path:
+        """The output of a Slurm job, which replaces `%j` with the job id. `attempt` counts the jobs of the stage."""
+        return self.logs / f"attempt-{attempt}" / f"{stage}-%j.log"
 
-    @property
-    def metrics(self) -> Path:
-        return self.root / "metrics.jsonl"
-
-    @property
-    def data(self) -> Path:
-        return self.root / "data"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.root / "checkpoints"
-
-    @property
-    def export(self) -> Path:
-        return self.root / "export"
-
-    @property
-    def logs(self) -> Path:
-        return self.root / "logs"
+    def answers(self, model: str) -> Path:
+        """The answers of one evaluated model."""
+        return self.evaluation / f"{model}.json"
 
     def result(self, stage: str) -> Path:
         return self.root / f"result-{stage}.json"
+
+    def read_result(self, stage: str) -> dict | None:
+        """The result of the stage's last attempt. None means that none has ended yet."""
+        file = self.result(stage)
+        return json.loads(file.read_text()) if file.is_file() else None
 
     def event(self, stage: str, event: str, **fields: object) -> None:
         """Append one line to `events.jsonl`."""
@@ -70,7 +95,7 @@ def append_jsonl(path: Path, row: dict) -> None:
     """Append one JSON line in a single write, so that lines of several processes never mix."""
     line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
     with explain_full_disk(path):
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         try:
             if os.write(descriptor, line) < len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -14,7 +14,7 @@ from cluster.errors import TunesmithError
 from cluster.files import read_jsonl
 from cluster.run.fence import VARIABLE
 from cluster.run.rundir import RunDir, append_jsonl
-from launcher.slurm.submitted import jobs_file, read_jobs
+from launcher.slurm.submitted import read_jobs
 
 SUBMITTED, CONTINUED = "submitted", "continued"
 STANDBY_OF = "TUNESMITH_STANDBY_OF"  # in the environment of a job: the attempt for which it stands by
@@ -43,7 +43,7 @@ class Chain:
 
     def __init__(self, run: RunDir) -> None:
         self.run = run
-        self.path = jobs_file(run)
+        self.path = run.jobs
         self.jobs: list[Job] = []
         self.read()
 

@@ -34,9 +34,7 @@ from launcher.job.chain import (
 from launcher.job.hang import WATCHED, HangWatch
 from launcher.job.preflight import OnAllNodes, check_nodes
 from launcher.job.standing import PROVEN_BY_OUTPUT, has_output, progress_of
-from launcher.slurm.submitted import cancelled_file
 from launcher.slurm_config import SlurmConfig
-from trainer.results import read_result
 
 SETTLE_SECONDS = 120  # how long an attempt that ends tries to reach Slurm
 RETRY_SECONDS = 5.0
@@ -87,7 +85,7 @@ class Attempt:
     @property
     def is_cancelled(self) -> bool:
         """Whether a user has ended the run: then no job of it may be followed by another."""
-        return cancelled_file(self.run).exists()
+        return self.run.cancelled.exists()
 
     def watches(self) -> list[Callable[[], None]]:
         """What is to be looked at while the stage runs. They are first called when the attempt has claimed the run."""
@@ -161,7 +159,7 @@ class Attempt:
     def _settle(self, code: int) -> int:
         """Decide what becomes of the chain, now that the stage has ended with `code`."""
         proven = has_output(self.stage, self.run) and (self.stage in PROVEN_BY_OUTPUT or code == EXIT_DONE)
-        result = read_result(self.run, self.stage) or {}
+        result = self.run.read_result(self.stage) or {}
         message = result.get("message", f"it ended with exit code {code}; its log says why")
         if code == EXIT_BAD_INPUT:
             self._stop(code, "bad input", message)

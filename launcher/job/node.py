@@ -30,7 +30,7 @@ from cluster.nodes.rendezvous import meet
 from cluster.nodes.topology import Topology, read_topology
 from cluster.run.fence import Fence, run_lock
 from cluster.run.rundir import RunDir
-from trainer.results import is_trained, read_result
+from trainer.results import is_trained
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 POLL_SECONDS = 0.5
@@ -191,16 +191,16 @@ def _kill_group(agent: subprocess.Popen) -> None:
     agent.wait()
 
 
-def join_job(topology: Topology, run_dir: Path) -> Rendezvous | None:
+def join_job(topology: Topology, run: RunDir) -> Rendezvous | None:
     """Meet the other nodes of the job; None where there are none."""
     if topology.num_nodes == 1:
         return None
-    own, head = meet(topology, run_dir)
+    own, head = meet(topology, run)
     is_head = topology.node_rank == 0
     return Rendezvous(topology.rendezvous_id, head.address, head.port, own.address, own.interface, is_head)
 
 
-def agree_on_end(topology: Topology, run_dir: Path) -> int:
+def agree_on_end(topology: Topology, run: RunDir) -> int:
     """The exit code of a node whose ranks were preempted: a failure elsewhere goes before it.
 
     The head waits for the word of every node and writes down what they come to (end.json), for which the others wait:
@@ -208,7 +208,7 @@ def agree_on_end(topology: Topology, run_dir: Path) -> int:
     srun --kill-on-bad-exit ends all others as soon as one does with a code that is not 0, and would turn their
     "preempted" into "killed".
     """
-    folder = topology.attempt_dir(run_dir)
+    folder = topology.attempt_dir(run)
     deadline = time.monotonic() + AGREE_SECONDS
     if topology.node_rank > 0:
         said = _await_exit_code(folder / "end.json", topology.step_id, deadline + POLL_SECONDS)
@@ -238,26 +238,26 @@ def settled_code(run: RunDir, code: int) -> int:
     Rank 0 writes it when every rank has saved. After that the nodes end one by one, and the torchrun of a late one may
     fail for want of the store on the head; the training has not.
     """
-    result = read_result(run, "train")
+    result = run.read_result("train")
     if code == EXIT_FAILED and result is not None:
         return {"done": EXIT_DONE, "preempted": EXIT_PREEMPTED}.get(result["status"], code)
     return code
 
 
-def run_node(topology: Topology, run_dir: Path, command: list[str], is_training: bool = False) -> int:
+def run_node(topology: Topology, run: RunDir, command: list[str], is_training: bool = False) -> int:
     """Run `command` as this node's part of the job, leave word of how it ended, and return the ranks' exit code.
 
-    `is_training` says that its ranks leave a result in `run_dir`, from which an older one has been removed.
+    `is_training` says that its ranks leave a result in `run`, from which an older one has been removed.
     """
-    folder = topology.attempt_dir(run_dir)
+    folder = topology.attempt_dir(run)
     folder.mkdir(parents=True, exist_ok=True)
     code = EXIT_FAILED
     with StopSignals() as stops:
         try:
-            rendezvous = join_job(topology, run_dir)
+            rendezvous = join_job(topology, run)
             argv = torchrun_argv(topology.num_nodes, topology.procs_per_node, rendezvous, command)
-            code = supervise(argv, child_env(rendezvous), stops, Fence(run_dir))
-            code = settled_code(RunDir(run_dir), code) if is_training else code
+            code = supervise(argv, child_env(rendezvous), stops, Fence(run.root))
+            code = settled_code(run, code) if is_training else code
         except TunesmithError as error:
             code = error.exit_code
             raise
@@ -265,7 +265,7 @@ def run_node(topology: Topology, run_dir: Path, command: list[str], is_training:
             word = {"host": topology.hosts[topology.node_rank], "exit_code": code, "signals": stops.names}
             word |= {"step_id": topology.step_id, "time": round(time.time(), 3)}
             write_json(folder / f"node-{topology.node_rank}.exit.json", word)
-        return agree_on_end(topology, run_dir) if code == EXIT_PREEMPTED else code
+        return agree_on_end(topology, run) if code == EXIT_PREEMPTED else code
 
 
 def train(environ: Mapping[str, str], procs_per_node: int | None, recipe_path: Path, overrides: list[str]) -> int:
@@ -284,11 +284,11 @@ def train(environ: Mapping[str, str], procs_per_node: int | None, recipe_path: P
     os.environ.setdefault("OMP_NUM_THREADS", str(cpus_per_rank))
     with contextlib.ExitStack() as stack:
         if topology.node_rank == 0:  # all of it before the head publishes its address, for which the others wait
-            stack.enter_context(run_lock(run.root / ".lock", f"run folder {run.root}"))
+            stack.enter_context(run_lock(run.lock))
             Fence(run.root).check()
             recipe.save(run)
             run.result("train").unlink(missing_ok=True)
-        return run_node(topology, run.root, train_command(run.root), is_training=True)
+        return run_node(topology, run, train_command(run.root), is_training=True)
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -313,7 +313,7 @@ def main(argv: list[str]) -> int:
         if arguments.action == "train":
             return train(os.environ, arguments.procs_per_node, arguments.recipe, arguments.overrides)
         topology = read_topology(os.environ, arguments.procs_per_node)
-        return run_node(topology, arguments.run_dir.resolve(), arguments.command)
+        return run_node(topology, RunDir(arguments.run_dir.resolve()), arguments.command)
     except TunesmithError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

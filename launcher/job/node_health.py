@@ -23,7 +23,7 @@ USABLE = "idle,allocated,mixed,completing"
 def note(run: RunDir, job_id: str, hosts: tuple[str, ...], failed: tuple[str, ...], preflight: str = "") -> None:
     """Write down how an attempt ended for its nodes. `preflight`: the check that `failed` did not pass."""
     row = {"time": round(time.time(), 3), "job_id": job_id, "hosts": hosts, "failed": failed, "preflight": preflight}
-    append_jsonl(run.root / "nodes.jsonl", row)
+    append_jsonl(run.nodes, row)
 
 
 def catch_up(run: RunDir) -> None:
@@ -38,7 +38,7 @@ def catch_up(run: RunDir) -> None:
 def culprits(run: RunDir, job_id: str, hosts: tuple[str, ...]) -> tuple[str, ...]:
     """The nodes that a crash began on: those that left no word if others did, else those that were not just killed."""
     words = {}
-    for path in run.root.glob(f"attempt-{job_id}-*/node-*.exit.json"):
+    for path in (path for folder in run.attempt_dirs(job_id) for path in folder.glob("node-*.exit.json")):
         word = json.loads(path.read_text())
         words[word["host"]] = word["exit_code"]
     silent = tuple(host for host in hosts if host not in words)
@@ -93,5 +93,4 @@ def within(bad: list[str], usable: set[str], num_nodes: int) -> list[str]:
 
 
 def _rows(run: RunDir) -> list[dict]:
-    path = run.root / "nodes.jsonl"
-    return read_jsonl(path) if path.is_file() else []
+    return read_jsonl(run.nodes) if run.nodes.is_file() else []

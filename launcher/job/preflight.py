@@ -48,7 +48,7 @@ def check_nodes(run: RunDir, job_id: str, hosts: tuple[str, ...], on_all_nodes: 
         return
     if code == EXIT_PREEMPTED:
         raise Preempted("asked to stop before the stage began; the next attempt begins it.")
-    folder = run.root / f"attempt-{job_id}-{os.environ.get('SLURM_RESTART_COUNT', '0')}"
+    folder = run.attempt_dir(job_id, int(os.environ.get("SLURM_RESTART_COUNT", "0")))
     failures = read_failures(folder, hosts)
     failed = tuple(host for host in hosts if host in failures)
     checks = ", ".join(dict.fromkeys(finding.check for host in failed for finding in failures[host]))
@@ -82,14 +82,14 @@ def _silence() -> Finding:
     )
 
 
-def run_node(topology: Topology, run_dir: Path, with_all_reduce: bool, report_seconds: float) -> int:
+def run_node(topology: Topology, run: RunDir, with_all_reduce: bool, report_seconds: float) -> int:
     """This node's part."""
-    folder = topology.attempt_dir(run_dir)
+    folder = topology.attempt_dir(run)
     report = NodeReport(topology.node_rank, topology.hosts[topology.node_rank], topology.step_id)
     folder.mkdir(parents=True, exist_ok=True)
     if topology.node_rank == 0:
         write_json(folder / "preflight-nonce.json", {"nonce": uuid.uuid4().hex, "step_id": topology.step_id})
-    look_around(report, run_dir, topology.procs_per_node if "SLURM_GPUS_ON_NODE" in os.environ else 0)
+    look_around(report, run.root, topology.procs_per_node if "SLURM_GPUS_ON_NODE" in os.environ else 0)
     path = folder / f"preflight-node-{report.rank}.json"
     for finding in report.findings:  # should the run folder not take it, the log does
         print(f"preflight: {report.host}: {finding.check}: {finding.message}", file=sys.stderr, flush=True)
@@ -105,7 +105,7 @@ def run_node(topology: Topology, run_dir: Path, with_all_reduce: bool, report_se
         from launcher.job.all_reduce import sum_over_nodes
 
         started = time.monotonic()
-        own, head = meet(topology, run_dir, report_seconds)
+        own, head = meet(topology, run, report_seconds)
         report.findings += sum_over_nodes(topology, own, head)
         report.all_reduce_seconds = round(time.monotonic() - started, 3)
         write_json(path, to_json(report))
@@ -154,8 +154,8 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     try:
         topology = read_topology(os.environ)
-        run_dir = arguments.run_dir.resolve()
-        return run_node(topology, run_dir, not arguments.no_all_reduce, arguments.report_seconds)
+        run = RunDir(arguments.run_dir.resolve())
+        return run_node(topology, run, not arguments.no_all_reduce, arguments.report_seconds)
     except (TunesmithError, OSError) as error:
         print(f"preflight: {os.uname().nodename}: {error}", file=sys.stderr)
         return EXIT_FAILED

@@ -255,10 +255,10 @@ def run(stage: str, arguments: list[str], asked: list[int], watches: Sequence[Ca
     """
     recipe = load(Path(arguments[0]), arguments[1:])
     run = RunDir(recipe.run_dir.resolve()).create()
-    with run_lock(run.root / ".lock", f"run folder {run.root}"):
+    with run_lock(run.lock):
         pass  # the driver will hold it; that another job does is better said now than when Ray is up
-    job, attempt = os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_RESTART_COUNT", "0")
-    meeting = run.root / f"attempt-{job}-{attempt}" / f"ray-{secrets.token_hex(4)}"  # new, so no word of an earlier one
+    job, attempt = os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    meeting = run.attempt_dir(job, attempt) / f"ray-{secrets.token_hex(4)}"  # new, so no word of an earlier one
     meeting.mkdir(parents=True)
     shares = read_allocation(job)
     say_what_stays_idle(recipe, shares)
@@ -286,7 +286,7 @@ def write_result_file(run: RunDir, stage: str, result: dict | None) -> None:
     Raises Superseded if a newer attempt owns the run.
     """
     verify(run.root)
-    if stage == "synthesize" and is_sealed(run.data / "synthesized"):
+    if stage == "synthesize" and is_sealed(run.synthesized):
         return
     if result is None:
         run.result(stage).unlink(missing_ok=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from cluster.run.manifest import is_sealed
 from cluster.run.rundir import RunDir
 from trainer.checkpoint.state import newest, read_state
-from trainer.results import is_trained, read_result
+from trainer.results import is_trained
 
 PROVEN_BY_OUTPUT = ("synthesize", "train")  # the result of the others may be of an earlier time
 
@@ -18,7 +18,7 @@ def has_output(stage: str, run: RunDir) -> bool:
     """True if the output of the stage is there, whole."""
     match stage:
         case "synthesize":
-            return is_sealed(run.data / "synthesized")
+            return is_sealed(run.synthesized)
         case "train":
             return is_trained(run)
         case "export":
@@ -34,15 +34,15 @@ def progress_of(stage: str, run: RunDir) -> float:
             last = newest(run.checkpoints)
             return 0 if last is None else read_state(last).step
         case "synthesize":
-            return _bytes_of(run.root / "requests", "*.log") + has_output(stage, run)
+            return _bytes_of(run.requests, "*.log") + has_output(stage, run)
         case "evaluate":
-            return len(list((run.root / "evaluation").glob("*.json"))) + has_output(stage, run)
+            return len(list(run.evaluation.glob("*.json"))) + has_output(stage, run)
         case _:
             return float(has_output(stage, run))
 
 
 def _says_done(stage: str, run: RunDir) -> bool:
-    result = read_result(run, stage)
+    result = run.read_result(stage)
     return result is not None and result.get("status") == "done"
 
 

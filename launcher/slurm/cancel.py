@@ -6,7 +6,7 @@ from pathlib import Path
 from cluster.errors import TunesmithError
 from cluster.files import write_json
 from launcher.slurm.client import Queued, Slurm
-from launcher.slurm.submitted import cancelled_file, read_jobs
+from launcher.slurm.submitted import read_jobs
 from launcher.status import read_run
 
 DEADLINE_SECONDS = 30.0
@@ -23,7 +23,7 @@ def cancel_run(folder: Path, slurm: Slurm) -> list[str]:
     deadline = time.monotonic() + DEADLINE_SECONDS
     while live := live_jobs(slurm, [job.job_id for job in read_jobs(run)]):
         if not cancelled:
-            write_json(cancelled_file(run), {"time": round(time.time(), 3), "job_ids": [job.job_id for job in live]})
+            write_json(run.cancelled, {"time": round(time.time(), 3), "job_ids": [job.job_id for job in live]})
         fresh = [job.job_id for job in live if job.job_id not in cancelled]
         slurm.cancel(fresh)
         cancelled += fresh

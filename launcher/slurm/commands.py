@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from cluster.run.rundir import RunDir
+
 if TYPE_CHECKING:
     from launcher.recipe import Recipe
 
@@ -31,7 +33,7 @@ def status(run: RunFolder) -> None:
     from launcher.sweep import read_index
 
     if members := read_index(run):
-        existing = [(folder, values) for folder, values in members if (folder / "recipe.yaml").is_file()]
+        existing = [(folder, values) for folder, values in members if RunDir(folder).recipe.is_file()]
         states = read_all([folder for folder, _ in existing], Slurm())
         print_runs([(state, values) for state, (_, values) in zip(states, existing, strict=True)], Console())
         if missing := len(members) - len(existing):
@@ -96,7 +98,7 @@ def resume(run: RunFolder) -> None:
             run_all(recipe)
             continue
         start = next(word.partition("=")[2] for word in jobs[-1].argv if word.startswith("--chdir="))
-        _submit_all([recipe], Path(start), place.root / "code")
+        _submit_all([recipe], Path(start), place.code)
 
 
 def run_on_slurm(path: Path, overrides: list[str], recipe: "Recipe") -> None:
@@ -105,8 +107,8 @@ def run_on_slurm(path: Path, overrides: list[str], recipe: "Recipe") -> None:
 
     members = members_of(path, overrides, recipe)
     if members:
-        save_index(recipe.run_dir, members)
-    _submit_all([member.recipe for member in members] or [recipe], Path.cwd(), recipe.run_dir / "code")
+        save_index(recipe.run, members)
+    _submit_all([member.recipe for member in members] or [recipe], Path.cwd(), recipe.run.code)
     where = recipe.run_dir
     typer.echo(f"\nNext: tunesmith status {where}    # or: logs -f, cancel, resume")
 
@@ -147,7 +149,7 @@ def plan_on_slurm(path: Path, overrides: list[str], recipe: "Recipe") -> None:
     from launcher.slurm.submit import check_with_slurm, prepare
     from launcher.sweep import members_of
 
-    code = Path(os.path.abspath(recipe.run_dir)) / "code"
+    code = RunDir(Path(os.path.abspath(recipe.run_dir))).code
     recipes = [member.recipe for member in members_of(path, overrides, recipe)] or [recipe]
     slurm = Slurm()
     for one in recipes:

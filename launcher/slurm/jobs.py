@@ -87,7 +87,7 @@ def job_of(chain: Chain, stage: str, parents: tuple[str, ...]) -> Job:
     recipe, attempt = chain.recipe, chain.attempts[stage]
     config, lead = recipe.slurm.of(stage), lead_seconds(recipe.run, stage)
     check_time(stage, config, lead)
-    log = str(recipe.run.logs / f"attempt-{attempt}" / f"{stage}-%j.log")
+    log = str(recipe.run.job_log(stage, attempt))
     words = [
         f"--job-name={recipe.name}-{stage}",
         f"--chdir={chain.folder}",
@@ -139,12 +139,8 @@ def exported(chain: Chain) -> list[str]:
         names.add(HUB_TOKEN)
     values = [f"TUNESMITH_PYTHON={chain.python}"]
     if recipe.slurm.container is not None:
-        values.append(f"{container.ENVIRONMENT}={container_file(recipe)}")
+        values.append(f"{container.ENVIRONMENT}={recipe.run.container}")
     return [*sorted(names | needed.keys()), STANDBY_OF, *values]
-
-
-def container_file(recipe: Recipe) -> Path:
-    return recipe.run.root / "container.json"
 
 
 def check_paths(chain: Chain) -> None:

@@ -20,9 +20,9 @@ from launcher.done import is_done
 from launcher.recipe import Recipe
 from launcher.slurm import container
 from launcher.slurm.client import Partition, Slurm, scrubbed
-from launcher.slurm.jobs import Chain, Job, container_file, jobs_of
+from launcher.slurm.jobs import Chain, Job, jobs_of
 from launcher.slurm.snapshot import take_snapshot
-from launcher.slurm.submitted import Submitted, cancelled_file, jobs_file, next_attempt, read_jobs
+from launcher.slurm.submitted import Submitted, next_attempt, read_jobs
 from launcher.slurm_config import JobConfig, seconds_of
 
 
@@ -158,12 +158,12 @@ def submit(prepared: Prepared, slurm: Slurm, tell: Callable[[list[str]], None]) 
     """Submit the chain and return the jobs' ids by stage; `tell` hears every sbatch command that was run."""
     recipe = prepared.chain.recipe
     run = recipe.run.create()
-    with exclusive_lock(run.root / ".lock-submit", f"submission of {run.root}"):
+    with exclusive_lock(run.submission_lock, f"submission of {run.root}"):
         refuse_live_jobs(recipe, slurm)
-        with exclusive_lock(run.root / ".lock", f"run folder {run.root}"):
+        with exclusive_lock(run.lock, f"run folder {run.root}"):
             recipe.save(run)
         lay_out(prepared)
-        file, ids = jobs_file(run), {}
+        file, ids = run.jobs, {}
         before = file.read_bytes() if file.is_file() else None
         try:
             for job in prepared.jobs:
@@ -173,7 +173,7 @@ def submit(prepared: Prepared, slurm: Slurm, tell: Callable[[list[str]], None]) 
             check_chain(prepared.jobs, ids, slurm)
             for job in prepared.jobs:
                 append_jsonl(file, row_of(job, ids))
-            cancelled_file(run).unlink(missing_ok=True)
+            run.cancelled.unlink(missing_ok=True)
             slurm.release(ids[prepared.jobs[0].stage])
         except BaseException:
             if before is None:
@@ -202,7 +202,7 @@ def lay_out(prepared: Prepared) -> None:
     if recipe.slurm.container is not None:
         folders = (recipe.run.root, prepared.chain.folder)
         settings = container.configured(recipe.slurm.container, folders)
-        write_atomic(container_file(recipe), settings.dump())
+        write_atomic(recipe.run.container, settings.dump())
 
 
 def check_chain(jobs: list[Job], ids: Mapping[str, str], slurm: Slurm) -> None:

@@ -27,18 +27,9 @@ class Submitted:
         return Path(option.removeprefix("--output=").replace("%j", self.job_id))
 
 
-def cancelled_file(run: RunDir) -> Path:
-    """There from `tunesmith cancel` until the run is submitted again: no job of it may be followed by another."""
-    return run.root / "cancelled.json"
-
-
-def jobs_file(run: RunDir) -> Path:
-    return run.root / "jobs.jsonl"
-
-
 def read_jobs(run: RunDir) -> list[Submitted]:
     """Every job of the run in the order of submission; none if the run is not one of Slurm's."""
-    file = jobs_file(run)
+    file = run.jobs
     if not file.is_file():
         return []
     jobs = []

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from cluster.errors import EXIT_FAILED, InputError
 from cluster.run.fence import (
-    FOLDER,
     VARIABLE,
     Fence,
     Superseded,
@@ -25,6 +24,7 @@ from cluster.run.fence import (
     run_lock,
     verify,
 )
+from cluster.run.rundir import RunDir
 from generation.request_log import RequestLog
 from tests.generation.test_request_log import make_id
 from trainer.checkpoint.commit import partial_folder, put_in_place
@@ -66,7 +66,7 @@ def test_only_the_newest_passes_even_if_a_claim_was_never_written_to_its_end(tmp
     for number in range(1, 6):
         assert claim(run, "train", str(100 + number)) == number
         if number in torn:  # killed between making the file and writing it
-            (run / FOLDER / f"{number:06d}.json").write_text("")
+            (RunDir(run).claims / f"{number:06d}.json").write_text("")
     fence = Fence(run, own)
     assert fence.is_superseded is (own < 5)
     if own == 5:
@@ -83,15 +83,15 @@ def test_a_local_run_is_not_concerned_and_excludes_generations(tmp_path: Path, m
     monkeypatch.delenv(VARIABLE, raising=False)
     assert own_token() is None
     verify(tmp_path)
-    with run_lock(tmp_path / ".lock", "run"):
+    with run_lock(RunDir(tmp_path).lock):
         monkeypatch.setenv(VARIABLE, "1")
-        with pytest.raises(InputError, match="in use"), run_lock(tmp_path / ".lock", "run"):
+        with pytest.raises(InputError, match="in use"), run_lock(RunDir(tmp_path).lock):
             pass
-    with run_lock(tmp_path / ".lock", "run"):
+    with run_lock(RunDir(tmp_path).lock):
         monkeypatch.setenv(VARIABLE, "2")
-        with run_lock(tmp_path / ".lock", "run"):
+        with run_lock(RunDir(tmp_path).lock):
             monkeypatch.delenv(VARIABLE)
-            with pytest.raises(InputError, match="in use"), run_lock(tmp_path / ".lock", "run"):
+            with pytest.raises(InputError, match="in use"), run_lock(RunDir(tmp_path).lock):
                 pass
 
 
@@ -159,4 +159,4 @@ def test_a_check_is_cheap(tmp_path: Path) -> None:
     for _ in range(200):
         Fence(tmp_path, 50).check()
     assert (time.process_time() - started) / 200 < 0.005
-    assert os.listdir(tmp_path) == [FOLDER], "and leaves nothing behind"
+    assert os.listdir(tmp_path) == ["claims"], "and leaves nothing behind"

@@ -45,7 +45,7 @@ def open_sink(run: RunDir) -> tuple[DataSink, int]:
 
 def work(run: RunDir, until: int = NUM_STEPS) -> None:
     """Do what is left to do, as the stage would."""
-    if is_sealed(run.data / "synthesized"):
+    if is_sealed(run.synthesized):
         remove_progress(run)
         return
     sink, num_done = open_sink(run)
@@ -130,7 +130,7 @@ def test_killed_before_any_write_to_the_disk_it_goes_on_from_the_last_checkpoint
         run = RunDir(tmp_path / str(number))
         if die_at_call(run, number):
             break
-        if not is_sealed(run.data / "synthesized"):
+        if not is_sealed(run.synthesized):
             sink, num_done = open_sink(run)
             found.add(num_done)
             assert sink.num_rows == sink.num_rows_by_method.total() == num_done

@@ -15,7 +15,6 @@ from launcher.job import node_health as ledger
 from launcher.job.chain import STANDBY_OF, Chain, submission_environ, successor_argv
 from launcher.job.hang import LEAST_SECONDS, HangWatch, Hung
 from launcher.job.standing import progress_of
-from launcher.slurm.submitted import cancelled_file
 from launcher.slurm_config import SlurmConfig
 
 
@@ -35,7 +34,7 @@ def test_a_job_inherits_nothing_of_the_job_that_submits_it() -> None:
 def write_jobs(run: RunDir, *jobs: tuple[str, int, list[int], str]) -> Chain:
     for stage, job_id, parents, reason in jobs:
         row = {"time": 0, "stage": stage, "job_id": job_id, "attempt": 1, "parent_job_ids": parents}
-        append_jsonl(run.root / "jobs.jsonl", row | {"argv": ["sbatch"], "reason": reason})
+        append_jsonl(run.jobs, row | {"argv": ["sbatch"], "reason": reason})
     return Chain(run)
 
 
@@ -78,7 +77,7 @@ def test_an_attempt_of_a_cancelled_run_is_followed_by_none(
 
     def stage() -> int:
         if cancelled:
-            write_json(cancelled_file(run), {})
+            write_json(run.cancelled, {})
             attempt.standby = None  # as if Slurm had not answered when it was to be submitted
             attempt.keep_standby()
         return 75

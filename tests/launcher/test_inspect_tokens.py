@@ -86,7 +86,7 @@ def test_it_writes_nothing_and_uses_what_a_run_has(recipe: Path, monkeypatch: py
     assert not (recipe.parent / "run").exists()
     run = load(recipe, [])
     tokenizer, _ = module.load_tokenizer(run.model, None)
-    prepare_tokens(run.train, tokenizer, run.train.data, run.run.root / "tokens")
+    prepare_tokens(run.train, tokenizer, run.train.data, run.run.tokens)
     monkeypatch.setattr(module, "prepare_tokens", None)  # calling it would fail
     assert shown(recipe) == before
 

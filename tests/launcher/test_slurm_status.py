@@ -17,7 +17,7 @@ from launcher.slurm.client import SlurmSilent, parse_queue_line
 from launcher.slurm.jobs import jobs_of
 from launcher.slurm.logs import print_logs
 from launcher.slurm.submit import Prepared, submit
-from launcher.slurm.submitted import cancelled_file, read_jobs
+from launcher.slurm.submitted import read_jobs
 from launcher.status import Answer, RunState, find_runs, read_all, read_run, state_of_run, still_goes_on
 from tests.launcher.slurm_chain import FakeSlurm, chain_of, recipe_of
 
@@ -91,9 +91,9 @@ def test_a_result_speaks_for_a_job_that_is_gone_unless_it_is_older(run: RunDir) 
     assert train(run, RUNNING)[0] == "RUNNING"
     write_json(run.result("train"), {"status": "preempted", "step": 3})
     assert train(run)[0] == "STOPPED"
-    write_json(cancelled_file(run), {"job_ids": ["101"]})
+    write_json(run.cancelled, {"job_ids": ["101"]})
     assert train(run)[0] == "CANCELLED"
-    cancelled_file(run).unlink()
+    run.cancelled.unlink()
     os.utime(run.result("train"), (time.time() - 1000,) * 2)
     assert train(run)[0] == "UNKNOWN"
 
@@ -113,7 +113,7 @@ def test_a_run_without_jobs_is_told_from_its_folder_alone(tmp_path: Path) -> Non
     recipe.save(run)
     slurm = FakeSlurm(refuse=("squeue",))
     assert [stage.word for stage in read_all([run.root], slurm)[0].stages] == ["NOT STARTED"] * 3
-    with exclusive_lock(run.root / ".lock", "test"):
+    with exclusive_lock(run.lock, "test"):
         assert [stage.word for stage in read_all([run.root], slurm)[0].stages] == ["RUNNING", *["NOT STARTED"] * 2]
     write_json(run.result("train"), {"status": "failed", "message": "no such file"})
     assert read_all([run.root], slurm)[0].word == "FAILED"
@@ -155,9 +155,9 @@ def test_logs_are_followed_across_attempts_until_the_run_ends(run: RunDir) -> No
     def is_live() -> bool:
         """What happens between the two questions."""
         if len(asked) == 1:
-            first = json.loads((run.root / "jobs.jsonl").read_text().splitlines()[0])
+            first = json.loads(run.jobs.read_text().splitlines()[0])
             again = first | {"job_id": "104", "attempt": 2, "reason": "continued"}
-            with open(run.root / "jobs.jsonl", "a") as file:
+            with open(run.jobs, "a") as file:
                 file.write(json.dumps(again) + "\n")
             (logs / "train-101.log").write_text("step 1\nstep 2\n")
             (logs / "train-104.log").write_text("going on\nthe end, without a line break")

@@ -12,7 +12,7 @@ from launcher.slurm.cancel import cancel_run
 from launcher.slurm.client import Partition, SlurmSilent, scrubbed
 from launcher.slurm.jobs import jobs_of
 from launcher.slurm.submit import Prepared, check_request, submit
-from launcher.slurm.submitted import cancelled_file, read_jobs
+from launcher.slurm.submitted import read_jobs
 from launcher.slurm_config import JobConfig
 from tests.launcher.slurm_chain import FakeSlurm, chain_of, recipe_of
 
@@ -71,9 +71,9 @@ def test_a_run_with_jobs_in_the_queue_is_refused_and_after_a_cancel_goes_on(tmp_
         submit_here(prepared(tmp_path), slurm)
     assert cancel_run(tmp_path / "run", slurm) == ["103", "102", "101"]
     run = prepared(tmp_path).chain.recipe.run
-    assert cancelled_file(run).is_file()
+    assert run.cancelled.is_file()
     submit_here(prepared(tmp_path), slurm)
-    assert not cancelled_file(run).exists() and len(read_jobs(run)) == 6
+    assert not run.cancelled.exists() and len(read_jobs(run)) == 6
 
 
 def test_a_job_that_is_submitted_during_the_cancel_is_cancelled_too(tmp_path: Path, monkeypatch) -> None:

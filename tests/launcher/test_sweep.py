@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from cluster.errors import InputError
 from cluster.files import write_json
+from cluster.run.rundir import RunDir
 from launcher.cli import app
 from launcher.print_status import print_runs
 from launcher.recipe import Recipe, load
@@ -73,20 +74,20 @@ def test_one_stage_of_a_sweep_is_refused(tmp_path: Path) -> None:
 
 def test_the_folder_remembers_its_runs_and_refuses_others(tmp_path: Path) -> None:
     runs = members(write(tmp_path, sweep=SWEEP))
-    save_index(tmp_path / "run", runs)
-    save_index(tmp_path / "run", runs)
+    save_index(RunDir(tmp_path / "run"), runs)
+    save_index(RunDir(tmp_path / "run"), runs)
     assert [values for _, values in read_index(tmp_path / "run")] == [run.values for run in runs]
     with pytest.raises(InputError, match="holds another sweep"):
-        save_index(tmp_path / "run", runs[:2])
+        save_index(RunDir(tmp_path / "run"), runs[:2])
     (tmp_path / "single").mkdir()
     (tmp_path / "single" / "recipe.yaml").write_text("name: x\n")
     with pytest.raises(InputError, match="holds a single run"):
-        save_index(tmp_path / "single", runs)
+        save_index(RunDir(tmp_path / "single"), runs)
 
 
 def test_one_table_has_the_values_the_states_and_what_came_of_them(tmp_path: Path) -> None:
     runs = members(write(tmp_path, sweep={"train.learning_rate": [0.1, 0.2]}))
-    save_index(tmp_path / "run", runs)
+    save_index(RunDir(tmp_path / "run"), runs)
     for run in runs:
         run.recipe.save(run.recipe.run.create())
     write_json(runs[1].recipe.run.result("train"), {"status": "failed", "message": "no", "validation_loss": 1.25})

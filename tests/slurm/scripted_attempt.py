@@ -43,7 +43,7 @@ def rank(run: RunDir) -> int:
     for number in (signal.SIGUSR2, signal.SIGTERM):
         signal.signal(number, lambda number, _: stopped.append(number))
     script = json.loads((run.root / "script.json").read_text())
-    lines = (run.root / "jobs.jsonl").read_text().splitlines() if (run.root / "jobs.jsonl").exists() else []
+    lines = run.jobs.read_text().splitlines() if run.jobs.exists() else []
     mine = [row for row in map(json.loads, lines) if str(row["job_id"]) == os.environ["SLURM_JOB_ID"]]
     fault, at_step = script.get("faults", {}).get(str(mine[0]["attempt"]) if mine else "", (None, 0))
     if fault in ("never", "lie"):

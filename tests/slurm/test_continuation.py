@@ -7,7 +7,6 @@ import pytest
 
 from cluster.files import write_json
 from cluster.run.rundir import RunDir
-from launcher.slurm.submitted import cancelled_file
 from tests.slurm.chained import ChainedRun
 
 pytestmark = pytest.mark.slurm
@@ -91,7 +90,7 @@ def test_a_run_that_is_cancelled_saves_and_nothing_follows(make_run) -> None:
     run.submit("train")
     run.submit("export", after=("train",))
     run.wait_step(2, 60)
-    write_json(cancelled_file(RunDir(run.run)), {})
+    write_json(RunDir(run.run).cancelled, {})
     for job in (*run.jobs("export"), *reversed(run.jobs("train"))):
         run.bed.client("scancel", str(job["job_id"]))
     (event,) = run.wait_event("cancelled", 30)

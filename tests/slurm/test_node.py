@@ -59,9 +59,10 @@ import sys
 from pathlib import Path
 import cluster.nodes.rendezvous
 from cluster.nodes.topology import Topology
+from cluster.run.rundir import RunDir
 from launcher.job.node import run_node
 cluster.nodes.rendezvous.local_addresses = lambda: {"10.0.0.5": "eth0"}
-run_node(Topology(("a", "b"), 0, 1, "5", 0, 0), Path(sys.argv[1]), ["script.py"])
+run_node(Topology(("a", "b"), 0, 1, "5", 0, 0), RunDir(Path(sys.argv[1])), ["script.py"])
 """
 
 
@@ -93,23 +94,23 @@ def test_a_preempted_node_gives_way_to_a_failure_of_another(
 ) -> None:
     monkeypatch.setattr("launcher.job.node.AGREE_SECONDS", 0)
     topology = Topology(("n1", "n2"), 0, 1, "41", 3, 0)
-    folder = topology.attempt_dir(tmp_path)
+    folder = topology.attempt_dir(RunDir(tmp_path))
     folder.mkdir()
     write_json(folder / "node-0.exit.json", {"exit_code": 75, "step_id": 3})
     write_json(folder / "node-1.exit.json", word_of_the_other)
-    assert agree_on_end(topology, tmp_path) == code
+    assert agree_on_end(topology, RunDir(tmp_path)) == code
     (folder / "node-0.exit.json").unlink()  # the other node goes by what the head has written down
-    assert agree_on_end(replace(topology, node_rank=1), tmp_path) == code
+    assert agree_on_end(replace(topology, node_rank=1), RunDir(tmp_path)) == code
 
 
 def test_a_node_whose_head_says_nothing_ends_as_preempted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("launcher.job.node.AGREE_SECONDS", 0)
     monkeypatch.setattr("launcher.job.node.POLL_SECONDS", 0.01)
     topology = Topology(("n1", "n2"), 1, 1, "41", 3, 0)
-    folder = topology.attempt_dir(tmp_path)
+    folder = topology.attempt_dir(RunDir(tmp_path))
     folder.mkdir()
     write_json(folder / "end.json", {"exit_code": 1, "step_id": 2})  # of an earlier step
-    assert agree_on_end(topology, tmp_path) == 75
+    assert agree_on_end(topology, RunDir(tmp_path)) == 75
 
 
 @pytest.mark.parametrize(

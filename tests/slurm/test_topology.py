@@ -14,6 +14,7 @@ from cluster.errors import InputError, TunesmithError
 from cluster.files import write_json
 from cluster.nodes.rendezvous import FIRST_PORT, NUM_PORTS, choose_address, free_port, local_addresses, meet
 from cluster.nodes.topology import Topology, read_topology
+from cluster.run.rundir import RunDir
 
 JOB = {
     "SLURM_JOB_ID": "41",
@@ -38,7 +39,7 @@ def test_no_job_is_one_local_node() -> None:
 def test_a_step_sees_its_own_nodes_and_its_attempt() -> None:
     topology = read_topology(JOB | {"SLURM_GPUS_ON_NODE": "8", "SLURM_RESTART_COUNT": "2"}, expand=expand)
     assert topology == Topology(("n2", "n3"), 1, 8, "41", 7, 2)
-    assert topology.attempt_dir(Path("run")) == Path("run/attempt-41-2")
+    assert topology.attempt_dir(RunDir(Path("run"))) == Path("run/attempt-41-2")
 
 
 def test_a_step_in_an_image_goes_by_what_the_jobs_script_has_told_it() -> None:
@@ -137,7 +138,7 @@ def test_nodes_that_meet_read_the_same_head(tmp_path: Path, monkeypatch: pytest.
     answers = {}
 
     def run(topology: Topology) -> None:
-        answers[topology.node_rank] = meet(topology, tmp_path, timeout_seconds=30)
+        answers[topology.node_rank] = meet(topology, RunDir(tmp_path), timeout_seconds=30)
 
     threads = [threading.Thread(target=run, args=(dataclasses.replace(head, node_rank=rank),)) for rank in (1, 0)]
     for thread in threads:
@@ -151,7 +152,7 @@ def test_nodes_that_meet_read_the_same_head(tmp_path: Path, monkeypatch: pytest.
 def test_the_node_that_does_not_come_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     a_network(monkeypatch)
     with pytest.raises(TunesmithError, match=r"node 1 \(n2\) did not write .*attempt-41-0/node-1\.json"):
-        meet(Topology(("n1", "n2"), 0, 1, "41", 0, 0), tmp_path, timeout_seconds=0)
+        meet(Topology(("n1", "n2"), 0, 1, "41", 0, 0), RunDir(tmp_path), timeout_seconds=0)
 
 
 def test_word_of_an_earlier_step_in_the_same_allocation_does_not_count(
@@ -160,9 +161,9 @@ def test_word_of_an_earlier_step_in_the_same_allocation_does_not_count(
     a_network(monkeypatch)
     now = Topology(("n1", "n2"), 0, 1, "41", 1, 0)
     with pytest.raises(TunesmithError):
-        meet(dataclasses.replace(now, step_id=0, node_rank=1), tmp_path, timeout_seconds=0)
+        meet(dataclasses.replace(now, step_id=0, node_rank=1), RunDir(tmp_path), timeout_seconds=0)
     with pytest.raises(TunesmithError, match="node 1"):
-        meet(now, tmp_path, timeout_seconds=0)
+        meet(now, RunDir(tmp_path), timeout_seconds=0)
     earlier = json.loads((tmp_path / "attempt-41-0/node-1.json").read_text())
     write_json(tmp_path / "attempt-41-0/node-1.json", earlier | {"step_id": 1})
-    assert meet(now, tmp_path, timeout_seconds=0)[0].host == "n1"
+    assert meet(now, RunDir(tmp_path), timeout_seconds=0)[0].host == "n1"

@@ -113,7 +113,7 @@ def reference(job: TrainJob) -> tuple[dict[int, tuple[float, float]], torch.nn.M
     """Loss and gradient norm of every step, and the model afterwards, by a plain loop in this process."""
     config = job.config
     tokenizer, num_added = load_tokenizer(job.model, None)
-    (cache,) = (job.run.root / "tokens").iterdir()
+    (cache,) = job.run.tokens.iterdir()
     tokens = load_tokens(cache)
     batches = Batches(tokens, config, job.seed, 0, 1)
     torch.manual_seed(job.seed)
@@ -194,7 +194,7 @@ def test_the_jobs_have_what_makes_them_hard(trained: dict[str, Path]) -> None:
     """Unequal labels per rank, micro-batches of padding alone, and clipping that clips."""
     for name in FULL.keys() & trained.keys():
         job = read_job(trained[name])
-        (cache,) = (job.run.root / "tokens").iterdir()
+        (cache,) = job.run.tokens.iterdir()
         ranks = [Batches(load_tokens(cache), job.config, job.seed, rank, 2) for rank in range(2)]
         labels = [[b.num_labels for b in rank.micro_batches(ranks[0].steps_per_epoch - 1)] for rank in ranks]
         assert sum(labels[0]) != sum(labels[1])
@@ -208,7 +208,7 @@ def test_two_ranks_validate_as_plain_pytorch_does(trained: dict[str, Path], name
     """Labels are unequal over ranks and micro-batches, and one rank has a row less."""
     _, lm = reference_of(trained[name])
     job = read_job(trained[name])
-    (cache,) = (job.run.root / "tokens").iterdir()
+    (cache,) = job.run.tokens.iterdir()
     tokens = load_tokens(cache)
     total, num_labels = 0.0, 0
     with torch.no_grad():
@@ -224,7 +224,7 @@ def test_two_ranks_validate_as_plain_pytorch_does(trained: dict[str, Path], name
 
 def test_steps_of_so_many_documents_take_as_many_passes_as_they_need(trained: dict[str, Path]) -> None:
     job = read_job(trained["zero2-documents"])
-    (cache,) = (job.run.root / "tokens").iterdir()
+    (cache,) = job.run.tokens.iterdir()
     batches = Batches(load_tokens(cache), job.config, job.seed, 0, 2)
     steps = range(batches.num_steps)
     assert {len(batches.micro_batches(step)) for step in steps} > {1}
