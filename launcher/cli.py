@@ -124,9 +124,9 @@ def inspect_tokens(
     if recipe.is_dir():
         recipe, run_dir = RunDir(recipe).recipe, run_dir or recipe
     resolved = read(recipe, overrides, run_dir)
-    from trainer.quiet import name_accelerator, quieten_libraries
+    from trainer.runtime import quieten_libraries, set_accelerator_env
 
-    name_accelerator()
+    set_accelerator_env()
     quieten_libraries()
     from launcher.inspect_tokens import inspect_tokens as paint
 

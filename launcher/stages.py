@@ -81,9 +81,9 @@ def train(recipe: Recipe, run: RunDir) -> None:
 
 
 def export(recipe: Recipe, run: RunDir) -> None:
-    from trainer.quiet import name_accelerator, quieten_libraries
+    from trainer.runtime import quieten_libraries, set_accelerator_env
 
-    name_accelerator()
+    set_accelerator_env()
     quieten_libraries()
     from trainer import export as stage
 
@@ -93,9 +93,9 @@ def export(recipe: Recipe, run: RunDir) -> None:
 
 
 def evaluate(recipe: Recipe, run: RunDir) -> None:
-    from trainer.quiet import name_accelerator, quieten_libraries
+    from trainer.runtime import quieten_libraries, set_accelerator_env
 
-    name_accelerator()
+    set_accelerator_env()
     quieten_libraries()
     from trainer import evaluate as stage
 

@@ -28,12 +28,12 @@ from cluster.files import write_json
 from cluster.run.fence import own_token, verify
 from cluster.run.manifest import is_sealed, verify_manifest, write_manifest
 from cluster.run.rundir import RunDir
+from trainer.checkpoint.commit import explain_failed_write
 from trainer.checkpoint.state import best_first, newest, read_state
 from trainer.config.after import ExportConfig
 from trainer.config.train import TrainConfig
 from trainer.config.tuning import form_refusal
 from trainer.data.chat import end_of_turn_ids
-from trainer.disk import explain_failed_write
 from trainer.model.adapter_base import RECORD
 from trainer.model.adapters import CONFIG_FILE, WEIGHTS_FILE
 from trainer.model.load import DTYPES, load_tokenizer

@@ -20,9 +20,9 @@ from cluster.imports import without_collection
 with without_collection():
     import torch
 
-    from trainer.quiet import name_accelerator, quieten_libraries
+    from trainer.runtime import quieten_libraries, set_accelerator_env
 
-    name_accelerator()
+    set_accelerator_env()
 
     import deepspeed
     import torch.distributed as dist
@@ -39,12 +39,12 @@ with without_collection():
     from trainer.engine import check_head, check_isolation, make_engine, train_step
     from trainer.flops import Utilization
     from trainer.job import TrainJob, read_job
-    from trainer.kernels import load_comm_kernel
     from trainer.metrics import Step, StepLine
     from trainer.model.load import load_tokenizer
     from trainer.model.sequence import SplitBatches
     from trainer.ranks import make_all_sum
     from trainer.resolve import settle
+    from trainer.runtime import load_comm_kernel
     from trainer.schedule import learning_rate
     from trainer.stop import StopRequest
     from trainer.trackers import reporting

@@ -55,7 +55,7 @@ def export(run: Path) -> None:
     """In a process of its own: our export of a run, and transformers' own reading and saving of the same weights."""
     from tests.benchmarks.peak import highest_bytes
     from trainer.checkpoint.state import newest
-    from trainer.quiet import quieten_libraries
+    from trainer.runtime import quieten_libraries
 
     quieten_libraries()
     import time

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from trainer.quiet import name_accelerator, quieten_libraries
+from trainer.runtime import load_comm_kernel, quieten_libraries, set_accelerator_env
 
-name_accelerator()
+set_accelerator_env()
 
 import deepspeed  # noqa: E402
 import torch  # noqa: E402
@@ -27,7 +27,6 @@ from trainer.checkpoint.state import TrainState, newest  # noqa: E402
 from trainer.config.checkpoints import CheckpointConfig  # noqa: E402
 from trainer.engine import make_engine, train_step  # noqa: E402
 from trainer.job import read_job  # noqa: E402
-from trainer.kernels import load_comm_kernel  # noqa: E402
 from trainer.model.load import load_tokenizer  # noqa: E402
 from trainer.ranks import make_all_sum  # noqa: E402
 from trainer.resolve import settle  # noqa: E402

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import yaml
 
-from trainer.quiet import name_accelerator, quieten_libraries
+from trainer.runtime import quieten_libraries, set_accelerator_env
 
-name_accelerator()
+set_accelerator_env()
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
@@ -44,7 +44,7 @@ def ours(folder: Path, num_steps: int) -> None:
     import deepspeed
 
     from trainer.job import read_job
-    from trainer.kernels import load_comm_kernel
+    from trainer.runtime import load_comm_kernel
     from trainer.train import StopRequest, train
 
     run = folder / "run"

@@ -51,13 +51,11 @@ def chat_data(tmp_path_factory) -> Path:
 @pytest.fixture(scope="package")
 def one_rank(tmp_path_factory) -> Iterator[None]:
     """A process group of this process alone, so that `trainer.train.train` runs without torchrun."""
-    from trainer.quiet import name_accelerator, quieten_libraries
+    from trainer.runtime import load_comm_kernel, quieten_libraries, set_accelerator_env
 
-    name_accelerator()
+    set_accelerator_env()
     import deepspeed
     import torch.distributed as dist
-
-    from trainer.kernels import load_comm_kernel
 
     quieten_libraries()
     store = tmp_path_factory.mktemp("store") / "store"

@@ -6,15 +6,14 @@ STEP 0 stands for the end of the training.
 import sys
 from pathlib import Path
 
-from trainer.quiet import name_accelerator, quieten_libraries
+from trainer.runtime import load_comm_kernel, quieten_libraries, set_accelerator_env
 
-name_accelerator()
+set_accelerator_env()
 
 import deepspeed  # noqa: E402
 import torch  # noqa: E402
 
 from trainer.job import read_job  # noqa: E402
-from trainer.kernels import load_comm_kernel  # noqa: E402
 from trainer.train import train  # noqa: E402
 
 

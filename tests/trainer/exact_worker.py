@@ -3,9 +3,9 @@
 import sys
 from pathlib import Path
 
-from trainer.quiet import name_accelerator, quieten_libraries
+from trainer.runtime import load_comm_kernel, quieten_libraries, set_accelerator_env
 
-name_accelerator()
+set_accelerator_env()
 
 import deepspeed  # noqa: E402
 import torch  # noqa: E402
@@ -14,7 +14,6 @@ from deepspeed.utils import groups  # noqa: E402
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: E402
 
 from tests.trainer.tools import train_here  # noqa: E402
-from trainer.kernels import load_comm_kernel  # noqa: E402
 
 
 def forget_ulysses() -> None:

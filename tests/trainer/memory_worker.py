@@ -12,9 +12,9 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
-from trainer.quiet import name_accelerator, quieten_libraries
+from trainer.runtime import load_comm_kernel, quieten_libraries, set_accelerator_env
 
-name_accelerator()
+set_accelerator_env()
 
 import deepspeed  # noqa: E402
 import torch  # noqa: E402
@@ -23,7 +23,6 @@ from torch.profiler import profile  # noqa: E402
 
 from trainer.engine import make_engine  # noqa: E402
 from trainer.job import TrainJob, read_job  # noqa: E402
-from trainer.kernels import load_comm_kernel  # noqa: E402
 from trainer.model.load import load_tokenizer  # noqa: E402
 from trainer.resolve import settle  # noqa: E402
 from trainer.train import make_batches, shared_tokens  # noqa: E402

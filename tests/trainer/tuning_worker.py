@@ -8,9 +8,9 @@ import json
 import sys
 from pathlib import Path
 
-from trainer.quiet import name_accelerator, quieten_libraries
+from trainer.runtime import load_comm_kernel, quieten_libraries, set_accelerator_env
 
-name_accelerator()
+set_accelerator_env()
 
 import deepspeed  # noqa: E402
 import torch  # noqa: E402
@@ -20,7 +20,6 @@ from safetensors.torch import load_file  # noqa: E402
 from tests.trainer.tools import train_here  # noqa: E402
 from trainer import engine, train  # noqa: E402
 from trainer.job import read_job  # noqa: E402
-from trainer.kernels import load_comm_kernel  # noqa: E402
 
 partitioned_config, make_engine = engine.deepspeed_config, train.make_engine
 kept: list[deepspeed.DeepSpeedEngine] = []

@@ -25,12 +25,18 @@ from cluster.errors import EXIT_BAD_INPUT, InputError, TunesmithError
 from cluster.files import write_json
 from cluster.run.fence import verify
 from cluster.run.manifest import verify_manifest
-from trainer.checkpoint.commit import Background, copy_files, partial_folder, put_in_place, remove_partial
+from trainer.checkpoint.commit import (
+    Background,
+    copy_files,
+    explain_failed_write,
+    partial_folder,
+    put_in_place,
+    remove_partial,
+)
 from trainer.checkpoint.state import TrainState, read_state
 from trainer.checkpoint.universal import CLIENT_STATE, convert, universal_folder
 from trainer.checkpoint.weights import save_weights
 from trainer.config.checkpoints import CheckpointConfig
-from trainer.disk import explain_failed_write
 from trainer.ranks import AllSum
 from trainer.watchdog import Diverged
 

@@ -3,20 +3,26 @@
 A kill at any instant leaves complete checkpoints and at most folders whose names begin with a dot.
 """
 
+import contextlib
+import errno
 import os
 import shutil
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from cluster.files import fsync_folder
+from safetensors import SafetensorError
+
+from cluster.files import explain_full_disk, fsync_folder
 from cluster.run.fence import own_token, verify
 from cluster.run.manifest import write_manifest
 from trainer.checkpoint.state import no_longer_kept, step_folder
 from trainer.config.checkpoints import CheckpointConfig
-from trainer.disk import explain_failed_write
 
 PARTIAL = ".saving_"  # a checkpoint being written
 REMOVED = ".removing_"  # one that is being removed
+FULL_DISK_BYTES = 2**20  # if less than this is free after a failed write, the disk counts as full
+FULL_DISK_MESSAGES = ("No space left", "quota exceeded")
 CONVERTED = "universal_"  # a checkpoint in the form that any number of ranks can load
 
 
@@ -73,6 +79,22 @@ def copy_files(source: Path, target: Path) -> None:
     with explain_failed_write(target.parent):
         shutil.copytree(source, target, dirs_exist_ok=True)
     shutil.rmtree(source)
+
+
+@contextlib.contextmanager
+def explain_failed_write(path: Path) -> Iterator[None]:
+    """`explain_full_disk` for libraries whose errors lack the error number of a full disk.
+
+    They are torch (RuntimeError), safetensors (SafetensorError) and numpy (OSError without errno).
+    """
+    with explain_full_disk(path):
+        try:
+            yield
+        except (RuntimeError, SafetensorError, OSError) as error:
+            is_full = any(message in str(error) for message in FULL_DISK_MESSAGES)
+            if is_full or shutil.disk_usage(path).free < FULL_DISK_BYTES:
+                raise OSError(errno.ENOSPC, "No space left on device") from error
+            raise
 
 
 class Background:

@@ -21,8 +21,7 @@ from cluster.errors import TunesmithError
 from cluster.files import sha256_file
 from cluster.processes.orphans import die_with_parent
 from cluster.run.manifest import MANIFEST, is_sealed, verify_manifest
-from trainer.checkpoint.commit import CONVERTED, seal
-from trainer.disk import explain_failed_write
+from trainer.checkpoint.commit import CONVERTED, explain_failed_write, seal
 
 # DeepSpeed refuses to convert ZeRO-1 and ZeRO-2 without this entry; it names layers split over tensor-parallel ranks.
 CLIENT_STATE = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}

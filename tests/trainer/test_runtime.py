@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from trainer.kernels import LOCK, name_extensions_folder
+from trainer.runtime import LOCK, set_extensions_folder
 
 ROOT = Path(__file__).parents[2]
 NAME = "deepspeed_shm_comm"
-SCRIPT = "import os; from trainer import kernels; kernels.load_comm_kernel(); print(os.environ['TORCH_EXTENSIONS_DIR'])"
+SCRIPT = "import os; from trainer import runtime; runtime.load_comm_kernel(); print(os.environ['TORCH_EXTENSIONS_DIR'])"
 LOAD = [sys.executable, "-c", SCRIPT]
 
 
@@ -36,6 +36,6 @@ def test_every_environment_compiles_in_a_folder_of_its_own(monkeypatch: pytest.M
         with monkeypatch.context() as context:
             context.setattr(deepspeed, "__file__", place)
             context.delenv("TORCH_EXTENSIONS_DIR", raising=False)
-            name_extensions_folder()
+            set_extensions_folder()
             folders.append(os.environ.pop("TORCH_EXTENSIONS_DIR"))
     assert len(set(folders)) == 2
