@@ -1,4 +1,6 @@
-"""The model under DeepSpeed: made, checked before the first step, and taken through one step."""
+"""The model under DeepSpeed: one optimizer step, the learning rate of a step, and how the engine is built."""
+
+import math
 
 import deepspeed
 import torch
@@ -6,51 +8,49 @@ import torch.distributed as dist
 from torch.nn.utils import get_total_norm
 from transformers.integrations import HfDeepSpeedConfig
 
-from cluster.errors import InputError
-from trainer.data.batches import Batches, MicroBatch
-from trainer.data.chat import IGNORE
+from trainer.config.train import TrainConfig
+from trainer.config.zero import ZeroConfig
+from trainer.data.batches import MicroBatch
 from trainer.job import TrainJob
 from trainer.model.attention import document_bounds
 from trainer.model.load import CausalLMWithLoss, load_model
 from trainer.model.loss import loss_settings
 from trainer.model.sequence import loss_factor, use_ulysses
 from trainer.model.tuning import is_decayed
-from trainer.zero import deepspeed_config
-
-ISOLATION_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}  # of the largest logit; a leak between documents shows as 0.1 to 1
 
 
 def train_step(
     engine: deepspeed.DeepSpeedEngine, micro_batches: list[MicroBatch], num_labels: int, lr: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One optimizer step. Returns the sum of losses over all ranks, and the gradients' norm before clipping.
+    """One optimizer step. Returns the sum of the token losses over all ranks, and the gradient norm before clipping.
 
-    Both are tensors without dimensions, where the model is: on a GPU, reading them waits for the step.
+    Both are tensors of shape [] on the engine's device. On a GPU the step may still be running when this returns, and
+    reading one of them waits for it.
 
-    Gradients are those of (sum of token losses) / (labels of the step over all micro-batches and ranks): DeepSpeed
-    averages over ranks, which `loss_factor` undoes; `scale_wrt_gas=False` makes accumulation a plain sum.
+    The gradient is that of (sum of token losses) / `num_labels`, the labels of all micro-batches and ranks. DeepSpeed
+    averages over ranks, which `loss_factor` undoes; `scale_wrt_gas=False` turns accumulation into a plain sum.
     """
     factor = loss_factor(engine.zero_optimization_stage(), dist.get_world_size(), engine.sequence_parallel_size)
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
-    total = torch.zeros((), device=engine.device)
-    on_device = [model_inputs(engine, batch) for batch in micro_batches]  # all copies start before the first pass
+    total_loss = torch.zeros((), device=engine.device)
+    on_device = [model_inputs(engine, batch) for batch in micro_batches]  # starts all copies before the first pass
     for number, inputs in enumerate(on_device, 1):
-        engine.set_gradient_accumulation_boundary(number == len(on_device))  # their number may differ by step
+        engine.set_gradient_accumulation_boundary(number == len(on_device))  # their number may differ between steps
         loss_sum = engine(**inputs)
         engine.backward(loss_sum * (factor / num_labels), scale_wrt_gas=False)
-        total += loss_sum.detach()
-        if engine.is_gradient_accumulation_boundary() and keeps_no_norm(engine):
-            norm = get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+        total_loss += loss_sum.detach()
+        if engine.is_gradient_accumulation_boundary() and lacks_grad_norm(engine):
+            grad_norm = get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
         engine.step()
-    if not keeps_no_norm(engine):
-        norm = engine.get_global_grad_norm()
-    dist.all_reduce(total)
-    return total, torch.as_tensor(norm)
+    if not lacks_grad_norm(engine):
+        grad_norm = engine.get_global_grad_norm()
+    dist.all_reduce(total_loss)
+    return total_loss, torch.as_tensor(grad_norm)
 
 
 def model_inputs(engine: deepspeed.DeepSpeedEngine, batch: MicroBatch) -> dict[str, torch.Tensor | int]:
-    """A micro-batch on the engine's device, as `CausalLMWithLoss` takes it. Copies to a GPU go on behind our back."""
+    """The arguments of `CausalLMWithLoss` on the engine's device. Copies to a GPU are asynchronous."""
     inputs: dict = dict(batch.inputs)
     attention = engine.module.lm.config._attn_implementation
     if attention.startswith("flash") and len(batch.input_ids) == 1 and engine.sequence_parallel_size == 1:
@@ -63,95 +63,102 @@ def model_inputs(engine: deepspeed.DeepSpeedEngine, batch: MicroBatch) -> dict[s
     }
 
 
-def keeps_no_norm(engine: deepspeed.DeepSpeedEngine) -> bool:
-    """True for plain data parallelism: DeepSpeed clips there without recording the norm."""
+def lacks_grad_norm(engine: deepspeed.DeepSpeedEngine) -> bool:
+    """True without ZeRO: DeepSpeed then clips the gradient and does not keep its norm."""
     return engine.zero_optimization_stage() == 0
 
 
+def learning_rate(config: TrainConfig, step: int, num_steps: int) -> float:
+    """Learning rate of `step`, which counts from 0. A pure function, so a resumed run needs no scheduler state.
+
+    Linear warm-up takes ceil(warmup_ratio * num_steps) steps, and its last step has the peak rate. The cosine would
+    reach `min_learning_rate_ratio` of the peak one step after the last (Loshchilov and Hutter 2017, section 3, without
+    restarts).
+    """
+    warmup_steps = math.ceil(config.warmup_ratio * num_steps)
+    if step < warmup_steps:
+        return config.learning_rate * (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, num_steps - warmup_steps)
+    floor = config.min_learning_rate_ratio
+    return config.learning_rate * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
 def make_engine(
-    job: TrainJob, tokenizer: object, num_added: int, grad_accum_steps: int, world_size: int
+    job: TrainJob, tokenizer: object, num_added_tokens: int, grad_accum_steps: int, world_size: int
 ) -> deepspeed.DeepSpeedEngine:
-    """The model under DeepSpeed with torch's AdamW; see `is_decayed` for what decays."""
+    """The model under DeepSpeed with torch's AdamW. `is_decayed` decides which parameters decay."""
     config = job.config
     settings = deepspeed_config(config, grad_accum_steps, world_size)
-    # Must stay alive while the model is read: with ZeRO-3 transformers then partitions weights as they arrive.
+    # With ZeRO-3 transformers partitions the weights while it reads them, as long as this object exists.
     partitioner = HfDeepSpeedConfig(settings) if config.zero_stage == 3 else None
-    module = CausalLMWithLoss(load_model(job.model, config, tokenizer, num_added), loss_settings(config))
+    module = CausalLMWithLoss(load_model(job.model, config, tokenizer, num_added_tokens), loss_settings(config))
     del partitioner
-    groups_of_ranks = use_ulysses(module.lm, config)
+    rank_groups = use_ulysses(module.lm, config)
     trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    matrices = [p for name, p in trained if is_decayed(name, p)]
-    vectors = [p for name, p in trained if not is_decayed(name, p)]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    decayed = [p for name, p in trained if is_decayed(name, p)]
+    not_decayed = [p for name, p in trained if not is_decayed(name, p)]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": not_decayed, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(
         [group for group in groups if group["params"]],
         lr=config.learning_rate, betas=config.betas, eps=config.adam_epsilon, fused=True,
     )  # fmt: skip
     engine, *_ = deepspeed.initialize(
-        model=module, optimizer=optimizer, config=settings, mpu=groups_of_ranks, dist_init_required=False
+        model=module, optimizer=optimizer, config=settings, mpu=rank_groups, dist_init_required=False
     )
     engine.train()
     return engine
 
 
-def check_head(engine: deepspeed.DeepSpeedEngine, batches: Batches, precision: str) -> None:
-    """Refuse to train if the model's own logits are not those the loss is taken on, as where it scales or caps them."""
-    batch = batches.collate([batches.rows[0][:1]])
-    device = engine.device
-    inputs = {"input_ids": batch.input_ids.to(device)}
-    if engine.sequence_parallel_size > 1:
-        inputs["position_ids"] = batch.position_ids.to(device)  # where this rank's stretch begins
-    engine.eval()
-    with torch.no_grad():
-        ours = _logits(engine, batch)
-        own = engine.module.lm(**inputs).logits
-    engine.train()
-    own = own[:, -batch.labels.shape[1] :]  # without virtual tokens
-    error = _worst_error(ours, own[(batch.labels != IGNORE).to(device)].float())
-    if error > ISOLATION_TOLERANCE[precision]:
-        raise InputError(
-            f"this model changes its logits after the output embedding (they differ by {error:.3f} of the largest), so "
-            "its loss would be wrong here. Tune a model whose logits are its output embedding alone, such as Llama's."
-        )
+def deepspeed_config(config: TrainConfig, grad_accum_steps: int, world_size: int) -> dict:
+    """The configuration for `deepspeed.initialize`. Optimizer and schedule are ours, so they are not in it.
+
+    Every value whose default has changed between DeepSpeed's versions is written out.
+    """
+    num_data_parallel = world_size // config.sequence_parallel_size
+    return {
+        "train_micro_batch_size_per_gpu": config.micro_batch_size,
+        "gradient_accumulation_steps": grad_accum_steps,
+        "train_batch_size": config.micro_batch_size * grad_accum_steps * num_data_parallel,
+        "sequence_parallel_size": config.sequence_parallel_size,
+        "gradient_clipping": config.max_grad_norm,  # the default is 1.0 since 0.19
+        "bf16": {"enabled": config.precision == "bf16", "check_grad_overflow": False},
+        "fp16": {"enabled": False},
+        # Summing many micro-batches in bf16 doubles the gradient's error; float32 costs two bytes per parameter.
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_allow_untested_optimizer": True,  # torch's fused AdamW needs no compiler on the node
+        "zero_force_ds_cpu_optimizer": False,  # the same AdamW also updates states that are offloaded to the CPU
+        "zero_optimization": {"stage": config.zero_stage, **_bucket_settings(config.zero), **_offload(config.zero)},
+        "steps_per_print": 2**31 - 1,
+        "wall_clock_breakdown": False,
+    }
 
 
-def check_isolation(engine: deepspeed.DeepSpeedEngine, batches: Batches, precision: str) -> None:
-    """Refuse to train if a packed row gives other logits than its documents alone. Every rank runs the same row."""
-    packed = next((row for row in batches.rows if len(row) > 1), None)
-    if packed is None:
-        return
-    engine.eval()
-    with torch.no_grad():
-        together = _whole(engine, _logits(engine, batches.collate([packed])))
-        apart = torch.cat([_whole(engine, _logits(engine, batches.collate([[document]]))) for document in packed])
-    engine.train()
-    error = _worst_error(together, apart)
-    if error > ISOLATION_TOLERANCE[precision]:
-        raise InputError(
-            f"packed documents see each other in this model with train.attention={batches.config.attention} "
-            f"(logits differ by {error:.3f} of the largest). Set train.packing=false or another train.attention."
-        )
+def _bucket_settings(zero: ZeroConfig) -> dict:
+    return {
+        "overlap_comm": torch.cuda.is_available(),
+        "contiguous_gradients": True,
+        "reduce_scatter": True,  # without it ZeRO-3 divides gradients by another number
+        "reduce_bucket_size": zero.reduce_bucket_size,
+        "allgather_partitions": True,
+        "allgather_bucket_size": zero.allgather_bucket_size,
+        "round_robin_gradients": False,
+        "stage3_prefetch_bucket_size": zero.prefetch_bucket_size,
+        "stage3_param_persistence_threshold": zero.param_persistence_threshold,
+        "stage3_max_live_parameters": zero.max_live_parameters,
+        "stage3_max_reuse_distance": zero.max_live_parameters,
+        "stage3_gather_16bit_weights_on_model_save": False,  # our checkpoints gather the weights one by one
+        "zero_hpz_partition_size": zero.hpz_partition_size,
+    }
 
 
-def _logits(engine: deepspeed.DeepSpeedEngine, batch: MicroBatch) -> torch.Tensor:
-    """Logits [L, V] of the labelled positions in this rank's stretch of the rows; empty if there are none."""
-    logits = engine(**model_inputs(engine, batch), return_logits=True)
-    return logits if batch.num_labels else logits.new_empty(0)
-
-
-def _whole(engine: deepspeed.DeepSpeedEngine, logits: torch.Tensor) -> torch.Tensor:
-    """The stretches of all ranks that share a row, joined again."""
-    if engine.sequence_parallel_size == 1:
-        return logits
-    stretches: list[torch.Tensor | None] = [None] * engine.sequence_parallel_size
-    dist.all_gather_object(stretches, logits.cpu(), group=engine.get_sequence_parallel_group())
-    return torch.cat(stretches)
-
-
-def _worst_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest difference relative to the largest value, on any rank: all of them have to agree to go on."""
-    worst = torch.zeros((), device=deepspeed.get_accelerator().current_device_name())
-    if expected.numel():
-        worst += (found - expected).abs().max() / expected.abs().max()
-    dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-    return float(worst)
+def _offload(zero: ZeroConfig) -> dict:
+    """DeepSpeed's `offload_*` sections, each left out if its part stays on the GPU."""
+    common = {"pin_memory": zero.pin_memory and torch.cuda.is_available()}
+    if zero.nvme_path is not None:
+        common["nvme_path"] = zero.nvme_path
+    sections = {}
+    if zero.offload_optimizer != "none":
+        sections["offload_optimizer"] = {"device": zero.offload_optimizer, **common}
+    if zero.offload_parameters != "none":
+        sections["offload_param"] = {"device": zero.offload_parameters, **common}
+    return sections

@@ -36,16 +36,16 @@ with without_collection():
     from trainer.checkpoint.state import TrainState, newest, read_state
     from trainer.data.batches import Batches
     from trainer.data.tokens import Tokens, load_tokens, prepare_tokens
-    from trainer.engine import check_head, check_isolation, make_engine, train_step
+    from trainer.engine import learning_rate, make_engine, train_step
     from trainer.flops import Utilization
     from trainer.job import TrainJob, read_job
+    from trainer.logit_checks import check_logits
     from trainer.metrics import Step, StepLine
     from trainer.model.load import load_tokenizer
     from trainer.model.sequence import SplitBatches
     from trainer.ranks import make_all_sum
     from trainer.resolve import settle
     from trainer.runtime import load_comm_kernel
-    from trainer.schedule import learning_rate
     from trainer.stop import StopRequest
     from trainer.trackers import reporting
     from trainer.validation import make_validation
@@ -66,9 +66,7 @@ def train(job: TrainJob, stop: StopRequest) -> dict:
     validation = make_validation(job, tokenizer, tokens, say)
     torch.manual_seed(job.seed + rank)
     engine = make_engine(job, tokenizer, num_added, batches.grad_accum_steps, world_size)
-    check_head(engine, batches, config.precision)
-    if config.packing:
-        check_isolation(engine, batches, config.precision)
+    check_logits(engine, batches)
 
     state = TrainState(0, 0, 0, 0, world_size, job_hash)
     if (last := newest(run.checkpoints)) is not None:

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainer.config.train import TrainConfig
-from trainer.schedule import learning_rate
+from trainer.engine import learning_rate
 
 
 def rates(num_steps: int, **settings: object) -> list[float]:
