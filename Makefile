@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup demo test test-all chaos lint base-model chat-model bench bench-synthesis bench-training bench-launch clean-demo
+.PHONY: help setup demo test test-all chaos reference lint base-model chat-model bench bench-synthesis bench-training bench-launch clean-demo
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -23,6 +23,9 @@ SEED ?= 1
 MINUTES ?= 30
 chaos: setup ## Random faults on a real Slurm, needs root; SEED=7 MINUTES=30
 	@$(BIN)/python -m tests.slurm.chaos --seed $(SEED) --minutes $(MINUTES)
+
+reference: setup ## Write docs/reference.md from the commands and the keys of a recipe
+	@$(BIN)/python -m docs.generate_reference
 
 lint: setup ## Check style
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
