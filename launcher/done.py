@@ -23,7 +23,7 @@ def what_again(stage: str, run: RunDir) -> str:
         return "goes on; finished requests are not made again" if run.requests.is_dir() else "begins anew"
     if stage == "evaluate":
         answers = len(list(run.evaluation.glob("*.json")))
-        return f"goes on with the answers of {answers} contenders" if answers else "begins anew"
+        return f"goes on with the answers of {answers} models" if answers else "begins anew"
     return "is done again"
 
 

@@ -65,9 +65,9 @@ def _batch(train: TrainConfig) -> str:
     groups = max(1, train.num_processes // parts)
     sharers = f"{groups} {'groups' if parts > 1 else 'ranks'}"
     most = f"up to {size * train.max_seq_len:,} tokens a step"
-    if train.batch_unit == "documents":
+    if train.batch_unit == "examples":
         rows = "packed into as few rows as they need" if train.packing else "one to a row"
-        return f"{size} documents a step, {rows}, {train.micro_batch_size} micro x {sharers}; {most}"
+        return f"{size} examples a step, {rows}, {train.micro_batch_size} micro x {sharers}; {most}"
     accumulated = size // (train.micro_batch_size * groups)
     return f"{size} rows a step = {train.micro_batch_size} micro x {accumulated} accumulated x {sharers}; {most}"
 

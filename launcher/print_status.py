@@ -67,6 +67,6 @@ def figures_of(state: RunState) -> dict[str, str]:
     for name in ("final_loss", "validation_loss"):
         if training.get(name) is not None:
             figures[name.replace("_", " ")] = f"{training[name]:.4f}"
-    if "contenders" in evaluation:
+    if "models" in evaluation:
         figures |= {f"exact, {name}": f"{share:.1%}" for name, share in exact_matches(evaluation).items()}
     return figures

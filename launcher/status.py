@@ -189,15 +189,15 @@ def figures(run: RunDir, stage: str) -> str:
     if stage == "train" and "step" in result:
         loss = result.get("final_loss")
         return f"{result['step']:,} steps" + (f", loss {loss:.4f}" if loss is not None else "")
-    if stage == "evaluate" and "contenders" in result:
+    if stage == "evaluate" and "models" in result:
         return ", ".join(f"{name} {value:.1%}" for name, value in exact_matches(result).items())
     return ""
 
 
 def exact_matches(result: dict) -> dict[str, float]:
-    """The share of exact matches of each contender over all its rows."""
+    """The share of exact matches of each model over all its rows."""
     shares = {}
-    for name, groups in result["contenders"].items():
+    for name, groups in result["models"].items():
         rows = sum(group["num_rows"] for group in groups.values())
         if rows:
             shares[name] = sum(group["exact_match"] * group["num_rows"] for group in groups.values()) / rows

@@ -92,14 +92,14 @@ def training_table(result: dict) -> Table:
 
 
 def accuracy_table(result: dict) -> Table:
-    """Exact match (and ROUGE-L) by group, one column a contender."""
-    contenders = result["contenders"]
-    table = _table("Held-out tasks: exact match (ROUGE-L)", "", *contenders)
-    groups = list(dict.fromkeys(group for figures in contenders.values() for group in figures))
+    """Exact match (and ROUGE-L) by group, with one column for each model."""
+    models = result["models"]
+    table = _table("Held-out tasks: exact match (ROUGE-L)", "", *models)
+    groups = list(dict.fromkeys(group for figures in models.values() for group in figures))
     for group in groups:
-        num_rows = next(figures[group]["num_rows"] for figures in contenders.values() if group in figures)
+        num_rows = next(figures[group]["num_rows"] for figures in models.values() if group in figures)
         cells = [
-            f"{figures[group]['exact_match']:.1%} ({figures[group]['rouge_l']:.2f})" for figures in contenders.values()
+            f"{figures[group]['exact_match']:.1%} ({figures[group]['rouge_l']:.2f})" for figures in models.values()
         ]
         table.add_row(f"{group} ({num_rows} rows)", *cells)
     return table

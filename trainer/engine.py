@@ -72,14 +72,14 @@ def learning_rate(config: TrainConfig, step: int, num_steps: int) -> float:
     """Learning rate of `step`, which counts from 0. A pure function, so a resumed run needs no scheduler state.
 
     Linear warm-up takes ceil(warmup_ratio * num_steps) steps, and its last step has the peak rate. The cosine would
-    reach `min_learning_rate_ratio` of the peak one step after the last (Loshchilov and Hutter 2017, section 3, without
+    reach `min_lr_ratio` of the peak one step after the last (Loshchilov and Hutter 2017, section 3, without
     restarts).
     """
     warmup_steps = math.ceil(config.warmup_ratio * num_steps)
     if step < warmup_steps:
         return config.learning_rate * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(1, num_steps - warmup_steps)
-    floor = config.min_learning_rate_ratio
+    floor = config.min_lr_ratio
     return config.learning_rate * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 

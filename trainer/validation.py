@@ -13,8 +13,8 @@ from deepspeed import DeepSpeedEngine
 from cluster.run.fence import verify
 from cluster.run.rundir import append_jsonl
 from trainer.config.data import DataSource
-from trainer.data.batches import MicroBatch, collate, in_passes, plan_rows
-from trainer.data.mixture import hashed, held_out
+from trainer.data.batches import MicroBatch, collate, plan_rows, split_rows
+from trainer.data.mixture import document_hashes, held_out_documents
 from trainer.data.tokens import Tokens, load_tokens, prepare_tokens
 from trainer.engine import model_inputs
 from trainer.job import TrainJob
@@ -67,7 +67,7 @@ class Validation:
         rank, world_size = dist.get_rank(), dist.get_world_size()
         size = self.job.config.micro_batch_size
         num_passes = math.ceil(len(self.rows) / (size * world_size))
-        return in_passes(self.rows[rank::world_size], size, num_passes, partial(collate, self.tokens))
+        return split_rows(self.rows[rank::world_size], size, num_passes, partial(collate, self.tokens))
 
 
 def make_validation(job: TrainJob, tokenizer: object, tokens: Tokens, say: Callable[[str], None]) -> Validation | None:
@@ -79,7 +79,7 @@ def make_validation(job: TrainJob, tokenizer: object, tokens: Tokens, say: Calla
     if config is None:
         return None
     if config.path is None:
-        documents = held_out(tokens, job.config, job.seed)
+        documents = held_out_documents(tokens, job.config, job.seed)
     else:
         folder: list[str | None] = [None]
         if dist.get_rank() == 0:
@@ -87,7 +87,7 @@ def make_validation(job: TrainJob, tokenizer: object, tokens: Tokens, say: Calla
             folder = [str(prepare_tokens(job.config, tokenizer, (source,), job.run.tokens, KEY))]
         dist.broadcast_object_list(folder, src=0)
         tokens = load_tokens(Path(str(folder[0])))
-        documents = hashed(tokens, job.seed).argsort(kind="stable")
+        documents = document_hashes(tokens, job.seed).argsort(kind="stable")
     validation = Validation(job, tokens, documents[: config.max_rows].tolist(), say)
     if dist.get_rank() == 0:
         say(f"validation: {validation.num_documents:,} documents, every {config.every_steps} steps and at the end")

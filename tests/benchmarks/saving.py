@@ -96,7 +96,7 @@ def main() -> None:
         write_texts(folder / "texts.jsonl", folder / "model", 40)
         settings = {
             "data": [str(folder / "texts.jsonl")], "objective": "text", "zero_stage": 2, "precision": "fp32",
-            "max_seq_len": 512, "micro_batch_size": 1, "global_batch_size": 2,
+            "max_seq_len": 512, "micro_batch_size": 1, "global_batch_size": 2, "batch_unit": "rows",
         }  # fmt: skip
         recipe = {"name": "bench", "seed": 0, "model": {"path": str(folder / "model")}, "train": settings}
         (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))

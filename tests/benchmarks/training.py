@@ -18,7 +18,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from trainer.data.packing import best_fit_decreasing
+from trainer.data.batches import best_fit_decreasing
 
 ROOT = Path(__file__).parents[2]
 SIDES = ("ours", "bare packed", "bare padded", "trl packed", "trl padded")

@@ -56,6 +56,7 @@ def ours(folder: Path, num_steps: int) -> None:
         settings = {
             "data": [str(folder / "texts.jsonl")], "objective": "text", "zero_stage": 2, "precision": "fp32",
             "max_seq_len": MAX_SEQ_LEN, "max_steps": num_steps, "learning_rate": LEARNING_RATE, **PACKED,
+            "batch_unit": "rows",
         }  # fmt: skip
         recipe = {"name": "bench", "seed": 0, "model": {"path": str(folder / "model")}, "train": settings}
         (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
@@ -74,7 +75,7 @@ def documents_of(folder: Path) -> list[list[int]]:
 
 
 def rows_of(documents: list[list[int]], packed: bool) -> list[list[list[int]]]:
-    from trainer.data.packing import best_fit_decreasing
+    from trainer.data.batches import best_fit_decreasing
 
     if not packed:
         return [[document] for document in documents]

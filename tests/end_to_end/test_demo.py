@@ -14,11 +14,11 @@ pytestmark = pytest.mark.timeout(1200)
 
 
 def accuracy(demo: Demo) -> dict[str, dict[str, float]]:
-    """Exact match by contender and group."""
+    """Exact match by model and group."""
     result = json.loads((demo.run_dir / "result-evaluate.json").read_text())
     return {
         title: {group: figures["exact_match"] for group, figures in groups.items()}
-        for title, groups in result["contenders"].items()
+        for title, groups in result["models"].items()
     }
 
 

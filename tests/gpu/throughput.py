@@ -26,8 +26,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from cluster.config import ModelConfig
 from trainer.config.train import TrainConfig
-from trainer.data.batches import MicroBatch
-from trainer.data.packing import best_fit_decreasing
+from trainer.data.batches import MicroBatch, best_fit_decreasing
 from trainer.flops import model_flops, peak_flops
 from trainer.model.attention import choose_attention, document_bounds
 from trainer.model.layers import fit_layers, uses_liger

@@ -87,6 +87,7 @@ def test_help_lists_every_command(tmp_path: Path, command: str) -> None:
 
 def test_plan_shows_the_stages_and_their_arithmetic_and_writes_nothing(recipe: Path) -> None:
     arguments = ("train.num_processes=2", "train.global_batch_size=32", "train.micro_batch_size=4", "train.max_steps=9")
+    arguments += ("train.batch_unit=rows",)
     done = tunesmith("plan", recipe, *arguments, "--run-dir", "somewhere", cwd=recipe.parent)
     assert done.returncode == 0
     for words in (
@@ -101,9 +102,9 @@ def test_plan_shows_the_stages_and_their_arithmetic_and_writes_nothing(recipe: P
     assert sorted(path.name for path in recipe.parent.iterdir()) == ["recipe.yaml"]
 
 
-def test_plan_says_that_a_step_is_counted_in_documents(recipe: Path) -> None:
-    done = tunesmith("plan", recipe, "train.batch_unit=documents", "train.global_batch_size=127", cwd=recipe.parent)
-    assert "127 documents a step, packed into as few rows" in " ".join(done.stdout.split())
+def test_plan_shows_that_a_step_is_counted_in_examples(recipe: Path) -> None:
+    done = tunesmith("plan", recipe, "train.global_batch_size=127", cwd=recipe.parent)
+    assert "127 examples a step, packed into as few rows" in " ".join(done.stdout.split())
 
 
 LLAMA_8B = {

@@ -135,7 +135,11 @@ def test_a_limit_below_the_lead_is_refused(tmp_path: Path) -> None:
 
 
 def test_ranks_that_cannot_share_a_batch_are_refused(tmp_path: Path) -> None:
-    recipe = recipe_of(tmp_path, {"nodes": 3, "gpus_per_node": 8}, train={"precision": "fp32", "micro_batch_size": 1})
+    recipe = recipe_of(
+        tmp_path,
+        {"nodes": 3, "gpus_per_node": 8},
+        train={"precision": "fp32", "micro_batch_size": 1, "batch_unit": "rows"},
+    )
     with pytest.raises(InputError, match=r"3 nodes x 8 GPUs = 24 ranks; train.global_batch_size=128 is not a multiple"):
         check_batch(recipe)
 

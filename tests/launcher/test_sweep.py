@@ -92,7 +92,7 @@ def test_one_table_has_the_values_the_states_and_what_came_of_them(tmp_path: Pat
         run.recipe.save(run.recipe.run.create())
     write_json(runs[1].recipe.run.result("train"), {"status": "failed", "message": "no", "validation_loss": 1.25})
     group = {"num_rows": 4, "exact_match": 0.5, "rouge_l": 0.1}
-    figures = {"contenders": {"tuned": {"a": group, "b": group | {"exact_match": 1.0, "num_rows": 12}}}}
+    figures = {"models": {"tuned": {"a": group, "b": group | {"exact_match": 1.0, "num_rows": 12}}}}
     write_json(runs[1].recipe.run.result("evaluate"), {"status": "done", **figures})
     found = find_runs(tmp_path)
     assert [place for place, _ in found] == folders_of(tmp_path / "run") == [run.recipe.run_dir for run in runs]

@@ -73,6 +73,6 @@ def test_the_demo_ends_well_though_the_batch_host_dies_in_its_synthesis(slurm_cl
     with RequestLog(run / "requests") as log:
         assert len(log) == len(log.ids())
     assert result(run, "train")["status"] == "done"
-    assert set(result(run, "evaluate")["contenders"]) >= {"base, chat", "tuned"}
+    assert set(result(run, "evaluate")["models"]) >= {"base, chat", "tuned"}
     user.wait("an empty queue", lambda: slurm_cluster.squeue() == {}, 60)
     assert processes_of(str(user.folder), set()) == {}

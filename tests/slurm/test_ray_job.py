@@ -346,7 +346,7 @@ def test_a_trained_run_is_exported_and_evaluated(slurm_cluster: SlurmBed, place:
     for stage in ("train", "export", "evaluate"):
         place.end(place.submit(stage=stage, options=one_node), "COMPLETED", "0:0", 400)
         assert place.result(stage)["status"] == "done"
-    assert "tuned" in place.result("evaluate")["contenders"]
+    assert "tuned" in place.result("evaluate")["models"]
 
 
 @pytest.mark.long

@@ -20,7 +20,7 @@ WORDS = ("fig", "pear", "plum", "lime", "kiwi", "date", "sloe", "quince")
 TRAIN = {
     "data": ["rows.jsonl"],  # relative: a job runs where it was submitted
     "zero_stage": 2, "precision": "fp32", "packing": False, "max_seq_len": 64, "micro_batch_size": 1,
-    "global_batch_size": 4, "process_group_timeout_seconds": 120,
+    "global_batch_size": 4, "batch_unit": "rows", "process_group_timeout_seconds": 120,
 }  # fmt: skip
 
 

@@ -42,7 +42,7 @@ def plans(draw: st.DrawFn) -> Plan:
     micro = draw(st.integers(1, 3))
     config = TrainConfig(
         packing=draw(st.booleans()), max_seq_len=MAX_SEQ_LEN, micro_batch_size=micro,
-        global_batch_size=6 * micro * draw(st.integers(1, 2)), num_epochs=2,
+        global_batch_size=6 * micro * draw(st.integers(1, 2)), batch_unit="rows", num_epochs=2,
     )  # fmt: skip
     return Plan(make_tokens(lengths), config, draw(st.integers(0, 3)))
 
@@ -142,7 +142,7 @@ def test_max_steps_ends_before_the_epochs_do() -> None:
 
 
 def test_a_batch_that_ranks_cannot_share_evenly_is_an_error() -> None:
-    config = TrainConfig(max_seq_len=MAX_SEQ_LEN, micro_batch_size=2, global_batch_size=8)
+    config = TrainConfig(max_seq_len=MAX_SEQ_LEN, micro_batch_size=2, global_batch_size=8, batch_unit="rows")
     with pytest.raises(ValueError, match=r"global_batch_size=8 is not a multiple of micro_batch_size 2 x 3 ranks = 6"):
         Batches(make_tokens([2]), config, 0, 0, 3)
 
@@ -153,17 +153,17 @@ def test_collating_costs_no_pass_over_all_documents() -> None:
 
 
 @st.composite
-def plans_by_documents(draw: st.DrawFn) -> Plan:
+def plans_by_examples(draw: st.DrawFn) -> Plan:
     lengths = draw(st.lists(st.integers(2, MAX_SEQ_LEN), min_size=1, max_size=40))
     config = TrainConfig(
-        batch_unit="documents", packing=draw(st.booleans()), max_seq_len=MAX_SEQ_LEN, num_epochs=2,
+        packing=draw(st.booleans()), max_seq_len=MAX_SEQ_LEN, num_epochs=2,
         micro_batch_size=draw(st.integers(1, 3)), global_batch_size=draw(st.integers(1, 13)),
     )  # fmt: skip
     return Plan(make_tokens(lengths), config, draw(st.integers(0, 3)))
 
 
-@given(plans_by_documents(), st.sampled_from((1, 2, 3)))
-def test_steps_counted_in_documents_have_so_many_for_any_number_of_ranks(plan: Plan, world_size: int) -> None:
+@given(plans_by_examples(), st.sampled_from((1, 2, 3)))
+def test_steps_counted_in_examples_have_that_many_for_any_number_of_ranks(plan: Plan, world_size: int) -> None:
     ranks = [plan.batches(rank, world_size) for rank in range(world_size)]
     alone, size, total = plan.batches(0, 1), plan.config.global_batch_size, plan.tokens.num_documents
     sizes = [min(size, total - begin) for begin in range(0, total, size)]
@@ -180,11 +180,9 @@ def test_steps_counted_in_documents_have_so_many_for_any_number_of_ranks(plan: P
     assert sorted(seen) == sorted([tuple(ids[begin:end]) for begin, end in pairwise(offsets)] * 2)
 
 
-def test_a_recipe_of_so_many_conversations_keeps_them_when_packed() -> None:
+def test_packing_does_not_change_the_examples_of_a_step() -> None:
     """The same conversations make a step, packed or not, in a fraction of the rows and passes."""
-    config = TrainConfig(
-        batch_unit="documents", max_seq_len=MAX_SEQ_LEN, micro_batch_size=1, global_batch_size=128, num_epochs=1
-    )
+    config = TrainConfig(max_seq_len=MAX_SEQ_LEN, micro_batch_size=1, global_batch_size=128, num_epochs=1)
     tokens = make_tokens([3, 4, 5] * 200)
     packed, plain = (
         Batches(tokens, config.model_copy(update={"packing": packing}), 0, 0, 1) for packing in (True, False)
@@ -194,6 +192,6 @@ def test_a_recipe_of_so_many_conversations_keeps_them_when_packed() -> None:
         rows = packed.rows_of_step(step)
         assert sorted(d for row in rows for d in row) == sorted(d for row in plain.rows_of_step(step) for d in row)
         assert len(packed.micro_batches(step)) == len(rows) <= len(plain.micro_batches(step)) / 3
-    assert "a step: 128 documents, about 3" in packed.describe()[-1]
+    assert "a step: 128 examples, about 3" in packed.describe()[-1]
     by_rows = Batches(tokens, config.model_copy(update={"batch_unit": "rows", "global_batch_size": 32}), 0, 0, 1)
     assert "a step: 32 rows, about 12" in by_rows.describe()[-1]

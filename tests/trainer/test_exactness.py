@@ -27,7 +27,7 @@ from tests.trainer.tools import (
 )
 from trainer.data.batches import Batches
 from trainer.data.chat import IGNORE
-from trainer.data.mixture import held_out
+from trainer.data.mixture import held_out_documents
 from trainer.data.tokens import load_tokens
 from trainer.engine import learning_rate
 from trainer.job import TrainJob, read_job
@@ -57,8 +57,8 @@ HELD_OUT = {
     f"zero{stage}-held-out": {"zero_stage": stage, "validation": {"fraction": 0.25, "every_steps": 1}, **CHUNKS}
     for stage in (2, 3)
 }  # fmt: skip
-DOCUMENTS = {
-    f"zero{stage}-documents": {"zero_stage": stage, "batch_unit": "documents", "global_batch_size": 11, "num_epochs": 2}
+EXAMPLES = {
+    f"zero{stage}-examples": {"zero_stage": stage, "batch_unit": "examples", "global_batch_size": 11, "num_epochs": 2}
     for stage in range(4)
 }  # fmt: skip
 CHECKPOINTED = {
@@ -72,14 +72,14 @@ OFFLOADED = {
         (3, "all", {"offload_optimizer": "cpu", "offload_parameters": "cpu"}),
     )
 }  # fmt: skip
-SHARED = {"sequence_parallel_size": 2, "packing": False, "global_batch_size": 8}
+SHARED = {"sequence_parallel_size": 2, "packing": False, "global_batch_size": 8, "batch_unit": "examples"}
 SEQUENCE = {f"zero{stage}-sequence": {"zero_stage": stage, **SHARED} for stage in range(4)}
 BF16 = {f"bf16-zero{stage}": {"zero_stage": stage, "precision": "bf16", **ACCUMULATION[4]} for stage in (1, 2, 3)}
 BF16["bf16-zero3-hpz"] = {"zero_stage": 3, "precision": "bf16", "zero": {"hpz_partition_size": 2}, **ACCUMULATION[4]}
 COMPILED = {f"zero{stage}-compiled": {"zero_stage": stage, "compile": True, **ACCUMULATION[4]} for stage in (0, 2)}
 # Short runs have every stage packed with accumulation, and plain without.
 LONG = {f"zero{stage}-{rows}" for stage in range(4) for rows in ("packed-accum1", "plain-accum4")} | COMPILED.keys()
-JOBS = FULL | UNCLIPPED | CHECKPOINTED | OFFLOADED | CHUNKED | HELD_OUT | DOCUMENTS | BF16 | SEQUENCE | COMPILED
+JOBS = FULL | UNCLIPPED | CHECKPOINTED | OFFLOADED | CHUNKED | HELD_OUT | EXAMPLES | BF16 | SEQUENCE | COMPILED
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +212,7 @@ def test_two_ranks_validate_as_plain_pytorch_does(trained: dict[str, Path], name
     tokens = load_tokens(cache)
     total, num_labels = 0.0, 0
     with torch.no_grad():
-        for document in held_out(tokens, job.config, job.seed):
+        for document in held_out_documents(tokens, job.config, job.seed):
             span = tokens.span(document)
             ids, labels = (torch.tensor(array[span].astype("int64")) for array in (tokens.input_ids, tokens.labels))
             total += float(document_loss(lm, ids, labels))
@@ -222,8 +222,8 @@ def test_two_ranks_validate_as_plain_pytorch_does(trained: dict[str, Path], name
     assert result["loss"] == pytest.approx(total / num_labels, rel=TOLERANCE)
 
 
-def test_steps_of_so_many_documents_take_as_many_passes_as_they_need(trained: dict[str, Path]) -> None:
-    job = read_job(trained["zero2-documents"])
+def test_steps_counted_in_examples_take_as_many_passes_as_their_rows_need(trained: dict[str, Path]) -> None:
+    job = read_job(trained["zero2-examples"])
     (cache,) = job.run.tokens.iterdir()
     batches = Batches(load_tokens(cache), job.config, job.seed, 0, 2)
     steps = range(batches.num_steps)

@@ -141,7 +141,7 @@ def test_noise_goes_on_where_it_was_after_a_stop(tmp_path: Path, one_rank, chat_
     from trainer.job import read_job
     from trainer.train import train
 
-    options = {"neftune_alpha": 5.0, "global_batch_size": 4, "max_steps": 4, "loss_chunk_tokens": 32}
+    options = {"neftune_noise_alpha": 5.0, "global_batch_size": 4, "max_steps": 4, "loss_chunk_tokens": 32}
     whole, halves = (write_job(tmp_path / name, chat_model, chat_data, **options) for name in ("whole", "halves"))
     train_here(whole)
     assert train(read_job(halves), StopsAfter(halves, 2))["status"] == "preempted"
@@ -150,7 +150,7 @@ def test_noise_goes_on_where_it_was_after_a_stop(tmp_path: Path, one_rank, chat_
     assert trace(halves) == trace(whole)
     found, wanted = weights(halves), weights(whole)
     assert all(torch.equal(found[key], wanted[key]) for key in wanted)
-    quiet = write_job(tmp_path / "quiet", chat_model, chat_data, **options | {"neftune_alpha": 0.0})
+    quiet = write_job(tmp_path / "quiet", chat_model, chat_data, **options | {"neftune_noise_alpha": 0.0})
     train_here(quiet)
     assert trace(quiet)[1] != trace(whole)[1]
 

@@ -14,7 +14,7 @@ from trainer.config.data import DataSource, ValidationConfig
 from trainer.config.train import TrainConfig
 from trainer.data.batches import Batches
 from trainer.data.chat import IGNORE
-from trainer.data.mixture import Mixture, held_out
+from trainer.data.mixture import Mixture, held_out_documents
 from trainer.data.tokens import SourceFacts, Tokens
 
 SIZES = st.lists(st.integers(1, 30), min_size=1, max_size=4)
@@ -95,7 +95,7 @@ def test_without_shares_an_epoch_is_every_document_once_in_order() -> None:
     assert not Mixture(make_tokens([5]), make_config(data=[{"path": "a", "epochs": 1.5}]), 0).same_every_epoch
 
 
-@pytest.mark.parametrize("unit", ["rows", "documents"])
+@pytest.mark.parametrize("unit", ["rows", "examples"])
 @pytest.mark.parametrize("packing", [True, False])
 def test_steps_hold_what_the_mixture_says_in_every_epoch(unit: str, packing: bool) -> None:
     config = make_config(
@@ -106,13 +106,13 @@ def test_steps_hold_what_the_mixture_says_in_every_epoch(unit: str, packing: boo
     batches, mixture = Batches(tokens, config, 0, 0, 1), Mixture(tokens, config, 0)
     seen = Counter(d for step in range(batches.num_steps) for row in batches.rows_of_step(step) for d in row)
     assert seen == Counter(d for epoch in range(3) for d in mixture.documents(epoch).tolist())
-    assert not seen.keys() & set(held_out(tokens, config, 0).tolist())
+    assert not seen.keys() & set(held_out_documents(tokens, config, 0).tolist())
 
 
 @given(st.integers(2, 60), st.floats(0.01, 0.9), st.integers(0, 2**70))
 def test_what_is_held_out_is_never_trained_on(num_documents: int, fraction: float, seed: int) -> None:
     config, tokens = make_config(validation=ValidationConfig(fraction=fraction)), make_tokens([num_documents])
-    left_out = held_out(tokens, config, seed)
+    left_out = held_out_documents(tokens, config, seed)
     assert len(left_out) == math.ceil(fraction * num_documents)
     if len(left_out) < num_documents:
         assert sorted([*left_out, *Mixture(tokens, config, seed).documents(0)]) == list(range(num_documents))
@@ -121,7 +121,7 @@ def test_what_is_held_out_is_never_trained_on(num_documents: int, fraction: floa
 def test_held_out_documents_have_no_twin_in_training() -> None:
     content = [number % 7 for number in range(35)]
     config, tokens = make_config(validation=ValidationConfig(fraction=0.3)), make_tokens([35], content)
-    left_out, trained = held_out(tokens, config, 0), Mixture(tokens, config, 0).documents(0)
+    left_out, trained = held_out_documents(tokens, config, 0), Mixture(tokens, config, 0).documents(0)
     assert not {content[d] for d in left_out} & {content[d] for d in trained}
 
 
@@ -129,7 +129,7 @@ def test_what_is_held_out_depends_on_the_seed_and_not_on_the_order_of_rows() -> 
     config = make_config(validation=ValidationConfig(fraction=0.3))
 
     def contents(order: list[int], seed: int) -> set[int]:
-        return {order[d] for d in held_out(make_tokens([30], order), config, seed)}
+        return {order[d] for d in held_out_documents(make_tokens([30], order), config, seed)}
 
     forward, backward = list(range(30)), list(range(30))[::-1]
     assert contents(forward, 0) == contents(backward, 0)
@@ -138,5 +138,5 @@ def test_what_is_held_out_depends_on_the_seed_and_not_on_the_order_of_rows() -> 
 
 def test_holding_out_all_of_a_source_is_an_error() -> None:
     config = make_config(validation=ValidationConfig(fraction=0.9), data=[DataSource(path="a")])
-    with pytest.raises(InputError, match=r"train\.validation\.fraction: nothing of source0 is left"):
+    with pytest.raises(InputError, match=r"train\.validation\.fraction: all of source0 is held out"):
         Mixture(make_tokens([1]), config, 0)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.data.packing import best_fit_decreasing
+from trainer.data.batches import best_fit_decreasing
 
 LENGTHS = st.integers(1, 60).flatmap(
     lambda capacity: st.tuples(st.lists(st.integers(1, capacity), max_size=60), st.just(capacity))

@@ -21,14 +21,14 @@ def test_hand_computed_rates() -> None:
 
 
 def test_the_floor_lifts_the_whole_cosine() -> None:
-    found = rates(1000, warmup_ratio=0.0, min_learning_rate_ratio=0.2)
+    found = rates(1000, warmup_ratio=0.0, min_lr_ratio=0.2)
     assert found[0] == 0.5
     assert 0.1 < found[-1] < 0.1001
 
 
 @given(st.integers(1, 500), st.floats(0, 0.99), st.floats(0, 1))
 def test_it_rises_to_the_peak_falls_after_it_and_is_never_zero(num_steps: int, warmup: float, floor: float) -> None:
-    found = rates(num_steps, warmup_ratio=warmup, min_learning_rate_ratio=floor)
+    found = rates(num_steps, warmup_ratio=warmup, min_lr_ratio=floor)
     peak = found.index(max(found))
     assert found[peak] == 0.5
     assert all(rate > 0 for rate in found)

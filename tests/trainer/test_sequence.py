@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.errors import InputError
-from tests.trainer.test_batches import Plan, plans
+from tests.trainer.test_batches import Plan, plans, plans_by_examples
 from tests.trainer.test_memory import FACTS, config_of
 from trainer.config.train import TrainConfig
 from trainer.data.batches import Batches
@@ -18,7 +18,7 @@ from trainer.model.sequence import SplitBatches
 from trainer.resolve import settled
 
 
-@given(plan=plans(), num_groups=st.integers(1, 3), num_parts=st.integers(2, 5))
+@given(plan=plans() | plans_by_examples(), num_groups=st.integers(1, 3), num_parts=st.integers(2, 5))
 def test_stretches_make_up_the_rows(plan: Plan, num_groups: int, num_parts: int) -> None:
     config = plan.config.model_copy(update={"sequence_parallel_size": num_parts})
     world_size = num_groups * num_parts

@@ -9,13 +9,19 @@ from torch.nn import functional as F
 
 from cluster.errors import InputError
 from tests.trainer.tools import chat_documents, trace, train_here, weights, write_chats, write_job
-from trainer.data.mixture import held_out
+from trainer.data.mixture import held_out_documents
 from trainer.data.tokens import load_tokens
 from trainer.job import read_job
 from trainer.model.load import load_model, load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_rank")
-SETTINGS = {"global_batch_size": 4, "num_epochs": 2, "max_steps": 5, "neftune_alpha": 5.0, "loss_chunk_tokens": 64}
+SETTINGS = {
+    "global_batch_size": 4,
+    "num_epochs": 2,
+    "max_steps": 5,
+    "neftune_noise_alpha": 5.0,
+    "loss_chunk_tokens": 64,
+}
 
 
 def validated(run: Path) -> dict[int, float]:
@@ -51,7 +57,7 @@ def test_a_share_is_held_out_and_its_loss_is_exact(tmp_path: Path, chat_model: P
     job = read_job(run)
     (cache,) = (run / "tokens").iterdir()
     tokens = load_tokens(cache)
-    documents = held_out(tokens, job.config, job.seed).tolist()
+    documents = held_out_documents(tokens, job.config, job.seed).tolist()
     assert len(documents) == 8
     assert losses[5] == pytest.approx(plain_loss(run, tokens, documents), rel=1e-5)
 

@@ -93,7 +93,7 @@ def write_job(run: Path, model: Path, data: Path | None, seed: int = 0, **train:
     """A run folder as the launcher leaves it for the ranks: `recipe.yaml` with the sections that they read."""
     settings = {
         "data": [str(data)] if data else [], "max_seq_len": 128, "precision": "fp32", "learning_rate": 1e-3,
-        "micro_batch_size": 2, "global_batch_size": 8, "num_epochs": 1, **train,
+        "micro_batch_size": 2, "global_batch_size": 8, "batch_unit": "rows", "num_epochs": 1, **train,
     }  # fmt: skip
     run.mkdir(parents=True, exist_ok=True)
     recipe = {"name": "test", "seed": seed, "model": {"path": str(model)}, "train": settings}

@@ -44,15 +44,11 @@ class TrainConfig(StrictModel):
         (), description="datasets, each a path or {path, ...}; empty means the run's own synthesized dataset"
     )
     validation: ValidationConfig | None = None
-    batch_unit: Literal["rows", "documents"] = Field(
-        "rows",
-        description="what global_batch_size counts; documents: so many conversations a step, however they are packed",
-    )
     loss_chunk_tokens: int = Field(1024, ge=1, description="logits exist for at most so many positions at a time")
     z_loss: float = Field(
         0.0, ge=0, description="times log(Z)^2 in the gradient; PaLM has 1e-4 (Chowdhery et al. 2022, section 5)"
     )
-    neftune_alpha: float = Field(
+    neftune_noise_alpha: float = Field(
         0.0, ge=0, description="noise on the embeddings of training; 5 to 15 (Jain et al. 2023, arXiv 2310.05914)"
     )
     objective: Literal["chat", "text"] = Field(
@@ -88,12 +84,18 @@ class TrainConfig(StrictModel):
     packing: bool = True
     sequence_parallel_size: int = Field(1, ge=1, description="ranks that share every row, for rows too long for one")
     micro_batch_size: int = Field(4, ge=1, description="rows in one forward pass of one rank")
-    global_batch_size: int = Field(128, ge=1, description="batch_unit's in one optimizer step over all ranks")
+    global_batch_size: int = Field(128, ge=1, description="`batch_unit` in one optimizer step, over all ranks together")
+    batch_unit: Literal["examples", "rows"] = Field(
+        "examples",
+        description="What `global_batch_size` counts. examples: conversations or texts of the data, however they are "
+        "packed; a published batch size means these. rows: rows of up to `max_seq_len` tokens; with packing, a row "
+        "holds several examples",
+    )
 
     num_epochs: int = Field(3, ge=1)
     max_steps: int | None = Field(None, ge=1, description="stop here, however many epochs that is")
     learning_rate: float = Field(2e-5, gt=0)
-    min_learning_rate_ratio: float = Field(0.0, ge=0, le=1, description="the cosine ends at this share of the peak")
+    min_lr_ratio: float = Field(0.0, ge=0, le=1, description="the cosine ends at this share of the peak")
     warmup_ratio: float = Field(0.03, ge=0, lt=1)
     weight_decay: float = Field(0.0, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)
@@ -218,9 +220,9 @@ class TrainConfig(StrictModel):
                 f"sequence_parallel_size does not work with tuning={self.tuning}, whose virtual tokens are in no row. "
                 "Set train.sequence_parallel_size=1"
             )
-        if self.validation is not None or self.neftune_alpha or self.batch_unit == "documents":
+        if self.validation is not None or self.neftune_noise_alpha:
             raise ValueError(
-                "sequence_parallel_size does not work with validation, neftune_alpha or batch_unit=documents yet. "
+                "sequence_parallel_size does not work with validation or neftune_noise_alpha yet. "
                 "Leave them out, or set train.sequence_parallel_size=1"
             )
         if self.zero_stage == 1 and self.precision == "bf16":

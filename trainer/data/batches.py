@@ -1,14 +1,16 @@
-"""The order of training: which rows make step k, and which of them are this rank's.
+"""The order of training: which rows make step k, and which of these rows this rank gets.
 
-Order is a pure function of seed and epoch, and the rows of a step do not depend on the number of ranks, so a run goes
-on from a step number alone. A step has either so many rows, packed once over the whole epoch, or so many documents,
-which are then packed among themselves: fewer tokens to a row, but the batch size of a recipe that does not pack.
+The order is a pure function of seed and epoch, and the rows of a step do not depend on the number of ranks. So a run
+resumes from a step number alone. A step has `global_batch_size` examples, packed among themselves, or (batch_unit=rows)
+`global_batch_size` rows, packed once over the whole epoch. The first keeps the batch size of a recipe that does not
+pack; the second fills rows a little better.
 
-Shapes: B rows in a micro-batch, S tokens in its longest row.
+A document is an example as tokens. Shapes: B rows in a micro-batch, S tokens in its longest row.
 """
 
 import bisect
 import math
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -18,7 +20,6 @@ import torch
 from trainer.config.train import TrainConfig
 from trainer.data.chat import IGNORE
 from trainer.data.mixture import Mixture
-from trainer.data.packing import best_fit_decreasing
 from trainer.data.tokens import Tokens
 
 Row = list[int]  # document indices
@@ -26,7 +27,7 @@ Row = list[int]  # document indices
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """`position_ids` restart at every document; `labels` are already shifted, so no label crosses a border."""
+    """`position_ids` restart at every document; `labels` are shifted already, so no label crosses a document border."""
 
     input_ids: torch.Tensor  # int64 [B, S]
     position_ids: torch.Tensor  # int64 [B, S]
@@ -38,8 +39,8 @@ class MicroBatch:
 
     @property
     def inputs(self) -> dict[str, torch.Tensor]:
-        """What `CausalLMWithLoss` takes. Which positions have a label, int64 [L], is found here, on the CPU: asking a
-        GPU how many there are means waiting until it has done all its work."""
+        """The arguments of `CausalLMWithLoss`. The labelled positions, int64 [L], are found here, on the CPU: to ask a
+        GPU how many there are would wait for all its queued work."""
         labelled = (self.labels.flatten() != IGNORE).nonzero().flatten()
         return {
             "input_ids": self.input_ids,
@@ -47,6 +48,108 @@ class MicroBatch:
             "labels": self.labels,
             "labelled": labelled,
         }
+
+
+class Batches:
+    """Rows of every step for one rank.
+
+    Raises ValueError if batch_unit=rows and `global_batch_size` is not a multiple of `micro_batch_size * world_size`,
+    and InputError if holding documents out leaves nothing of a source.
+    """
+
+    def __init__(self, tokens: Tokens, config: TrainConfig, seed: int, rank: int, world_size: int):
+        self.rows_per_pass = config.micro_batch_size * world_size
+        if config.batch_unit == "rows" and config.global_batch_size % self.rows_per_pass:
+            raise ValueError(
+                f"train.global_batch_size={config.global_batch_size} is not a multiple of micro_batch_size "
+                f"{config.micro_batch_size} x {world_size} ranks = {self.rows_per_pass}. "
+                "Change one of them, or set train.batch_unit=examples."
+            )
+        self.tokens, self.config, self.seed, self.rank, self.world_size = tokens, config, seed, rank, world_size
+        self.mixture = Mixture(tokens, config, seed)
+        self._epoch, self._steps = -1, []
+        self._rows_of_any_epoch: list[Row] | None = None
+        self.rows = [row for step in self._steps_of_epoch(0) for row in step]  # of the first epoch
+        self.steps_per_epoch = len(
+            self._steps
+        )  # of the first epoch; others differ only if a source is repeated in part
+        self._epoch_ends = self._end_of_every_epoch()
+        self.num_steps = min(self._epoch_ends[-1], config.max_steps or self._epoch_ends[-1])
+        self.grad_accum_steps = self._num_passes(self._steps_of_epoch(0)[0])  # usual number; see `micro_batches`
+
+    def _end_of_every_epoch(self) -> list[int]:
+        """The number of the first step after every epoch."""
+        counts = [self.steps_per_epoch] * self.config.num_epochs
+        if self.config.batch_unit == "rows" and self.config.packing and not self.mixture.same_every_epoch:
+            counts = [len(self._steps_of_epoch(epoch)) for epoch in range(self.config.num_epochs)]
+        return np.cumsum(counts).tolist()
+
+    def _steps_of_epoch(self, epoch: int) -> list[list[Row]]:
+        """The rows of every step of an epoch. The epoch of the last call is cached."""
+        if epoch == self._epoch:
+            return self._steps
+        size, generator = self.config.global_batch_size, np.random.default_rng([self.seed, epoch])
+        if self.config.batch_unit == "examples":
+            order = generator.permutation(self.mixture.documents(epoch))
+            groups = [order[begin : begin + size] for begin in range(0, len(order), size)]
+            steps = [plan_rows(self.tokens, self.config, group) for group in groups]
+        else:
+            rows = self._rows_of_epoch(epoch)
+            order = generator.permutation(len(rows))
+            steps = [[rows[row] for row in order[begin : begin + size]] for begin in range(0, len(order), size)]
+        self._epoch, self._steps = epoch, steps
+        return steps
+
+    def _rows_of_epoch(self, epoch: int) -> list[Row]:
+        if self._rows_of_any_epoch is not None:
+            return self._rows_of_any_epoch
+        rows = plan_rows(self.tokens, self.config, self.mixture.documents(epoch))
+        if self.mixture.same_every_epoch:
+            self._rows_of_any_epoch = rows
+        return rows
+
+    def rows_of_step(self, step: int) -> list[Row]:
+        """The rows of an optimizer step over all ranks, in order. The last step of an epoch may have fewer."""
+        epoch = bisect.bisect_right(self._epoch_ends, step)
+        return self._steps_of_epoch(epoch)[step - (self._epoch_ends[epoch - 1] if epoch else 0)]
+
+    def _num_passes(self, rows: list[Row]) -> int:
+        if self.config.batch_unit == "rows":
+            return self.config.global_batch_size // self.rows_per_pass
+        return math.ceil(len(rows) / self.rows_per_pass)
+
+    def micro_batches(self, step: int) -> list[MicroBatch]:
+        """This rank's micro-batches of a step. Every rank gets the same number, some without labels if rows run out.
+
+        With batch_unit=rows every step has `grad_accum_steps` of them; with examples, as many as its rows need.
+        """
+        rows = self.rows_of_step(step)
+        mine = rows[self.rank :: self.world_size]
+        return split_rows(mine, self.config.micro_batch_size, self._num_passes(rows), self.collate)
+
+    def collate(self, rows: Sequence[Row]) -> MicroBatch:
+        return collate(self.tokens, rows)
+
+    def describe(self) -> list[str]:
+        """Lines for the log: what each source, an epoch and a step hold."""
+        config, tokens, mixture = self.config, self.tokens, self.mixture
+        lines = [share.describe() for share in mixture.shares]
+        documents = mixture.documents(0)
+        num_tokens, trained = (int(lengths[documents].sum()) for lengths in (tokens.lengths, tokens.trained_lengths))
+        packed = f", {packing_efficiency(tokens, self.rows, config.max_seq_len):.1%} full" if config.packing else ""
+        lines.append(
+            f"an epoch: {len(documents):,} examples in {len(self.rows):,} rows of up to {config.max_seq_len} tokens"
+            f"{packed}; {num_tokens:,} tokens, {trained:,} of them with a loss ({trained / num_tokens:.1%})"
+        )
+        other, ratio = "examples", len(documents) / len(self.rows)
+        if config.batch_unit == "examples":
+            other, ratio = "rows", 1 / ratio
+        lines.append(
+            f"a step: {config.global_batch_size} {config.batch_unit}"
+            + (f", about {config.global_batch_size * ratio:.0f} {other}," if config.packing else "")
+            + f" = {config.micro_batch_size} rows micro x {self.grad_accum_steps} accumulated x {self.world_size} ranks"
+        )
+        return lines
 
 
 def plan_rows(tokens: Tokens, config: TrainConfig, documents: Sequence[int]) -> list[Row]:
@@ -57,120 +160,42 @@ def plan_rows(tokens: Tokens, config: TrainConfig, documents: Sequence[int]) -> 
     return [[int(documents[index]) for index in row] for row in rows]
 
 
+def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Pack documents of `lengths` tokens into rows of at most `capacity` tokens. Returns document indices by row.
+
+    Longest first, each into the row with the least room that still takes it, else into a new row. Deterministic: ties
+    go to the lower index. O(n log n) plus one big-integer operation of `capacity` bits for each document.
+    Raises ValueError if a document is longer than `capacity`.
+    """
+    rows: list[list[int]] = []
+    rows_with_room: dict[int, list[int]] = defaultdict(list)
+    rooms = 0  # bit r is set while some row has room for exactly r more tokens
+    for document in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        length = lengths[document]
+        if length > capacity:
+            raise ValueError(f"document {document} has {length} tokens, a row holds {capacity}")
+        fitting = rooms >> length
+        if fitting:
+            room = length + (fitting & -fitting).bit_length() - 1
+            row = rows_with_room[room].pop()
+            if not rows_with_room[room]:
+                rooms &= ~(1 << room)
+        else:
+            room, row = capacity, len(rows)
+            rows.append([])
+        rows[row].append(document)
+        if left := room - length:
+            rows_with_room[left].append(row)
+            rooms |= 1 << left
+    return rows
+
+
 def packing_efficiency(tokens: Tokens, rows: Sequence[Row], max_seq_len: int) -> float:
-    """Tokens of documents over tokens that the rows could hold."""
+    """Tokens of the documents divided by the tokens that the rows could hold."""
     return float(sum(tokens.lengths[document] for row in rows for document in row) / (len(rows) * max_seq_len))
 
 
-class Batches:
-    """Rows of every step for one rank.
-
-    Raises ValueError if steps are counted in rows and `global_batch_size` is not a multiple of
-    `micro_batch_size * world_size`, and InputError if holding data out leaves nothing of a source.
-    """
-
-    def __init__(self, tokens: Tokens, config: TrainConfig, seed: int, rank: int, world_size: int):
-        self.per_pass = config.micro_batch_size * world_size
-        if config.batch_unit == "rows" and config.global_batch_size % self.per_pass:
-            raise ValueError(
-                f"train.global_batch_size={config.global_batch_size} is not a multiple of micro_batch_size "
-                f"{config.micro_batch_size} x {world_size} ranks = {self.per_pass}. Change one of them."
-            )
-        self.tokens, self.config, self.seed, self.rank, self.world_size = tokens, config, seed, rank, world_size
-        self.mixture = Mixture(tokens, config, seed)
-        self._epoch, self._steps = -1, []
-        self._rows_of_any_epoch: list[Row] | None = None
-        self.rows = [row for step in self._steps_of_epoch(0) for row in step]  # of the first epoch
-        self.steps_per_epoch = len(self._steps)  # of the first epoch; of others too unless sources are repeated in part
-        self._ends = self._last_steps()
-        self.num_steps = min(self._ends[-1], config.max_steps or self._ends[-1])
-        self.grad_accum_steps = self._num_passes(self._steps_of_epoch(0)[0])  # usual number; see `micro_batches`
-
-    def _last_steps(self) -> list[int]:
-        """The step after the last one of every epoch."""
-        counts = [self.steps_per_epoch] * self.config.num_epochs
-        if self.config.batch_unit == "rows" and self.config.packing and not self.mixture.same_every_epoch:
-            counts = [len(self._steps_of_epoch(epoch)) for epoch in range(self.config.num_epochs)]
-        return np.cumsum(counts).tolist()
-
-    def _steps_of_epoch(self, epoch: int) -> list[list[Row]]:
-        """The rows of every step of an epoch. The newest epoch asked for is remembered."""
-        if epoch == self._epoch:
-            return self._steps
-        size, generator = self.config.global_batch_size, np.random.default_rng([self.seed, epoch])
-        if self.config.batch_unit == "documents":
-            order = generator.permutation(self.mixture.documents(epoch))
-            groups = [order[begin : begin + size] for begin in range(0, len(order), size)]
-            steps = [plan_rows(self.tokens, self.config, group) for group in groups]
-        else:
-            rows = self._plan(epoch)
-            order = generator.permutation(len(rows))
-            steps = [[rows[row] for row in order[begin : begin + size]] for begin in range(0, len(order), size)]
-        self._epoch, self._steps = epoch, steps
-        return steps
-
-    def _plan(self, epoch: int) -> list[Row]:
-        if self._rows_of_any_epoch is not None:
-            return self._rows_of_any_epoch
-        rows = plan_rows(self.tokens, self.config, self.mixture.documents(epoch))
-        if self.mixture.same_every_epoch:
-            self._rows_of_any_epoch = rows
-        return rows
-
-    def rows_of_step(self, step: int) -> list[Row]:
-        """The rows of an optimizer step over all ranks, in order. The last step of an epoch may have fewer."""
-        epoch = bisect.bisect_right(self._ends, step)
-        return self._steps_of_epoch(epoch)[step - (self._ends[epoch - 1] if epoch else 0)]
-
-    def _num_passes(self, rows: list[Row]) -> int:
-        if self.config.batch_unit == "rows":
-            return self.config.global_batch_size // self.per_pass
-        return math.ceil(len(rows) / self.per_pass)
-
-    def micro_batches(self, step: int) -> list[MicroBatch]:
-        """This rank's share of a step: on every rank as many micro-batches, some without labels if rows run out.
-
-        Counted in rows there are `grad_accum_steps` of them in every step; counted in documents, as many as it takes.
-        """
-        rows = self.rows_of_step(step)
-        mine = rows[self.rank :: self.world_size]
-        return in_passes(mine, self.config.micro_batch_size, self._num_passes(rows), self.collate)
-
-    def collate(self, rows: Sequence[Row]) -> MicroBatch:
-        return collate(self.tokens, rows)
-
-    def describe(self) -> list[str]:
-        """What an epoch and a step hold, for people."""
-        config, tokens, mixture = self.config, self.tokens, self.mixture
-        lines = []
-        for share in mixture.shares:
-            source = share.source
-            dropped = ", ".join(f"{count} {reason}" for reason, count in source.dropped.items()) or "none"
-            held_out = source.num_documents - len(share.pool)
-            lines.append(
-                f"{source.path}: {source.num_documents:,} documents ({dropped} dropped)"
-                + (f", {held_out:,} held out" if held_out else "")
-                + (f", each {share.times:.4g} times an epoch" if share.times != 1 else "")
-            )
-        documents = mixture.documents(0)
-        num_tokens, trained = (int(lengths[documents].sum()) for lengths in (tokens.lengths, tokens.trained_lengths))
-        packed = f", {packing_efficiency(tokens, self.rows, config.max_seq_len):.1%} full" if config.packing else ""
-        lines.append(
-            f"an epoch: {len(documents):,} documents in {len(self.rows):,} rows of up to {config.max_seq_len} tokens"
-            f"{packed}; {num_tokens:,} tokens, {trained:,} of them with a loss ({trained / num_tokens:.1%})"
-        )
-        other, ratio = "documents", len(documents) / len(self.rows)
-        if config.batch_unit == "documents":
-            other, ratio = "rows", 1 / ratio
-        lines.append(
-            f"a step: {config.global_batch_size} {config.batch_unit}"
-            + (f", about {config.global_batch_size * ratio:.0f} {other}," if config.packing else "")
-            + f" = {config.micro_batch_size} rows micro x {self.grad_accum_steps} accumulated x {self.world_size} ranks"
-        )
-        return lines
-
-
-def in_passes(
+def split_rows(
     rows: Sequence[Row], micro_batch_size: int, num_passes: int, collate: Callable[[Sequence[Row]], MicroBatch]
 ) -> list[MicroBatch]:
     """Rows of a rank as `num_passes` micro-batches, the last ones without labels if rows run out."""
@@ -179,7 +204,7 @@ def in_passes(
 
 
 def collate(tokens: Tokens, rows: Sequence[Row]) -> MicroBatch:
-    """Lay rows of documents side by side, padded at the right with label-less documents of their own."""
+    """Rows of documents as tensors, padded at the right with documents that have no labels."""
     lengths = tokens.lengths
     num_tokens = max((int(sum(lengths[document] for document in row)) for row in rows), default=2)
     shape = (max(len(rows), 1), num_tokens)

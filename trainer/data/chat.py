@@ -33,6 +33,11 @@ class Unmaskable(Exception):
     """This conversation cannot be masked right; the message is the reason under which it is counted."""
 
 
+def user_turn(instruction: str, input_text: str | None) -> str:
+    """The user's message of a task: the instruction and, below it, the input if there is one."""
+    return f"{instruction}\n\n{input_text}" if input_text else instruction
+
+
 def set_chat_template(tokenizer: PreTrainedTokenizerFast, template_file: str | None) -> int:
     """Give `tokenizer` the template of the recipe, else its own, else ChatML. Returns how many tokens were added."""
     if template_file is not None:

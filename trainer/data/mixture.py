@@ -1,8 +1,8 @@
-"""Which documents an epoch has, and which are held out of all of them.
+"""Which documents an epoch has, and which documents are held out of all epochs.
 
-Without weights, an epoch has every document of a source `epochs` times. With weights it has as many documents as the
-sources have together, shared out by weight. Either way every document of a source comes floor or ceil of the same
-number of times, in every epoch and over any number of epochs: the choice walks in a circle over one shuffled list.
+Without weights, an epoch has every document of a source `epochs` times. With weights, it has as many documents as the
+sources have together, divided by weight. Either way each document of a source occurs floor or ceil of the same number
+of times, in every epoch and over any number of epochs: the choice walks in a circle over one shuffled list.
 """
 
 import hashlib
@@ -17,22 +17,22 @@ from trainer.config.train import TrainConfig
 from trainer.data.tokens import SourceFacts, Tokens
 
 
-def held_out(tokens: Tokens, config: TrainConfig, seed: int) -> np.ndarray:
-    """Documents that `train.validation.fraction` holds out, in the order in which they are taken. int64 [H]
+def held_out_documents(tokens: Tokens, config: TrainConfig, seed: int) -> np.ndarray:
+    """The documents that `train.validation.fraction` holds out, ordered by hash. int64 [H]
 
-    The order is that of a hash of seed and tokens, so it does not depend on the order of rows, and documents that are
-    equal are on the same side.
+    The hash is of the seed and the tokens. So the choice does not depend on the order of rows, and two equal documents
+    are never on different sides.
     """
     if config.validation is None or config.validation.fraction is None:
         return np.empty(0, dtype=np.int64)
-    hashes = hashed(tokens, seed)
+    hashes = document_hashes(tokens, seed)
     order = np.argsort(hashes, kind="stable")
     size = math.ceil(config.validation.fraction * tokens.num_documents)
     last = hashes[order[size - 1]]
     return order[: np.searchsorted(hashes[order], last, side="right")]
 
 
-def hashed(tokens: Tokens, seed: int) -> np.ndarray:
+def document_hashes(tokens: Tokens, seed: int) -> np.ndarray:
     """A hash of every document's tokens and the seed. uint64 [D]"""
     key = str(seed).encode()
     hashes = np.empty(tokens.num_documents, dtype=np.uint64)
@@ -44,64 +44,70 @@ def hashed(tokens: Tokens, seed: int) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Share:
-    """The part of one source in the mixture."""
+class SourceShare:
+    """One source in the mixture."""
 
     source: SourceFacts
-    pool: np.ndarray  # int64 [R]: its documents, without those held out, shuffled once
-    num_seen: int  # documents of it in one epoch, repetitions counted
+    pool: np.ndarray  # int64 [R]: its documents without those held out, shuffled once
+    num_per_epoch: int  # documents of it in one epoch, repetitions counted
 
-    @property
-    def times(self) -> float:
-        """How often a document of it is seen in an epoch, on average."""
-        return self.num_seen / len(self.pool)
+    def describe(self) -> str:
+        """A line for the log."""
+        source = self.source
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in source.dropped.items())
+        held_out = source.num_documents - len(self.pool)
+        times = self.num_per_epoch / len(self.pool)
+        return (
+            f"{source.path}: {source.num_documents:,} examples"
+            + (f", {sum(source.dropped.values()):,} dropped ({reasons})" if reasons else "")
+            + (f", {held_out:,} held out" if held_out else "")
+            + (f", each {times:.4g} times an epoch" if times != 1 else "")
+        )
 
 
 class Mixture:
     """The documents of every epoch: a pure function of tokens, settings, seed and epoch."""
 
     def __init__(self, tokens: Tokens, config: TrainConfig, seed: int):
-        left_out = np.zeros(tokens.num_documents, dtype=bool)
-        left_out[held_out(tokens, config, seed)] = True
+        is_held_out = np.zeros(tokens.num_documents, dtype=bool)
+        is_held_out[held_out_documents(tokens, config, seed)] = True
         pools, first = [], 0
         for number, source in enumerate(tokens.sources):
             documents = np.arange(first, first + source.num_documents)
             first += source.num_documents
-            pool = documents[~left_out[documents]]
+            pool = documents[~is_held_out[documents]]
             if not len(pool):
                 raise InputError(
-                    f"train.validation.fraction: nothing of {source.path} is left to train on. Lower the fraction, "
-                    "or give a train.validation.path."
+                    f"train.validation.fraction: all of {source.path} is held out, so none of it is left to train on. "
+                    "Lower the fraction, or set train.validation.path."
                 )
             pools.append(np.random.default_rng([seed, number]).permutation(pool))
-        counts = _counts(config.data, [len(pool) for pool in pools])
-        self.shares = tuple(map(Share, tokens.sources, pools, counts))
-
-    @property
-    def num_documents(self) -> int:
-        """Documents in one epoch, repetitions counted."""
-        return sum(share.num_seen for share in self.shares)
+        counts = _documents_per_epoch(config.data, [len(pool) for pool in pools])
+        self.shares = tuple(map(SourceShare, tokens.sources, pools, counts))
 
     @property
     def same_every_epoch(self) -> bool:
-        return all(share.num_seen % len(share.pool) == 0 for share in self.shares)
+        return all(share.num_per_epoch % len(share.pool) == 0 for share in self.shares)
 
     def documents(self, epoch: int) -> np.ndarray:
-        """The documents of an epoch in ascending order, repetitions included. int64 [num_documents]"""
+        """The documents of an epoch in ascending order, repetitions included. int64"""
         chosen = []
         for share in self.shares:
-            begin = epoch * share.num_seen
-            chosen.append(share.pool[np.arange(begin, begin + share.num_seen) % len(share.pool)])
+            begin = epoch * share.num_per_epoch
+            chosen.append(share.pool[np.arange(begin, begin + share.num_per_epoch) % len(share.pool)])
         return np.sort(np.concatenate(chosen))
 
 
-def _counts(settings: tuple[DataSource, ...], sizes: list[int]) -> list[int]:
-    """Documents of each source in one epoch. Weighted, they add up to the size of all sources: largest remainders."""
-    if not settings:  # the run's own dataset
+def _documents_per_epoch(sources: tuple[DataSource, ...], sizes: list[int]) -> list[int]:
+    """Documents of each source in one epoch. With weights they add up to the size of all sources (largest remainders).
+
+    sizes: documents of each source that are not held out.
+    """
+    if not sources:  # the run's own dataset
         return sizes
-    if settings[0].weight is None:
-        return [max(1, round(source.epochs * size)) for source, size in zip(settings, sizes, strict=True)]
-    total, weights = sum(sizes), np.array([source.weight for source in settings])
+    if sources[0].weight is None:
+        return [max(1, round(source.epochs * size)) for source, size in zip(sources, sizes, strict=True)]
+    total, weights = sum(sizes), np.array([source.weight for source in sources])
     shares = total * weights / weights.sum()
     counts = np.maximum(np.floor(shares).astype(np.int64), 1)
     for index in np.argsort(counts - shares, kind="stable")[: max(0, total - int(counts.sum()))]:

@@ -16,7 +16,7 @@ from cluster.errors import InputError
 from cluster.files import read_jsonl
 from cluster.run.manifest import is_sealed, verify_manifest
 from trainer.config.data import DataSource
-from trainer.data.chat import Unmaskable
+from trainer.data.chat import Unmaskable, user_turn
 
 LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
 # Who speaks in ShareGPT's files and those made after them. What was written by any model is the assistant's.
@@ -42,16 +42,17 @@ def _own(row: dict) -> object:
 
 
 def _alpaca(row: dict) -> list[dict]:
-    """The user says the instruction, and below it the input if there is one."""
-    instruction, given, output = row["instruction"], row.get("input"), row["output"]
+    instruction, input_text, output = row["instruction"], row.get("input"), row["output"]
     if not isinstance(instruction, str) or not instruction.strip():
         raise Unmaskable("no instruction")
     if not isinstance(output, str) or not output.strip():
         raise Unmaskable("no output")
-    if given is not None and not isinstance(given, str):
+    if input_text is not None and not isinstance(input_text, str):
         raise Unmaskable("the input is not text")
-    user = f"{instruction}\n\n{given}" if given else instruction
-    return [{"role": "user", "content": user}, {"role": "assistant", "content": output}]
+    return [
+        {"role": "user", "content": user_turn(instruction, input_text)},
+        {"role": "assistant", "content": output},
+    ]
 
 
 def _sharegpt(row: dict) -> list[dict]:

@@ -28,7 +28,7 @@ class CausalLMWithLoss(nn.Module):
     def __init__(self, lm: nn.Module, settings: LossSettings = PLAIN_LOSS):
         super().__init__()
         self.lm, self.settings = lm, settings
-        alpha = settings.neftune_alpha
+        alpha = settings.neftune_noise_alpha
         self.noise = EmbeddingNoise(lm.get_input_embeddings(), alpha) if alpha else None
 
     def forward(

@@ -21,7 +21,7 @@ from trainer.config.train import TrainConfig
 class LossSettings:
     num_chunks: int = 1
     z_loss: float = 0.0
-    neftune_alpha: float = 0.0
+    neftune_noise_alpha: float = 0.0
 
 
 PLAIN_LOSS = LossSettings()
@@ -30,7 +30,7 @@ PLAIN_LOSS = LossSettings()
 def loss_settings(config: TrainConfig) -> LossSettings:
     """As many chunks as the largest micro-batch needs, if all of its tokens had a label."""
     num_chunks = math.ceil(config.micro_batch_size * config.max_seq_len / config.loss_chunk_tokens)
-    return LossSettings(num_chunks, config.z_loss, config.neftune_alpha)
+    return LossSettings(num_chunks, config.z_loss, config.neftune_noise_alpha)
 
 
 def chunked_loss(head: nn.Module, hidden: torch.Tensor, labels: torch.Tensor, settings: LossSettings) -> torch.Tensor:
