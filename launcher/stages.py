@@ -52,10 +52,9 @@ def synthesize(recipe: Recipe, run: RunDir) -> None:
 
 
 def train(recipe: Recipe, run: RunDir) -> None:
-    """Start the ranks of this machine under torchrun and wait for them."""
+    """Train on this machine: start torchrun, pass stop signals on to its ranks, and wait for its end."""
     from cluster.model_source import locate_model, model_revision
-    from cluster.nodes.topology import read_topology
-    from launcher.job.node import run_node, train_command
+    from launcher.torchrun import StopSignals, run_torchrun
     from trainer.results import is_trained, read_failure
 
     if is_trained(run):
@@ -66,17 +65,19 @@ def train(recipe: Recipe, run: RunDir) -> None:
         from trainer.model.quantization import require_four_bits
 
         require_four_bits()
-    model_revision(locate_model(recipe.model))  # a missing model is said here, before any process is started
+    model_revision(locate_model(recipe.model))  # raises for a missing model before any process is started
+    num_ranks = recipe.train.num_processes
+    options = ["--standalone", f"--nproc-per-node={num_ranks}"]
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
     verify(run.root)
     run.result("train").unlink(missing_ok=True)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // recipe.train.num_processes)))
-    local = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
-    topology = read_topology(local, recipe.train.num_processes)
-    code = run_node(topology, RunDir(run.root.resolve()), train_command(run.root), is_training=True)
+    with StopSignals() as stops:
+        command = ["-m", "trainer.train", str(run.root.resolve())]
+        code = run_torchrun(options, command, stops, {"OMP_NUM_THREADS": threads})
     if code == EXIT_PREEMPTED:
         raise Preempted(f"training stopped; the last step is saved in {run.checkpoints}. The same command goes on.")
     if code != EXIT_DONE:
-        message = read_failure(run) or f"training ended with exit code {code}; what its ranks printed is above."
+        message = read_failure(run) or f"training ended with exit code {code}. The output of its ranks is above."
         raise (InputError if code == EXIT_BAD_INPUT else TunesmithError)(message)
 
 

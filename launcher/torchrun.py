@@ -1,0 +1,179 @@
+"""torchrun on this machine: its ranks get the stop signals, and its exit code is that of the rank that failed first.
+
+    with StopSignals() as stops:
+        code = run_torchrun(["--standalone", "--nproc-per-node=2"], ["-m", "trainer.train", "runs/demo"], stops)
+
+`run_torchrun` starts `python -m launcher.torchrun`, which is `main` below: torchrun itself, but for three things.
+- It ends with the exit code of the rank that failed first, so that "preempted, start me again" (75) and "bad input" (2)
+  arrive. torchrun ends with 1 whatever happened.
+- It survives the signals that mean "save and stop". torchrun dies of SIGUSR1 and SIGUSR2, and gives the ranks 30 s on
+  SIGTERM. Here the ranks decide how long they need.
+- It removes the folder in which the ranks describe their failures. torchrun leaves one in /tmp each time.
+"""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Protocol
+
+import psutil
+
+from cluster.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, Preempted
+from cluster.processes.orphans import die_with_parent
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+HANDLED_BY_TORCH = "SIGINT,SIGQUIT"  # not SIGTERM
+POLL_SECONDS = 0.5
+
+
+class StopSignals:
+    """Collects the stop signals while it is entered. Ctrl-C counts as SIGTERM."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.pending: deque[int] = deque()  # not passed on to the ranks yet
+        self.has_begun = False  # set when torchrun starts; until then there is nothing to save
+
+    def __enter__(self) -> "StopSignals":
+        self._previous = {signum: signal.signal(signum, self._on_signal) for signum in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
+
+    def _on_signal(self, signum: int, _frame: object) -> None:
+        self.names.append(signal.Signals(signum).name)
+        self.pending.append(signal.SIGTERM if signum == signal.SIGINT else signum)
+        if not self.has_begun:
+            raise Preempted(f"{self.names[-1]} came before training began. The same command starts it.")
+
+
+def run_torchrun(
+    options: list[str],
+    command: list[str],
+    stops: StopSignals,
+    environ: Mapping[str, str] | None = None,
+    check: Callable[[], None] = lambda: None,
+) -> int:
+    """Run `command` (a script or `-m module`, then arguments) as the ranks of this machine. Returns the exit code.
+
+    `environ` is added to this process's environment. `check` is called every POLL_SECONDS; what it raises ends the
+    ranks. No process that was started here is left at the end.
+    """
+    stops.has_begun = True
+    # -P, PYTHONSAFEPATH: a folder `launcher` or `trainer` in the user's working directory is not ours.
+    argv = [sys.executable, "-P", "-m", "launcher.torchrun", *options, *command]
+    environ = {**os.environ, **(environ or {}), "PYTHONSAFEPATH": "1"}
+    torchrun = subprocess.Popen(argv, env=environ, process_group=0)
+    try:
+        while (code := _wait(torchrun)) is None:
+            check()
+            ranks = find_ranks(torchrun.pid)
+            for _ in range(len(stops.pending)):
+                signum = stops.pending.popleft()
+                if signum == signal.SIGTERM and not ranks:
+                    return EXIT_PREEMPTED  # no rank has begun, so there is nothing to save
+                if not ranks or not send_signal(ranks, signum):
+                    stops.pending.append(signum)
+        return code if code >= 0 else 128 - code
+    finally:
+        _kill_group(torchrun)
+
+
+def find_ranks(torchrun_pid: int) -> list[psutil.Process]:
+    """The rank processes that torchrun has started so far."""
+    ranks = []
+    with contextlib.suppress(psutil.NoSuchProcess):  # torchrun, or a rank, has just ended
+        for child in psutil.Process(torchrun_pid).children():
+            if "LOCAL_RANK" in child.environ():
+                ranks.append(child)
+    return ranks
+
+
+def send_signal(ranks: list[psutil.Process], signum: int) -> bool:
+    """Pass a stop signal on to the ranks. False if it has to be tried again later.
+
+    SIGUSR1 and SIGUSR2 wait until every rank has its handler: a rank that still imports its libraries ignores them.
+    """
+    try:
+        if signum != signal.SIGTERM and not all(_has_handler(rank, signum) for rank in ranks):
+            return False
+        for rank in ranks:
+            rank.send_signal(signum)
+    except (psutil.NoSuchProcess, FileNotFoundError):
+        pass  # a rank has just ended, and torchrun ends the others
+    return True
+
+
+def _has_handler(process: psutil.Process, signum: int) -> bool:
+    """Whether the process has a handler for the signal (the mask SigCgt of proc(5))."""
+    for line in Path(f"/proc/{process.pid}/status").read_text().splitlines():
+        if line.startswith("SigCgt:"):
+            return bool(int(line.split()[1], 16) >> (signum - 1) & 1)
+    return False
+
+
+def _wait(process: subprocess.Popen) -> int | None:
+    try:
+        return process.wait(POLL_SECONDS)
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def _kill_group(torchrun: subprocess.Popen) -> None:
+    """End whatever is left of torchrun and its ranks, such as the data loaders of a rank that was killed."""
+    with contextlib.suppress(ProcessLookupError):  # usually nothing is left
+        os.killpg(torchrun.pid, signal.SIGKILL)
+    torchrun.wait()
+
+
+class Failure(Protocol):
+    """The part of torch's ProcessFailure that decides the exit code."""
+
+    exitcode: int  # negative: the number of the signal that killed the rank
+    timestamp: int  # seconds
+
+
+def exit_code_of(failures: Iterable[Failure]) -> int:
+    """The exit code of the first failure. Ranks that were ended because another had failed do not count."""
+    ordered = sorted(failures, key=lambda failure: failure.timestamp)
+    own = [failure for failure in ordered if failure.exitcode not in (-signal.SIGTERM, -signal.SIGKILL)]
+    code = (own or ordered)[0].exitcode
+    return code if code > 0 else 128 - code  # as the shell reports "killed by signal N"
+
+
+def main() -> int:
+    """torchrun, with its arguments. A process of its own, so that nothing it does to signals reaches the launcher."""
+    die_with_parent()
+    # An ignored signal stays ignored in the ranks, so it cannot kill a rank that has no handler yet.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    # A handler, unlike SIG_IGN, is not inherited: a rank without a handler of its own still dies of SIGTERM.
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    # Only now: importing torch takes seconds, in which a signal would have been fatal.
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import parse_args, run
+
+    try:
+        with tempfile.TemporaryDirectory(prefix="tunesmith-ranks-") as failures:
+            run(parse_args(["--signals-to-handle", HANDLED_BY_TORCH, "--log-dir", failures, *sys.argv[1:]]))
+    except ChildFailedError as error:
+        code = exit_code_of(error.failures.values()) if error.failures else EXIT_FAILED
+        if code != EXIT_PREEMPTED:  # which is no failure
+            print(error, file=sys.stderr)
+        return code
+    finally:
+        # While Python ends, which takes a second with torch loaded, the default action would kill this process.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    return EXIT_DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,37 @@
+"""torchrun's exit code, and the signals that its ranks get."""
+
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import psutil
+
+from launcher.torchrun import exit_code_of, send_signal
+
+
+@dataclass
+class Failure:
+    exitcode: int
+    timestamp: int
+
+
+def test_the_first_failure_decides_and_not_those_it_caused() -> None:
+    assert exit_code_of([Failure(1, 20), Failure(75, 10)]) == 75
+    assert exit_code_of([Failure(-signal.SIGTERM, 10), Failure(2, 10)]) == 2
+    assert exit_code_of([Failure(-signal.SIGKILL, 10), Failure(-signal.SIGTERM, 11)]) == 128 + signal.SIGKILL
+    assert exit_code_of([Failure(-signal.SIGSEGV, 10)]) == 128 + signal.SIGSEGV
+
+
+def test_a_process_without_a_handler_is_not_sent_the_signal_that_would_kill_it_or_be_lost() -> None:
+    program = "import signal, time\nasked = []\n{}\nprint('ready', flush=True)\nwhile not asked: time.sleep(0.01)"
+    answers = []
+    for setup in ("", "signal.signal(signal.SIGUSR2, lambda *_: asked.append(True))"):
+        command = [sys.executable, "-c", program.format(setup)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout.readline() == "ready\n"
+            answers.append(send_signal([psutil.Process(process.pid)], signal.SIGUSR2))
+            if not answers[-1]:
+                process.kill()
+            answers.append(process.wait(60))
+    assert answers == [False, -signal.SIGKILL, True, 0]
