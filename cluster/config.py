@@ -24,3 +24,13 @@ class SecretRef(StrictModel):
     """A secret, by the name of the environment variable that holds it. Its value is in no recipe and no run folder."""
 
     env: EnvName
+
+
+def flatten(values: object, prefix: str = "") -> dict[str, object]:
+    """Nested mappings with dotted keys: {"train": {"seed": 1}} -> {"train.seed": 1}. An empty mapping is a value."""
+    if not isinstance(values, dict) or not values:
+        return {prefix: values}
+    pairs: dict[str, object] = {}
+    for key, value in values.items():
+        pairs |= flatten(value, f"{prefix}.{key}" if prefix else key)
+    return pairs

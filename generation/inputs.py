@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.config import ModelConfig
+from cluster.config import ModelConfig, flatten
 from cluster.engines.config import EngineConfig
 from cluster.errors import InputError
 from cluster.files import sha256_file, sha256_json, write_json
@@ -114,7 +114,7 @@ def claim(run: RunDir, inputs: Inputs) -> None:
         run.data.mkdir(parents=True, exist_ok=True)
         write_json(path, inputs.identity)
         return
-    old, new = _flatten(json.loads(path.read_text())), _flatten(json.loads(json.dumps(inputs.identity)))
+    old, new = flatten(json.loads(path.read_text())), flatten(json.loads(json.dumps(inputs.identity)))
     changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     if changed:
         listed = "; ".join(f"{key}: was {old.get(key)}, is {new.get(key)}" for key in changed[:5])
@@ -123,12 +123,3 @@ def claim(run: RunDir, inputs: Inputs) -> None:
             "folder with `--run-dir`, or remove this one to make it anew; requests that are the same stay in the log "
             "and are not generated again."
         )
-
-
-def _flatten(values: object, prefix: str = "") -> dict[str, object]:
-    if not isinstance(values, dict) or not values:
-        return {prefix: values}
-    pairs: dict[str, object] = {}
-    for key, value in values.items():
-        pairs |= _flatten(value, f"{prefix}.{key}" if prefix else key)
-    return pairs

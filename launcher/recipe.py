@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
-from cluster.config import ModelConfig, StrictModel
+from cluster.config import ModelConfig, StrictModel, flatten
 from cluster.engines.config import EngineConfig
 from cluster.errors import InputError
 from cluster.files import write_atomic
@@ -27,7 +27,7 @@ from trainer.config.tuning import form_refusal
 
 
 class Recipe(StrictModel):
-    """Everything a run needs to know. Sections are named by the verbs of the command line."""
+    """All settings of a run. Sections are named by the stages of the command line."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     seed: int = Field(0, ge=0)
@@ -40,7 +40,7 @@ class Recipe(StrictModel):
     evaluate: EvaluateConfig = EvaluateConfig()
     slurm: SlurmConfig = SlurmConfig()
     sweep: dict[str, tuple[bool | int | float | str | None, ...]] = Field(
-        {}, description="dotted keys with the values to try: one run for each combination"
+        {}, description="dotted keys, each with the values to try: one run for each combination"
     )
 
     @field_validator("sweep", mode="before")
@@ -53,18 +53,18 @@ class Recipe(StrictModel):
     def _sweeps_make_runs(cls, sweep: dict) -> dict:
         for key, values in sweep.items():
             if key.split(".")[0] in ("name", "run_dir", "sweep"):
-                raise ValueError(f"{key} is given by the sweep itself. Leave it out")
+                raise ValueError(f"{key} is set by the sweep itself. Leave it out")
             if not values or len(set(values)) != len(values):
-                raise ValueError(f"{key} wants one value or more, each once")
+                raise ValueError(f"{key} needs at least one value, and no value twice")
         return sweep
 
     @model_validator(mode="after")
-    def _an_export_that_can_be_made(self) -> "Recipe":
+    def _export_is_possible(self) -> "Recipe":
         if (why := form_refusal(self.train.tuning, self.export.form)) is not None:
             raise ValueError(why)
         if self.export.checkpoint == "best" and not self.train.checkpoint.keep_best:
             raise ValueError(
-                "export.checkpoint=best, and train.checkpoint.keep_best=0 keeps none but the newest. "
+                "export.checkpoint=best, but train.checkpoint.keep_best=0 keeps only the newest checkpoints. "
                 "Set train.checkpoint.keep_best=1"
             )
         return self
@@ -74,18 +74,19 @@ class Recipe(StrictModel):
         return RunDir(self.run_dir)
 
     def save(self, run: RunDir) -> None:
-        """Write the resolved recipe into the run folder.
-
-        Raises InputError if the folder belongs to another recipe, that is, if results there would not be this one's.
-        """
-        self.refuse_another(run)
+        """Write the resolved recipe into the run folder. Raises InputError if the folder is not one for this recipe."""
+        self.check_run_folder(run)
         resolved = self.model_dump(mode="json")
         write_atomic(run.recipe, yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
 
-    def refuse_another(self, run: RunDir) -> None:
-        """Raise InputError if the folder belongs to another recipe, or if this one is many runs and not one."""
+    def check_run_folder(self, run: RunDir) -> None:
+        """Raise InputError if the folder holds results of another recipe or another version of tunesmith."""
         if self.sweep:
-            raise InputError(f"{self.name} sweeps {', '.join(self.sweep)}: many runs. Start them with `tunesmith run`.")
+            raise InputError(
+                f"{self.name} is a sweep over {', '.join(self.sweep)}, which is several runs. "
+                "Start them with `tunesmith run`."
+            )
+        refuse_older_layout(run)
         if run.recipe.is_file():
             refuse_changes(yaml.safe_load(run.recipe.read_text()), self.model_dump(mode="json"), run)
 
@@ -99,8 +100,7 @@ def load(path: Path, overrides: list[str]) -> Recipe:
         if "=" not in override:
             raise InputError(f"{override!r} is not of the form key.sub=value.")
     try:
-        merged = OmegaConf.merge(OmegaConf.create(written), OmegaConf.from_dotlist(overrides))
-        values = OmegaConf.to_container(merged, resolve=True)
+        values = merge(written, overrides)
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise InputError(
             f"{path} with {' '.join(overrides) or 'no overrides'}: {str(error).splitlines()[0]}"
@@ -109,23 +109,31 @@ def load(path: Path, overrides: list[str]) -> Recipe:
     try:
         recipe = Recipe(**values)
     except ValidationError as error:
-        raise InputError(explain(error, path, text, overrides)) from error
+        raise InputError(explain(error, path, text, written, overrides)) from error
     if recipe.run_dir == Path():
         return recipe.model_copy(update={"run_dir": Path("runs") / recipe.name})
     return recipe.model_copy(update={"run_dir": recipe.run_dir.expanduser()})
 
 
+def merge(written: dict, overrides: list[str]) -> dict:
+    """The values of a recipe's file, replaced by those of the overrides, with all `${...}` resolved."""
+    merged = OmegaConf.merge(OmegaConf.create(written), OmegaConf.from_dotlist(overrides))
+    return OmegaConf.to_container(merged, resolve=True)
+
+
 def read_resolved(path: Path) -> Recipe:
-    """The recipe of a run folder, which `save` wrote: nothing to merge or to interpolate. Many are read in a second."""
+    """The recipe that `save` wrote into a run folder. Nothing is left to merge, so reading it is quick."""
     try:
         return Recipe(**getattr(yaml, "CSafeLoader", yaml.SafeLoader)(path.read_text()).get_single_data())
     except (ValidationError, yaml.YAMLError, TypeError) as error:
         reason = str(error).splitlines()[0]
-        raise InputError(f"{path}: not a resolved recipe of this version ({reason}). Start the run again.") from error
+        raise InputError(
+            f"{path}: not a resolved recipe of this version of tunesmith ({reason}). Start the run again."
+        ) from error
 
 
 def read_mapping(path: Path) -> tuple[str, dict]:
-    """Text and content of a YAML file that holds a mapping with names as keys. Raises InputError if it does not."""
+    """Text and content of a YAML file. Raises InputError if it does not hold a mapping with names as keys."""
     try:
         text = path.read_text(encoding="utf-8")
         content = yaml.safe_load(text) if text.strip() else {}
@@ -141,15 +149,16 @@ def read_mapping(path: Path) -> tuple[str, dict]:
     return text, content
 
 
-def explain(error: ValidationError, path: Path, text: str, overrides: list[str]) -> str:
-    """Every complaint of pydantic as one line: where, what, and the nearest right key for a wrong one."""
+def explain(error: ValidationError, path: Path, text: str, written: dict, overrides: list[str]) -> str:
+    """Every error of pydantic as one line: the place, the message, and the nearest right key for an unknown one."""
     lines = []
+    errors_of_file = find_errors(written)
     for complaint in error.errors():
         keys = [str(part) for part in complaint["loc"] if not str(part).startswith("function-")]
         method = DEFAULT_METHOD
         if keys[:1] == ["synthesize"] and keys[1:2] and keys[1] in METHOD_CONFIGS:
             method = keys.pop(1)  # pydantic names the member of the union
-        dotted = ".".join(keys) or "the recipe"
+        dotted = ".".join(keys)
         message = complaint["msg"].removeprefix("Value error, ")
         if complaint["type"] == "extra_forbidden":
             known = known_keys(keys[:-1], method)
@@ -161,17 +170,28 @@ def explain(error: ValidationError, path: Path, text: str, overrides: list[str])
             near = difflib.get_close_matches(tag, known, n=1)
             kind = "method" if keys == ["synthesize"] else "type"
             message = f"unknown {kind} {tag}; {f'did you mean `{near[0]}`?' if near else 'known: ' + ', '.join(known)}"
-        lines.append(f"{place(keys, path, text, overrides)}: {dotted}: {message}")
+        is_set = any(f"{dotted}.".startswith(f"{override.split('=')[0]}.") for override in overrides)
+        if is_set or (complaint["loc"], complaint["msg"]) not in errors_of_file:
+            place = "command line"
+        else:
+            place = f"{path}:{line_of(keys, text)}" if keys else str(path)
+        lines.append(f"{place}: {dotted}: {message}" if keys else f"{place}: {message}")
     return "\n".join(lines)
 
 
-def place(keys: list[str], path: Path, text: str, overrides: list[str]) -> str:
-    """`file:line` of a key, or the command line if an override set it."""
-    dotted = ".".join(keys)
-    for override in overrides:
-        name = override.split("=")[0]
-        if name == dotted or name.startswith(dotted + ".") or dotted.startswith(name + "."):
-            return "command line"
+def find_errors(written: dict) -> set[tuple[tuple, str]]:
+    """(keys, message) of all that is wrong with a recipe's file by itself. Any other error is from the overrides."""
+    try:
+        Recipe(**merge(written, []))
+    except ValidationError as error:
+        return {(complaint["loc"], complaint["msg"]) for complaint in error.errors()}
+    except OmegaConfBaseException:  # it needs an override to resolve
+        pass
+    return set()
+
+
+def line_of(keys: list[str], text: str) -> int:
+    """The line of a recipe's file that has a key, or the section nearest to it."""
     node, line = yaml.compose(text), 1
     for key in keys:
         if not isinstance(node, yaml.MappingNode):
@@ -180,14 +200,14 @@ def place(keys: list[str], path: Path, text: str, overrides: list[str]) -> str:
         if not found:
             break
         line, node = found[0][0].start_mark.line + 1, found[0][1]
-    return f"{path}:{line}"
+    return line
 
 
 def known_keys(keys: list[str], method: str) -> list[str]:
-    """Keys of the section at `keys`, where `synthesize` is that of `method`."""
+    """The valid keys of the section at `keys`. Those of `synthesize` depend on the method."""
     model: type[BaseModel] = Recipe
     for key in keys:
-        if key in FILTER_CONFIGS:  # inside a list of filters, after the place in it
+        if key in FILTER_CONFIGS:  # inside a list of filters, after the index
             model = FILTER_CONFIGS[key]
         elif key == "synthesize":
             model = METHOD_CONFIGS[method]
@@ -201,8 +221,18 @@ def known_keys(keys: list[str], method: str) -> list[str]:
     return list(model.model_fields)
 
 
+def refuse_older_layout(run: RunDir) -> None:
+    """Raise InputError if a run folder was written by a version of tunesmith that named its files otherwise."""
+    for pattern in ("verdict-*.json", "generations", "gen-*"):
+        if (found := next(run.root.glob(pattern), None)) is not None:
+            raise InputError(
+                f"{run.root}: {found.name} was written by an older version of tunesmith, which this version cannot "
+                "continue. Choose another folder with `--run-dir`, or remove this one."
+            )
+
+
 def refuse_changes(old: dict, new: dict, run: RunDir) -> None:
-    """Raise InputError if what differs between two resolved recipes has already shaped results in the run folder."""
+    """Raise InputError if two resolved recipes differ in a setting that results in the run folder depend on."""
     shaped, free = [], ["train.validation.every_steps", "train.validation.max_rows"]
     free += [f"train.{name}" for name in TrainConfig.NOT_DECIDING - {"data", "validation"}]
     if any(run.data.glob("*")):
@@ -219,20 +249,10 @@ def refuse_changes(old: dict, new: dict, run: RunDir) -> None:
         listed = ", ".join(f"{key} (was {was.get(key)}, now {now.get(key)})" for key in clashes[:5])
         raise InputError(
             f"{run.root} holds results of another recipe: {listed}. "
-            "Give another folder with `--run-dir`, or remove this one."
+            "Choose another folder with `--run-dir`, or remove this one."
         )
 
 
 def is_below(key: str, sections: list[str]) -> bool:
-    """Whether a dotted key is one of these sections or inside one."""
+    """Whether a dotted key is one of these sections or inside one of them."""
     return any(key == section or key.startswith(f"{section}.") for section in sections)
-
-
-def flatten(values: object, prefix: str = "") -> dict[str, object]:
-    """{"train": {"seed": 1}} -> {"train.seed": 1}."""
-    if not isinstance(values, dict):
-        return {prefix: values}
-    pairs: dict[str, object] = {}
-    for key, value in values.items():
-        pairs |= flatten(value, f"{prefix}.{key}" if prefix else key)
-    return pairs

@@ -15,7 +15,7 @@ from cluster.errors import InputError
 from cluster.run.rundir import RunDir
 from launcher.done import is_done
 from launcher.plan import stages_of
-from launcher.recipe import Recipe, read_resolved
+from launcher.recipe import Recipe, read_resolved, refuse_older_layout
 from launcher.slurm.client import Queued, Slurm, SlurmSilent
 from launcher.slurm.lead import last_rows
 from launcher.slurm.submitted import Submitted, read_jobs
@@ -81,6 +81,7 @@ def read_run(folder: Path) -> tuple[Recipe, RunDir]:
         raise InputError(
             f"{folder} is no run folder: there is no {run.recipe.name} in it. `tunesmith list` shows the run folders."
         )
+    refuse_older_layout(run)
     return read_resolved(run.recipe).model_copy(update={"run_dir": run.root}), run
 
 

@@ -41,7 +41,7 @@ def prepare(recipe: Recipe, folder: Path, code: Path) -> Prepared:
     """
     recipe = recipe.model_copy(update={"run_dir": Path(os.path.abspath(recipe.run_dir))})
     run = recipe.run
-    recipe.refuse_another(run)
+    recipe.check_run_folder(run)
     check_batch(recipe)
     earlier = read_jobs(run)
     chain = Chain(

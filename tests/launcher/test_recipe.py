@@ -11,6 +11,7 @@ from cluster.errors import InputError
 from cluster.run.rundir import RunDir
 from launcher import recipe as recipes
 from launcher.recipe import Recipe
+from launcher.status import read_run
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
@@ -128,10 +129,19 @@ def test_all_errors_are_told_at_once(write) -> None:
         ("train.learning_rate=fast", "command line: train.learning_rate: Input should be a valid number"),
         ("train.learning_rate", "'train.learning_rate' is not of the form key.sub=value."),
         ("traim.seed=1", "command line: traim: unknown key; did you mean `train`?"),
+        ("export.form=adapter", "command line: export.form=adapter, but train.tuning=full has no adapter"),
+        ("train.tuning=prefix", "command line: train: packing does not work with tuning=prefix"),
     ],
 )
 def test_an_error_of_an_override_is_put_down_to_the_command_line(write, override: str, expected: str) -> None:
     assert complaint(write(GOOD), override).startswith(expected)
+
+
+def test_an_error_of_the_file_is_not_put_down_to_an_override_of_another_key(write) -> None:
+    path = write(GOOD.replace("  data: chats.jsonl", "  tuning: prefix") + "export:\n  form: adapter\n")
+    assert complaint(path, "train.num_epochs=1").startswith(f"{path}:4: train: packing does not work with")
+    path = write(GOOD + "export:\n  form: adapter\n")
+    assert complaint(path, "train.num_epochs=1").startswith(f"{path}: export.form=adapter, but train.tuning=full")
 
 
 @pytest.mark.parametrize(
@@ -190,6 +200,17 @@ def test_the_run_folder_gets_the_resolved_recipe(write, tmp_path: Path) -> None:
     assert values["train"]["num_epochs"] == 7
     assert values["train"]["betas"] == [0.9, 0.999]
     assert Recipe(**values).train.num_epochs == 7
+
+
+@pytest.mark.parametrize("name", ["verdict-train.json", "generations", "gen-41-0"])
+def test_a_run_folder_of_an_older_layout_is_refused(write, tmp_path: Path, name: str) -> None:
+    recipe = recipes.load(write(GOOD), [f"run_dir={tmp_path / 'run'}"])
+    (recipe.run_dir / name).mkdir(parents=True)
+    for open_folder in (recipe.save, lambda run: read_run(run.root)):
+        (recipe.run_dir / "recipe.yaml").write_text("name: older")
+        with pytest.raises(InputError, match=f"{name} was written by an older version of tunesmith") as raised:
+            open_folder(recipe.run)
+        assert raised.value.exit_code == 2
 
 
 def test_before_there_are_results_a_recipe_may_change(write, tmp_path: Path) -> None:
