@@ -20,7 +20,7 @@ from generation.serving import RoleModel, resolve_models
 from generation.templates import Prompt, load_prompts
 
 PACKAGE = Path(__file__).parent
-BESIDE_MODEL = "tunesmith"  # a model folder may bring seeds and prompts of its own in this subfolder
+MODEL_SUBFOLDER = "tunesmith"  # of a model folder that has seeds, prompts and evaluation sets of its own
 SEED_FILES = {"instruction_wild": "user_instructions.jsonl"}  # of other methods: seed_tasks.jsonl
 WITHOUT_SEEDS = ("magpie",)
 
@@ -55,10 +55,9 @@ def load_inputs(config: SynthesisConfig, model: ModelConfig, engine: EngineConfi
     method = METHODS[config.method]
     models = resolve_models(config, method, model, engine)
     first = next(iter(models.values()))
-    own = Path(first.source.path) / BESIDE_MODEL
-    seeds_path = _seeds_path(config, method, own)
+    seeds_path = _seeds_path(config, method, first.source.path)
     seeds = load_seed_tasks(seeds_path) if seeds_path else ()
-    prompts = _load_prompts(config, method, own)
+    prompts = _load_prompts(config, method, first.source.path)
     identity = {
         "synthesize": config.identity(),
         "seeds": _fingerprint(seeds_path) if seeds_path else None,
@@ -76,26 +75,28 @@ def load_inputs(config: SynthesisConfig, model: ModelConfig, engine: EngineConfi
     return Inputs(config, method, seeds, prompts, models, seed, identity)
 
 
-def _seeds_path(config: SynthesisConfig, method: type[Method], own: Path) -> Path | None:
+def find_asset(model_path: str, name: str, packaged_name: str = "") -> Path:
+    """A file or folder that comes with the model, or else with this package, where it may have another name."""
+    own = Path(model_path) / MODEL_SUBFOLDER / name
+    return own if own.exists() else PACKAGE / (packaged_name or name)
+
+
+def _seeds_path(config: SynthesisConfig, method: type[Method], model_path: str) -> Path | None:
     if method.NAME in WITHOUT_SEEDS:
         return None
     if config.seeds != "auto":
         return Path(config.seeds).expanduser()
-    if (own / "seed_tasks.jsonl").is_file():
-        return own / "seed_tasks.jsonl"
-    return PACKAGE / "seeds" / SEED_FILES.get(method.NAME, "seed_tasks.jsonl")
+    return find_asset(model_path, "seed_tasks.jsonl", f"seeds/{SEED_FILES.get(method.NAME, 'seed_tasks.jsonl')}")
 
 
-def _load_prompts(config: SynthesisConfig, method: type[Method], own: Path) -> dict[str, Prompt]:
+def _load_prompts(config: SynthesisConfig, method: type[Method], model_path: str) -> dict[str, Prompt]:
     folder = Path(config.prompts).expanduser()
     if config.prompts == "auto":
-        folder = own / "prompts" / method.NAME
-        if not folder.is_dir():
-            folder = PACKAGE / "prompts" / method.NAME
+        folder = find_asset(model_path, f"prompts/{method.NAME}")
     prompts = load_prompts(folder, method.PROMPTS)
     if config.judge:
-        judge = folder if (folder / "judge.jinja").is_file() else own / "prompts" / "judge"
-        judge = judge if (judge / "judge.jinja").is_file() else PACKAGE / "prompts" / "judge"
+        has_judge = (folder / "judge.jinja").is_file()
+        judge = folder if has_judge else find_asset(model_path, "prompts/judge/judge.jinja").parent
         prompts |= {"row_judge": load_prompts(judge, JUDGE_PROMPTS)["judge"]}
     return prompts
 

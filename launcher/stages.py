@@ -11,9 +11,6 @@ from cluster.run.fence import run_lock, verify
 from cluster.run.rundir import RunDir
 from launcher.recipe import Recipe
 
-BESIDE_MODEL = "tunesmith"  # a model folder may bring seeds, prompts and evaluation sets of its own in this subfolder
-PACKAGED = Path(__file__).parents[1] / "generation"
-
 
 def say(text: str) -> None:
     typer.echo(text)
@@ -98,13 +95,12 @@ def evaluate(recipe: Recipe, run: RunDir) -> None:
 
     set_accelerator_env()
     quieten_libraries()
+    from generation.inputs import find_asset
     from trainer import evaluate as stage
 
-    own = Path(recipe.model.path) / BESIDE_MODEL
     sets = tuple(Path(path) for path in recipe.evaluate.sets)
-    if not sets:
-        sets = (own / "eval.jsonl" if own.is_dir() else PACKAGED / "seeds" / "eval_tasks.jsonl",)
-    prompts = (own if own.is_dir() else PACKAGED) / "prompts" / "self_instruct"
+    sets = sets or (find_asset(recipe.model.path, "eval.jsonl", "seeds/eval_tasks.jsonl"),)
+    plain_prompt = find_asset(recipe.model.path, "prompts/self_instruct/answer.jinja")
     stage.run(
         stage.EvaluateJob(
             run,
@@ -112,7 +108,7 @@ def evaluate(recipe: Recipe, run: RunDir) -> None:
             recipe.engine,
             recipe.evaluate,
             sets,
-            prompts / "answer.jinja",
+            plain_prompt,
             recipe.train.chat_template,
         )
     )
