@@ -1,136 +1,171 @@
-"""Tasks to start from, or to answer: Self-Instruct's JSON lines, plain rows of instructions, and our own datasets.
+"""Seed tasks: instructions to start from, or to answer.
 
-Three forms of a row are read, told apart by their keys:
+A row has one of three forms, recognised by its keys:
     instances     Self-Instruct's: id, name, instruction, instances [{input, output}], is_classification
-    instruction   Alpaca's: instruction, and where known input, output and language; an id if there is one
-    messages      a conversation: its first user's turn is the instruction, the reply to it the output
-
-Plain rows and conversations of a Parquet file or a dataset stay columns (seed_columns.py), so that a million load in
-seconds.
+    messages      a conversation: the first user turn is the instruction, the reply to it is the output
+    instruction   Alpaca's: instruction, and optionally id, input, output and language
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.errors import InputError
-from cluster.files import read_jsonl
+from cluster.files import read_jsonl, sha256_json
+from cluster.run.manifest import verify_manifest
 from generation.filters import Instance
-from generation.records import SCHEMA
-from generation.seed_columns import SeedColumns, SeedTask, content_id
-from generation.store import read_columns
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 SEED_KEYS = {"id": str, "name": str, "instruction": str, "instances": list, "is_classification": bool}
+COLUMNS = (*SEED_KEYS, "input", "output", "language", "messages")
+ID_CHARS = 16
+BATCH_ROWS = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class SeedTask:
+    """One task with its instances. An empty output means that the output is not known."""
+
+    id: str
+    name: str
+    instruction: str
+    instances: tuple[Instance, ...]
+    is_classification: bool
+    language: str = ""  # its English name; empty means not known
+
+
+class SeedDataset(Sequence[SeedTask]):
+    """The rows of a dataset as seed tasks. A row becomes a Python object only while it is read."""
+
+    def __init__(self, dataset: "Dataset", path: Path) -> None:
+        self._dataset = dataset.select_columns([name for name in COLUMNS if name in dataset.column_names])
+        self._path = path
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> SeedTask:
+        index = range(len(self))[index]
+        return parse_seed_task(self._dataset[index], self._path, index + 1)
+
+    def __iter__(self) -> Iterator[SeedTask]:
+        number = 0
+        for batch in self._dataset.iter(BATCH_ROWS):
+            for values in zip(*batch.values(), strict=True):
+                number += 1
+                yield parse_seed_task(dict(zip(batch, values, strict=True)), self._path, number)
 
 
 def load_seed_tasks(path: Path) -> Sequence[SeedTask]:
-    """Read tasks from JSON lines, a Parquet file or a dataset folder.
+    """Load seed tasks from JSON Lines, a Parquet file or a dataset folder. Rows of the last two stay columns.
 
-    Raises InputError naming the file, line or row and the key that is wrong, or if there are none.
+    Raises InputError naming the file, the line or row, and the key that is wrong, or if the file holds no task.
     """
+    if not path.exists():
+        raise InputError(
+            f"{path}: no such file. `synthesize.seeds` is `auto`, a JSON Lines or Parquet file, or a dataset folder."
+        )
+    tasks: Sequence[SeedTask]
     if path.is_dir() or path.suffix == ".parquet":
-        table = _read_table(path)
-        is_plain = "instances" not in table.column_names
-        tasks = SeedColumns.of_table(table, path) if is_plain else _parse_all(_numbered(path, table.to_pylist()))
+        tasks = SeedDataset(_open_dataset(path), path)
+        _check_ids(enumerate(tasks, 1), path)
     else:
-        tasks = _parse_all(_lines(path))
+        rows = _numbered_lines(path)
+        tasks = [parse_seed_task(row, path, number) for number, row in rows]
+        _check_ids(zip((number for number, _ in rows), tasks, strict=True), path)
     if len(tasks) == 0:
-        raise InputError(f"{path}: holds no seed task. Self-Instruct starts from at least one; its own set has 175.")
+        raise InputError(f"{path}: holds no seed task. Give at least one; Self-Instruct's published set has 175.")
     return tasks
 
 
-def _check_file(path: Path) -> None:
-    if not path.is_file():
-        raise InputError(
-            f"{path}: no such file. `synthesize.seeds` is `auto`, a file of tasks (JSON lines, Parquet) or a dataset."
-        )
+def _open_dataset(path: Path) -> "Dataset":
+    from datasets import Dataset, load_from_disk  # takes a second, and JSON Lines do not need it
 
-
-def _read_table(path: Path) -> pa.Table:
     if path.is_dir():
-        batches = list(read_columns(path))
-        return pa.Table.from_batches(batches, None if batches else SCHEMA)
-    _check_file(path)
+        verify_manifest(path)
+        return load_from_disk(str(path))
     try:
-        return pq.read_table(path)
+        return Dataset(pq.read_table(path))
     except pa.ArrowInvalid as error:
         raise InputError(f"{path}: not a Parquet file ({error}).") from error
 
 
-def _lines(path: Path) -> Iterator[tuple[str, dict]]:
-    """(place, row) of every line that is not empty."""
-    _check_file(path)
+def _numbered_lines(path: Path) -> list[tuple[int, dict]]:
+    """Line number and row of every line that is not empty."""
     rows = read_jsonl(path)
     with open(path, encoding="utf-8") as file:
         line_numbers = [number for number, line in enumerate(file, 1) if line.strip()]
-    return ((f"{path}:{number}", row) for number, row in zip(line_numbers, rows, strict=True))
+    return list(zip(line_numbers, rows, strict=True))
 
 
-def _numbered(path: Path, rows: Iterable[dict]) -> Iterator[tuple[str, dict]]:
-    return ((f"{path}:{number}", row) for number, row in enumerate(rows, 1))
+def _check_ids(numbered: Iterable[tuple[int, SeedTask]], path: Path) -> None:
+    first_numbers: dict[str, int] = {}
+    for number, task in numbered:
+        if (first := first_numbers.setdefault(task.id, number)) != number:
+            raise InputError(f"{path}:{number}: id {task.id!r} is already used in {path.name}:{first}.")
 
 
-def _parse_all(rows: Iterable[tuple[str, dict]]) -> list[SeedTask]:
-    tasks: list[SeedTask] = []
-    first_places: dict[str, str] = {}
-    for place, row in rows:
-        task = _parse(row, place)
-        if task.id in first_places:
-            number = first_places[task.id].rpartition(":")[2]
-            raise InputError(f"{place}: id {task.id!r} is also that of line {number}.")
-        first_places[task.id] = place
-        tasks.append(task)
-    return tasks
-
-
-def _parse(row: dict, place: str) -> SeedTask:
-    if row.get("messages") is not None and "instances" not in row:
-        return _parse_messages(row, place)
-    if "instances" in row or "instruction" not in row:
-        return _parse_published(row, place)
-    fields = {key: row.get(key) or "" for key in ("instruction", "input", "output")}
-    for key, value in fields.items():
-        if not isinstance(value, str):
-            raise InputError(f"{place}: {key!r} is {type(value).__name__}, expected str.")
-    return _plain_task(row, place, fields["instruction"], Instance(fields["input"], fields["output"]))
-
-
-def _parse_messages(row: dict, place: str) -> SeedTask:
+def parse_seed_task(row: dict, path: Path, number: int) -> SeedTask:
+    """The seed task of a row. Raises InputError naming the row by `path` and its line or row `number`."""
     try:
-        turns = [(message["role"], message["content"]) for message in row["messages"]]
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{place}: 'messages' is a list of {{role, content}}.") from error
-    users = [number for number, (role, _) in enumerate(turns) if role == "user"]
-    if not users:
-        raise InputError(f"{place}: 'messages' has no turn of a user.")
-    after = turns[users[0] + 1 : users[0] + 2]
-    answer = after[0][1] if after and after[0][0] == "assistant" else ""
-    return _plain_task(row, place, turns[users[0]][1], Instance("", answer))
-
-
-def _plain_task(row: dict, place: str, instruction: str, instance: Instance) -> SeedTask:
-    if not instruction.strip():
-        raise InputError(f"{place}: 'instruction' is empty.")
+        if row.get("instances") is not None:
+            return _parse_published(row)
+        if row.get("messages") is not None:
+            instruction, instance = _first_exchange(row["messages"])
+        elif "instruction" in row:
+            instruction, instance = _text(row, "instruction"), Instance(_text(row, "input"), _text(row, "output"))
+        else:
+            raise ValueError("no key 'instruction', 'messages' or 'instances'; one of them holds the task")
+        if not instruction.strip():
+            raise ValueError("'instruction' is empty")
+    except ValueError as error:
+        raise InputError(f"{path}:{number}: {error}.") from error
     task_id = row.get("id")
-    if task_id is None:  # equal rows stay apart by their place
-        task_id = content_id(instruction, instance, int(place.rpartition(":")[2]))
+    if task_id is None:  # the number keeps equal rows apart
+        content = [instruction, instance.input, instance.output, str(number)]
+        task_id = sha256_json(content)[:ID_CHARS]
     return SeedTask(str(task_id), "", instruction, (instance,), False, str(row.get("language") or ""))
 
 
-def _parse_published(row: dict, place: str) -> SeedTask:
+def _text(row: dict, key: str) -> str:
+    value = row.get(key) or ""
+    if not isinstance(value, str):
+        raise ValueError(f"{key!r} is {type(value).__name__}, expected str")
+    return value
+
+
+def _first_exchange(messages: object) -> tuple[str, Instance]:
+    """The first user turn, and the assistant's reply to it as an output; the output is empty without a reply."""
+    try:
+        turns = [(message["role"], message["content"]) for message in messages]
+    except (KeyError, TypeError) as error:
+        raise ValueError("'messages' is not a list of {role, content}") from error
+    users = [number for number, (role, _) in enumerate(turns) if role == "user"]
+    if not users:
+        raise ValueError("'messages' has no turn of a user")
+    reply = turns[users[0] + 1 : users[0] + 2]
+    output = reply[0][1] if reply and reply[0][0] == "assistant" else ""
+    return turns[users[0]][1] or "", Instance("", output or "")
+
+
+def _parse_published(row: dict) -> SeedTask:
     for key, kind in SEED_KEYS.items():
         if key not in row:
-            raise InputError(f"{place}: no key {key!r}. A seed task has {', '.join(SEED_KEYS)}.")
+            raise ValueError(f"no key {key!r}; a seed task with instances has {', '.join(SEED_KEYS)}")
         if not isinstance(row[key], kind):
-            raise InputError(f"{place}: {key!r} is {type(row[key]).__name__}, expected {kind.__name__}.")
+            raise ValueError(f"{key!r} is {type(row[key]).__name__}, expected {kind.__name__}")
     if not row["instruction"].strip():
-        raise InputError(f"{place}: 'instruction' is empty.")
+        raise ValueError("'instruction' is empty")
     instances = []
     for position, instance in enumerate(row["instances"]):
         for key in ("input", "output"):
             if not isinstance(instance, dict) or not isinstance(instance.get(key), str):
-                raise InputError(f"{place}: 'instances'[{position}] needs the text {key!r}.")
+                raise ValueError(f"'instances'[{position}] has no text {key!r}")
         instances.append(Instance(instance["input"], instance["output"]))
     return SeedTask(row["id"], row["name"], row["instruction"], tuple(instances), row["is_classification"])

@@ -15,7 +15,7 @@ from cluster.errors import InputError
 from generation.config import AnswerOnlyConfig, RejectionSamplingConfig
 from generation.filters import Instance
 from generation.records import SCHEMA
-from generation.seed_tasks import SeedTask, load_seed_tasks
+from generation.seed_tasks import SeedDataset, SeedTask, load_seed_tasks
 from generation.store import DatasetWriter
 from generation.verifier import load_verifier
 from tests.generation.harness import SEEDS, CoroutinePool, Made, drive, prompt_text
@@ -85,8 +85,9 @@ def test_the_same_rows_have_the_same_ids_in_every_form_of_file(tmp_path):
         assert list(lines) == list(columns)
 
 
-def test_columns_are_a_sequence_like_any_other(tmp_path):
+def test_rows_of_a_dataset_are_a_sequence_and_stay_columns(tmp_path):
     tasks = load_seed_tasks(write_parquet(tmp_path / "rows.parquet", PLAIN))
+    assert isinstance(tasks, SeedDataset)
     assert tasks[-1] == tasks[2] == list(tasks)[2]
     assert {task.id for task in Random(0).sample(tasks, 3)} == {task.id for task in tasks}
     with pytest.raises(IndexError):
@@ -109,17 +110,20 @@ def test_one_of_our_datasets_can_be_answered_anew(tmp_path):
     [
         ([{"instruction": "a"}, {"instruction": " "}], r"rows\.parquet:2: 'instruction' is empty"),
         ([{"instruction": "a"}, {"instruction": None}], r"rows\.parquet:2: 'instruction' is empty"),
-        ([{"instruction": 7}], r"rows\.parquet: column 'instruction' is int64, expected text"),
-        ([{"text": "a"}], r"rows\.parquet: no column 'instruction', 'messages' or 'instances'"),
-        ([{"id": i, "instruction": "a"} for i in "aabca"], r"rows\.parquet:2: id 'a' is also that of row 1"),
+        ([{"instruction": 7}], r"rows\.parquet:1: 'instruction' is int, expected str"),
+        ([{"text": "a"}], r"rows\.parquet:1: no key 'instruction', 'messages' or 'instances'"),
+        (
+            [{"id": i, "instruction": "a"} for i in "aabca"],
+            r"rows\.parquet:2: id 'a' is already used in rows\.parquet:1",
+        ),
         ([CHATS[0], {"messages": [{"role": "system", "content": "a"}]}], r"rows\.parquet:2: .* no turn of a user"),
         ([*CHATS, {"messages": [{"role": "user", "content": ""}]}], r"rows\.parquet:4: 'instruction' is empty"),
         ([*CHATS, {"messages": []}], r"rows\.parquet:4: .* no turn of a user"),
-        ([{"messages": ["a"]}], r"rows\.parquet: 'messages' is a list of"),
-        ([{"messages": "a"}], r"rows\.parquet: 'messages' is a list of"),
+        ([{"messages": ["a"]}], r"rows\.parquet:1: 'messages' is not a list of"),
+        ([{"messages": "a"}], r"rows\.parquet:1: 'messages' is not a list of"),
     ],
 )
-def test_a_bad_column_is_named_with_its_row(tmp_path, rows, message):
+def test_a_bad_row_of_a_column_file_is_named(tmp_path, rows, message):
     with pytest.raises(InputError, match=message):
         load_seed_tasks(write_parquet(tmp_path / "rows.parquet", rows))
 

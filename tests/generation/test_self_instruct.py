@@ -226,9 +226,9 @@ GOOD = '{"id": "a", "name": "n", "instruction": "Do it.", "instances": [], "is_c
         (GOOD + "\n{", r"seeds:2: not JSON"),
         (f"{GOOD}\n\n" + GOOD.replace("name", "title"), r"seeds:3: no key 'name'"),
         (GOOD.replace("false", '"no"'), r"seeds:1: 'is_classification' is str, expected bool"),
-        (GOOD.replace("[]", '[{"input": ""}]'), r"seeds:1: 'instances'\[0\] needs the text 'output'"),
+        (GOOD.replace("[]", '[{"input": ""}]'), r"seeds:1: 'instances'\[0\] has no text 'output'"),
         (GOOD.replace("Do it.", " "), r"seeds:1: 'instruction' is empty"),
-        (f"{GOOD}\n{GOOD}", r"seeds:2: id 'a' is also that of line 1"),
+        (f"{GOOD}\n{GOOD}", r"seeds:2: id 'a' is already used in seeds:1"),
     ],
 )
 def test_a_bad_seed_file_is_named_with_line_and_key(tmp_path, text, message):
