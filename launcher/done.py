@@ -5,8 +5,8 @@ import json
 from cluster.run.manifest import MANIFEST, is_sealed
 from cluster.run.rundir import RunDir
 from launcher.recipe import Recipe
-from trainer.checkpoint.state import best_first, newest
-from trainer.results import export_key, is_trained
+from trainer.checkpoint.state import best_checkpoints, is_trained, newest_checkpoint
+from trainer.job import export_key
 
 
 def is_done(stage: str, recipe: Recipe, run: RunDir) -> bool:
@@ -17,7 +17,7 @@ def is_done(stage: str, recipe: Recipe, run: RunDir) -> bool:
 def what_again(stage: str, run: RunDir) -> str:
     """What another attempt at a stage that is not done begins with."""
     if stage == "train":
-        last = newest(run.checkpoints)
+        last = newest_checkpoint(run.checkpoints)
         return f"goes on from {last.name}" if last else "begins anew, as no checkpoint is complete"
     if stage == "synthesize":
         return "goes on; finished requests are not made again" if run.requests.is_dir() else "begins anew"
@@ -39,9 +39,9 @@ def _is_exported(recipe: Recipe, run: RunDir) -> bool:
     """The export is of the checkpoint that the recipe wants, in the form that it wants, and where it wants it."""
     if not is_trained(run) or not is_sealed(run.export):
         return False
-    source = newest(run.checkpoints)
+    source = newest_checkpoint(run.checkpoints)
     if recipe.export.checkpoint == "best":
-        source = next(iter(best_first(run.checkpoints, recipe.train.checkpoint.best)), None)
+        source = next(iter(best_checkpoints(run.checkpoints, recipe.train.checkpoint.best)), None)
     made = json.loads((run.export / MANIFEST).read_text())
     if source is None or made.get("key") != export_key(source, recipe.export, recipe.name):
         return False

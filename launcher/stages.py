@@ -52,7 +52,7 @@ def train(recipe: Recipe, run: RunDir) -> None:
     """Train on this machine: start torchrun, pass stop signals on to its ranks, and wait for its end."""
     from cluster.model_source import locate_model, model_revision
     from launcher.torchrun import StopSignals, run_torchrun
-    from trainer.results import is_trained, read_failure
+    from trainer.checkpoint.state import is_trained
 
     if is_trained(run):
         say(f"[train] done already: {run.checkpoints}")
@@ -74,7 +74,8 @@ def train(recipe: Recipe, run: RunDir) -> None:
     if code == EXIT_PREEMPTED:
         raise Preempted(f"training stopped; the last step is saved in {run.checkpoints}. The same command goes on.")
     if code != EXIT_DONE:
-        message = read_failure(run) or f"training ended with exit code {code}. The output of its ranks is above."
+        result = run.read_result("train") or {}
+        message = result.get("message") or f"training ended with exit code {code}. The output of its ranks is above."
         raise (InputError if code == EXIT_BAD_INPUT else TunesmithError)(message)
 
 

@@ -29,16 +29,16 @@ from cluster.run.fence import own_token, verify
 from cluster.run.manifest import is_sealed, verify_manifest, write_manifest
 from cluster.run.rundir import RunDir
 from trainer.checkpoint.commit import explain_failed_write
-from trainer.checkpoint.state import best_first, newest, read_state
+from trainer.checkpoint.state import best_checkpoints, newest_checkpoint, read_state
 from trainer.config.after import ExportConfig
 from trainer.config.train import TrainConfig
 from trainer.config.tuning import form_refusal
 from trainer.data.chat import end_of_turn_ids
+from trainer.job import export_key
 from trainer.model.adapter_base import RECORD
 from trainer.model.adapters import CONFIG_FILE, WEIGHTS_FILE
 from trainer.model.load import DTYPES, load_tokenizer
 from trainer.model.tuning import load_adapter
-from trainer.results import export_key
 
 CARD_TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 CHECK_TEXT = "The quick brown fox jumps over the lazy dog. 1 2 3"
@@ -79,13 +79,13 @@ def run(job: ExportJob) -> dict:
 
 def chosen(job: ExportJob) -> Path:
     """The checkpoint that the recipe wants. Raises InputError if there is none."""
-    source = newest(job.run.checkpoints)
+    source = newest_checkpoint(job.run.checkpoints)
     if source is None:
         raise InputError(f"{job.run.checkpoints}: no complete checkpoint. Run `tunesmith train` first.")
     if job.config.checkpoint == "newest":
         return source
     metric = job.train.checkpoint.best
-    if not (folders := best_first(job.run.checkpoints, metric)):
+    if not (folders := best_checkpoints(job.run.checkpoints, metric)):
         raise InputError(
             f"{job.run.checkpoints}: no checkpoint has a {metric}, so none is best. Set export.checkpoint=newest, or "
             "train with train.validation, or with train.checkpoint.best=train_loss."

@@ -1,4 +1,4 @@
-"""What a training process reads from its run folder, and the answer it leaves there."""
+"""What a training process reads from its run folder. Loads no torch."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +10,15 @@ from cluster.errors import InputError
 from cluster.files import sha256_json
 from cluster.model_source import locate_model, model_revision
 from cluster.run.rundir import RunDir
+from trainer.config.after import ExportConfig
 from trainer.config.data import DataSource
 from trainer.config.train import TrainConfig
 
 
 @dataclass(frozen=True)
 class TrainJob:
+    """One training: the sections of the resolved recipe that the ranks need, and the run folder."""
+
     run: RunDir
     model: ModelConfig
     config: TrainConfig
@@ -26,7 +29,10 @@ class TrainJob:
         return self.config.data or (DataSource(path=str(self.run.synthesized)),)
 
     def fingerprint(self, tokens_key: str) -> str:
-        """Hash of all that shapes the result. When to save or validate and how many ranks there are does not."""
+        """Hash of everything that shapes the result. The number of ranks, and when to save or validate, do not.
+
+        `tokens_key`: the hash of the encoded data.
+        """
         settings = self.config.model_dump(mode="json", exclude=set(TrainConfig.NOT_DECIDING))
         shares = [[source.epochs, source.weight] for source in self.sources]
         held_out = self.config.validation.fraction if self.config.validation else None
@@ -34,9 +40,15 @@ class TrainJob:
 
 
 def read_job(run_dir: Path) -> TrainJob:
-    """Read `<run_dir>/recipe.yaml`, the resolved recipe."""
+    """Read `<run_dir>/recipe.yaml`, the resolved recipe. Raises InputError if the file does not exist."""
     run = RunDir(run_dir)
     if not run.recipe.is_file():
         raise InputError(f"{run.recipe} does not exist. Start with `tunesmith train RECIPE`, which writes it.")
     recipe = yaml.safe_load(run.recipe.read_text())
     return TrainJob(run, locate_model(ModelConfig(**recipe["model"])), TrainConfig(**recipe["train"]), recipe["seed"])
+
+
+def export_key(source: Path, config: ExportConfig, name: str) -> str:
+    """Hash of everything that shapes an export of the checkpoint `source`. Where it is uploaded to does not."""
+    settings = config.model_dump(mode="json", exclude={"to", "hub_token"})
+    return sha256_json([(source / "manifest.json").read_text(), settings, name])

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from cluster.errors import InputError
 from cluster.files import write_json
-from trainer.checkpoint.state import newest
+from trainer.checkpoint.state import newest_checkpoint
 from trainer.config.train import TrainConfig
 from trainer.job import TrainJob
 from trainer.memory import MemoryEstimate, amount, check_heads, choose_stage, read_facts, usable_bytes
@@ -43,7 +43,7 @@ def settle(job: TrainJob) -> TrainJob:
 def _choose(job: TrainJob, world_size: int, usable: int) -> TrainConfig:
     file = job.run.zero
     config = job.config
-    if config.zero_stage == "auto" and newest(job.run.checkpoints) is not None and file.is_file():
+    if config.zero_stage == "auto" and newest_checkpoint(job.run.checkpoints) is not None and file.is_file():
         config = config.model_copy(update={"zero_stage": json.loads(file.read_text())["zero_stage"]})
     attention = choose_attention(config)
     facts = read_facts(job.model, config)

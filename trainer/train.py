@@ -33,7 +33,7 @@ with without_collection():
     from cluster.run.fence import verify
     from cluster.run.rundir import RunDir, append_jsonl
     from trainer.checkpoint import checkpointer as checkpoint
-    from trainer.checkpoint.state import TrainState, newest, read_state
+    from trainer.checkpoint.state import TrainState, newest_checkpoint, read_state
     from trainer.data.batches import Batches
     from trainer.data.tokens import Tokens, load_tokens, prepare_tokens
     from trainer.engine import learning_rate, make_engine, train_step
@@ -69,7 +69,7 @@ def train(job: TrainJob, stop: StopRequest) -> dict:
     check_logits(engine, batches)
 
     state = TrainState(0, 0, 0, 0, world_size, job_hash)
-    if (last := newest(run.checkpoints)) is not None:
+    if (last := newest_checkpoint(run.checkpoints)) is not None:
         state = replace(checkpoint.load(engine, last, job_hash, job.seed), world_size=world_size)
         if rank == 0:
             say(f"going on from {last}, step {state.step} of {batches.num_steps}")
@@ -144,7 +144,7 @@ def make_batches(tokens: Tokens, job: TrainJob, rank: int, world_size: int) -> B
         return kind(tokens, job.config, job.seed, rank, world_size)
     except ValueError as error:
         word = ""
-        if (last := newest(job.run.checkpoints)) is not None:
+        if (last := newest_checkpoint(job.run.checkpoints)) is not None:
             word = f" {last} was made by {read_state(last).world_size} ranks; its job keeps its global_batch_size."
         raise InputError(f"{error}{word}") from error
 
@@ -168,7 +168,7 @@ def result(job: TrainJob, state: TrainState, batches: Batches, tokens: Tokens, l
         "num_trained_tokens": state.num_trained_tokens,
         "tokens_per_second": line.tokens_per_second,
         "final_loss": line.loss,
-        "checkpoint": str(last) if (last := newest(job.run.checkpoints)) else None,
+        "checkpoint": str(last) if (last := newest_checkpoint(job.run.checkpoints)) else None,
     }
 
 

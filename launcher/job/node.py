@@ -27,7 +27,7 @@ from cluster.nodes.topology import Topology, read_topology
 from cluster.run.fence import Fence, run_lock
 from cluster.run.rundir import RunDir
 from launcher.torchrun import STOP_SIGNALS, StopSignals, run_torchrun
-from trainer.results import is_trained
+from trainer.checkpoint.state import is_trained
 
 POLL_SECONDS = 0.5
 FENCE_SECONDS = 5.0  # how often every node looks for a newer token

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from cluster.run.manifest import is_sealed
 from cluster.run.rundir import RunDir
-from trainer.checkpoint.state import newest, read_state
-from trainer.results import is_trained
+from trainer.checkpoint.state import is_trained, newest_checkpoint, read_state
 
 PROVEN_BY_OUTPUT = ("synthesize", "train")  # the result of the others may be of an earlier time
 
@@ -31,7 +30,7 @@ def progress_of(stage: str, run: RunDir) -> float:
     """Steps in the newest checkpoint, bytes of finished requests, answers that are there: more is further."""
     match stage:
         case "train":
-            last = newest(run.checkpoints)
+            last = newest_checkpoint(run.checkpoints)
             return 0 if last is None else read_state(last).step
         case "synthesize":
             return _bytes_of(run.requests, "*.log") + has_output(stage, run)

@@ -7,7 +7,7 @@ from cluster.errors import InputError
 from cluster.run.manifest import MANIFEST
 from cluster.run.rundir import RunDir
 from launcher.slurm_config import JobConfig, seconds_of
-from trainer.checkpoint.state import newest
+from trainer.checkpoint.state import newest_checkpoint
 
 SLURM_SECONDS = 60  # Slurm may send the signal so much later than it was told to
 SAVE_SECONDS = 90  # of a checkpoint that has never been written; with the other values 300 s in all
@@ -32,7 +32,7 @@ def lead_seconds(run: RunDir, stage: str) -> int:
 
 def last_save_seconds(run: RunDir) -> float | None:
     """From the first to the last file of the newest checkpoint. The manifest is written last."""
-    folder = newest(run.checkpoints)
+    folder = newest_checkpoint(run.checkpoints)
     if folder is None:
         return None
     times = [path.stat().st_mtime for path in folder.rglob("*") if path.is_file()]

@@ -54,7 +54,7 @@ def output_of(command: list[object]) -> str:
 def export(run: Path) -> None:
     """In a process of its own: our export of a run, and transformers' own reading and saving of the same weights."""
     from tests.benchmarks.peak import highest_bytes
-    from trainer.checkpoint.state import newest
+    from trainer.checkpoint.state import newest_checkpoint
     from trainer.runtime import quieten_libraries
 
     quieten_libraries()
@@ -73,7 +73,7 @@ def export(run: Path) -> None:
     with highest_bytes() as highest:
         stage.run(stage.ExportJob(RunDir(run), "bench", job.model, job.config, ExportConfig(max_shard_size="50MB")))
     found["ours"] = [time.perf_counter() - started, highest()]
-    weights = newest(RunDir(run).checkpoints) / "weights"
+    weights = newest_checkpoint(RunDir(run).checkpoints) / "weights"
     started = time.perf_counter()
     with highest_bytes() as highest:
         AutoModelForCausalLM.from_pretrained(weights).save_pretrained(run / "again", max_shard_size="50MB")

@@ -23,7 +23,7 @@ import torch.distributed as dist  # noqa: E402
 from tests.benchmarks.peak import highest_bytes  # noqa: E402
 from trainer.checkpoint import checkpointer as checkpoint  # noqa: E402
 from trainer.checkpoint.checkpointer import Saver  # noqa: E402
-from trainer.checkpoint.state import TrainState, newest  # noqa: E402
+from trainer.checkpoint.state import TrainState, newest_checkpoint  # noqa: E402
 from trainer.config.checkpoints import CheckpointConfig  # noqa: E402
 from trainer.engine import make_engine, train_step  # noqa: E402
 from trainer.job import read_job  # noqa: E402
@@ -65,7 +65,7 @@ def main() -> None:
             if dist.get_rank() == 0:
                 shutil.rmtree(folder)
             found["ours"].append(timed(lambda number=number: saver.save(replace(state, step=number))))
-            last = newest(job.run.checkpoints)
+            last = newest_checkpoint(job.run.checkpoints)
             found["load"].append(timed(lambda last=last: checkpoint.load(engine, last, job_hash, job.seed)))
     config = CheckpointConfig(every_steps=1, keep_last=1, local_dir=str(run / "local"))
     with Saver(engine, job.run.checkpoints, config, all_sum) as saver:

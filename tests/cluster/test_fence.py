@@ -28,7 +28,7 @@ from cluster.run.rundir import RunDir
 from generation.request_log import RequestLog
 from tests.generation.test_request_log import make_id
 from trainer.checkpoint.commit import partial_folder, put_in_place
-from trainer.checkpoint.state import complete
+from trainer.checkpoint.state import complete_checkpoints
 from trainer.config.checkpoints import CheckpointConfig
 
 CLAIMER = """
@@ -121,7 +121,7 @@ def test_a_checkpoint_of_an_old_generation_is_never_put_in_place(tmp_path: Path,
     monkeypatch.setenv(VARIABLE, "1")
     with pytest.raises(Superseded, match="job 2"):
         put_in_place(checkpoints, 2, config)
-    assert [folder.name for folder in complete(checkpoints)] == ["step_000001"]
+    assert [folder.name for folder in complete_checkpoints(checkpoints)] == ["step_000001"]
     monkeypatch.setenv(VARIABLE, "2")
     put_in_place(checkpoints, 2, config)
     assert (checkpoints / "step_000002" / "part").read_text() == "second"

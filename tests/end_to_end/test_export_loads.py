@@ -12,7 +12,7 @@ from cluster.engines.config import EngineConfig, GenerationRequest, Sampling
 from cluster.engines.pool import EnginePool
 from cluster.files import read_jsonl
 from tests.end_to_end.conftest import ROOT
-from trainer.checkpoint.state import newest
+from trainer.checkpoint.state import newest_checkpoint
 
 pytestmark = pytest.mark.timeout(1200)
 QUESTIONS = 16
@@ -50,7 +50,7 @@ def greedy(folder, prompts: list[list[int]], ends: list[int]) -> list[list[int]]
 def trained_answers(demo, prompts) -> list[list[int]]:
     """Greedy tokens of the model as the trainer left it."""
     ends = json.loads((demo.run_dir / "export" / "generation_config.json").read_text())["eos_token_id"]
-    return greedy(newest(demo.run_dir / "checkpoints") / "weights", prompts, ends)
+    return greedy(newest_checkpoint(demo.run_dir / "checkpoints") / "weights", prompts, ends)
 
 
 def test_plain_transformers_gives_the_trainers_tokens(demo, prompts, trained_answers):

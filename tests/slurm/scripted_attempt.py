@@ -25,9 +25,8 @@ from cluster.run.rundir import RunDir, append_jsonl
 from launcher.job import attempt
 from launcher.slurm.container import python_module
 from trainer.checkpoint.commit import partial_folder, put_in_place, remove_partial
-from trainer.checkpoint.state import TrainState, newest, read_state
+from trainer.checkpoint.state import TrainState, is_trained, newest_checkpoint, read_state
 from trainer.config.checkpoints import CheckpointConfig
-from trainer.results import is_trained
 
 SYNTHESIS = (150, 2)  # instructions, engines
 
@@ -52,7 +51,7 @@ def rank(run: RunDir) -> int:
         time.sleep(script["step_seconds"])
         if stopped:
             return EXIT_PREEMPTED
-    last = newest(run.checkpoints)
+    last = newest_checkpoint(run.checkpoints)
     step, text = (read_state(last).step, (last / "weights.txt").read_text()) if last else (0, "")
     while step < script["steps"]:
         time.sleep(script["step_seconds"])
@@ -86,7 +85,7 @@ def save(run: RunDir, step: int, text: str, finished: bool) -> None:
 def export(run: RunDir) -> int:
     verify(run.root)
     run.export.mkdir()
-    (run.export / "weights.txt").write_text((newest(run.checkpoints) / "weights.txt").read_text())
+    (run.export / "weights.txt").write_text((newest_checkpoint(run.checkpoints) / "weights.txt").read_text())
     write_manifest(run.export, ["weights.txt"])
     write_json(run.result("export"), {"status": "done"})
     return EXIT_DONE

@@ -29,7 +29,7 @@ from tests.trainer.tools import (
     write_job,
 )
 from trainer.checkpoint.commit import CONVERTED
-from trainer.checkpoint.state import complete, newest, read_state
+from trainer.checkpoint.state import complete_checkpoints, newest_checkpoint, read_state
 from trainer.checkpoint.universal import convert, universal_folder
 from trainer.job import read_job
 from trainer.train import train
@@ -67,7 +67,7 @@ def torchrun(num_ranks: int, runs: dict[Path, int], log: Path) -> str:
 def convert_all(root: Path, names: Iterable[str]) -> None:
     """Two at a time, as each takes a process of its own."""
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(convert, [newest(root / name / "moved" / "checkpoints") for name in names]))
+        list(pool.map(convert, [newest_checkpoint(root / name / "moved" / "checkpoints") for name in names]))
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ def test_other_ranks_end_where_the_same_ones_would_have(root: Path, name: str) -
 def test_the_ranks_were_other_ones(root: Path) -> None:
     end = len(trace(root / "zero3" / "whole"))
     for name, expected in {"zero3": [(2, 2 * MOVED_AFTER), (3, end)], "zero2": [(2, MOVED_AFTER), (1, end)]}.items():
-        states = [read_state(folder) for folder in complete(root / name / "moved" / "checkpoints")]
+        states = [read_state(folder) for folder in complete_checkpoints(root / name / "moved" / "checkpoints")]
         assert [(state.world_size, state.step) for state in states] == expected
 
 
@@ -127,7 +127,7 @@ def test_a_checkpoint_is_converted_once_and_the_other_form_goes_with_the_next_sa
 
 
 def test_every_file_of_the_other_form_is_checked(root: Path) -> None:
-    folder = newest(root / "kept")
+    folder = newest_checkpoint(root / "kept")
     other = universal_folder(folder)
     files = [path for path in other.rglob("*") if path.is_file() and path.name != "manifest.json"]
     assert len(files) > 10
@@ -145,7 +145,7 @@ def test_every_file_of_the_other_form_is_checked(root: Path) -> None:
 
 @pytest.mark.parametrize("name", names_of(["lora-zero2", "lora-zero3"], LONG))
 def test_a_checkpoint_of_an_adapter_has_nothing_of_the_base(root: Path, name: str) -> None:
-    folder = newest(root / name / "whole" / "checkpoints")
+    folder = newest_checkpoint(root / name / "whole" / "checkpoints")
     loaded = [torch.load(file, weights_only=False) for file in folder.glob("*model_states.pt")]
     names = {name for states in loaded for name in states["module"]}
     assert names

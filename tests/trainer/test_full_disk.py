@@ -10,7 +10,7 @@ from cluster.run.manifest import verify_manifest
 from tests.conftest import SmallDisk
 from tests.trainer.tools import chat_documents, command, train_here, write_chats, write_job
 from trainer import export
-from trainer.checkpoint.state import newest, read_state
+from trainer.checkpoint.state import newest_checkpoint, read_state
 from trainer.config.after import ExportConfig
 from trainer.config.data import DataSource
 from trainer.config.train import TrainConfig
@@ -58,7 +58,7 @@ def test_training_survives_a_full_disk(
     assert one_error(output).startswith(f"error: {run}"), output
     assert "the disk is full" in output
     assert "Traceback" not in output
-    first = newest(run / "checkpoints")
+    first = newest_checkpoint(run / "checkpoints")
     assert read_state(first).step == 1
     verify_manifest(first)
 
@@ -66,7 +66,7 @@ def test_training_survives_a_full_disk(
     code, output = tunesmith("train", recipe)
     assert code == EXIT_DONE, output
     assert "step 1 of 2" in output
-    assert read_state(newest(run / "checkpoints")).step == 2
+    assert read_state(newest_checkpoint(run / "checkpoints")).step == 2
 
 
 def test_export_survives_a_full_disk(

@@ -33,7 +33,7 @@ from tests.trainer.tools import (
     write_chats,
     write_job,
 )
-from trainer.checkpoint.state import complete, newest, read_state
+from trainer.checkpoint.state import complete_checkpoints, newest_checkpoint, read_state
 
 EVERY_STEPS = 4
 NUM_STEPS = 40
@@ -119,9 +119,9 @@ def test_killed_training_goes_on_bit_for_bit(
         end_tree(process)
 
     stop_at_step(recipe, run, num_steps_shown(run) + 4, kill)
-    for folder in complete(run / "checkpoints"):
+    for folder in complete_checkpoints(run / "checkpoints"):
         verify_manifest(folder)
-    state = read_state(newest(run / "checkpoints"))
+    state = read_state(newest_checkpoint(run / "checkpoints"))
     assert EVERY_STEPS + 3 <= state.step < NUM_STEPS
     half = run / "checkpoints" / ".saving_step_000777"  # as if it had been killed while saving
     half.mkdir()
@@ -140,14 +140,14 @@ def test_killed_and_then_asked_to_stop_it_goes_on_bit_for_bit(
     recipe, run = write_recipe(tmp_path, chat_model, chat_data), tmp_path / "run"
     stop_at_step(recipe, run, KILLED_AT, end_tree)
     killed_at = num_steps_shown(run)
-    saved = read_state(newest(run / "checkpoints")).step
+    saved = read_state(newest_checkpoint(run / "checkpoints")).step
     assert saved <= killed_at < NUM_STEPS
     write_recipe(tmp_path, chat_model, chat_data, checkpoint={"every_steps": 1000})
     code = stop_at_step(recipe, run, num_steps_shown(run) + 4, ask_again_and_again)
     output = (tmp_path / "output.txt").read_text()
     assert code == EXIT_PREEMPTED, output
     assert "The same command goes on" in output
-    step = read_state(newest(run / "checkpoints")).step
+    step = read_state(newest_checkpoint(run / "checkpoints")).step
     assert step == max(trace(run)) < NUM_STEPS
     assert json.loads((run / "result-train.json").read_text())["status"] == "preempted"
     code, output = command("train", recipe, "--run-dir", run, cwd=tmp_path)
@@ -171,7 +171,7 @@ def unfinished(tmp_path: Path, one_rank, chat_model: Path, chat_data: Path) -> P
     from trainer.train import train
 
     assert train(read_job(run), StopsInTime())["status"] == "preempted"
-    assert read_state(newest(run / "checkpoints")).step == 3
+    assert read_state(newest_checkpoint(run / "checkpoints")).step == 3
     return run
 
 
@@ -183,7 +183,7 @@ def rewrite(run: Path, **changes: object) -> None:
 
 
 def test_every_file_of_a_checkpoint_is_checked_before_it_is_loaded(unfinished: Path) -> None:
-    folder = newest(unfinished / "checkpoints")
+    folder = newest_checkpoint(unfinished / "checkpoints")
     files = [path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json"]
     assert len(files) >= 5
     for file in files:
@@ -250,7 +250,7 @@ def test_a_corrupt_checkpoint_ends_the_command_with_exit_code_2(
     tmp_path: Path, chat_model: Path, chat_data: Path, undisturbed: Path
 ) -> None:
     run = shutil.copytree(undisturbed, tmp_path / "run")
-    folder = newest(run / "checkpoints")
+    folder = newest_checkpoint(run / "checkpoints")
     state = json.loads((folder / "state.json").read_text())
     (folder / "state.json").write_text(json.dumps(state | {"finished": False}))
     recipe = write_recipe(tmp_path, chat_model, chat_data)

@@ -16,7 +16,7 @@ from cluster.run.manifest import verify_manifest
 from tests.trainer.test_watch import fake_tracker
 from tests.trainer.tools import DEADLINE_SECONDS, num_steps_shown, trace, train_here, write_job
 from trainer.checkpoint import checkpointer as checkpoint
-from trainer.checkpoint.state import complete, newest, read_state
+from trainer.checkpoint.state import complete_checkpoints, newest_checkpoint, read_state
 from trainer.watchdog import Diverged
 
 NUM_STEPS = 6
@@ -34,7 +34,7 @@ def run(tmp_path: Path, one_rank, chat_model: Path, chat_data: Path):
 
 
 def steps_kept(folder: Path) -> list[int]:
-    return [read_state(checkpoint).step for checkpoint in complete(folder / "checkpoints")]
+    return [read_state(checkpoint).step for checkpoint in complete_checkpoints(folder / "checkpoints")]
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
@@ -52,9 +52,9 @@ def test_a_checkpoint_of_an_adapter_is_small_beside_its_base(
     settings = {"zero_stage": zero_stage, "tuning": "lora", "lora": {"rank": 1}, "max_steps": 2}
     folder = write_job(tmp_path / "run", tmp_path / "model", chat_data, **settings, checkpoint={"every_steps": 1})
     train_here(folder)
-    num_bytes = sum(file["bytes"] for file in verify_manifest(newest(folder / "checkpoints"))["files"])
+    num_bytes = sum(file["bytes"] for file in verify_manifest(newest_checkpoint(folder / "checkpoints"))["files"])
     assert num_bytes < (tmp_path / "model" / "model.safetensors").stat().st_size / 10
-    shutil.rmtree(newest(folder / "checkpoints"))
+    shutil.rmtree(newest_checkpoint(folder / "checkpoints"))
     expected = trace(folder)
     assert train_here(folder)["status"] == "done"
     assert trace(folder) == expected
@@ -80,7 +80,9 @@ def test_training_goes_on_while_a_checkpoint_is_copied_and_the_next_save_waits(r
     answers = [train_here(by_way), train_here(direct)]
     assert kept_at_copy == [(2, []), (4, [2]), (6, [2, 4])]
     assert trace(by_way) == trace(direct)
-    for folder, other in zip(complete(by_way / "checkpoints"), complete(direct / "checkpoints"), strict=True):
+    for folder, other in zip(
+        complete_checkpoints(by_way / "checkpoints"), complete_checkpoints(direct / "checkpoints"), strict=True
+    ):
         names = [[file["name"] for file in verify_manifest(one)["files"]] for one in (folder, other)]
         assert names[0] == names[1]
         assert read_state(folder).train_loss == read_state(other).train_loss
@@ -116,7 +118,7 @@ def test_a_loss_that_is_no_number_ends_training_and_the_checkpoint_before_stays(
         train_here(folder)
     assert "learning_rate (" in str(told.value)
     assert steps_kept(folder) == [1]
-    verify_manifest(newest(folder / "checkpoints"))
+    verify_manifest(newest_checkpoint(folder / "checkpoints"))
 
 
 def test_the_best_by_training_loss_stays(run) -> None:
@@ -126,7 +128,7 @@ def test_the_best_by_training_loss_stays(run) -> None:
     losses = {step: loss for step, (loss, _) in trace(folder).items()}
     best = sorted(losses, key=losses.get)[:2]
     assert set(steps_kept(folder)) == {NUM_STEPS, *best}
-    for kept in complete(folder / "checkpoints"):
+    for kept in complete_checkpoints(folder / "checkpoints"):
         assert read_state(kept).train_loss == losses[read_state(kept).step]
 
 

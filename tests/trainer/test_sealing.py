@@ -17,7 +17,13 @@ from cluster.errors import InputError
 from cluster.run.manifest import verify_manifest, write_manifest
 from tests.conftest import SmallDisk
 from trainer.checkpoint.commit import Background, copy_files, partial_folder, put_in_place
-from trainer.checkpoint.state import TrainState, complete, newest, no_longer_kept, step_folder
+from trainer.checkpoint.state import (
+    TrainState,
+    complete_checkpoints,
+    expired_checkpoints,
+    newest_checkpoint,
+    step_folder,
+)
 from trainer.config.checkpoints import CheckpointConfig
 from trainer.config.train import TrainConfig
 
@@ -35,7 +41,7 @@ def test_killed_at_any_instant_it_leaves_whole_checkpoints(tmp_path: Path) -> No
             process.kill()
             lines = (first + process.stdout.read()).splitlines()
         told = int(lines[-1])
-        folders = complete(checkpoints)
+        folders = complete_checkpoints(checkpoints)
         last_step = int(folders[-1].name.removeprefix("step_"))
         assert last_step in (told, told + 1), "what was said to be complete is, and nothing that was not begun"
         for folder in folders:
@@ -65,7 +71,7 @@ def test_the_newest_and_the_best_stay(
     other = "train_loss" if by == "validation_loss" else "validation_loss"
     for step, loss in enumerate(losses, 1):
         add_checkpoint(checkpoints, step, **{by: loss, other: -step})
-    gone = no_longer_kept(checkpoints, CheckpointConfig(keep_last=last, keep_best=best, best=by))
+    gone = expired_checkpoints(checkpoints, CheckpointConfig(keep_last=last, keep_best=best, best=by))
     kept = [step for step in range(1, len(losses) + 1) if step_folder(checkpoints, step) not in gone]
     assert kept[-min(last, len(losses)) :] == list(range(1, len(losses) + 1))[-last:]
     rated = sorted((loss, -step) for step, loss in enumerate(losses, 1) if loss is not None)
@@ -79,8 +85,8 @@ def test_with_a_best_kept_the_newest_is_still_the_one_to_go_on_from(tmp_path: Pa
         partial.mkdir()
         (partial / "state.json").write_text(json.dumps(asdict(TrainState(step, 0, 0, 0, 1, "job", train_loss=loss))))
         put_in_place(tmp_path, step, config)
-    assert [folder.name for folder in complete(tmp_path)] == ["step_000002", "step_000004"]
-    assert newest(tmp_path).name == "step_000004"
+    assert [folder.name for folder in complete_checkpoints(tmp_path)] == ["step_000002", "step_000004"]
+    assert newest_checkpoint(tmp_path).name == "step_000004"
 
 
 def test_the_best_by_a_loss_that_nobody_measures_is_refused() -> None:

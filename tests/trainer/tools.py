@@ -119,10 +119,10 @@ def weights(run: Path) -> dict:
     """The tensors of the newest checkpoint, or of its adapter."""
     from safetensors.torch import load_file
 
-    from trainer.checkpoint.state import newest
+    from trainer.checkpoint.state import newest_checkpoint
 
     tensors: dict = {}
-    for file in sorted((newest(run / "checkpoints") / "weights").glob("*.safetensors")):
+    for file in sorted((newest_checkpoint(run / "checkpoints") / "weights").glob("*.safetensors")):
         tensors |= load_file(file)
     return tensors
 

@@ -174,7 +174,7 @@ def load(engine: DeepSpeedEngine, folder: Path, job: str, seed: int) -> TrainSta
         verify_manifest(folder)
     dist.barrier()
     state = read_state(folder)
-    if state.job != job:
+    if state.job_hash != job:
         raise InputError(
             f"{folder}: made by other data, model or settings than this recipe's. "
             "Choose another run folder with `--run-dir`, or restore the recipe."

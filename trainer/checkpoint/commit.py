@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from cluster.files import explain_full_disk, fsync_folder
 from cluster.run.fence import own_token, verify
 from cluster.run.manifest import write_manifest
-from trainer.checkpoint.state import no_longer_kept, step_folder
+from trainer.checkpoint.state import expired_checkpoints, step_folder
 from trainer.config.checkpoints import CheckpointConfig
 
 PARTIAL = ".saving_"  # a checkpoint being written
@@ -70,7 +70,7 @@ def put_in_place(checkpoints: Path, step: int, config: CheckpointConfig) -> None
     """
     with explain_failed_write(checkpoints.parent):
         seal(partial_folder(checkpoints, step), step_folder(checkpoints, step), step=step)
-    for old in (*no_longer_kept(checkpoints, config), *checkpoints.glob(f"{CONVERTED}*")):
+    for old in (*expired_checkpoints(checkpoints, config), *checkpoints.glob(f"{CONVERTED}*")):
         remove(old)
 
 
