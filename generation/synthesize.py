@@ -16,8 +16,8 @@ from cluster.config import ModelConfig
 from cluster.engines.config import EngineConfig
 from cluster.errors import InputError, Preempted, TunesmithError
 from cluster.files import write_json
+from cluster.log import Progress, stage_logger
 from cluster.processes.signals import StopRequest, stop_signals
-from cluster.progress import Progress
 from cluster.ray.cluster import ray_session
 from cluster.run.fence import Superseded, run_lock, verify
 from cluster.run.manifest import is_sealed, verify_manifest
@@ -36,6 +36,7 @@ from generation.state import Timers, from_json
 from generation.watch import Watch, how_to_go_on, listed, summary
 
 STAGE = "synthesize"
+log = stage_logger(STAGE)
 
 
 def run(config: SynthesisConfig, model: ModelConfig, engine: EngineConfig, run: RunDir, seed: int) -> dict:
@@ -46,16 +47,16 @@ def run(config: SynthesisConfig, model: ModelConfig, engine: EngineConfig, run: 
     TunesmithError if the engines fail or nothing could be kept.
     """
     run.create()
-    with run_lock(run.synthesis_lock), Progress(STAGE) as progress:
+    with run_lock(run.synthesis_lock), Progress(log) as progress:
         inputs = load_inputs(config, model, engine, seed)
         claim(run, inputs)
-        if is_sealed(run.synthesized) and (done := _skip(inputs, run, progress)):
+        if is_sealed(run.synthesized) and (done := _skip(inputs, run)):
             return done
         run.event(STAGE, "started", method=inputs.method.NAME, num_engines=inputs.num_engines, inputs_sha=inputs.sha)
         try:
-            with stop_signals() as stop, RequestLog(run.requests) as log, ray_session(run.root):
+            with stop_signals() as stop, RequestLog(run.requests) as request_log, ray_session(run.root):
                 stop.install()  # again: ray.init has taken SIGTERM
-                result = asyncio.run(_until_stopped(Synthesis(inputs, run, log, progress), stop))
+                result = asyncio.run(_until_stopped(Synthesis(inputs, run, request_log, progress), stop))
         except Preempted as stopped:
             run.event(STAGE, "preempted", reason=str(stopped))
             raise
@@ -68,17 +69,17 @@ def run(config: SynthesisConfig, model: ModelConfig, engine: EngineConfig, run: 
         write_json(run.result(STAGE), result)
         append_jsonl(run.metrics, {"stage": STAGE, **result})
         run.event(STAGE, "finished", num_rows=result["num_rows"])
-        progress.line(summary(result))
+        log.info(summary(result))
         if hint := how_to_go_on(result, config.budget):
-            progress.line(hint)
+            log.info(hint)
         return result
 
 
 class Synthesis:
     """One attempt at the stage."""
 
-    def __init__(self, inputs: Inputs, run: RunDir, log: RequestLog, progress: Progress) -> None:
-        self.log = log
+    def __init__(self, inputs: Inputs, run: RunDir, request_log: RequestLog, progress: Progress) -> None:
+        self.request_log = request_log
         self._inputs = inputs
         self._run = run
         self._progress = progress
@@ -94,7 +95,7 @@ class Synthesis:
         async with serving(inputs.models) as served_models:
             gc.freeze()  # what is there by now stays: not to be looked through for garbage again and again
             spent = from_json(checkpoint)[1] if checkpoint else None
-            requester = Requester(served_models, self.log, inputs.seed, config.budget, self._timers, spent)
+            requester = Requester(served_models, self.request_log, inputs.seed, config.budget, self._timers, spent)
             method = inputs.method(
                 config, MethodInputs(inputs.seeds, inputs.prompts, requester, self._timers, inputs.seed)
             )
@@ -121,8 +122,8 @@ class Synthesis:
                 )
             raise TunesmithError(
                 f"nothing was kept of {counts['num_generated']} instructions: {driver.stopped_because or 'no row'}; "
-                f"rejected {listed(sink.rejected) or 'nothing'}. Look at what the model writes in {self.log.path}; "
-                "a model that follows the prompts is needed."
+                f"rejected {listed(sink.rejected) or 'nothing'}. Look at what the model writes in "
+                f"{self.request_log.path}; a model that follows the prompts is needed."
             )
         sink.seal(inputs_sha=inputs.sha, counts=counts, budget=config.budget.model_dump())
         seconds = round(time.monotonic() - self._start, 1)
@@ -136,14 +137,15 @@ class Synthesis:
         }
 
     def _say_what_is_there(self, sink: DataSink, checkpoint: dict | None) -> None:
-        say = self._progress.line
-        if self.log.num_dropped_bytes:
-            say(f"the last record of the request log was half-written: {self.log.num_dropped_bytes} bytes cut")
-        for path in self.log.rebuilt:
-            say(f"{path} was missing or damaged and was made again from the log")
-        if len(self.log):
+        if self.request_log.num_dropped_bytes:
+            log.info(
+                f"the last record of the request log was half-written: {self.request_log.num_dropped_bytes} bytes cut"
+            )
+        for path in self.request_log.rebuilt:
+            log.info(f"{path} was missing or damaged and was made again from the log")
+        if len(self.request_log):
             rows = f"{sink.num_rows} rows and " if checkpoint else ""
-            say(f"resuming: {rows}{len(self.log)} finished requests found, none will be generated again")
+            log.info(f"resuming: {rows}{len(self.request_log)} finished requests found, none will be generated again")
 
 
 def open_sink(run: RunDir, config: SynthesisConfig, inputs_sha: str) -> tuple[DataSink, dict | None]:
@@ -193,13 +195,13 @@ async def _until_stopped(synthesis: Synthesis, stop: StopRequest) -> dict:
         work.cancel()
         await asyncio.gather(work, return_exceptions=True)
         raise Preempted(
-            f"stopped by {stop.signal_name}; {len(synthesis.log)} finished requests are saved. Start the same command "
-            "again to go on: none of them will be generated again."
+            f"stopped by {stop.signal_name}; {len(synthesis.request_log)} finished requests are saved. Start the same "
+            "command again to go on: none of them will be generated again."
         )
     return work.result()
 
 
-def _skip(inputs: Inputs, run: RunDir, progress: Progress) -> dict | None:
+def _skip(inputs: Inputs, run: RunDir) -> dict | None:
     """Leave a finished dataset alone, if it is sound. None: a budget cut it off that is higher by now."""
     for name in ("rejected", "instructions"):
         verify_manifest(run.data / name)
@@ -208,16 +210,14 @@ def _skip(inputs: Inputs, run: RunDir, progress: Progress) -> dict | None:
     if spent := counts["spent_budget"]:
         old, new = manifest["budget"][spent], budget[spent]
         if new is None or new > old:
-            progress.line(
-                f"{manifest['rows']} rows were made before {counts['stopped_because']}; going on from the log"
-            )
+            log.info(f"{manifest['rows']} rows were made before {counts['stopped_because']}; going on from the log")
             (run.synthesized / "manifest.json").unlink()
             remove_progress(run)
             return None
     remove_progress(run)
-    progress.line(f"already done: {manifest['rows']} rows in {run.data / 'synthesized'}, skipped")
+    log.info(f"already done: {manifest['rows']} rows in {run.synthesized}, skipped")
     if hint := how_to_go_on(counts, inputs.config.budget):
-        progress.line(f"INCOMPLETE ({counts['stopped_because']}). {hint}")
+        log.info(f"INCOMPLETE ({counts['stopped_because']}). {hint}")
     run.event(STAGE, "skipped", num_rows=manifest["rows"])
     if run.result(STAGE).is_file():
         return json.loads(run.result(STAGE).read_text())

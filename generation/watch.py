@@ -9,7 +9,7 @@ from dataclasses import asdict
 from cluster.engines.pool import EnginePool
 from cluster.engines.pool_stats import EngineStats
 from cluster.files import write_json
-from cluster.progress import Progress
+from cluster.log import Progress, stage_logger
 from cluster.run.fence import Fence
 from cluster.run.rundir import RunDir, append_jsonl
 from generation.config import BudgetConfig
@@ -22,6 +22,7 @@ from generation.sink import DataSink
 from generation.state import Timers
 
 STAGE = "synthesize"
+log = stage_logger(STAGE)
 REPORT_SECONDS = 1.0
 METRICS_SECONDS = 10.0
 
@@ -128,19 +129,18 @@ class Watch:
 
     def _look_at_engines(self) -> None:
         """Say once what has happened to an engine or a request."""
-        say = self._progress.line
         for place, pool in enumerate(self._pools):
             stats = pool.stats
             if stats.num_restarts > self._num_restarts.get(place, 0):
                 self._num_restarts[place] = stats.num_restarts
-                say(f"an engine died ({stats.last_death}); restart {stats.num_restarts}")
+                log.info(f"an engine died ({stats.last_death}); restart {stats.num_restarts}")
                 self._run.event(STAGE, "engine_restarted", reason=stats.last_death)
             for number, engine in enumerate(stats.engines):
                 self._look_at_speed((place, number), engine)
             for request_id in stats.quarantined.keys() - self._quarantined:
                 self._quarantined.add(request_id)
                 why = stats.quarantined[request_id]
-                say(f"request {request_id[:16]} is set aside, every engine that had it died: {why}")
+                log.info(f"request {request_id[:16]} is set aside, every engine that had it died: {why}")
                 self._run.event(STAGE, "request_quarantined", request_id=request_id, reason=why)
 
     def _look_at_speed(self, key: tuple[int, int], engine: EngineStats) -> None:
@@ -149,10 +149,10 @@ class Watch:
         self._slow ^= {key}
         name = f"engine {key[1]} on {engine.node}"
         if engine.is_slow:
-            self._progress.line(f"{name} is slow ({engine.tokens_per_second:,.0f} tok/s): it gets fewer requests")
+            log.info(f"{name} is slow ({engine.tokens_per_second:,.0f} tok/s): it gets fewer requests")
             self._run.event(STAGE, "engine_slow", node=engine.node, tokens_per_second=engine.tokens_per_second)
         elif engine.is_up:
-            self._progress.line(f"{name} is as fast as the others again")
+            log.info(f"{name} is as fast as the others again")
 
     # -- the forecast
 
@@ -171,7 +171,7 @@ class Watch:
                 "seconds": made.seconds and asdict(made.seconds),
                 self._hours_name: made.seconds and asdict(made.seconds.times(self._num_devices() / 3600)),
             }
-            self._progress.line(describe_forecast(self._forecast))
+            log.info(describe_forecast(self._forecast))
             self._run.event(STAGE, "forecast", num_rows_of_pilot=driver.pilot.num_rows, **self._forecast)
         write_json(self._run.forecast, {**self._identity, "forecast": self._forecast})
 

@@ -4,16 +4,11 @@ import os
 import shutil
 from pathlib import Path
 
-import typer
-
 from cluster.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_PREEMPTED, InputError, Preempted, TunesmithError
+from cluster.log import stage_logger
 from cluster.run.fence import run_lock, verify
 from cluster.run.rundir import RunDir
 from launcher.recipe import Recipe
-
-
-def say(text: str) -> None:
-    typer.echo(text)
 
 
 def run_stage(stage: str, recipe: Recipe) -> None:
@@ -37,7 +32,7 @@ def run_all(recipe: Recipe) -> None:
 
     stages = [stage for stage, _, _ in stages_of(recipe)]
     for number, stage in enumerate(stages, 1):
-        say(f"[{stage}] stage {number} of {len(stages)}")
+        stage_logger(stage).info(f"stage {number} of {len(stages)}")
         run_stage(stage, recipe)
     print_summary(recipe, Console())
 
@@ -55,7 +50,7 @@ def train(recipe: Recipe, run: RunDir) -> None:
     from trainer.checkpoint.state import is_trained
 
     if is_trained(run):
-        say(f"[train] done already: {run.checkpoints}")
+        stage_logger("train").info(f"done already: {run.checkpoints}")
         return
     require_compiler()
     if recipe.train.tuning == "qlora":
@@ -88,7 +83,9 @@ def export(recipe: Recipe, run: RunDir) -> None:
 
     job = stage.ExportJob(run, recipe.name, recipe.model, recipe.train, recipe.export)
     result = stage.run(job)
-    say(f"[export] {result['form']} model in {result['folder']}, {result['weights_bytes'] / 1e6:,.1f} MB")
+    stage_logger("export").info(
+        f"{result['form']} model in {result['folder']}, {result['weights_bytes'] / 1e6:,.1f} MB"
+    )
 
 
 def evaluate(recipe: Recipe, run: RunDir) -> None:

@@ -22,8 +22,8 @@ from cluster.engines.config import EngineConfig, GenerationRequest, Sampling
 from cluster.engines.pool import EnginePool
 from cluster.errors import InputError
 from cluster.files import read_jsonl, sha256_json, write_json
+from cluster.log import Progress, stage_logger
 from cluster.model_source import model_revision
-from cluster.progress import Progress
 from cluster.ray.cluster import ray_session
 from cluster.run.fence import verify
 from cluster.run.manifest import is_sealed
@@ -32,6 +32,7 @@ from trainer.config.after import EvaluateConfig
 from trainer.data.chat import user_turn
 from trainer.model.load import load_tokenizer
 
+log = stage_logger("evaluate")
 EVALUATION_KEYS = {"id", "task", "group", "instruction", "input", "references"}
 
 
@@ -64,7 +65,7 @@ def run(job: EvaluateJob) -> dict:
     rows = [row for path in job.sets for row in read_set(path)]
     models = models_of(job)
     figures = {}
-    with Progress("evaluate") as progress:
+    with Progress(log) as progress:
         for source in dict.fromkeys(model.source for model in models):
             same_source = [model for model in models if model.source == source]
             figures |= asyncio.run(_evaluate(job, same_source, rows, progress))
@@ -96,14 +97,14 @@ async def _evaluate(
     missing = []
     for model in models:
         if num_added and not model.is_plain:
-            progress.line(f"{model.title}: skipped, because its vocabulary lacks tokens of the chat template")
+            log.info(f"{model.title}: skipped, because its vocabulary lacks tokens of the chat template")
             continue
         prompts = [render(tokenizer, row, job.plain_prompt if model.is_plain else None) for row in rows]
         key = sha256_json([model_revision(source), prompts, sampling.model_dump(mode="json")])
         file = job.run.answers(model.name)
         done = json.loads(file.read_text()) if file.is_file() else {}
         if done.get("key") == key:
-            progress.line(f"{model.title}: {len(done['rows'])} predictions exist already")
+            log.info(f"{model.title}: {len(done['rows'])} predictions exist already")
             scored[model.title] = done["rows"]
         else:
             missing.append((model, prompts, key, file))
@@ -118,7 +119,7 @@ async def _evaluate(
                     verify(job.run.root)
                     write_json(file, {"key": key, "rows": predictions})
                     scored[model.title] = predictions
-                    progress.line(f"{model.title}: {describe(summarise(predictions))}")
+                    log.info(f"{model.title}: {describe(summarise(predictions))}")
     return {model.title: summarise(scored[model.title]) for model in models if model.title in scored}
 
 

@@ -25,6 +25,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from cluster.config import ModelConfig, SecretRef
 from cluster.errors import InputError, TunesmithError
 from cluster.files import write_json
+from cluster.log import stage_logger
 from cluster.run.fence import own_token, verify
 from cluster.run.manifest import is_sealed, verify_manifest, write_manifest
 from cluster.run.rundir import RunDir
@@ -40,6 +41,7 @@ from trainer.model.adapters import CONFIG_FILE, WEIGHTS_FILE
 from trainer.model.load import DTYPES, load_tokenizer
 from trainer.model.tuning import load_adapter
 
+log = stage_logger("export")
 CARD_TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 CHECK_TEXT = "The quick brown fox jumps over the lazy dog. 1 2 3"
 # float32 has to come back as it was; rounding weights to bf16 moves logits by up to a few percent of the largest.
@@ -62,7 +64,7 @@ def run(job: ExportJob) -> dict:
     """
     source = chosen(job)
     if job.config.checkpoint == "newest" and not read_state(source).finished:
-        say(f"{source} is not the end of its training; exporting it as it is")
+        log.info(f"{source} is not the end of its training; exporting it as it is")
     verify_manifest(source, below="weights")
     key = export_key(source, job.config, job.name)
     result = job.run.read_result("export") or {}
@@ -90,12 +92,8 @@ def chosen(job: ExportJob) -> Path:
             f"{job.run.checkpoints}: no checkpoint has a {metric}, so none is best. Set export.checkpoint=newest, or "
             "train with train.validation, or with train.checkpoint.best=train_loss."
         )
-    say(f"{folders[0]} has the lowest {metric}: {getattr(read_state(folders[0]), metric):.4f}")
+    log.info(f"{folders[0]} has the lowest {metric}: {getattr(read_state(folders[0]), metric):.4f}")
     return folders[0]
-
-
-def say(text: str) -> None:
-    print(f"[export] {text}", flush=True)
 
 
 def _build(job: ExportJob, source: Path, key: str) -> dict:

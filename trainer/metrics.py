@@ -7,6 +7,7 @@ import numpy as np
 import psutil
 import torch
 
+from cluster.log import stage_logger
 from cluster.run.fence import Fence
 from cluster.run.rundir import RunDir, append_jsonl
 from trainer.checkpoint.state import TrainState
@@ -14,6 +15,7 @@ from trainer.flops import Utilization
 from trainer.trackers import Report
 from trainer.watchdog import LossWatch
 
+log = stage_logger("train")
 GIB = 2**30
 
 
@@ -76,7 +78,7 @@ class StepLine:
             self._tell(step, loss, grad_norm, seconds, now)
         warning = self.watch.check(step.state.step, loss, grad_norm, step.lr)
         if warning and self.is_writer:
-            print(f"[train] warning: {warning}", flush=True)
+            log.warning(warning)
         self.unsaved_losses.append(loss)
 
     def take_mean_loss(self) -> float | None:
@@ -96,11 +98,10 @@ class StepLine:
         if mfu is not None:
             figures["mfu"] = round(mfu, 4)
         left = (now - self.started) / (state.step - self.first_step) * (self.num_steps - state.step)
-        print(
-            f"[train] step {state.step}/{self.num_steps} | loss {loss:.4f} | lr {step.lr:.2e} | "
+        log.info(
+            f"step {state.step}/{self.num_steps} | loss {loss:.4f} | lr {step.lr:.2e} | "
             f"grad norm {grad_norm:.3f} | {rate:,.0f} tok/s | {'' if mfu is None else f'MFU {mfu:.1%} | '}"
-            f"{figures['memory_gib']:.1f} GiB | {int(left) // 60}:{int(left) % 60:02d} left",
-            flush=True,
+            f"{figures['memory_gib']:.1f} GiB | {int(left) // 60}:{int(left) % 60:02d} left"
         )
         row = {"stage": "train", "step": state.step, **figures, "time": round(time.time(), 3)}
         if self.fence.token is not None:

@@ -10,12 +10,15 @@ from pydantic import ValidationError
 
 from cluster.errors import InputError
 from cluster.files import write_json
+from cluster.log import stage_logger
 from trainer.checkpoint.state import newest_checkpoint
 from trainer.config.train import TrainConfig
 from trainer.job import TrainJob
 from trainer.memory import MemoryEstimate, amount, check_heads, choose_stage, read_facts, usable_bytes
 from trainer.model.attention import choose_attention
 from trainer.model.layers import uses_liger
+
+log = stage_logger("train")
 
 
 def settle(job: TrainJob) -> TrainJob:
@@ -51,7 +54,7 @@ def _choose(job: TrainJob, world_size: int, usable: int) -> TrainConfig:
     chosen = choose_stage(facts, config, world_size, usable)
     config = settled(config, chosen.stage, attention)
     write_json(file, {"zero_stage": chosen.stage, "world_size": world_size, "usable": usable, "bytes": asdict(chosen)})
-    print(f"[train] {describe(chosen, usable)}; attention: {config.attention}", flush=True)
+    log.info(f"{describe(chosen, usable)}; attention: {config.attention}")
     return config
 
 

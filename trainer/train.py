@@ -29,6 +29,7 @@ with without_collection():
 
     from cluster.errors import EXIT_DONE, EXIT_PREEMPTED, InputError, TunesmithError
     from cluster.files import write_json
+    from cluster.log import stage_logger
     from cluster.processes.orphans import die_with_parent
     from cluster.run.fence import verify
     from cluster.run.rundir import RunDir, append_jsonl
@@ -51,6 +52,8 @@ with without_collection():
     from trainer.validation import make_validation
     from trainer.watchdog import LossWatch, StallWatch, describe_rows, profiling
 
+log = stage_logger("train")
+
 
 def train(job: TrainJob, stop: StopRequest) -> dict:
     """Train to the end, or to the step at which any rank was asked to stop. Returns the result."""
@@ -63,7 +66,7 @@ def train(job: TrainJob, stop: StopRequest) -> dict:
     batches = make_batches(tokens, job, rank, world_size)
     if rank == 0:
         announce(job, batches)
-    validation = make_validation(job, tokenizer, tokens, say)
+    validation = make_validation(job, tokenizer, tokens)
     torch.manual_seed(job.seed + rank)
     engine = make_engine(job, tokenizer, num_added, batches.grad_accum_steps, world_size)
     check_logits(engine, batches)
@@ -72,7 +75,7 @@ def train(job: TrainJob, stop: StopRequest) -> dict:
     if (last := newest_checkpoint(run.checkpoints)) is not None:
         state = replace(checkpoint.load(engine, last, job_hash, job.seed), world_size=world_size)
         if rank == 0:
-            say(f"going on from {last}, step {state.step} of {batches.num_steps}")
+            log.info(f"going on from {last}, step {state.step} of {batches.num_steps}")
 
     watch = LossWatch(
         config.watch, lambda step: describe_rows(batches.rows_of_step(step - 1), tokens, tokenizer.decode)
@@ -152,8 +155,8 @@ def make_batches(tokens: Tokens, job: TrainJob, rank: int, world_size: int) -> B
 def announce(job: TrainJob, batches: Batches) -> None:
     """Print the arithmetic of the job before it starts."""
     for line in batches.describe():
-        say(line)
-    say(f"{job.config.tuning}, ZeRO-{job.config.zero_stage}, {job.config.precision}; {batches.num_steps} steps")
+        log.info(line)
+    log.info(f"{job.config.tuning}, ZeRO-{job.config.zero_stage}, {job.config.precision}; {batches.num_steps} steps")
 
 
 def result(job: TrainJob, state: TrainState, batches: Batches, tokens: Tokens, line: StepLine) -> dict:
@@ -170,10 +173,6 @@ def result(job: TrainJob, state: TrainState, batches: Batches, tokens: Tokens, l
         "final_loss": line.loss,
         "checkpoint": str(last) if (last := newest_checkpoint(job.run.checkpoints)) else None,
     }
-
-
-def say(text: str) -> None:
-    print(f"[train] {text}", flush=True)
 
 
 def leave_word(run: RunDir, error: TunesmithError) -> None:

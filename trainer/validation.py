@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 
+from cluster.log import stage_logger
 from cluster.run.fence import verify
 from cluster.run.rundir import append_jsonl
 from trainer.config.data import DataSource
@@ -19,6 +20,7 @@ from trainer.data.tokens import Tokens, load_tokens, prepare_tokens
 from trainer.engine import model_inputs
 from trainer.job import TrainJob
 
+log = stage_logger("train")
 KEY = "train.validation.path"
 
 
@@ -41,9 +43,9 @@ def validate(engine: DeepSpeedEngine, batches: Iterable[MicroBatch]) -> float:
 class Validation:
     """When the loss is taken, of what, and where it is told. Every rank has one."""
 
-    def __init__(self, job: TrainJob, tokens: Tokens, documents: list[int], say: Callable[[str], None]):
-        """`documents` of `tokens` are validated on. `say` prints a line to people."""
-        self.job, self.tokens, self.say = job, tokens, say
+    def __init__(self, job: TrainJob, tokens: Tokens, documents: list[int]):
+        """`documents` of `tokens` are validated on."""
+        self.job, self.tokens = job, tokens
         self.num_documents = len(documents)
         self.rows = plan_rows(tokens, job.config, documents)
         self.last_loss: float | None = None
@@ -57,7 +59,7 @@ class Validation:
         if dist.get_rank() != 0:
             return self.last_loss
         seconds = time.perf_counter() - started
-        self.say(f"step {step} | validation loss {self.last_loss:.4f} | {seconds:.1f} s")
+        log.info(f"step {step} | validation loss {self.last_loss:.4f} | {seconds:.1f} s")
         row = {"stage": "validation", "step": step, "loss": self.last_loss, "num_documents": self.num_documents}
         verify(self.job.run.root)
         append_jsonl(self.job.run.metrics, {**row, "seconds": round(seconds, 3), "time": round(time.time(), 3)})
@@ -70,7 +72,7 @@ class Validation:
         return split_rows(self.rows[rank::world_size], size, num_passes, partial(collate, self.tokens))
 
 
-def make_validation(job: TrainJob, tokenizer: object, tokens: Tokens, say: Callable[[str], None]) -> Validation | None:
+def make_validation(job: TrainJob, tokenizer: object, tokens: Tokens) -> Validation | None:
     """What the recipe asks for, if anything. A collective: rank 0 encodes a dataset of its own, the others map it.
 
     Raises InputError if that dataset cannot be read or none of it can be used.
@@ -88,7 +90,7 @@ def make_validation(job: TrainJob, tokenizer: object, tokens: Tokens, say: Calla
         dist.broadcast_object_list(folder, src=0)
         tokens = load_tokens(Path(str(folder[0])))
         documents = document_hashes(tokens, job.seed).argsort(kind="stable")
-    validation = Validation(job, tokens, documents[: config.max_rows].tolist(), say)
+    validation = Validation(job, tokens, documents[: config.max_rows].tolist())
     if dist.get_rank() == 0:
-        say(f"validation: {validation.num_documents:,} documents, every {config.every_steps} steps and at the end")
+        log.info(f"validation: {validation.num_documents:,} documents, every {config.every_steps} steps and at the end")
     return validation

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from cluster.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, TunesmithError
 from cluster.files import write_json
+from cluster.log import stage_logger
 from cluster.nodes.rendezvous import meet
 from cluster.nodes.topology import Topology, read_topology
 from cluster.run.fence import Fence, run_lock
@@ -29,6 +30,7 @@ from cluster.run.rundir import RunDir
 from launcher.torchrun import STOP_SIGNALS, StopSignals, run_torchrun
 from trainer.checkpoint.state import is_trained
 
+log = stage_logger("train")
 POLL_SECONDS = 0.5
 FENCE_SECONDS = 5.0  # how often every node looks for a newer token
 AGREE_SECONDS = 60  # all ranks end together after a preemption, but a shared file system may show their files late
@@ -158,7 +160,7 @@ def train(environ: Mapping[str, str], procs_per_node: int | None, recipe_path: P
     run = RunDir(recipe.run_dir.resolve()).create()
     topology = read_topology(environ, procs_per_node)
     if is_trained(run):
-        print(f"[train] done already: {run.checkpoints}", flush=True)
+        log.info(f"done already: {run.checkpoints}")
         return EXIT_DONE
     cpus_per_rank = max(1, len(os.sched_getaffinity(0)) // topology.procs_per_node)
     os.environ.setdefault("OMP_NUM_THREADS", str(cpus_per_rank))

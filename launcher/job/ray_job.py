@@ -25,6 +25,7 @@ from pathlib import Path
 
 from cluster.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, Preempted, TunesmithError
 from cluster.files import write_json
+from cluster.log import stage_logger
 from cluster.processes.orphans import die_with_parent
 from cluster.ray.cluster import ADDRESS_FILE
 from cluster.ray.folder import new_token, private_folder, ray_environment
@@ -36,6 +37,7 @@ from launcher.job.ray_node import DONE, KEEP_LOGS, RayNode
 from launcher.recipe import Recipe, load
 from launcher.slurm.container import python_module, step_options
 
+log = stage_logger("ray")
 POLL_SECONDS = 0.1
 UP_SECONDS = 300  # from the first step to the last node that is alive; NFS may show a file a minute late
 SAVE_SECONDS = 300  # for a driver that was asked to stop, if Slurm gives it that long
@@ -130,7 +132,7 @@ class RayJob:
             self._start_step(rank, head)
         self._await_all(head, deadline, environment)
         num_cpus, num_gpus = (sum(getattr(share, name) for share in self._shares) for name in ("num_cpus", "num_gpus"))
-        say(f"Ray is up: {', '.join(self._hosts())}; {num_cpus} CPUs, {num_gpus} GPUs")
+        log.info(f"Ray is up: {', '.join(self._hosts())}; {num_cpus} CPUs, {num_gpus} GPUs")
         return head
 
     def _await_all(self, head: str, deadline: float, environment: dict[str, str]) -> None:
@@ -205,7 +207,7 @@ class RayJob:
                 driver.kill()
             for step in [step for step in workers if step.has_ended]:
                 workers.remove(step)
-                say(f"{step.why_ended()}; going on with {1 + len(workers)} of {len(self.steps)} nodes")
+                log.info(f"{step.why_ended()}; going on with {1 + len(workers)} of {len(self.steps)} nodes")
             with contextlib.suppress(subprocess.TimeoutExpired):
                 driver.wait(POLL_SECONDS)
         code = driver.returncode
@@ -298,9 +300,9 @@ def say_what_stays_idle(recipe: Recipe, shares: list[Share]) -> None:
     """One engine on four nodes is allowed, and hardly ever meant."""
     num_engines, num_gpus = recipe.engine.num_replicas, sum(share.num_gpus for share in shares)
     if num_gpus and (idle := num_gpus - num_engines * recipe.engine.gpus_per_engine) > 0:
-        say(f"engine.num_replicas={num_engines} leaves {idle} of {num_gpus} GPUs idle")
+        log.info(f"engine.num_replicas={num_engines} leaves {idle} of {num_gpus} GPUs idle")
     elif not num_gpus and num_engines < len(shares):
-        say(f"engine.num_replicas={num_engines} leaves some of the {len(shares)} nodes idle")
+        log.info(f"engine.num_replicas={num_engines} leaves some of the {len(shares)} nodes idle")
 
 
 def is_listening(address: str, port: int) -> bool:
@@ -317,7 +319,3 @@ def read_json(path: Path) -> dict | None:
         return json.loads(path.read_text())
     except FileNotFoundError:
         return None
-
-
-def say(text: str) -> None:
-    print(f"[ray] {text}", flush=True)

@@ -19,11 +19,13 @@ from pathlib import Path
 
 from cluster.errors import TunesmithError
 from cluster.files import sha256_file
+from cluster.log import stage_logger
 from cluster.processes.orphans import die_with_parent
 from cluster.run.manifest import MANIFEST, is_sealed, verify_manifest
 from trainer.checkpoint.commit import CONVERTED, explain_failed_write, seal
 
 # DeepSpeed refuses to convert ZeRO-1 and ZeRO-2 without this entry; it names layers split over tensor-parallel ranks.
+log = stage_logger("train")
 CLIENT_STATE = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}
 MAX_WORKERS = 4  # each holds the optimizer state of one rank in memory
 OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -41,7 +43,7 @@ def convert(folder: Path) -> None:
     target, source = universal_folder(folder), sha256_file(folder / MANIFEST)
     if is_sealed(target) and verify_manifest(target)["source"] == source:
         return
-    print(f"[train] {folder}: made by another number of ranks, converting it for any number", flush=True)
+    log.info(f"{folder}: made by another number of ranks, converting it for any number")
     # A folder of its own around it, because the converter leaves a pointer file beside its output.
     workshop = folder.with_name(f".converting_{folder.name}")
     shutil.rmtree(workshop, ignore_errors=True)
