@@ -1,11 +1,12 @@
-"""A stage that generates, over all nodes of a job: a Ray of its own, and the stage's process as its driver.
+"""A stage that generates text, over all nodes of a job: a Ray of its own, and the stage's process as its driver.
 
-On every node runs a step (ray_node.py), on the job's first node the driver, and above all of them this supervisor:
+The supervisor in this file runs on the job's first node. It starts the driver there, and a step on every node
+(ray_node.py):
 
-    start the driver, which reads its input meanwhile        if it has nothing to do, or bad input, that is the end
-    start the head's step, then those of the other nodes     a step that ends now ends the job
+    start the driver, which reads its input meanwhile      nothing to do, or bad input: the job ends
+    start the head's step, then those of the other nodes   a step ends: the job ends
     wait until Ray counts exactly these nodes as alive
-    tell the driver where Ray is                             head gone: end at once; a worker gone: go on without it
+    give the driver the address of Ray                     the head ends: the job ends; a worker: go on without it
     take down what was started, and nothing else
 
 The exit code is the driver's. What srun returns decides nothing.
@@ -40,8 +41,8 @@ from launcher.slurm.container import python_module, step_options
 log = stage_logger("ray")
 POLL_SECONDS = 0.1
 UP_SECONDS = 300  # from the first step to the last node that is alive; NFS may show a file a minute late
-SAVE_SECONDS = 300  # for a driver that was asked to stop, if Slurm gives it that long
-SAVE_WITHOUT_HEAD_SECONDS = 15  # its calls to Ray hang; every finished request is on disk already
+SAVE_SECONDS = 300  # for a driver that was asked to stop; Slurm may allow less
+SAVE_WITHOUT_HEAD_SECONDS = 15  # the driver's calls to Ray hang, but every finished request is on disk already
 END_SECONDS = 30  # for a node to take its Ray down
 
 
@@ -52,32 +53,32 @@ class NodeStep:
     rank: int
     share: Share
     srun: subprocess.Popen
-    meeting: Path
+    rendezvous_dir: Path
 
     @property
     def has_ended(self) -> bool:
         return self.srun.poll() is not None
 
     def address(self) -> RayNode | None:
-        """What the node told of itself, once it has."""
-        values = read_json(self.meeting / f"node-{self.rank}.json")
+        """The node's address. None means that the node has not written it yet."""
+        values = read_json(self.rendezvous_dir / f"node-{self.rank}.json")
         return RayNode(**values) if values else None
 
-    def why_ended(self) -> str:
-        """The node's own word if it could leave one."""
-        word = read_json(self.meeting / f"node-{self.rank}.exit.json")
-        reason = word["reason"] if word and word["reason"] else f"its step ended (srun: {self.srun.poll()})"
+    def failure_reason(self) -> str:
+        """Why the node ended: from its exit report if it could write one."""
+        report = read_json(self.rendezvous_dir / f"node-{self.rank}.exit.json")
+        reason = report["reason"] if report and report["reason"] else f"its step ended (srun: {self.srun.poll()})"
         return f"node {self.share.host}: {reason}"
 
-    def tell(self, word: str) -> None:
-        """Send a line. A node that is gone does not hear it."""
+    def send(self, message: str) -> None:
+        """Send a line to the node. A node that has ended does not get it."""
         with contextlib.suppress(BrokenPipeError):
-            self.srun.stdin.write(f"{word}\n".encode())
+            self.srun.stdin.write(f"{message}\n".encode())
             self.srun.stdin.flush()
 
 
 class DriverEnded(Exception):
-    """The driver has ended before Ray was up."""
+    """The driver ended before Ray was up."""
 
 
 class RayJob:
@@ -86,14 +87,14 @@ class RayJob:
     def __init__(
         self,
         run: RunDir,
-        meeting: Path,
+        rendezvous_dir: Path,
         shares: list[Share],
         asked: list[int],
         watches: Sequence[Callable[[], None]] = (),
     ) -> None:
         self.steps: list[NodeStep] = []
         self._run = run
-        self._meeting = meeting
+        self._rendezvous_dir = rendezvous_dir
         self._shares = shares
         self._asked = asked
         self._watches = watches
@@ -103,24 +104,24 @@ class RayJob:
 
     def main(self, command: list[str]) -> int:
         """Bring Ray up, run `command` on it, and take Ray down. Returns the exit code."""
-        word = KEEP_LOGS
+        last_message = KEEP_LOGS
         with private_folder(self._token) as folder:
             environment = {**os.environ, **ray_environment(folder)}
-            for name in ("RAY_AUTH_TOKEN", "RAY_ADDRESS"):  # these would go before our files
+            for name in ("RAY_AUTH_TOKEN", "RAY_ADDRESS"):  # Ray prefers these to our files
                 environment.pop(name, None)
-            address = self._meeting / "address"
+            address = self._rendezvous_dir / "address"
             try:
                 self._driver = self._start(command, {**environment, ADDRESS_FILE: str(address)})
                 with contextlib.suppress(DriverEnded):
                     write_json(address, self._bring_up(environment))
                 code = self._drive()
-                word = DONE if code in (EXIT_DONE, EXIT_PREEMPTED) else KEEP_LOGS
+                last_message = DONE if code in (EXIT_DONE, EXIT_PREEMPTED) else KEEP_LOGS
                 return code
             finally:
-                self._take_down(word)
+                self._take_down(last_message)
 
     def _bring_up(self, environment: dict[str, str]) -> str:
-        """Start Ray on all nodes and return where its head listens. Raises TunesmithError naming a node that fails."""
+        """Start Ray on all nodes and return the head's HOST:PORT. Raises TunesmithError naming a node that fails."""
         deadline = time.monotonic() + UP_SECONDS
         self._start_step(0, None)
         while (node := self.steps[0].address()) is None:
@@ -143,8 +144,10 @@ class RayJob:
                 self._wait(deadline)
             addresses.append(node.address)
         if len(set(addresses)) < len(addresses):
-            told = ", ".join(map(" ".join, zip(self._hosts(), addresses, strict=True)))
-            raise TunesmithError(f"nodes with the same address ({told}): set GLOO_SOCKET_IFNAME to their interface.")
+            listed = ", ".join(map(" ".join, zip(self._hosts(), addresses, strict=True)))
+            raise TunesmithError(
+                f"several nodes have one address ({listed}). Set GLOO_SOCKET_IFNAME to their interface."
+            )
         seconds = str(max(1, round(deadline - time.monotonic())))
         command = python_module("launcher.job.ray_ready", head, seconds, *addresses)
         check = self._start(command, environment, stdout=subprocess.PIPE)
@@ -159,7 +162,7 @@ class RayJob:
 
     def _start_step(self, rank: int, head: str | None) -> None:
         share = self._shares[rank]
-        arguments = [str(self._meeting), str(rank), f"--cpus={share.num_cpus}", f"--gpus={share.num_gpus}"]
+        arguments = [str(self._rendezvous_dir), str(rank), f"--cpus={share.num_cpus}", f"--gpus={share.num_gpus}"]
         arguments += [f"--memory-mib={share.memory_mib}", f"--logs={self._run.logs / 'ray'}"]
         arguments += [] if head is None else [f"--head={head}", f"--head-host={self._shares[0].host}"]
         srun = subprocess.Popen(
@@ -168,28 +171,28 @@ class RayJob:
             stdin=subprocess.PIPE,
             preexec_fn=die_with_parent,
         )
-        self.steps.append(NodeStep(rank, share, srun, self._meeting))
-        self.steps[-1].tell(self._token)
+        self.steps.append(NodeStep(rank, share, srun, self._rendezvous_dir))
+        self.steps[-1].send(self._token)
 
     def _wait(self, deadline: float) -> None:
-        """Wait a moment for nodes that are coming up. Raises if one of them has ended, or if there is no point."""
+        """Wait a moment for nodes that are coming up. Raises if a node or the driver has ended, or at the deadline."""
         if self._driver.poll() is not None:
             raise DriverEnded
         for step in self.steps:
             if step.has_ended:
-                raise TunesmithError(step.why_ended())
+                raise TunesmithError(step.failure_reason())
         if self._asked:
-            raise Preempted("asked to stop before Ray was up; nothing had begun.")
+            raise Preempted("the job was asked to stop before Ray was up. Nothing had begun.")
         if time.monotonic() > deadline:
             late = [step.share.host for step in self.steps if step.address() is None] or self._hosts()
             raise TunesmithError(
-                f"Ray is not up after {UP_SECONDS} s; waited for {', '.join(late)}. Look for their errors above; or "
-                f"the run folder {self._run.root} is not on a file system that all nodes share."
+                f"Ray is not up after {UP_SECONDS} s. Missing: {', '.join(late)}. Their errors may be above. "
+                f"If not, check that the run folder {self._run.root} is on a file system that all nodes share."
             )
         time.sleep(POLL_SECONDS)
 
     def _drive(self) -> int:
-        """Wait for the driver's end, watching the nodes beside it."""
+        """Wait for the driver's end while watching the nodes. Returns its exit code."""
         driver, head, workers = self._driver, self.steps[0], self.steps[1:]
         save_until = None  # set once the driver has been asked to stop
         while driver.poll() is None:
@@ -201,27 +204,27 @@ class RayJob:
             if head.has_ended:
                 if save_until is None:
                     driver.kill()
-                    raise TunesmithError(f"Ray's head is gone, so nothing can go on. {head.why_ended()}")
+                    raise TunesmithError(f"Ray's head has ended, so the job cannot go on. {head.failure_reason()}")
                 save_until = min(save_until, time.monotonic() + SAVE_WITHOUT_HEAD_SECONDS)
             if save_until is not None and time.monotonic() > save_until:
                 driver.kill()
             for step in [step for step in workers if step.has_ended]:
                 workers.remove(step)
-                log.info(f"{step.why_ended()}; going on with {1 + len(workers)} of {len(self.steps)} nodes")
+                log.info(f"{step.failure_reason()}; going on with {1 + len(workers)} of {len(self.steps)} nodes")
             with contextlib.suppress(subprocess.TimeoutExpired):
                 driver.wait(POLL_SECONDS)
         code = driver.returncode
-        was_ended_by_us = code < 0 or code > 128 or head.has_ended  # above 128: as srun tells of a signal
+        was_ended_by_us = code < 0 or code > 128 or head.has_ended  # above 128: how srun reports a signal
         if save_until is not None and was_ended_by_us and code != EXIT_DONE:
-            raise Preempted("stopped as asked; what had finished is on disk.")
+            raise Preempted("the job was asked to stop. All finished requests are on disk.")
         return code if code >= 0 else 128 - code
 
     def _is_asked(self) -> bool:
-        """Whether Slurm wants this job to stop: it told this process, or the step on this node."""
-        return bool(self._asked) or (self._meeting / "node-0.asked").exists()
+        """Whether Slurm has asked the job to stop: by a signal to this process, or to the step on this node."""
+        return bool(self._asked) or (self._rendezvous_dir / "node-0.stop").exists()
 
     def _start(self, argv: list[str], environment: dict[str, str], stdout: int | None = None) -> subprocess.Popen:
-        """Start a process on this node that does not outlive this one: a step, where only steps run in the image."""
+        """Start a process on this node that ends with this one. With a container it is a step: only steps run in it."""
         if options := step_options():
             argv, environment = [*node_step(self._shares[0]), *options, *argv], step_environment(environment)
         process = subprocess.Popen(
@@ -230,13 +233,13 @@ class RayJob:
         self._others.append(process)
         return process
 
-    def _take_down(self, word: str) -> None:
-        """End what this attempt has started: the workers first, as they would complain of a head that is gone."""
+    def _take_down(self, message: str) -> None:
+        """End what this attempt has started: the workers first, as they would report a lost head."""
         for process in self._others:
             process.kill()
             process.wait()
         for step in reversed(self.steps):
-            step.tell(word)
+            step.send(message)
             with contextlib.suppress(BrokenPipeError):
                 step.srun.stdin.close()
         deadline = time.monotonic() + END_SECONDS
@@ -258,17 +261,19 @@ def run(stage: str, arguments: list[str], asked: list[int], watches: Sequence[Ca
     recipe = load(Path(arguments[0]), arguments[1:])
     run = RunDir(recipe.run_dir.resolve()).create()
     with run_lock(run.lock):
-        pass  # the driver will hold it; that another job does is better said now than when Ray is up
+        pass  # the driver will hold it; if another job does, the error comes now and not when Ray is up
     job, attempt = os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-    meeting = run.attempt_dir(job, attempt) / f"ray-{secrets.token_hex(4)}"  # new, so no word of an earlier one
-    meeting.mkdir(parents=True)
+    rendezvous_dir = run.attempt_dir(job, attempt) / f"ray-{secrets.token_hex(4)}"  # new: no file of an earlier try
+    rendezvous_dir.mkdir(parents=True)
     shares = read_allocation(job)
-    say_what_stays_idle(recipe, shares)
+    log_idle_nodes(recipe, shares)
     write_result_file(run, stage, None)
-    code, message = EXIT_FAILED, f"the supervisor of the job broke; where is in the log of job {job}."
+    code, message = EXIT_FAILED, f"the supervisor of the job failed; the log of job {job} has its error."
     try:
-        code = RayJob(run, meeting, shares, asked, watches).main(python_module("launcher.cli", stage, *arguments))
-        message = f"{stage} ended with exit code {code}; what it said is in the log of job {job}."
+        code = RayJob(run, rendezvous_dir, shares, asked, watches).main(
+            python_module("launcher.cli", stage, *arguments)
+        )
+        message = f"{stage} ended with exit code {code}; the log of job {job} has its error."
     except Superseded:
         raise
     except TunesmithError as error:
@@ -283,7 +288,7 @@ def run(stage: str, arguments: list[str], asked: list[int], watches: Sequence[Ca
 
 
 def write_result_file(run: RunDir, stage: str, result: dict | None) -> None:
-    """Replace the stage's result, or remove it, unless the dataset that the old one is about is there and sealed.
+    """Replace the stage's result; None removes it. The result of a dataset that is sealed stays.
 
     Raises Superseded if a newer attempt owns the run.
     """
@@ -296,8 +301,8 @@ def write_result_file(run: RunDir, stage: str, result: dict | None) -> None:
         write_json(run.result(stage), result)
 
 
-def say_what_stays_idle(recipe: Recipe, shares: list[Share]) -> None:
-    """One engine on four nodes is allowed, and hardly ever meant."""
+def log_idle_nodes(recipe: Recipe, shares: list[Share]) -> None:
+    """Log what the engines leave idle: one engine on four nodes is allowed, but hardly ever intended."""
     num_engines, num_gpus = recipe.engine.num_replicas, sum(share.num_gpus for share in shares)
     if num_gpus and (idle := num_gpus - num_engines * recipe.engine.gpus_per_engine) > 0:
         log.info(f"engine.num_replicas={num_engines} leaves {idle} of {num_gpus} GPUs idle")
@@ -314,7 +319,7 @@ def is_listening(address: str, port: int) -> bool:
 
 
 def read_json(path: Path) -> dict | None:
-    """What a node has written, or None if it has not yet."""
+    """The content of a node's file. None means that the node has not written it yet."""
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""What runs on each node of a Ray job, without a Ray: its line to the supervisor, its signals, its reasons."""
+"""What runs on each node of a Ray job, without a Ray: the pipe from the supervisor, signals, reasons of a failure."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from cluster.errors import TunesmithError
-from launcher.job.ray_node import BROKEN_OFF, DONE, Line, ray_environ, ray_start, store_bytes, why_ended
+from launcher.job.ray_node import CLOSED, DONE, Pipe, failure_reason, object_store_bytes, ray_environ, ray_start
 
 # As `ray start --block` of 2.60 writes it when one of its processes is killed.
 KILLED = """Ray runtime started.
@@ -24,45 +24,45 @@ Remaining processes will be killed.
 WATCHED = """
 import signal, subprocess, sys
 from pathlib import Path
-from launcher.job.ray_node import SIGNALS, Line, watch
+from launcher.job.ray_node import SIGNALS, Pipe, await_message
 signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 ray = subprocess.Popen([sys.executable, "-c", "print('up', flush=True); import time; time.sleep(600)"])
-print(watch(ray, Line(), Path(sys.argv[1])), ray.poll())
+print(await_message(ray, Pipe(), Path(sys.argv[1])), ray.poll())
 ray.kill()
 """
 
 
-def test_the_line_gives_words_in_order_and_then_that_it_has_broken_off() -> None:
+def test_the_pipe_gives_messages_in_order_and_then_that_it_has_closed() -> None:
     reading, writing = os.pipe()
-    line = Line(reading)
-    assert line.read(0) is None
+    pipe = Pipe(reading)
+    assert pipe.read(0) is None
     os.write(writing, b"to")
-    assert line.read(0) is None
+    assert pipe.read(0) is None
     os.write(writing, b"ken\ndone\n")
-    assert [line.read(0), line.read(0), line.read(0)] == ["token", DONE, None]
+    assert [pipe.read(0), pipe.read(0), pipe.read(0)] == ["token", DONE, None]
     os.close(writing)
-    assert line.read(0) == BROKEN_OFF
+    assert pipe.read(0) == CLOSED
     os.close(reading)
 
 
 def test_a_process_that_was_killed_and_one_that_never_came_up_are_told_apart(tmp_path: Path) -> None:
     log = tmp_path / "start.log"
     log.write_text(KILLED)
-    assert why_ended(log) == "Ray ended by itself: gcs_server (exit code -9)"
+    assert failure_reason(log) == "Ray ended by itself: gcs_server (exit code -9)"
     log.write_text("Traceback:\n  ...\nValueError: no such thing\n\n")
-    assert why_ended(log) == "Ray did not start: ValueError: no such thing"
+    assert failure_reason(log) == "Ray did not start: ValueError: no such thing"
     log.write_text("")
-    assert why_ended(log) == "Ray did not start: it said nothing"
+    assert failure_reason(log) == "Ray did not start: it printed nothing"
 
 
-def test_a_signal_is_passed_by_and_told_of(tmp_path: Path) -> None:
-    """As in a step: the node and its Ray get the signal, neither ends, and the supervisor can see it."""
-    command = [sys.executable, "-c", WATCHED, str(tmp_path / "asked")]
+def test_a_signal_ends_neither_the_node_nor_its_ray_and_is_reported(tmp_path: Path) -> None:
+    """As in a step: the node and its Ray get the signal. Neither ends, and the supervisor sees the file."""
+    command = [sys.executable, "-c", WATCHED, str(tmp_path / "stop")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as node:
         assert node.stdout.readline() == "up\n"
         for process in (psutil.Process(node.pid), *psutil.Process(node.pid).children()):
             process.send_signal(signal.SIGTERM)
-        while not (tmp_path / "asked").exists():
+        while not (tmp_path / "stop").exists():
             assert node.poll() is None
         node.stdin.write(f"{DONE}\n")
         node.stdin.flush()
@@ -71,13 +71,13 @@ def test_a_signal_is_passed_by_and_told_of(tmp_path: Path) -> None:
 
 def test_the_object_store_fits_into_the_job_and_into_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(psutil, "disk_usage", lambda path: SimpleNamespace(free=10 * 2**30))
-    assert store_bytes(1000) == 300 * 2**20
-    assert store_bytes(10**6) == 1024 * 2**20
+    assert object_store_bytes(1000) == 300 * 2**20
+    assert object_store_bytes(10**6) == 1024 * 2**20
     monkeypatch.setattr(psutil, "disk_usage", lambda path: SimpleNamespace(free=200 * 2**20))
-    assert store_bytes(10**6) == 180 * 2**20
+    assert object_store_bytes(10**6) == 180 * 2**20
     monkeypatch.setattr(psutil, "disk_usage", lambda path: SimpleNamespace(free=64 * 2**20))
-    with pytest.raises(TunesmithError, match="free in /dev/shm are 64 MiB"):
-        store_bytes(10**6)
+    with pytest.raises(TunesmithError, match="64 MiB free in /dev/shm"):
+        object_store_bytes(10**6)
 
 
 def test_what_the_user_has_set_for_another_ray_does_not_reach_this_one(

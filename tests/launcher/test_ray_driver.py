@@ -1,4 +1,4 @@
-"""The driver of a Ray job is there before Ray is. Without Slurm: its step is one that never tells its address."""
+"""The driver of a Ray job starts before Ray does. Without Slurm: its step is one that never writes its address."""
 
 import sys
 from pathlib import Path
@@ -16,8 +16,8 @@ SILENT_STEP = ["sh", "-c", "cat >/dev/null"]  # ends with its standard input
 
 def ray_job_of(folder: Path, monkeypatch: pytest.MonkeyPatch, asked: list[int]) -> RayJob:
     monkeypatch.setattr(ray_job, "node_step", lambda share: SILENT_STEP)
-    (meeting := folder / "meeting").mkdir()
-    return RayJob(RunDir(folder), meeting, [Share("n1", 1, 0, 0)], asked)
+    (rendezvous_dir := folder / "rendezvous").mkdir()
+    return RayJob(RunDir(folder), rendezvous_dir, [Share("n1", 1, 0, 0)], asked)
 
 
 @pytest.mark.parametrize("code", [0, 2])
