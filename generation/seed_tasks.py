@@ -44,7 +44,8 @@ class SeedDataset(Sequence[SeedTask]):
     """The rows of a dataset as seed tasks. A row becomes a Python object only while it is read."""
 
     def __init__(self, dataset: "Dataset", path: Path) -> None:
-        self._dataset = dataset.select_columns([name for name in COLUMNS if name in dataset.column_names])
+        read = [name for name in COLUMNS if name in dataset.column_names]
+        self._dataset = dataset.select_columns(read) if read else dataset
         self._path = path
 
     def __len__(self) -> int:
