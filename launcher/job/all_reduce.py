@@ -1,4 +1,4 @@
-"""Do the nodes of a job compute together? They sum a tensor whose sum is known, over gloo, and over NCCL on GPUs."""
+"""A check that the nodes of a job can compute together: they sum a known tensor, over gloo, and over NCCL on GPUs."""
 
 import datetime
 import os
@@ -15,8 +15,8 @@ TIMEOUT = datetime.timedelta(seconds=60)
 
 
 def sum_over_nodes(topology: Topology, own: NodeAddress, head: NodeAddress) -> list[Finding]:
-    """Sum over all nodes; returns what is wrong with the result as this node sees it."""
-    # By the interface on which the nodes met, unless the user chose one: gloo would resolve the host's name.
+    """Sum a tensor over all nodes. Returns a finding if the sum on this node is wrong."""
+    # The interface by which the nodes met, unless the user chose one: gloo would resolve the host's name.
     os.environ.setdefault("GLOO_SOCKET_IFNAME", own.interface)
     os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={own.interface}")
     import torch
@@ -41,7 +41,7 @@ def sum_over_nodes(topology: Topology, own: NodeAddress, head: NodeAddress) -> l
 
 
 def _sum_on_gpus(expected: float) -> list[Finding]:
-    """The same by NCCL, with the first GPU of each node; tells the bandwidth that it saw."""
+    """The same with NCCL, on the first GPU of each node. Prints the bandwidth."""
     import torch
     import torch.distributed as dist
 
@@ -58,7 +58,7 @@ def _sum_on_gpus(expected: float) -> list[Finding]:
     torch.cuda.synchronize()
     seconds = (time.monotonic() - started) / NCCL_ROUNDS
     size = dist.get_world_size()
-    if rank == 0:  # as nccl-tests count: each byte crosses a link 2(n-1)/n times
+    if rank == 0:  # bus bandwidth as nccl-tests define it: each byte crosses a link 2(n-1)/n times
         rate = NCCL_BYTES * 2 * (size - 1) / size / seconds / 1e9
-        print(f"preflight: NCCL, {rate:.1f} GB/s of bus bandwidth", flush=True)
+        print(f"preflight: NCCL bus bandwidth {rate:.1f} GB/s", flush=True)
     return [Finding("NCCL all-reduce", f"{wrong} sums are not {expected:g}")] if wrong else []

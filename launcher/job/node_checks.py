@@ -1,10 +1,7 @@
-"""Is every node of a job fit for it? Checked in seconds, before any time on a GPU is spent.
+"""The checks of a preflight: whether every node of a job is fit for it. They take seconds, and load no torch.
 
-    look_around(report, run_root, num_gpus=8)      # on every node, at the same time
-    compare(reports)                               # on one
-
-Every node leaves `preflight-node-<i>.json` in the folder of its attempt: what it is, what it saw, and what is wrong.
-Node 0 compares them. Without torch, but for the all-reduce, in which all nodes take part or none.
+check_node(report, run_root, num_gpus=8)       # on every node, at the same time
+compare_reports(reports)                       # on node 0
 """
 
 import hashlib
@@ -23,17 +20,17 @@ from cluster.files import write_json
 
 PACKAGES = ("cluster", "generation", "trainer", "launcher")
 LIBRARIES = ("torch", "deepspeed", "transformers", "ray", "vllm")
-LEAST_TMP_MIB = 64
-LEAST_RUN_MIB = 256
-LEAST_SHM_MIB = 16
-LEAST_INODES = 1000
+MIN_TMP_MIB = 64
+MIN_RUN_MIB = 256
+MIN_SHM_MIB = 16
+MIN_INODES = 1000
 MAX_SKEW_SECONDS = 30.0
 NVIDIA_SMI_SECONDS = 20
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A check that a node did not pass."""
+    """A check that a node did not pass, and why."""
 
     check: str
     message: str
@@ -41,7 +38,7 @@ class Finding:
 
 @dataclass
 class NodeReport:
-    """What a node says of itself."""
+    """What a node found about itself."""
 
     rank: int
     host: str
@@ -55,10 +52,10 @@ class NodeReport:
     seconds: float = 0.0
     all_reduce_seconds: float = 0.0
 
-    def try_check(self, check: str, look: Callable[[], str | None]) -> None:
-        """Note what `look` finds wrong, be it told or raised."""
+    def try_check(self, check: str, function: Callable[[], str | None]) -> None:
+        """Add a finding if `function` returns a message or raises OSError."""
         try:
-            message = look()
+            message = function()
         except OSError as error:
             message = str(error)
         if message:
@@ -76,7 +73,7 @@ def code_hash(packages: Iterable[str] = PACKAGES) -> str:
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of Python and of the libraries on which nodes have to agree; importing none of them."""
+    """Versions of Python and of the libraries on which nodes have to agree. Imports none of them."""
     found = {"python": platform.python_version()}
     for name in LIBRARIES:
         try:
@@ -86,19 +83,19 @@ def library_versions() -> dict[str, str]:
     return found
 
 
-def check_space(path: Path, least_mib: int) -> str | None:
-    """What is wrong with the room at `path`, by trying and not only by what the file system says of itself."""
+def check_space(path: Path, min_mib: int) -> str | None:
+    """Return a message if the file system of `path` has too little space or too few inodes."""
     state = os.statvfs(path)
     free_mib = state.f_bavail * state.f_frsize / 2**20
-    if free_mib < least_mib:
-        return f"{path}: {free_mib:.1f} MiB free; {least_mib} MiB are wanted"
-    if state.f_files and state.f_favail < LEAST_INODES:  # some file systems count none
-        return f"{path}: {state.f_favail} inodes free; {LEAST_INODES} are wanted"
+    if free_mib < min_mib:
+        return f"{path}: {free_mib:.1f} MiB free; {min_mib} MiB are needed"
+    if state.f_files and state.f_favail < MIN_INODES:  # some file systems count none
+        return f"{path}: {state.f_favail} inodes free; {MIN_INODES} are needed"
     return None
 
 
 def check_writable(folder: Path, name: str) -> str | None:
-    """Write, fsync and rename, as every checkpoint does."""
+    """Write, fsync and rename a file, as every checkpoint does. Raises OSError if that fails."""
     path = folder / f".preflight-{name}"
     try:
         write_json(path, {"pid": os.getpid()})
@@ -108,9 +105,9 @@ def check_writable(folder: Path, name: str) -> str | None:
 
 
 def clock_skew(folder: Path, name: str) -> float:
-    """How far this node's clock is ahead of the one that stamps the files of `folder`, in seconds.
+    """How many seconds this node's clock is ahead of the clock that stamps the files of `folder`.
 
-    On one file server that is the same clock for all nodes, so two of these can be compared.
+    That is one clock for all nodes, the file server's, so the skews of two nodes can be compared.
     """
     path = folder / f".clock-{name}"
     try:
@@ -124,7 +121,7 @@ def clock_skew(folder: Path, name: str) -> float:
 
 
 def check_port() -> str | None:
-    """True to what a rendezvous needs: a port on which others can connect."""
+    """Listen on a port, as a rendezvous does. Raises OSError if none is free."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         probe.listen()
@@ -132,7 +129,7 @@ def check_port() -> str | None:
 
 
 def read_gpus() -> tuple[str, str | None]:
-    """The node's GPUs as `nvidia-smi` lists them, and what is wrong with them."""
+    """The node's GPUs as `nvidia-smi` lists them, and a message if something is wrong with them."""
     if shutil.which("nvidia-smi") is None:
         return "no nvidia-smi", None
     fields = "name,memory.total,ecc.errors.uncorrected.volatile.total"
@@ -148,35 +145,35 @@ def read_gpus() -> tuple[str, str | None]:
     return "; ".join(lines), f"uncorrected memory errors: {'; '.join(bad)}" if bad else None
 
 
-def look_around(report: NodeReport, run_root: Path, num_gpus: int) -> None:
-    """All that a node can check by itself."""
+def check_node(report: NodeReport, run_root: Path, num_gpus: int) -> None:
+    """Run all checks that a node can do by itself. `num_gpus` belong to the job."""
     started = time.monotonic()
     name = f"{report.host}-{os.getpid()}"
     report.code, report.versions = code_hash(), library_versions()
     report.try_check("run folder", lambda: check_writable(run_root, name))
-    report.try_check("disk of the run folder", lambda: check_space(run_root, LEAST_RUN_MIB))
-    report.try_check("/tmp", lambda: check_space(Path("/tmp"), LEAST_TMP_MIB) or check_writable(Path("/tmp"), name))
-    report.try_check("/dev/shm", lambda: check_space(Path("/dev/shm"), LEAST_SHM_MIB))
+    report.try_check("disk of the run folder", lambda: check_space(run_root, MIN_RUN_MIB))
+    report.try_check("/tmp", lambda: check_space(Path("/tmp"), MIN_TMP_MIB) or check_writable(Path("/tmp"), name))
+    report.try_check("/dev/shm", lambda: check_space(Path("/dev/shm"), MIN_SHM_MIB))
     report.try_check("port", check_port)
     if not any(finding.check == "run folder" for finding in report.findings):
         report.skew_seconds = round(clock_skew(run_root, name), 3)
-    report.gpus, wrong = read_gpus()
-    report.try_check("GPUs", lambda: wrong)
-    listed = len(report.gpus.split("; ")) if shutil.which("nvidia-smi") else None
-    if listed is not None and listed < num_gpus and not wrong:
-        report.findings.append(Finding("GPUs", f"{num_gpus} belong to the job, nvidia-smi lists {listed}"))
+    report.gpus, gpu_error = read_gpus()
+    report.try_check("GPUs", lambda: gpu_error)
+    num_listed = len(report.gpus.split("; ")) if shutil.which("nvidia-smi") else None
+    if num_listed is not None and num_listed < num_gpus and not gpu_error:
+        report.findings.append(Finding("GPUs", f"{num_gpus} belong to the job, nvidia-smi lists {num_listed}"))
     report.seconds = round(time.monotonic() - started, 3)
 
 
-def compare(reports: list[NodeReport]) -> dict[str, list[Finding]]:
-    """What is wrong with which host: its own findings, and where it differs from most others."""
-    wrong = {report.host: list(report.findings) for report in reports}
+def compare_reports(reports: list[NodeReport]) -> dict[str, list[Finding]]:
+    """The findings of each host that has any: its own, and where it differs from most others."""
+    findings = {report.host: list(report.findings) for report in reports}
     code = _most_common([report.code for report in reports])
     skews = sorted(report.skew_seconds for report in reports)
     usual_skew = skews[len(skews) // 2]
     versions = {name: _most_common([report.versions.get(name, "") for report in reports]) for name in _names(reports)}
     for report in reports:
-        mine = wrong[report.host]
+        mine = findings[report.host]
         if report.code != code:
             mine.append(Finding("code", f"its sources hash to {report.code}, those of the others to {code}"))
         for name, usual in versions.items():
@@ -185,8 +182,8 @@ def compare(reports: list[NodeReport]) -> dict[str, list[Finding]]:
                 mine.append(Finding("versions", f"{name} {own} here, {usual} on the others"))
         if abs(report.skew_seconds - usual_skew) > MAX_SKEW_SECONDS:
             off = report.skew_seconds - usual_skew
-            mine.append(Finding("clock", f"{off:+.0f} s from the others; {MAX_SKEW_SECONDS:.0f} s are borne"))
-    return {host: findings for host, findings in wrong.items() if findings}
+            mine.append(Finding("clock", f"{off:+.0f} s from the others; at most {MAX_SKEW_SECONDS:.0f} s are allowed"))
+    return {host: found for host, found in findings.items() if found}
 
 
 def to_json(report: NodeReport) -> dict:
@@ -202,5 +199,5 @@ def _names(reports: list[NodeReport]) -> list[str]:
 
 
 def _most_common(values: list[str]) -> str:
-    """The value that most have; of equally many, that of the node with the lowest number."""
+    """The most common value. In a tie, that of the node with the lowest number."""
     return max(dict.fromkeys(values), key=values.count)

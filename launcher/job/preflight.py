@@ -2,9 +2,9 @@
 
     srun --ntasks-per-node=1 python -P -m launcher.job.preflight RUN_DIR [--no-all-reduce]
 
-Every node reports in `<run>/attempt-<job>-<restart>/preflight-node-<i>.json`, node 0 compares the reports and leaves
-`preflight.json`, and if all are fit they sum a known tensor together. `check_nodes` is what an attempt calls: it starts
-this, and names the nodes and checks that failed.
+Every node writes `<run>/attempt-<job>-<restart>/preflight-node-<i>.json`. Node 0 compares these reports and writes
+`preflight.json`. If all nodes are fit, they sum a known tensor together. An attempt calls `check_nodes`, which starts
+all this and names the nodes and checks that failed.
 """
 
 import argparse
@@ -22,11 +22,11 @@ from cluster.nodes.rendezvous import meet
 from cluster.nodes.topology import Topology, read_topology
 from cluster.run.rundir import RunDir
 from launcher.job import node_health as ledger
-from launcher.job.node_checks import Finding, NodeReport, compare, from_json, look_around, to_json
+from launcher.job.node_checks import Finding, NodeReport, check_node, compare_reports, from_json, to_json
 from launcher.slurm.container import python_module
 
-REPORT_SECONDS = 60.0  # until every node has reported; a shared file system may take its time to show it
-LIMIT_SECONDS = 240.0  # of all of it
+REPORT_SECONDS = 60.0  # until every node has reported; a shared file system may show files late
+LIMIT_SECONDS = 240.0  # for the whole preflight
 POLL_SECONDS = 0.1
 
 OnAllNodes = Callable[[list[str], float], int]
@@ -41,63 +41,64 @@ class PreflightFailed(TunesmithError):
 def check_nodes(run: RunDir, job_id: str, hosts: tuple[str, ...], on_all_nodes: OnAllNodes) -> None:
     """Start the checks on all nodes. Raises PreflightFailed naming nodes and checks, which go into the ledger as well.
 
-    `on_all_nodes` runs a command on every node of the job for so many seconds at most, and returns its exit code.
+    `on_all_nodes(argv, limit_seconds)` runs a command on every node of the job and returns its exit code.
     """
     code = on_all_nodes(python_module("launcher.job.preflight", str(run.root)), LIMIT_SECONDS)
     if code == EXIT_DONE:
         return
     if code == EXIT_PREEMPTED:
-        raise Preempted("asked to stop before the stage began; the next attempt begins it.")
+        raise Preempted("the job was asked to stop before the stage began. The next attempt begins it.")
     folder = run.attempt_dir(job_id, int(os.environ.get("SLURM_RESTART_COUNT", "0")))
     failures = read_failures(folder, hosts)
     failed = tuple(host for host in hosts if host in failures)
     checks = ", ".join(dict.fromkeys(finding.check for host in failed for finding in failures[host]))
     ledger.note(run, job_id, hosts, failed=failed, preflight=checks or "unknown")
-    told = "; ".join(f"{host}: {each.check}: {each.message}" for host in failed for each in failures[host])
+    listed = "; ".join(f"{host}: {each.check}: {each.message}" for host in failed for each in failures[host])
+    reason = listed or f"exit code {code}, and no node reported why. Errors may be above"
     raise PreflightFailed(
-        f"PREFLIGHT: {told or f'it ended with exit code {code} and no node says why; look above'}. Nothing was started "
-        f"on the nodes. Those that failed are left out of the next attempt; slurm.preflight=false skips the checks."
+        f"PREFLIGHT: {reason}. Nothing was started on the nodes. The next attempt leaves out the nodes that failed; "
+        "slurm.preflight=false skips the checks."
     )
 
 
 def read_failures(folder: Path, hosts: tuple[str, ...]) -> dict[str, list[Finding]]:
-    """What node 0 concluded, and what single nodes found after that. A node without a report has failed by that."""
+    """The failures that node 0 found, and those that single nodes found later. A node without a report has failed."""
     failures: dict[str, list[Finding]] = {}
     result = folder / "preflight.json"
     if result.exists():
-        said = json.loads(result.read_text())["failures"]
-        failures = {host: [Finding(**each) for each in found] for host, found in said.items()}
+        values = json.loads(result.read_text())["failures"]
+        failures = {host: [Finding(**each) for each in found] for host, found in values.items()}
     for rank, host in enumerate(hosts):
         path = folder / f"preflight-node-{rank}.json"
         if not path.exists():
-            failures.setdefault(host, [_silence()])
+            failures.setdefault(host, [_no_report()])
         elif found := from_json(json.loads(path.read_text())).findings:
             failures.setdefault(host, found)
     return failures
 
 
-def _silence() -> Finding:
+def _no_report() -> Finding:
     return Finding(
-        "run folder", "left no report: it cannot write to the run folder, or does not run; its own words are in the log"
+        "run folder", "left no report: it cannot write to the run folder, or does not run. The log may have its error"
     )
 
 
 def run_node(topology: Topology, run: RunDir, with_all_reduce: bool, report_seconds: float) -> int:
-    """This node's part."""
+    """This node's part of the preflight. Returns the exit code."""
     folder = topology.attempt_dir(run)
     report = NodeReport(topology.node_rank, topology.hosts[topology.node_rank], topology.step_id)
     folder.mkdir(parents=True, exist_ok=True)
     if topology.node_rank == 0:
         write_json(folder / "preflight-nonce.json", {"nonce": uuid.uuid4().hex, "step_id": topology.step_id})
-    look_around(report, run.root, topology.procs_per_node if "SLURM_GPUS_ON_NODE" in os.environ else 0)
+    check_node(report, run.root, topology.procs_per_node if "SLURM_GPUS_ON_NODE" in os.environ else 0)
     path = folder / f"preflight-node-{report.rank}.json"
-    for finding in report.findings:  # should the run folder not take it, the log does
+    for finding in report.findings:  # also in the log, as the run folder may be what cannot be written
         print(f"preflight: {report.host}: {finding.check}: {finding.message}", file=sys.stderr, flush=True)
     report.nonce = await_json(folder / "preflight-nonce.json", topology.step_id, report_seconds)["nonce"]
     write_json(path, to_json(report))
     if topology.node_rank == 0:
         conclude(topology, folder, report_seconds)
-    # Twice: node 0 may have begun to wait a little later.
+    # Twice as long as node 0 waits, which may have begun to wait later.
     result = await_json(folder / "preflight.json", topology.step_id, 2 * report_seconds)
     if result["failures"]:
         return EXIT_FAILED
@@ -113,7 +114,7 @@ def run_node(topology: Topology, run: RunDir, with_all_reduce: bool, report_seco
 
 
 def conclude(topology: Topology, folder: Path, report_seconds: float) -> None:
-    """Node 0: wait for all reports, compare them, and tell everybody."""
+    """Node 0: wait for all reports, compare them, and write the result for all nodes."""
     deadline = time.monotonic() + report_seconds
     reports, missing = [], []
     nonce = json.loads((folder / "preflight-nonce.json").read_text())["nonce"]
@@ -123,14 +124,14 @@ def conclude(topology: Topology, folder: Path, report_seconds: float) -> None:
             reports.append(from_json(await_json(path, topology.step_id, deadline - time.monotonic())))
         except TunesmithError:
             missing.append(host)
-    failures = compare(reports)
+    failures = compare_reports(reports)
     for report in reports:
         if report.nonce != nonce:
-            failures.setdefault(report.host, []).append(Finding("run folder", "it is not the one that node 0 sees"))
+            failures.setdefault(report.host, []).append(Finding("run folder", "it is not the folder that node 0 sees"))
     for host in missing:
-        failures[host] = [_silence()]
-    said = {host: [vars(finding) for finding in found] for host, found in failures.items()}
-    write_json(folder / "preflight.json", {"failures": said, "step_id": topology.step_id, "time": time.time()})
+        failures[host] = [_no_report()]
+    values = {host: [vars(finding) for finding in found] for host, found in failures.items()}
+    write_json(folder / "preflight.json", {"failures": values, "step_id": topology.step_id, "time": time.time()})
 
 
 def await_json(path: Path, step_id: int, seconds: float) -> dict:
@@ -142,15 +143,15 @@ def await_json(path: Path, step_id: int, seconds: float) -> dict:
             if found["step_id"] == step_id:
                 return found
         if time.monotonic() > deadline:
-            raise TunesmithError(f"{path} was not there in time: the run folder is not shared, or a node does not run.")
+            raise TunesmithError(f"{path} is missing: the run folder is not shared, or a node does not run.")
         time.sleep(POLL_SECONDS)
 
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m launcher.job.preflight", description=__doc__.splitlines()[0])
     parser.add_argument("run_dir", type=Path)
-    parser.add_argument("--report-seconds", type=float, default=REPORT_SECONDS, help="how long nodes wait for others")
-    parser.add_argument("--no-all-reduce", action="store_true", help="do without torch, whose import takes seconds")
+    parser.add_argument("--report-seconds", type=float, default=REPORT_SECONDS, help="limit of waiting for other nodes")
+    parser.add_argument("--no-all-reduce", action="store_true", help="skip the sum, which imports torch for seconds")
     arguments = parser.parse_args(argv)
     try:
         topology = read_topology(os.environ)
