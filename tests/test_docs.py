@@ -7,6 +7,7 @@ Messages are the comments and strings of the four packages, of scripts and of re
 import importlib.util
 import io
 import re
+import shlex
 import subprocess
 import tokenize
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from pydantic import BaseModel
 
 from docs.generate_reference import PAGE, render
 from launcher.cli import app
-from launcher.recipe import Recipe
+from launcher.recipe import Recipe, load
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("cluster", "generation", "trainer", "launcher")
@@ -43,6 +44,7 @@ COMMAND = re.compile(r"(?<![\w/-])tunesmith (?P<verbs>[a-z]+(?: ?\| ?[a-z]+(?: -
 MODULE_RUN = re.compile(r"python3? (?:-\w )*-m (?P<module>[\w.]+)(?P<rest>[^`#\n]*)")
 OPTION = re.compile(r"(?<![\w-])--?[a-z][\w-]*")
 TARGET = re.compile(r"(?<![\w-])make (?:[A-Z]+=\S+ )*(?P<target>[a-z][\w-]*)")
+COMMAND_LINE = re.compile(r"^\$ (.+)$", flags=re.MULTILINE)
 SETTING = re.compile(r"^(?P<key>[a-z]\w*(?:\.[a-z]\w*)*)(?:=|: ).+$")
 
 
@@ -236,6 +238,28 @@ def test_a_link_leads_somewhere(document: Path) -> None:
         if "://" not in target and (not place.exists() or (anchor and anchor not in anchors(place))):
             broken.append(target)
     assert not broken
+
+
+@pytest.mark.parametrize("command", sorted({c for d in DOCUMENTS for c in COMMAND_LINE.findall(d.read_text())}))
+def test_a_command_in_a_document_has_a_recipe_that_is_valid(command: str) -> None:
+    arguments = shlex.split(command)
+    for number, argument in enumerate(arguments):
+        if argument.endswith(".yaml"):
+            load(ROOT / argument, [value for value in arguments[number + 1 :] if "=" in value and value[0] != "-"])
+
+
+def test_the_readme_has_no_long_table_cell() -> None:
+    cells = [
+        cell for line in (ROOT / "README.md").read_text().splitlines() if line[:1] == "|" for cell in line.split("|")
+    ]
+    assert max(map(len, cells)) <= 100
+
+
+def test_the_errors_that_the_readme_explains_exist() -> None:
+    messages = "\n".join(path.read_text() for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+    _, _, table = (ROOT / "README.md").read_text().partition("| message |")
+    explained = re.findall(r"^\| `(?:\.\.\. )?([^`]+)`", table, flags=re.MULTILINE)
+    assert len(explained) >= 4 and not [message for message in explained if message not in messages]
 
 
 def anchors(document: Path) -> set[str]:

@@ -14,7 +14,7 @@ from launcher.stages import run_stage
 from trainer.config.train import TrainConfig
 from trainer.config.tuning import METHODS, form_refusal, refusal
 
-DOCS = Path(__file__).parents[2] / "docs" / "training.md"
+DOCS = Path(__file__).parents[2] / "docs" / "guides" / "lora.md"
 SETTINGS = ("tuning", "zero_stage", "activation_checkpointing", "packing")
 COMBINATIONS = list(itertools.product(METHODS, range(4), ("none", "full"), (False, True)))
 
@@ -105,7 +105,7 @@ def test_qlora_without_its_library_is_refused(monkeypatch: pytest.MonkeyPatch) -
 
 
 def expected_table() -> list[str]:
-    """The table of docs/training.md, from the rules themselves."""
+    """The table of docs/guides/lora.md, from the rules themselves."""
 
     def mark(refused: str | None) -> str:
         return "yes" if refused is None else "no"
