@@ -18,7 +18,6 @@ from toy_world.rows import PROMPTS
 from toy_world.world import draw_task, seen_phrasings
 
 END_OF_TURN = "<|im_end|>"
-EXAMPLE = "cow red sun"  # the content in the prompt of `complicate_input`
 # Prompts by method, and the variables that each gets.
 VARIABLES = {
     "self_instruct": {
@@ -32,7 +31,7 @@ VARIABLES = {
     "instruction_wild": {"instructions": ("demonstrations", "language"), "answer": ("instruction",)},
     "evol_instruct": {
         **dict.fromkeys(("add_constraints", "deepen", "concretize", "add_reasoning", "breadth"), ("instruction",)),
-        "complicate_input": ("instruction", "data_format", "example"),
+        "complicate_input": ("instruction", "data_format"),
         "equal": ("first", "second"),
         "answer": ("instruction",),
     },
@@ -90,7 +89,7 @@ def lineage(rng: Random) -> str:
     for _ in range(rng.randint(1, 4)):
         before, (name, request) = request, _evolved(rng, request)
         data_format = request.data_format or rng.choice(tuple(DATA_FORMATS))
-        variables = {"data_format": data_format, "example": EXAMPLE} if name == "complicate_input" else {}
+        variables = {"data_format": data_format} if name == "complicate_input" else {}
         turns.append(chat(EVOLVE[name].render(instruction=before.text, **variables), request.text))
         if rng.random() < 0.3:
             turns.append(_compared(rng, before, request if rng.random() < 0.5 else _same(rng, before)))

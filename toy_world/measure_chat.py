@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from toy_world import evolution
-from toy_world.chat_documents import DATA_FORMATS, EVOLVE, EXAMPLE, OPERATIONS, TEMPLATES, chat, draw_request
+from toy_world.chat_documents import DATA_FORMATS, EVOLVE, OPERATIONS, TEMPLATES, chat, draw_request
 from toy_world.chat_documents import equal as equal_document
 from toy_world.evolution import Request, read_request
 from toy_world.family import Phrasing
@@ -116,9 +116,9 @@ def evolutions(writer: Writer, rng: Random, count: int) -> None:
             request = Request(draw_task(rng, generic)) if name == "concretize" else draw_request(rng)
             if changed := operation(rng, request):
                 cases.append((request, changed.data_format or rng.choice(tuple(DATA_FORMATS))))
-        extra = {"example": EXAMPLE} if name == "complicate_input" else {}
+        takes_format = name == "complicate_input"
         prompts = [
-            EVOLVE[name].render(instruction=request.text, **(extra | {"data_format": kind} if extra else {}))
+            EVOLVE[name].render(instruction=request.text, **({"data_format": kind} if takes_format else {}))
             for request, kind in cases
         ]
         after = [read_request(reply) for reply in writer.reply(prompts, DRAWN)]

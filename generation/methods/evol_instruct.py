@@ -20,7 +20,6 @@ from generation.filters import Draft, FilterChain, Rejection
 from generation.judge import not_judged
 from generation.method import AcceptedInstruction, InstructionResult, MethodInputs, Proposal
 from generation.methods.answers import ask_for_answer, check_answer
-from generation.methods.data_formats import EXAMPLES
 from generation.methods.given import GivenInstructions
 from generation.records import GenerationResult, Record, RejectedRecord, machine_record, user_turn
 from generation.requester import UNANSWERED
@@ -48,7 +47,7 @@ class EvolInstruct(GivenInstructions):
         "deepen": ("instruction",),
         "concretize": ("instruction",),
         "add_reasoning": ("instruction",),
-        "complicate_input": ("instruction", "data_format", "example"),
+        "complicate_input": ("instruction", "data_format"),
         "breadth": ("instruction",),
         "equal": ("first", "second"),
         "answer": ("instruction", "input"),
@@ -107,7 +106,7 @@ class EvolInstruct(GivenInstructions):
         variables = {"instruction": instruction}
         if operation == "complicate_input":
             data_format = self._inputs.draw(accepted.id, round_number, "format").choice(self._evolution.data_formats)
-            variables |= {"data_format": data_format, "example": EXAMPLES.get(data_format, "")}
+            variables["data_format"] = data_format
         text = prompt.render(**variables)
         sampling = self._evolution.evolution_sampling
         return await self._inputs.requester.ask("writer", operation, prompt, text, sampling, replica=round_number)

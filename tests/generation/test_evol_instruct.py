@@ -9,7 +9,6 @@ from cluster.engines.config import GenerationRequest
 from generation.config import EvolInstructConfig
 from generation.config.evol_instruct import OPERATIONS
 from generation.filters import Instance
-from generation.methods.data_formats import EXAMPLES
 from generation.seed_tasks import SeedTask
 from tests.generation.harness import SEEDS, CoroutinePool, Made, drive, prompt_text
 
@@ -108,14 +107,24 @@ def test_only_the_operations_of_the_recipe_are_drawn(tmp_path):
     assert set(kinds(pool)) == {"breadth", "equal", "answer"}
 
 
+FORMAT_MARKS = {
+    "XML": "<catalog>",
+    "SQL": "GROUP BY",
+    "Python": "def collect",
+    "HTML": "<ul>",
+    "shell": "cd /var",
+    "JSON": '{"id":',
+}
+
+
 def test_complicate_input_names_a_data_format_and_shows_an_example_of_it(tmp_path):
     pool = model()
     evolve(tmp_path, pool, SEEDS, operations=("complicate_input",))
     prompts = [prompt_text(request) for request in pool.requests if kind_of(request) == "complicate_input"]
     named = Counter()
     for prompt in prompts:
-        (data_format,) = [name for name in EXAMPLES if f"in the form of {name}," in prompt]
-        assert EXAMPLES[data_format] in prompt
+        (data_format,) = [name for name in FORMAT_MARKS if f"in the form of {name}," in prompt]
+        assert [name for name, mark in FORMAT_MARKS.items() if mark in prompt] == [data_format]
         named[data_format] += 1
     assert set(named) == {"XML", "SQL", "Python", "HTML", "shell", "JSON"} and len(prompts) == 40
 

@@ -22,7 +22,6 @@ VALUES = {
     "num_tasks": 20,
     "language": "English",
     "data_format": "JSON",
-    "example": "",
     "rubric": "It is good.",
     "first": "Do it.",
     "second": "Do that.",
