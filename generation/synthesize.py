@@ -17,7 +17,7 @@ from cluster.engines.config import EngineConfig
 from cluster.errors import InputError, Preempted, TunesmithError
 from cluster.files import write_json
 from cluster.log import Progress, stage_logger
-from cluster.processes.signals import StopRequest, stop_signals
+from cluster.processes.signals import StopRequest
 from cluster.ray.cluster import ray_session
 from cluster.run.fence import Superseded, run_lock, verify
 from cluster.run.manifest import is_sealed, verify_manifest
@@ -54,7 +54,7 @@ def run(config: SynthesisConfig, model: ModelConfig, engine: EngineConfig, run: 
             return done
         run.event(STAGE, "started", method=inputs.method.NAME, num_engines=inputs.num_engines, inputs_sha=inputs.sha)
         try:
-            with stop_signals() as stop, RequestLog(run.requests) as request_log, ray_session(run.root):
+            with StopRequest() as stop, RequestLog(run.requests) as request_log, ray_session(run.root):
                 stop.install()  # again: ray.init has taken SIGTERM
                 result = asyncio.run(_until_stopped(Synthesis(inputs, run, request_log, progress), stop))
         except Preempted as stopped:
@@ -195,7 +195,7 @@ async def _until_stopped(synthesis: Synthesis, stop: StopRequest) -> dict:
         work.cancel()
         await asyncio.gather(work, return_exceptions=True)
         raise Preempted(
-            f"stopped by {stop.signal_name}; {len(synthesis.request_log)} finished requests are saved. Start the same "
+            f"stopped by {stop.names[0]}; {len(synthesis.request_log)} finished requests are saved. Start the same "
             "command again to go on: none of them will be generated again."
         )
     return work.result()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from cluster.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_PREEMPTED, InputError, Preempted, TunesmithError
 from cluster.log import stage_logger
+from cluster.processes.signals import StopRequest
 from cluster.run.fence import run_lock, verify
 from cluster.run.rundir import RunDir
 from launcher.recipe import Recipe
@@ -46,7 +47,7 @@ def synthesize(recipe: Recipe, run: RunDir) -> None:
 def train(recipe: Recipe, run: RunDir) -> None:
     """Train on this machine: start torchrun, pass stop signals on to its ranks, and wait for its end."""
     from cluster.model_source import locate_model, model_revision
-    from launcher.torchrun import StopSignals, run_torchrun
+    from launcher.torchrun import run_torchrun
     from trainer.checkpoint.state import is_trained
 
     if is_trained(run):
@@ -63,9 +64,9 @@ def train(recipe: Recipe, run: RunDir) -> None:
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
     verify(run.root)
     run.result("train").unlink(missing_ok=True)
-    with StopSignals() as stops:
+    with StopRequest(interrupts=True) as stop:
         command = ["-m", "trainer.train", str(run.root.resolve())]
-        code = run_torchrun(options, command, stops, {"OMP_NUM_THREADS": threads})
+        code = run_torchrun(options, command, stop, {"OMP_NUM_THREADS": threads})
     if code == EXIT_PREEMPTED:
         raise Preempted(f"training stopped; the last step is saved in {run.checkpoints}. The same command goes on.")
     if code != EXIT_DONE:

@@ -1,7 +1,7 @@
 """torchrun on this machine: its ranks get the stop signals, and its exit code is that of the rank that failed first.
 
-    with StopSignals() as stops:
-        code = run_torchrun(["--standalone", "--nproc-per-node=2"], ["-m", "trainer.train", "runs/demo"], stops)
+    with StopRequest(interrupts=True) as stop:
+        code = run_torchrun(["--standalone", "--nproc-per-node=2"], ["-m", "trainer.train", "runs/demo"], stop)
 
 `run_torchrun` starts `python -m launcher.torchrun`, which is `main` below: torchrun itself, but for three things.
 - It ends with the exit code of the rank that failed first, so that "preempted, start me again" (75) and "bad input" (2)
@@ -17,48 +17,24 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Protocol
 
 import psutil
 
-from cluster.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, Preempted
+from cluster.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED
 from cluster.processes.orphans import die_with_parent
+from cluster.processes.signals import StopRequest
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 HANDLED_BY_TORCH = "SIGINT,SIGQUIT"  # not SIGTERM
 POLL_SECONDS = 0.5
-
-
-class StopSignals:
-    """Collects the stop signals while it is entered. Ctrl-C counts as SIGTERM."""
-
-    def __init__(self) -> None:
-        self.names: list[str] = []
-        self.pending: deque[int] = deque()  # not passed on to the ranks yet
-        self.has_begun = False  # set when torchrun starts; until then there is nothing to save
-
-    def __enter__(self) -> "StopSignals":
-        self._previous = {signum: signal.signal(signum, self._on_signal) for signum in STOP_SIGNALS}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for signum, handler in self._previous.items():
-            signal.signal(signum, handler)
-
-    def _on_signal(self, signum: int, _frame: object) -> None:
-        self.names.append(signal.Signals(signum).name)
-        self.pending.append(signal.SIGTERM if signum == signal.SIGINT else signum)
-        if not self.has_begun:
-            raise Preempted(f"{self.names[-1]} came before training began. The same command starts it.")
 
 
 def run_torchrun(
     options: list[str],
     command: list[str],
-    stops: StopSignals,
+    stop: StopRequest,
     environ: Mapping[str, str] | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> int:
@@ -67,7 +43,7 @@ def run_torchrun(
     `environ` is added to this process's environment. `check` is called every POLL_SECONDS; what it raises ends the
     ranks. No process that was started here is left at the end.
     """
-    stops.has_begun = True
+    stop.interrupts = False
     # -P, PYTHONSAFEPATH: a folder `launcher` or `trainer` in the user's working directory is not ours.
     argv = [sys.executable, "-P", "-m", "launcher.torchrun", *options, *command]
     environ = {**os.environ, **(environ or {}), "PYTHONSAFEPATH": "1"}
@@ -76,12 +52,13 @@ def run_torchrun(
         while (code := _wait(torchrun)) is None:
             check()
             ranks = find_ranks(torchrun.pid)
-            for _ in range(len(stops.pending)):
-                signum = stops.pending.popleft()
+            for _ in range(len(stop.pending)):
+                signum = stop.pending.popleft()
+                signum = signal.SIGTERM if signum == signal.SIGINT else signum
                 if signum == signal.SIGTERM and not ranks:
                     return EXIT_PREEMPTED  # no rank has begun, so there is nothing to save
                 if not ranks or not send_signal(ranks, signum):
-                    stops.pending.append(signum)
+                    stop.pending.append(signum)
         return code if code >= 0 else 128 - code
     finally:
         _kill_group(torchrun)

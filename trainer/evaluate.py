@@ -7,7 +7,6 @@ two models in chat form shows what tuning changed.
 
 import asyncio
 import json
-import signal
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from cluster.errors import InputError
 from cluster.files import read_jsonl, sha256_json, write_json
 from cluster.log import Progress, stage_logger
 from cluster.model_source import model_revision
+from cluster.processes.signals import interrupt_on_sigterm
 from cluster.ray.cluster import ray_session
 from cluster.run.fence import verify
 from cluster.run.manifest import is_sealed
@@ -110,7 +110,7 @@ async def _evaluate(
             missing.append((model, prompts, key, file))
     if missing:
         with ray_session(job.run.root):
-            signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray took it; it stops us as Ctrl-C does
+            interrupt_on_sigterm()
             async with EnginePool.start(job.engine, source) as pool:
                 for model, prompts, key, file in missing:
                     answers = await _generate(pool, model, prompts, sampling, progress)

@@ -31,6 +31,7 @@ with without_collection():
     from cluster.files import write_json
     from cluster.log import stage_logger
     from cluster.processes.orphans import die_with_parent
+    from cluster.processes.signals import StopRequest, ignore_stop_signals
     from cluster.run.fence import verify
     from cluster.run.rundir import RunDir, append_jsonl
     from trainer.checkpoint import checkpointer as checkpoint
@@ -47,7 +48,6 @@ with without_collection():
     from trainer.ranks import make_all_sum
     from trainer.resolve import settle
     from trainer.runtime import load_comm_kernel
-    from trainer.stop import StopRequest
     from trainer.trackers import reporting
     from trainer.validation import make_validation
     from trainer.watchdog import LossWatch, StallWatch, describe_rows, profiling
@@ -94,7 +94,7 @@ def train(job: TrainJob, stop: StopRequest) -> dict:
             stall.at(f"step {state.step + 1}, agreeing on it with the other ranks")
             micro_batches = batches.micro_batches(state.step)
             num_labels, stop_votes, *votes = all_sum(
-                sum(batch.num_labels for batch in micro_batches), int(stop.requested), *saver.votes()
+                sum(batch.num_labels for batch in micro_batches), int(stop.is_set), *saver.votes()
             )
             saver.heed(*votes)
             if stop_votes:
@@ -187,7 +187,7 @@ def leave_word(run: RunDir, error: TunesmithError) -> None:
 
 def main() -> int:
     die_with_parent()
-    stop = StopRequest()
+    stop = StopRequest().install()
     job = read_job(Path(sys.argv[1]))
     quieten_libraries()
     if os.environ["RANK"] == "0":
@@ -211,7 +211,7 @@ def main() -> int:
         if word is None or word["status"] != "failed":
             raise
         raise SystemExit(word["exit_code"]) from error
-    stop.done()
+    ignore_stop_signals()
     if dist.get_rank() == 0:
         answer["seconds"] = round(time.time() - started, 1)
         verify(job.run.root)

@@ -1,53 +1,85 @@
-"""SIGTERM, SIGINT and SIGUSR2 as a request: finish what is at hand, save, exit as preempted."""
+"""The signals that ask a process to stop: finish what it is doing, save, and exit as preempted.
 
-import asyncio
-import contextlib
+with StopRequest() as stop:
+    while not stop.is_set:
+        ...
+"""
+
+import os
 import signal
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable
+from functools import partial
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+from cluster.errors import Preempted
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class StopRequest:
-    """Whether a signal has asked this process to stop. More signals change nothing."""
+    """Notes the stop signals that this process gets. May be read from any thread.
 
-    def __init__(self) -> None:
-        self.signal_name: str | None = None
-        self._waiter: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
+    A forked child inherits the handler, but its signals are not noted. A system call that a signal interrupts is
+    restarted, so that a library which does not do that itself saves a whole file.
+    """
+
+    def __init__(self, interrupts: bool = False) -> None:
+        """`interrupts`: as long as it is set, a signal raises Preempted at once, because there is nothing to save."""
+        self.interrupts = interrupts
+        self.names: list[str] = []  # of all signals so far
+        self.pending: deque[int] = deque()  # signals that were not passed on to another process yet
+        self._owner = os.getpid()
+        self._wake: Callable[[], object] | None = None
+        self._previous: dict[int, object] = {}
 
     @property
     def is_set(self) -> bool:
-        return self.signal_name is not None
+        return bool(self.names)
 
-    def install(self) -> None:
-        """Take the signals. To be repeated after `ray.init`, which takes SIGTERM for itself."""
+    def install(self) -> "StopRequest":
+        """Take the signals. Call it again after `ray.init`, which takes SIGTERM."""
         for number in STOP_SIGNALS:
-            signal.signal(number, self._on_signal)
+            previous = signal.signal(number, self._on_signal)
+            self._previous.setdefault(number, previous)
+            signal.siginterrupt(number, False)
+        return self
+
+    def __enter__(self) -> "StopRequest":
+        return self.install()
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
     async def wait(self) -> None:
         """Wait until a signal comes."""
+        import asyncio  # takes a while, and a process whose handlers are not there yet dies of a signal
+
         event = asyncio.Event()
-        self._waiter = (asyncio.get_running_loop(), event)
-        if not self.is_set:
-            await event.wait()
+        self._wake = partial(asyncio.get_running_loop().call_soon_threadsafe, event.set)
+        try:
+            if not self.is_set:
+                await event.wait()
+        finally:
+            self._wake = None
 
     def _on_signal(self, number: int, _frame: object) -> None:
-        if self.is_set:
+        if os.getpid() != self._owner:
             return
-        self.signal_name = signal.Signals(number).name
-        if self._waiter:
-            loop, event = self._waiter
-            loop.call_soon_threadsafe(event.set)
+        self.names.append(signal.Signals(number).name)
+        self.pending.append(number)
+        if self._wake:
+            self._wake()
+        if self.interrupts:
+            raise Preempted(f"{self.names[-1]} came before the stage began. The same command starts it.")
 
 
-@contextlib.contextmanager
-def stop_signals() -> Iterator[StopRequest]:
-    """Take these signals for the length of the block; the old handlers come back after it."""
-    old = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    stop = StopRequest()
-    stop.install()
-    try:
-        yield stop
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
+def ignore_stop_signals() -> None:
+    """Ignore them from now on. There is nothing left to stop, and a signal would replace the exit code."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def interrupt_on_sigterm() -> None:
+    """Let SIGTERM raise KeyboardInterrupt, as Ctrl-C does. Call it after `ray.init`, which takes SIGTERM."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)

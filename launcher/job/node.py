@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import json
 import os
-import signal
 import sys
 import time
 from collections.abc import Mapping
@@ -25,9 +24,10 @@ from cluster.files import write_json
 from cluster.log import stage_logger
 from cluster.nodes.rendezvous import meet
 from cluster.nodes.topology import Topology, read_topology
+from cluster.processes.signals import StopRequest, ignore_stop_signals
 from cluster.run.fence import Fence, run_lock
 from cluster.run.rundir import RunDir
-from launcher.torchrun import STOP_SIGNALS, StopSignals, run_torchrun
+from launcher.torchrun import run_torchrun
 from trainer.checkpoint.state import is_trained
 
 log = stage_logger("train")
@@ -92,17 +92,17 @@ def run_node(topology: Topology, run: RunDir, command: list[str], is_training: b
     folder = topology.attempt_dir(run)
     folder.mkdir(parents=True, exist_ok=True)
     code, fence = EXIT_FAILED, Fence(run.root)
-    with StopSignals() as stops:
+    with StopRequest(interrupts=True) as stop:
         try:
             rendezvous = join_job(topology, run)
             options, environ = torchrun_options(topology, rendezvous), network_environ(rendezvous)
-            code = run_torchrun(options, command, stops, environ, lambda: fence.check_now_and_then(FENCE_SECONDS))
+            code = run_torchrun(options, command, stop, environ, lambda: fence.check_now_and_then(FENCE_SECONDS))
             code = exit_code_by_result(run, code) if is_training else code
         except TunesmithError as error:
             code = error.exit_code
             raise
         finally:
-            report = {"host": topology.hosts[topology.node_rank], "exit_code": code, "signals": stops.names}
+            report = {"host": topology.hosts[topology.node_rank], "exit_code": code, "signals": stop.names}
             report |= {"step_id": topology.step_id, "time": round(time.time(), 3)}
             write_json(folder / f"node-{topology.node_rank}.exit.json", report)
         return agree_on_exit_code(topology, run) if code == EXIT_PREEMPTED else code
@@ -189,8 +189,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> int:
     arguments = parse_arguments(argv)
     # Outside run_node there is nothing to save, and after it a signal must not replace the exit code.
-    for signum in STOP_SIGNALS:
-        signal.signal(signum, signal.SIG_IGN)
+    ignore_stop_signals()
     try:
         if arguments.action == "train":
             return train(os.environ, arguments.procs_per_node, arguments.recipe, arguments.overrides)

@@ -30,12 +30,12 @@ from cluster.errors import EXIT_DONE, EXIT_FAILED, TunesmithError
 from cluster.files import write_json
 from cluster.nodes.rendezvous import own_address
 from cluster.processes.orphans import adopt_orphans, die_with_parent, end_descendants
+from cluster.processes.signals import STOP_SIGNALS
 from cluster.ray.folder import RAY_FOLDER, keep_logs, private_folder, ray_environment
 from launcher.job.first_node import FirstNode
 from launcher.job.ray_ports import PortBlock, claim_block
 
 DONE, KEEP_LOGS, CLOSED = "done", "keep logs", ""  # messages of the supervisor; CLOSED: its pipe has closed
-SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2}
 POLL_SECONDS = 0.2
 END_SECONDS = 15.0
 START_ATTEMPTS = 3  # Ray gives its own processes 30 seconds, which is not enough under load
@@ -179,7 +179,7 @@ def await_message(
     supervisor stops the driver as soon as it sees `stop_file`, which this node makes when a signal comes.
     """
     while True:
-        if signal.sigtimedwait(SIGNALS, POLL_SECONDS):
+        if signal.sigtimedwait(STOP_SIGNALS, POLL_SECONDS):
             stop_file.touch()
         if (message := pipe.read(timeout_seconds=0)) is not None:
             return message
@@ -212,7 +212,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str]) -> int:
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     adopt_orphans()
     arguments = parse_arguments(argv)
     _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -43,9 +43,10 @@ def ours(folder: Path, num_steps: int) -> None:
     """The trainer as a recipe starts it, under ZeRO-2."""
     import deepspeed
 
+    from cluster.processes.signals import StopRequest
     from trainer.job import read_job
     from trainer.runtime import load_comm_kernel
-    from trainer.train import StopRequest, train
+    from trainer.train import train
 
     run = folder / "run"
     load_comm_kernel()

@@ -24,8 +24,9 @@ Remaining processes will be killed.
 WATCHED = """
 import signal, subprocess, sys
 from pathlib import Path
-from launcher.job.ray_node import SIGNALS, Pipe, await_message
-signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+from cluster.processes.signals import STOP_SIGNALS
+from launcher.job.ray_node import Pipe, await_message
+signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 ray = subprocess.Popen([sys.executable, "-c", "print('up', flush=True); import time; time.sleep(600)"])
 print(await_message(ray, Pipe(), Path(sys.argv[1])), ray.poll())
 ray.kill()

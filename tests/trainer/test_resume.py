@@ -7,8 +7,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -270,45 +268,3 @@ def test_changed_settings_end_the_command_with_exit_code_2_before_anything_start
     assert code == EXIT_BAD_INPUT
     assert "train.learning_rate (was 0.003, now 0.5)" in output
     assert (run / "recipe.yaml").read_text() == before
-
-
-def test_ranks_stop_on_every_signal_that_their_supervisor_passes_on() -> None:
-    from launcher.job import node
-    from trainer.stop import STOP_SIGNALS, StopRequest
-
-    assert set(node.STOP_SIGNALS) <= set(STOP_SIGNALS)
-    before = {signum: signal.getsignal(signum) for signum in STOP_SIGNALS}
-    try:
-        for signum in STOP_SIGNALS:
-            stop = StopRequest()
-            assert not stop.requested
-            signal.raise_signal(signum)
-            assert stop.requested, signum
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
-
-
-def test_children_of_a_rank_do_not_react_and_more_signals_change_nothing() -> None:
-    script = """if True:
-        import os, signal, time
-        from trainer.stop import STOP_SIGNALS, StopRequest
-        stop = StopRequest()
-        go_on, tell = os.pipe()
-        child = os.fork()
-        if child == 0:
-            os.read(go_on, 1)
-            os._exit(40 + stop.requested)
-        for signum in STOP_SIGNALS * 3:
-            os.kill(child, signum)
-            time.sleep(0.01)
-        os.write(tell, b".")
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 40
-        assert not stop.requested
-        for signum in STOP_SIGNALS * 3:
-            signal.raise_signal(signum)
-        assert stop.requested
-        stop.done()
-        raise SystemExit(75)
-    """
-    assert subprocess.run([sys.executable, "-c", script]).returncode == EXIT_PREEMPTED
