@@ -1,9 +1,9 @@
 """The command line: `tunesmith run | synthesize | train | export | evaluate | plan RECIPE [key.sub=value ...]`.
 
-`tunesmith inspect tokens RECIPE_OR_RUN` shows what training sees; the commands about a run that was started, such as
-`tunesmith status RUN`, are in launcher/slurm/commands.py.
+`tunesmith inspect tokens RECIPE_OR_RUN` shows the rows that training sees. The commands about a run that was started,
+such as `tunesmith status RUN`, are in launcher/slurm/commands.py.
 
-Nothing heavy is imported here, so that `--help` answers at once; each stage imports what it needs.
+Nothing heavy is imported here, so that `--help` answers at once. Each stage imports what it needs.
 """
 
 import sys
@@ -19,18 +19,22 @@ from cluster.run.rundir import RunDir
 from launcher.slurm import commands
 
 app = typer.Typer(
-    help="Instruction tuning, end to end: a model writes and answers instructions, and learns from them.",
+    help="Instruction tuning, end to end: a model writes and answers instructions, and is tuned on them.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 
-RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="a YAML file; see recipes/", show_default=False)]
+RecipePath = Annotated[
+    Path, typer.Argument(metavar="RECIPE", help="a YAML file, such as those in recipes/", show_default=False)
+]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="values that replace the recipe's, such as train.num_epochs=1"),
+    typer.Argument(
+        metavar="[KEY=VALUE]...", help="values that replace those of the recipe, such as train.num_epochs=1"
+    ),
 ]
-RunDirOption = Annotated[Path | None, typer.Option("--run-dir", help="where the run lives; default: runs/<name>")]
+RunDirOption = Annotated[Path | None, typer.Option("--run-dir", help="folder of the run; default: runs/<name>")]
 
 
 class Place(StrEnum):
@@ -40,7 +44,9 @@ class Place(StrEnum):
     slurm = "slurm"
 
 
-OnOption = Annotated[Place, typer.Option("--on", help="here, or as a chain of jobs on Slurm")]
+OnOption = Annotated[
+    Place, typer.Option("--on", help="`here`: on this machine. `slurm`: as Slurm jobs, one for each stage")
+]
 
 
 def read(path: Path, overrides: list[str] | None, run_dir: Path | None):
@@ -56,7 +62,7 @@ def read(path: Path, overrides: list[str] | None, run_dir: Path | None):
 def run(
     recipe: RecipePath, overrides: Overrides = None, run_dir: RunDirOption = None, on: OnOption = Place.here
 ) -> None:
-    """Run every stage of a recipe, skipping what is done. Interrupted, the same command goes on."""
+    """Run all stages of a recipe. Finished stages are skipped, so the same command continues a run that stopped."""
     from launcher.stages import run_all
     from launcher.sweep import members_of, save_index
 
@@ -73,13 +79,13 @@ def run(
 
 @app.command()
 def synthesize(recipe: RecipePath, overrides: Overrides = None, run_dir: RunDirOption = None) -> None:
-    """Let the model write and answer instructions; the result is a dataset folder."""
+    """Generate a dataset: the model writes instructions and answers them."""
     _one_stage("synthesize", recipe, overrides, run_dir)
 
 
 @app.command()
 def train(recipe: RecipePath, overrides: Overrides = None, run_dir: RunDirOption = None) -> None:
-    """Tune the model on a dataset with DeepSpeed, from the newest checkpoint if there is one."""
+    """Tune the model on a dataset with DeepSpeed. Continues from the newest checkpoint if there is one."""
     _one_stage("train", recipe, overrides, run_dir)
 
 
@@ -99,7 +105,7 @@ def evaluate(recipe: RecipePath, overrides: Overrides = None, run_dir: RunDirOpt
 def plan(
     recipe: RecipePath, overrides: Overrides = None, run_dir: RunDirOption = None, on: OnOption = Place.here
 ) -> None:
-    """Show what a recipe would do. Starts nothing, and writes nothing but, for Slurm, plan.json and the code."""
+    """Show what a recipe would do, and start nothing. `--on slurm` writes plan.json and a copy of the code."""
     from launcher.plan import print_plan
 
     resolved = read(recipe, overrides, run_dir)
@@ -109,7 +115,7 @@ def plan(
         print_plan(resolved, recipe, Console())
 
 
-inspect = typer.Typer(help="Look at what a run works on.", no_args_is_help=True)
+inspect = typer.Typer(help="Look at the data of a run.", no_args_is_help=True)
 app.add_typer(inspect, name="inspect")
 
 
@@ -118,9 +124,9 @@ def inspect_tokens(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE_OR_RUN", help="a YAML file, or a run folder")],
     overrides: Overrides = None,
     run_dir: RunDirOption = None,
-    rows: Annotated[int, typer.Option("--rows", min=0, help="rows to paint, in the order of training")] = 3,
+    rows: Annotated[int, typer.Option("--rows", min=0, help="number of rows to show, in the order of training")] = 3,
 ) -> None:
-    """Paint what training sees: trained text in colour, the rest dim, end tokens and borders of documents shown."""
+    """Show the rows that training sees: trained text in colour, the rest dim, with end tokens and document borders."""
     if recipe.is_dir():
         recipe, run_dir = RunDir(recipe).recipe, run_dir or recipe
     resolved = read(recipe, overrides, run_dir)
@@ -128,9 +134,9 @@ def inspect_tokens(
 
     set_accelerator_env()
     quieten_libraries()
-    from launcher.inspect_tokens import inspect_tokens as paint
+    from launcher.inspect_tokens import print_rows
 
-    paint(resolved, rows, Console())
+    print_rows(resolved, rows, Console())
 
 
 commands.add_to(app)

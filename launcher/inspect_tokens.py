@@ -1,4 +1,4 @@
-"""What training sees, painted: rows in the order of training, what is trained of them and what is only read."""
+"""The rows that training sees, in its order: which text is trained, and which is only read."""
 
 import contextlib
 import itertools
@@ -25,21 +25,21 @@ STYLES = {"masked": "dim", "trained": "green", "end": "reverse green"}
 
 
 @dataclass(frozen=True)
-class Stretch:
-    """Consecutive tokens of one document of which the same becomes."""
+class Span:
+    """Consecutive tokens of one document that are of one kind."""
 
     text: str
     kind: str  # masked, trained, or end: a trained token that ends a turn
 
 
-def inspect_tokens(recipe: Recipe, num_rows: int, console: Console) -> None:
-    """Paint the first rows of a recipe's first epoch, then say what the whole of it holds. Writes nothing in the run.
+def print_rows(recipe: Recipe, num_rows: int, console: Console) -> None:
+    """Print the first rows of a recipe's first epoch, then figures of all rows. Writes nothing into the run folder.
 
     Raises InputError for what training would refuse.
     """
     job = TrainJob(recipe.run, locate_model(recipe.model), recipe.train, recipe.seed)
     if not recipe.train.data and not Path(job.sources[0].path).exists():
-        raise InputError(f"{recipe.run.root} has no dataset yet. Run `tunesmith synthesize` first, or give train.data.")
+        raise InputError(f"{recipe.run.root} has no dataset yet. Run `tunesmith synthesize` first, or set train.data.")
     tokenizer, _ = load_tokenizer(job.model, recipe.train.chat_template)
     ends = end_of_turn_ids(tokenizer) if recipe.train.objective == "chat" else {tokenizer.eos_token_id}
     with _tokens(job, tokenizer) as tokens:
@@ -49,14 +49,14 @@ def inspect_tokens(recipe: Recipe, num_rows: int, console: Console) -> None:
             raise InputError(str(error)) from error
         rows = itertools.chain.from_iterable(map(batches.rows_of_step, range(batches.steps_per_epoch)))
         for number, row in enumerate(itertools.islice(rows, num_rows), 1):
-            _paint_row(number, row, tokens, tokenizer, ends, recipe.train.max_seq_len, console)
+            _print_row(number, row, tokens, tokenizer, ends, recipe.train.max_seq_len, console)
         for line in batches.describe():
             console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 @contextlib.contextmanager
 def _tokens(job: TrainJob, tokenizer: PreTrainedTokenizerFast) -> Iterator[Tokens]:
-    """The run's own tokens if it has them already, else made now and thrown away afterwards."""
+    """The run's own tokens if there are any, else tokens that are made now and removed afterwards."""
     cached = job.run.tokens / cache_key(job.config, tokenizer, job.sources)
     if (cached / "tokens.json").is_file():
         yield load_tokens(cached)
@@ -65,10 +65,8 @@ def _tokens(job: TrainJob, tokenizer: PreTrainedTokenizerFast) -> Iterator[Token
         yield load_tokens(prepare_tokens(job.config, tokenizer, job.sources, Path(folder)))
 
 
-def stretches(
-    tokenizer: PreTrainedTokenizerFast, input_ids: np.ndarray, labels: np.ndarray, ends: set[int]
-) -> list[Stretch]:
-    """One document as stretches of text. A token is trained if the position before it has it as its label."""
+def spans(tokenizer: PreTrainedTokenizerFast, input_ids: np.ndarray, labels: np.ndarray, ends: set[int]) -> list[Span]:
+    """One document as spans of text. A token is trained if the position before it has it as its label."""
     trained = np.concatenate([[False], labels[:-1] != IGNORE])
     kinds = [
         "masked" if not is_trained else "end" if int(token) in ends else "trained"
@@ -77,13 +75,13 @@ def stretches(
     found, begin = [], 0
     for kind, group in itertools.groupby(kinds):
         end = begin + len(list(group))
-        found.append(Stretch(tokenizer.decode(input_ids[begin:end].tolist(), skip_special_tokens=False), kind))
+        found.append(Span(tokenizer.decode(input_ids[begin:end].tolist(), skip_special_tokens=False), kind))
         begin = end
     return found
 
 
-def painted(parts: list[Stretch], in_colour: bool) -> Text:
-    """In colour on a terminal; else with [[ ]] around what is trained."""
+def styled(parts: list[Span], in_colour: bool) -> Text:
+    """The text in colour for a terminal, else with [[ ]] around what is trained."""
     if in_colour:
         return Text.assemble(*((part.text, STYLES[part.kind]) for part in parts))
     text = ""
@@ -93,7 +91,7 @@ def painted(parts: list[Stretch], in_colour: bool) -> Text:
     return Text(text)
 
 
-def _paint_row(
+def _print_row(
     number: int, row: list[int], tokens: Tokens, tokenizer: PreTrainedTokenizerFast, ends: set[int], capacity: int,
     console: Console,
 ) -> None:  # fmt: skip
@@ -108,5 +106,5 @@ def _paint_row(
         )
         console.print(border, style="cyan", markup=False, highlight=False, soft_wrap=True)
         span = tokens.span(document)
-        parts = stretches(tokenizer, tokens.input_ids[span], tokens.labels[span], ends)
-        console.print(painted(parts, console.is_terminal), soft_wrap=True)
+        parts = spans(tokenizer, tokens.input_ids[span], tokens.labels[span], ends)
+        console.print(styled(parts, console.is_terminal), soft_wrap=True)

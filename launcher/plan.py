@@ -1,4 +1,4 @@
-"""What a recipe would do, without doing it."""
+"""What a recipe would do: its stages, and the memory that training takes."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +14,7 @@ from trainer.memory import amount, check_heads, choose_stage, estimate, read_fac
 
 
 def stages_of(recipe: Recipe, place: str = " here") -> list[tuple[str, str, str]]:
-    """(stage, what it does, what it leaves) in the order in which `tunesmith run` runs them."""
+    """(stage, description, path of its result) in the order in which `tunesmith run` runs them."""
     run, train = recipe.run, recipe.train
     stages = []
     if not train.data:
@@ -36,7 +36,7 @@ def stages_of(recipe: Recipe, place: str = " here") -> list[tuple[str, str, str]
 
 
 def _synthesis(recipe: Recipe) -> str:
-    """The method, how far it goes, and who serves it."""
+    """The method, the number of instructions, and the engines."""
     config = recipe.synthesize
     names = {"self_instruct": "Self-Instruct", "instruction_wild": "InstructionWild", "evol_instruct": "Evol-Instruct"}
     name = names.get(config.method, config.method.replace("_", " ").capitalize())
@@ -60,7 +60,7 @@ def _training(train: TrainConfig, place: str) -> str:
 
 
 def _batch(train: TrainConfig) -> str:
-    """What one optimizer step holds."""
+    """The batch of one optimizer step."""
     size, parts = train.global_batch_size, train.sequence_parallel_size
     groups = max(1, train.num_processes // parts)
     sharers = f"{groups} {'groups' if parts > 1 else 'ranks'}"
@@ -95,28 +95,30 @@ def usable_here(train: TrainConfig) -> int:
 def print_memory(
     recipe: Recipe, console: Console, usable_of: Callable[[TrainConfig], int | None] = usable_here
 ) -> None:
-    """What training takes on each rank with every ZeRO stage. Raises InputError if the recipe's stage cannot hold it.
+    """Print the memory of training on each rank for every ZeRO stage. Raises InputError if the recipe's does not fit.
 
-    Needs the model's config.json on this machine, and nothing else of it. Nothing is refused where `usable_of` gives
-    None, as it is not known what a rank may use.
+    Of the model only config.json has to be on this machine. `usable_of` returns the bytes that a rank may use; None
+    means that they are not known, so nothing is refused.
     """
     train = recipe.train
     if find_config(recipe.model) is None:
-        console.print(f"Memory: not known, as config.json of {recipe.model.path} is not on this machine.", markup=False)
+        console.print(
+            f"Memory: unknown, because config.json of {recipe.model.path} is not on this machine.", markup=False
+        )
         return
     facts = read_facts(locate_model(recipe.model), train)
     check_heads(facts, train)
     usable = usable_of(train)
-    chosen, complaint = None, None
+    chosen, refusal = None, None
     try:
         chosen = None if usable is None else choose_stage(facts, train, train.num_processes, usable)
     except InputError as error:
-        complaint = error  # the table says by how much, so it comes first
-    room = "how much there is, is not known" if usable is None else f"{amount(usable)} usable"
-    title = f"expected memory of each of {train.num_processes} ranks; {room}"
+        refusal = error  # raised after the table, which shows by how much it does not fit
+    available = "usable memory unknown" if usable is None else f"{amount(usable)} usable"
+    title = f"expected memory of each of {train.num_processes} ranks; {available}"
     table = Table(title=title, title_justify="left")
     offloads = {train.zero.offload_optimizer, train.zero.offload_parameters} != {"none"}
-    for heading in ("ZeRO", "weights", "gradients", "AdamW", "working", "in all", *["on host"] * offloads, ""):
+    for heading in ("ZeRO", "weights", "gradients", "AdamW", "working", "total", *["on host"] * offloads, ""):
         table.add_column(heading, justify="right")
     for stage in train.stages:
         found = estimate(facts, train, stage, train.num_processes)
@@ -126,10 +128,10 @@ def print_memory(
             result = "" if usable is None else "too much"
         table.add_row(str(stage), *map(amount, parts), result)
     console.print(table)
-    if complaint is not None:
-        raise complaint
+    if refusal is not None:
+        raise refusal
     console.print(
-        f"{facts.num_trained:,} of {facts.num_parameters:,} parameters are trained. Working memory: buckets, "
-        "activations and logits, were every row full and every token labelled.",
+        f"{facts.num_trained:,} of {facts.num_parameters:,} parameters are trained. Working memory is for buckets, "
+        "activations and logits, if every row is full and every token has a label.",
         markup=False, highlight=False,
     )  # fmt: skip

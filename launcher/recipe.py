@@ -152,26 +152,26 @@ def read_mapping(path: Path) -> tuple[str, dict]:
 def explain(error: ValidationError, path: Path, text: str, written: dict, overrides: list[str]) -> str:
     """Every error of pydantic as one line: the place, the message, and the nearest right key for an unknown one."""
     lines = []
-    errors_of_file = find_errors(written)
-    for complaint in error.errors():
-        keys = [str(part) for part in complaint["loc"] if not str(part).startswith("function-")]
+    faults_of_file = find_faults(written)
+    for fault in error.errors():
+        keys = [str(part) for part in fault["loc"] if not str(part).startswith("function-")]
         method = DEFAULT_METHOD
         if keys[:1] == ["synthesize"] and keys[1:2] and keys[1] in METHOD_CONFIGS:
             method = keys.pop(1)  # pydantic names the member of the union
         dotted = ".".join(keys)
-        message = complaint["msg"].removeprefix("Value error, ")
-        if complaint["type"] == "extra_forbidden":
+        message = fault["msg"].removeprefix("Value error, ")
+        if fault["type"] == "extra_forbidden":
             known = known_keys(keys[:-1], method)
             near = difflib.get_close_matches(keys[-1], known, n=1)
             hint = f"did you mean `{near[0]}`?" if near else f"known: {', '.join(known)}"
             message = f"unknown key; {hint}"
-        elif complaint["type"] == "union_tag_invalid":
-            tag, known = complaint["ctx"]["tag"], complaint["ctx"]["expected_tags"].replace("'", "").split(", ")
+        elif fault["type"] == "union_tag_invalid":
+            tag, known = fault["ctx"]["tag"], fault["ctx"]["expected_tags"].replace("'", "").split(", ")
             near = difflib.get_close_matches(tag, known, n=1)
             kind = "method" if keys == ["synthesize"] else "type"
             message = f"unknown {kind} {tag}; {f'did you mean `{near[0]}`?' if near else 'known: ' + ', '.join(known)}"
         is_set = any(f"{dotted}.".startswith(f"{override.split('=')[0]}.") for override in overrides)
-        if is_set or (complaint["loc"], complaint["msg"]) not in errors_of_file:
+        if is_set or (fault["loc"], fault["msg"]) not in faults_of_file:
             place = "command line"
         else:
             place = f"{path}:{line_of(keys, text)}" if keys else str(path)
@@ -179,12 +179,12 @@ def explain(error: ValidationError, path: Path, text: str, written: dict, overri
     return "\n".join(lines)
 
 
-def find_errors(written: dict) -> set[tuple[tuple, str]]:
+def find_faults(written: dict) -> set[tuple[tuple, str]]:
     """(keys, message) of all that is wrong with a recipe's file by itself. Any other error is from the overrides."""
     try:
         Recipe(**merge(written, []))
     except ValidationError as error:
-        return {(complaint["loc"], complaint["msg"]) for complaint in error.errors()}
+        return {(fault["loc"], fault["msg"]) for fault in error.errors()}
     except OmegaConfBaseException:  # it needs an override to resolve
         pass
     return set()

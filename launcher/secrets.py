@@ -1,6 +1,6 @@
-"""Secrets are named, never written: what looks like a token in a recipe or on the command line is refused.
+"""Recipes name secrets and never contain them: a value that looks like a token is refused.
 
-A recipe ends up in the run folder, and a command line in `ps` and `scontrol show job`, where others read them.
+A recipe is copied into the run folder, and `ps` and `scontrol show job` show a command line. Others can read both.
 """
 
 import re
@@ -13,7 +13,7 @@ _TOKENS = re.compile(
     r"(?<![A-Za-z0-9_])(hf_[A-Za-z0-9]{16,}|gh[pousr]_[A-Za-z0-9]{16,}|github_pat_[A-Za-z0-9_]{16,}"
     r"|sk-[A-Za-z0-9_-]{16,}|wandb_v1_[A-Za-z0-9_]{16,}|AKIA[A-Z0-9]{16}|xox[abprs]-[A-Za-z0-9-]{10,})"
 )
-_WANDB_KEY = re.compile(r"[0-9a-f]{40}")  # of a commit as well, so a `revision` may look like it
+_WANDB_KEY = re.compile(r"[0-9a-f]{40}")  # also the form of a commit, so a `revision` may look like it
 
 
 def looks_like_a_token(key: str, value: str) -> bool:
@@ -28,14 +28,14 @@ def refuse_literal_tokens(values: object) -> None:
     for key, value in _texts(values):
         if looks_like_a_token(key, value):
             raise InputError(
-                f"{key}: this looks like a secret written out, and a recipe is copied into the run folder. Put it into "
-                "an environment variable and name that: export.hub_token={env: HF_TOKEN} for the hub, "
-                "slurm.environment=[WANDB_API_KEY] for what a Slurm job needs. Then make the old one invalid."
+                f"{key}: this looks like a secret, and a recipe is copied into the run folder. Put the secret into an "
+                "environment variable and name the variable: export.hub_token={env: HF_TOKEN} for the hub, "
+                "slurm.environment=[WANDB_API_KEY] for a Slurm job. Then revoke this secret."
             )
 
 
 def _texts(value: object, key: str = "") -> Iterator[tuple[str, str]]:
-    """(dotted key, text) of all texts in nested mappings and lists; keys are texts too."""
+    """(dotted key, text) of all texts in nested mappings and lists. Keys are texts too."""
     if isinstance(value, dict):
         for name, inner in value.items():
             yield key or "the recipe", str(name)

@@ -1,4 +1,4 @@
-"""Run one stage of a recipe here, or all of them in order. What is already done is skipped, and said so."""
+"""Run one stage of a recipe on this machine, or all of them in order. Stages that are done are skipped."""
 
 import os
 import shutil
@@ -13,7 +13,7 @@ from launcher.recipe import Recipe
 
 
 def run_stage(stage: str, recipe: Recipe) -> None:
-    """Run one stage to its end, under the run folder's lock. Raises TunesmithError, or Preempted if asked to stop."""
+    """Run one stage to its end, under the run folder's lock. Raises Preempted if it was stopped by a signal."""
     run = recipe.run.create()
     with run_lock(run.lock):
         verify(run.root)
@@ -21,11 +21,11 @@ def run_stage(stage: str, recipe: Recipe) -> None:
         try:
             RUNNERS[stage](recipe, run)
         except KeyboardInterrupt:
-            raise Preempted(f"{stage} was stopped; the same command goes on from what is saved.") from None
+            raise Preempted(f"{stage} was stopped. The same command continues from what is saved.") from None
 
 
 def run_all(recipe: Recipe) -> None:
-    """Run every stage of a recipe here, and print what it came to."""
+    """Run every stage of a recipe on this machine, and print the results."""
     from rich.console import Console
 
     from launcher.plan import stages_of
@@ -68,7 +68,9 @@ def train(recipe: Recipe, run: RunDir) -> None:
         command = ["-m", "trainer.train", str(run.root.resolve())]
         code = run_torchrun(options, command, stop, {"OMP_NUM_THREADS": threads})
     if code == EXIT_PREEMPTED:
-        raise Preempted(f"training stopped; the last step is saved in {run.checkpoints}. The same command goes on.")
+        raise Preempted(
+            f"training was stopped; its last step is saved in {run.checkpoints}. The same command continues it."
+        )
     if code != EXIT_DONE:
         result = run.read_result("train") or {}
         message = result.get("message") or f"training ended with exit code {code}. The output of its ranks is above."
@@ -114,7 +116,7 @@ def evaluate(recipe: Recipe, run: RunDir) -> None:
 
 
 def require_compiler() -> None:
-    """DeepSpeed compiles its CPU communication kernel when it first starts."""
+    """Raise InputError without a C++ compiler, with which DeepSpeed compiles its CPU communication kernel."""
     if shutil.which("g++") is None:
         raise InputError("g++ is missing: DeepSpeed compiles a kernel with it. Install it (Debian: apt install g++).")
 

@@ -1,4 +1,4 @@
-"""The tables at the end of a run: every number is read from the results that the stages wrote."""
+"""The tables at the end of a run. Every number is from the results that the stages wrote."""
 
 import json
 import sys
@@ -13,11 +13,11 @@ from generation.forecast_words import UNITS, amount
 from launcher.recipe import Recipe
 
 NUM_EXAMPLES = 5
-MAX_ANSWER_CHARS = 50  # an untuned model rambles
+MAX_ANSWER_CHARS = 50  # the answers of an untuned model are long
 
 
 def print_summary(recipe: Recipe, console: Console) -> None:
-    """Data, training, accuracy, and what to type next."""
+    """Print tables of the data, the training and the accuracy, then folders and the next commands."""
     run = recipe.run
     synthesis, training, export, evaluation = (
         run.read_result(stage) for stage in ("synthesize", "train", "export", "evaluate")
@@ -29,7 +29,7 @@ def print_summary(recipe: Recipe, console: Console) -> None:
     if evaluation:
         console.print(accuracy_table(evaluation))
         console.print(examples_table(run))
-    console.print("\nMade:")
+    console.print("\nResults:")
     for label, path, result in (
         ("dataset", run.synthesized, synthesis),
         ("checkpoints", run.checkpoints, training),
@@ -52,13 +52,13 @@ def synthesis_table(result: dict) -> Table:
     for reason, count in sorted(result["rejected"].items(), key=lambda item: -item[1]):
         table.add_row(f"  rejected: {reason}", f"{count:,}")
     table.add_row("rows in the dataset", f"{result['num_rows']:,}")
-    if "tokens_per_second" in result:  # not known if the process was killed just after the dataset was sealed
+    if "tokens_per_second" in result:  # absent if the process was killed just after the dataset was sealed
         _add_machine_rows(table, result)
     return table
 
 
 def _add_machine_rows(table: Table, result: dict) -> None:
-    """Who generated how fast, where the time went, and how good the forecast was."""
+    """Models, speed, where the time went, and how good the forecast was."""
     table.add_row("method", result["method"])
     for role, model in result["models"].items():
         table.add_row(f"  {role}", Text(model))
@@ -106,7 +106,7 @@ def accuracy_table(result: dict) -> Table:
 
 
 def examples_table(run: RunDir) -> Table:
-    """Some held-out questions, evenly spread over the set, with what each model answers in chat form."""
+    """Some held-out questions, evenly spread over the set, with the answer of each model in chat form."""
     table = _table("Some of the questions", "question")
     columns = []
     for name, title in (("base", "base, chat"), ("tuned", "tuned")):
@@ -124,7 +124,7 @@ def examples_table(run: RunDir) -> Table:
 
 
 def next_steps(recipe: Recipe) -> list[str]:
-    """Commands to type next, with the path of this environment's programs."""
+    """The next commands, with the path of this environment's programs."""
     run, programs = recipe.run, Path(sys.executable).parent
     if programs.is_relative_to(Path.cwd()):
         programs = programs.relative_to(Path.cwd())
@@ -132,9 +132,9 @@ def next_steps(recipe: Recipe) -> list[str]:
     if recipe.export.form == "merged":
         steps.append(f"{programs}/vllm serve {run.export}    # or load it with transformers")
     if not recipe.train.data:
-        rows = f"datasets.load_from_disk('{run.data / 'synthesized'}')"
+        rows = f"datasets.load_from_disk('{run.synthesized}')"
         steps.append(f'{programs}/python -c "import datasets; print({rows}[-1])"')
-    steps.append(f"{programs}/tunesmith plan recipes/self_instruct.yaml    # the same at full size")
+    steps.append(f"{programs}/tunesmith plan recipes/self_instruct.yaml    # the same with a real model")
     return steps
 
 

@@ -1,4 +1,4 @@
-"""A sweep: one run for each combination of the values in a recipe's `sweep:`, each in a folder of its own.
+"""A sweep: one run, with a folder of its own, for each combination of the values in a recipe's `sweep:`.
 
 <run>/sweep.json names them with their values; <run>/sweep/<name>/ is the run folder of one.
 """
@@ -27,7 +27,7 @@ class Member:
 
 
 def members_of(path: Path, overrides: list[str], recipe: Recipe) -> list[Member]:
-    """The runs of a recipe that sweeps; none if it does not. Raises InputError naming the run that is not valid."""
+    """The runs of a sweep. Empty if the recipe is not one. Raises InputError naming the run that is not valid."""
     if not recipe.sweep:
         return []
     keys, members = list(recipe.sweep), []
@@ -44,30 +44,34 @@ def members_of(path: Path, overrides: list[str], recipe: Recipe) -> list[Member]
 
 
 def member_name(number: int, values: dict[str, object]) -> str:
-    """`003_learning_rate-0.001_rank-8`: the number tells apart what looks the same in a name."""
+    """`003_learning_rate-0.001_rank-8`. The number keeps names apart that would otherwise be the same."""
     parts = [f"{key.rpartition('.')[2]}-{_NOT_IN_NAMES.sub('-', str(value))}" for key, value in values.items()]
     return f"{number:03d}_{'_'.join(parts)}"[:100]
 
 
 def save_index(sweep: RunDir, members: list[Member]) -> None:
-    """Write which runs belong to the sweep. Raises InputError if the folder holds one run, or another sweep."""
+    """Write the list of the sweep's runs. Raises InputError if the folder holds a single run or another sweep."""
     file = sweep.create().sweep_index
     index = {"runs": [{"name": member.name, "values": member.values} for member in members]}
     if sweep.recipe.exists():
-        raise InputError(f"{sweep.root} holds a single run. Give another folder with `--run-dir`, or remove this one.")
+        raise InputError(
+            f"{sweep.root} holds a single run. Choose another folder with `--run-dir`, or remove this one."
+        )
     if file.is_file() and json.loads(file.read_text()) != json.loads(json.dumps(index)):
-        raise InputError(f"{sweep.root} holds another sweep. Give another folder with `--run-dir`, or remove this one.")
+        raise InputError(
+            f"{sweep.root} holds another sweep. Choose another folder with `--run-dir`, or remove this one."
+        )
     write_json(file, index)
 
 
 def folders_of(root: Path) -> list[Path]:
-    """The run folders below a sweep's, as far as they were started; of a single run its own."""
+    """The folders of a sweep's runs that were started. For a single run, its own folder."""
     members = read_index(root)
     return [folder for folder, _ in members if RunDir(folder).recipe.is_file()] if members else [root]
 
 
 def read_index(root: Path) -> list[tuple[Path, dict[str, object]]]:
-    """(run folder, values) of each run of the sweep in `root`; none if it holds no sweep."""
+    """(run folder, values) of each run of the sweep in `root`. Empty if it is not a sweep's folder."""
     sweep = RunDir(root)
     if not sweep.sweep_index.is_file():
         return []

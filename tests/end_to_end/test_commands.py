@@ -35,4 +35,4 @@ def test_wrong_python_is_one_clear_sentence(tmp_path):
 
 def test_unknown_extra_is_refused_before_anything_is_touched():
     done = bootstrap("cpuu")
-    assert done.returncode == 2 and "there are cpu, gpu, bench, dev" in done.stderr
+    assert done.returncode == 2 and "The extras are cpu, gpu, bench, dev." in done.stderr

@@ -8,7 +8,7 @@ import yaml
 from rich.console import Console
 
 from cluster.errors import InputError
-from launcher.inspect_tokens import inspect_tokens
+from launcher.inspect_tokens import print_rows
 from launcher.recipe import load
 from tests.trainer.tools import IM_END, IM_START, make_tokenizer, save_llama, write_chats
 
@@ -37,7 +37,7 @@ def shown(recipe: Path, rows: int = 9, is_terminal: bool = False, *overrides: st
     output = io.StringIO()
     colours = "truecolor" if is_terminal else None
     console = Console(file=output, force_terminal=is_terminal, color_system=colours, width=60, legacy_windows=False)
-    inspect_tokens(load(recipe, list(overrides)), rows, console)
+    print_rows(load(recipe, list(overrides)), rows, console)
     return output.getvalue()
 
 
@@ -63,7 +63,7 @@ def test_the_counts_say_what_was_dropped_and_how_full_rows_are(recipe: Path) -> 
     assert "of them with a loss (" in text
 
 
-def test_on_a_terminal_it_is_painted(recipe: Path) -> None:
+def test_a_terminal_gets_colours(recipe: Path) -> None:
     text = shown(recipe, 9, True)
     assert "[[" not in text
     assert "\x1b[32mfig, of course" in text, "trained text is green"
