@@ -21,7 +21,8 @@ from generation.config import DEFAULT_METHOD, METHOD_CONFIGS, SelfInstructConfig
 from generation.config.filters import FILTER_CONFIGS
 from launcher.secrets import refuse_literal_tokens
 from launcher.slurm_config import SlurmConfig
-from trainer.config.after import EvaluateConfig, ExportConfig
+from trainer.config.evaluate import EvaluateConfig
+from trainer.config.export import ExportConfig
 from trainer.config.train import TrainConfig
 from trainer.config.tuning import form_refusal
 
@@ -233,11 +234,11 @@ def refuse_older_layout(run: RunDir) -> None:
 
 def refuse_changes(old: dict, new: dict, run: RunDir) -> None:
     """Raise InputError if two resolved recipes differ in a setting that results in the run folder depend on."""
-    shaped, free = [], ["train.validation.every_steps", "train.validation.max_rows"]
-    free += [f"train.{name}" for name in TrainConfig.NOT_DECIDING - {"data", "validation"}]
+    shaped, free = [], ["train.validation.every_steps", "train.validation.max_examples"]
+    free += [f"train.{name}" for name in TrainConfig.MAY_CHANGE_ON_RESUME - {"data", "validation"}]
     if any(run.data.glob("*")):
         shaped += ["seed", "model", "synthesize"]
-        free += [f"synthesize.{name}" for name in SynthesisConfig.NOT_DECIDING - {"budget"}]
+        free += [f"synthesize.{name}" for name in SynthesisConfig.MAY_CHANGE_ON_RESUME - {"budget"}]
     if any(run.checkpoints.glob("step_*")):
         shaped += ["seed", "model", "train"]
     if new["train"]["data"] or "train" not in shaped:  # else more rows would change what is being trained on

@@ -28,7 +28,7 @@ from cluster.ray.cluster import ray_session
 from cluster.run.fence import verify
 from cluster.run.manifest import is_sealed
 from cluster.run.rundir import RunDir, append_jsonl
-from trainer.config.after import EvaluateConfig
+from trainer.config.evaluate import EvaluateConfig
 from trainer.data.chat import user_turn
 from trainer.model.load import load_tokenizer
 

@@ -31,7 +31,7 @@ from cluster.run.manifest import is_sealed, verify_manifest, write_manifest
 from cluster.run.rundir import RunDir
 from trainer.checkpoint.commit import explain_failed_write
 from trainer.checkpoint.state import best_checkpoints, newest_checkpoint, read_state
-from trainer.config.after import ExportConfig
+from trainer.config.export import ExportConfig
 from trainer.config.train import TrainConfig
 from trainer.config.tuning import form_refusal
 from trainer.data.chat import end_of_turn_ids

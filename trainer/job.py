@@ -10,8 +10,8 @@ from cluster.errors import InputError
 from cluster.files import sha256_json
 from cluster.model_source import locate_model, model_revision
 from cluster.run.rundir import RunDir
-from trainer.config.after import ExportConfig
 from trainer.config.data import DataSource
+from trainer.config.export import ExportConfig
 from trainer.config.train import TrainConfig
 
 
@@ -33,7 +33,7 @@ class TrainJob:
 
         `tokens_key`: the hash of the encoded data.
         """
-        settings = self.config.model_dump(mode="json", exclude=set(TrainConfig.NOT_DECIDING))
+        settings = self.config.model_dump(mode="json", exclude=set(TrainConfig.MAY_CHANGE_ON_RESUME))
         shares = [[source.epochs, source.weight] for source in self.sources]
         held_out = self.config.validation.fraction if self.config.validation else None
         return sha256_json([settings, shares, held_out, model_revision(self.model), tokens_key, self.seed])

@@ -90,7 +90,7 @@ def make_validation(job: TrainJob, tokenizer: object, tokens: Tokens) -> Validat
         dist.broadcast_object_list(folder, src=0)
         tokens = load_tokens(Path(str(folder[0])))
         documents = document_hashes(tokens, job.seed).argsort(kind="stable")
-    validation = Validation(job, tokens, documents[: config.max_rows].tolist())
+    validation = Validation(job, tokens, documents[: config.max_examples].tolist())
     if dist.get_rank() == 0:
         log.info(f"validation: {validation.num_documents:,} documents, every {config.every_steps} steps and at the end")
     return validation

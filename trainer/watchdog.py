@@ -16,7 +16,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from cluster.errors import TunesmithError
-from trainer.config.watch import ProfileConfig, WatchConfig
+from trainer.config.train import ProfileConfig, WatchConfig
 from trainer.data.tokens import Tokens
 
 NUM_SHOWN = 8  # documents of a step that are named

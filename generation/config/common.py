@@ -72,7 +72,7 @@ class SynthesisConfig(StrictModel):
 
     # What does not decide the data: where things lie (what they hold does, and is compared by its hash), what may be
     # spent, how often progress is saved and told.
-    NOT_DECIDING: ClassVar[frozenset[str]] = frozenset(
+    MAY_CHANGE_ON_RESUME: ClassVar[frozenset[str]] = frozenset(
         {"seeds", "prompts", "models", "budget", "checkpoint_seconds", "pilot_rows"}
     )
 
@@ -112,4 +112,4 @@ class SynthesisConfig(StrictModel):
 
     def identity(self) -> dict:
         """All that decides the data."""
-        return self.model_dump(mode="json", exclude=set(self.NOT_DECIDING))
+        return self.model_dump(mode="json", exclude=set(self.MAY_CHANGE_ON_RESUME))

@@ -64,7 +64,7 @@ def export(run: Path) -> None:
 
     from cluster.run.rundir import RunDir
     from trainer import export as stage
-    from trainer.config.after import ExportConfig
+    from trainer.config.export import ExportConfig
     from trainer.job import read_job
 
     job = read_job(run)

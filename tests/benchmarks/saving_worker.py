@@ -24,7 +24,7 @@ from tests.benchmarks.peak import highest_bytes  # noqa: E402
 from trainer.checkpoint import checkpointer as checkpoint  # noqa: E402
 from trainer.checkpoint.checkpointer import Saver  # noqa: E402
 from trainer.checkpoint.state import TrainState, newest_checkpoint  # noqa: E402
-from trainer.config.checkpoints import CheckpointConfig  # noqa: E402
+from trainer.config.train import CheckpointConfig  # noqa: E402
 from trainer.engine import make_engine, train_step  # noqa: E402
 from trainer.job import read_job  # noqa: E402
 from trainer.model.load import load_tokenizer  # noqa: E402

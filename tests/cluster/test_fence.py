@@ -29,7 +29,7 @@ from generation.request_log import RequestLog
 from tests.generation.test_request_log import make_id
 from trainer.checkpoint.commit import partial_folder, put_in_place
 from trainer.checkpoint.state import complete_checkpoints
-from trainer.config.checkpoints import CheckpointConfig
+from trainer.config.train import CheckpointConfig
 
 CLAIMER = """
 import sys

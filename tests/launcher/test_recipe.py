@@ -92,7 +92,12 @@ def test_the_best_checkpoint_can_be_exported_only_where_one_is_kept(write) -> No
             5,
             "train.data.0.wieght: unknown key; did you mean `weight`?",
         ),
-        ("  data: chats.jsonl", "  data: [{path: a, weight: 2}, b]", 5, "train.data: either every source"),
+        (
+            "  data: chats.jsonl",
+            "  data: [{path: a, weight: 2}, b]",
+            5,
+            "train.data: b has no weight, while other sources",
+        ),
         ("train:", "trian:", 4, "trian: unknown key; did you mean `train`?"),
         ("    every_steps", "    qqqqqq", 8, "train.checkpoint.qqqqqq: unknown key; known: every_steps, keep_last"),
         ("1e-3", "fast", 6, "train.learning_rate: Input should be a valid number"),
@@ -106,8 +111,8 @@ def test_the_best_checkpoint_can_be_exported_only_where_one_is_kept(write) -> No
         ("name: test", "name: ../test", 1, "name: String should match pattern"),
         ("  data: chats.jsonl", "  zero_stage: 4", 5, "train.zero_stage: Input should be 'auto', 0, 1, 2 or 3"),
         ("  data: chats.jsonl", "  tuning: prefix", 4, "train: packing does not work with tuning=prefix"),
-        ("  data: chats.jsonl", "  zero_stage: 0", 4, "train: zero_stage=0 works with precision=fp32 alone"),
-        ("  data: chats.jsonl", "  attention: flash_attention_2", 4, "train: packed rows with flash attention need"),
+        ("  data: chats.jsonl", "  zero_stage: 0", 4, "train: zero_stage=0 works only with precision=fp32"),
+        ("  data: chats.jsonl", "  attention: flash_attention_2", 4, "train: flash attention on packed rows needs"),
     ],
 )
 def test_an_error_names_the_file_the_line_the_key_and_the_fix(
@@ -128,6 +133,10 @@ def test_all_errors_are_told_at_once(write) -> None:
         ("train.learning_rte=1", "command line: train.learning_rte: unknown key; did you mean `learning_rate`?"),
         ("train.learning_rate=fast", "command line: train.learning_rate: Input should be a valid number"),
         ("train.learning_rate", "'train.learning_rate' is not of the form key.sub=value."),
+        (
+            "train.gradient_checkpointing=true",
+            "command line: train.gradient_checkpointing: unknown key; did you mean `activation_checkpointing`?",
+        ),
         ("traim.seed=1", "command line: traim: unknown key; did you mean `train`?"),
         ("export.form=adapter", "command line: export.form=adapter, but train.tuning=full has no adapter"),
         ("train.tuning=prefix", "command line: train: packing does not work with tuning=prefix"),

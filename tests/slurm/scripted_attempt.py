@@ -26,7 +26,7 @@ from launcher.job import attempt
 from launcher.slurm.container import python_module
 from trainer.checkpoint.commit import partial_folder, put_in_place, remove_partial
 from trainer.checkpoint.state import TrainState, is_trained, newest_checkpoint, read_state
-from trainer.config.checkpoints import CheckpointConfig
+from trainer.config.train import CheckpointConfig
 
 SYNTHESIS = (150, 2)  # instructions, engines
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from cluster.run.rundir import RunDir
 from tests.benchmarks.peak import highest_bytes
 from trainer import export
-from trainer.config.after import ExportConfig
+from trainer.config.export import ExportConfig
 from trainer.job import read_job
 
 

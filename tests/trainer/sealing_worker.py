@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from trainer.checkpoint.commit import Background, copy_files, partial_folder, put_in_place, remove_partial
-from trainer.config.checkpoints import CheckpointConfig
+from trainer.config.train import CheckpointConfig
 
 CONFIG = CheckpointConfig(keep_last=2)
 

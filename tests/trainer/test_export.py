@@ -18,7 +18,7 @@ from cluster.run.rundir import RunDir
 from tests.trainer.tools import IM_END, make_tokenizer, save_llama, trace, train_here, write_job
 from trainer import export
 from trainer.checkpoint import checkpointer as checkpoint
-from trainer.config.after import ExportConfig
+from trainer.config.export import ExportConfig
 from trainer.export import ExportJob
 from trainer.job import read_job
 

@@ -11,8 +11,8 @@ from tests.conftest import SmallDisk
 from tests.trainer.tools import chat_documents, command, train_here, write_chats, write_job
 from trainer import export
 from trainer.checkpoint.state import newest_checkpoint, read_state
-from trainer.config.after import ExportConfig
 from trainer.config.data import DataSource
+from trainer.config.export import ExportConfig
 from trainer.config.train import TrainConfig
 from trainer.data.tokens import load_tokens, prepare_tokens
 from trainer.export import ExportJob

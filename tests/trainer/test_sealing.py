@@ -24,8 +24,7 @@ from trainer.checkpoint.state import (
     newest_checkpoint,
     step_folder,
 )
-from trainer.config.checkpoints import CheckpointConfig
-from trainer.config.train import TrainConfig
+from trainer.config.train import CheckpointConfig, TrainConfig
 
 NUM_KILLS = 15
 

@@ -152,11 +152,11 @@ def test_an_answer_that_was_cut_off_when_it_was_written_gets_no_end(chatml, tmp_
 @pytest.mark.parametrize(
     ("train", "complaint"),
     [
-        ({"data": [{"path": "a", "weight": 1.0}, "b"]}, "every source of train.data has a weight or none has; b"),
-        ({"data": [{"path": "a", "weight": 1.0, "epochs": 2.0}]}, "Keep one of them"),
-        ({"data": [{"path": "a", "format": "text"}]}, "objective=chat cannot train a of format text"),
-        ({"data": ["a"], "validation": {"every_steps": 3}}, "give either path"),
-        ({"data": ["a"], "validation": {"path": "b", "fraction": 0.1}}, "give either path"),
+        ({"data": [{"path": "a", "weight": 1.0}, "b"]}, "b has no weight, while other sources"),
+        ({"data": [{"path": "a", "weight": 1.0, "epochs": 2.0}]}, "Remove one of them"),
+        ({"data": [{"path": "a", "format": "text"}]}, "objective=chat cannot use a of format text"),
+        ({"data": ["a"], "validation": {"every_steps": 3}}, "set either path"),
+        ({"data": ["a"], "validation": {"path": "b", "fraction": 0.1}}, "set either path"),
         ({"data": [{"path": "a", "epochs": 0}]}, "greater than 0"),
         ({"data": [{"path": "a", "columns": {"ouput": "b"}}]}, "output"),
     ],

@@ -44,7 +44,8 @@ def name_of(variant: str, zero_stage: int, checkpointing: bool, packing: bool) -
 
 
 def settings_of(zero_stage: int, checkpointing: bool, packing: bool) -> dict:
-    return {"zero_stage": zero_stage, "gradient_checkpointing": checkpointing, "packing": packing}
+    kind = "full" if checkpointing else "none"
+    return {"zero_stage": zero_stage, "activation_checkpointing": kind, "packing": packing}
 
 
 def jobs() -> tuple[dict[str, dict], set[str]]:

@@ -68,7 +68,7 @@ def test_validating_changes_nothing_of_the_training(tmp_path: Path, chat_model: 
         write_job(tmp_path / name, chat_model, chat_data, **SETTINGS, **more)
         for name, more in (
             ("plain", {}),
-            ("watched", {"validation": {"path": str(other), "every_steps": 1, "max_rows": 3}}),
+            ("watched", {"validation": {"path": str(other), "every_steps": 1, "max_examples": 3}}),
         )
     )
     train_here(plain)

@@ -21,8 +21,7 @@ from pydantic import ValidationError
 from cluster.run.rundir import RunDir
 from tests.trainer.tools import DEADLINE_SECONDS
 from trainer.checkpoint.state import TrainState
-from trainer.config.train import TrainConfig
-from trainer.config.watch import WatchConfig
+from trainer.config.train import TrainConfig, WatchConfig
 from trainer.flops import ModelFlops, Utilization, model_flops, peak_flops
 from trainer.metrics import Step, StepLine
 from trainer.trackers import reporting

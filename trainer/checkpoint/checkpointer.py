@@ -36,7 +36,7 @@ from trainer.checkpoint.commit import (
 from trainer.checkpoint.state import TrainState, read_state
 from trainer.checkpoint.universal import CLIENT_STATE, convert, universal_folder
 from trainer.checkpoint.weights import save_weights
-from trainer.config.checkpoints import CheckpointConfig
+from trainer.config.train import CheckpointConfig
 from trainer.ranks import AllSum
 from trainer.watchdog import Diverged
 

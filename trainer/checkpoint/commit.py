@@ -17,7 +17,7 @@ from cluster.files import explain_full_disk, fsync_folder
 from cluster.run.fence import own_token, verify
 from cluster.run.manifest import write_manifest
 from trainer.checkpoint.state import expired_checkpoints, step_folder
-from trainer.config.checkpoints import CheckpointConfig
+from trainer.config.train import CheckpointConfig
 
 PARTIAL = ".saving_"  # a checkpoint being written
 REMOVED = ".removing_"  # one that is being removed

@@ -7,7 +7,7 @@ from pathlib import Path
 from cluster.errors import InputError
 from cluster.run.manifest import is_sealed
 from cluster.run.rundir import RunDir
-from trainer.config.checkpoints import CheckpointConfig
+from trainer.config.train import CheckpointConfig
 
 
 @dataclass(frozen=True)

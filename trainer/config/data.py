@@ -1,4 +1,4 @@
-"""What is trained on, in which shares, and what is held out."""
+"""The sections `train.data:` and `train.validation:` of a recipe."""
 
 from typing import Literal
 
@@ -10,48 +10,65 @@ Column = Literal["messages", "conversations", "instruction", "input", "output", 
 
 
 class DataSource(StrictModel):
-    """One dataset. A recipe may give its path alone."""
+    """One dataset. A plain path means a section with this path."""
 
     path: str = Field(min_length=1, description="a dataset folder, or a .jsonl, .json, .parquet or .arrow file")
     format: Literal["messages", "alpaca", "sharegpt", "text"] | None = Field(
         None,
-        description="messages: `messages` of {role, content}; alpaca: `instruction`, `input`, `output`; sharegpt: "
-        "`conversations` of {from, value}; text: `text`; default: told by the columns",
+        description="messages has a column `messages` of {role, content}. alpaca has `instruction`, `input` and "
+        "`output`. sharegpt has `conversations` of {from, value}. text has `text`. None means that the columns decide",
     )
-    columns: dict[Column, str] = Field({}, description="column of the format -> its name here, such as output: answer")
+    columns: dict[Column, str] = Field(
+        {}, description="for each column of the format its name in this dataset, if that differs: {output: answer}"
+    )
     epochs: float = Field(
-        1.0, gt=0, description="times each row is seen in one epoch of the mixture; 2.5: half of the rows three times"
+        1.0,
+        gt=0,
+        description="how many times each row occurs in one epoch of training. With 2.5, half of the rows occur twice "
+        "and half three times",
     )
     weight: float | None = Field(
         None,
         gt=0,
-        description="instead of epochs: this source's share of the documents of an epoch, beside the other weights",
+        description="instead of epochs, the part of an epoch that comes from this source, relative to the weights of "
+        "the other sources. None means that epochs decides",
     )
 
     @model_validator(mode="after")
-    def _one_way_of_saying_how_often(self) -> "DataSource":
+    def _weight_or_epochs(self) -> "DataSource":
         if self.weight is not None and "epochs" in self.model_fields_set and self.epochs != 1.0:
-            raise ValueError("weight and epochs both say how often rows are seen. Keep one of them")
+            raise ValueError("weight and epochs both set how often rows occur. Remove one of them")
         return self
 
 
 class ValidationConfig(StrictModel):
-    """Data that is never trained on, and when the loss on it is taken."""
+    """Data that is never trained on, and when its loss is computed. Set either path or fraction."""
 
-    path: str | None = Field(None, description="a dataset of its own; its form is told by the columns")
-    fraction: float | None = Field(None, gt=0, lt=1, description="this share of the documents is held out of training")
-    every_steps: int = Field(100, ge=1, description="also at the end")
-    max_rows: int | None = Field(None, ge=1, description="take the loss of so many documents, chosen by the seed")
+    path: str | None = Field(
+        None, description="a separate dataset, in any of the formats of train.data. None means that fraction is set"
+    )
+    fraction: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="this fraction of the examples is held out of training. None means that path is set",
+    )
+    every_steps: int = Field(
+        100, ge=1, description="optimizer steps between two validations. The last step is always validated"
+    )
+    max_examples: int | None = Field(
+        None, ge=1, description="validate on this many examples, chosen by the seed. None means all"
+    )
 
     @model_validator(mode="after")
-    def _one_origin(self) -> "ValidationConfig":
+    def _path_or_fraction(self) -> "ValidationConfig":
         if (self.path is None) == (self.fraction is None):
-            raise ValueError("give either path, a dataset of its own, or fraction, a share held out of the data")
+            raise ValueError("set either path, a separate dataset, or fraction, a part of train.data to hold out")
         return self
 
 
 def as_sources(value: object) -> object:
-    """A path, a source, or a list of both, as a list of sources."""
+    """A path, a source, or a list of these, as a tuple of sources."""
     if isinstance(value, (str, dict, DataSource)):
         value = [value]
     if not isinstance(value, (list, tuple)):
@@ -60,10 +77,12 @@ def as_sources(value: object) -> object:
 
 
 def refuse_other_formats(sources: tuple[DataSource, ...], objective: str) -> None:
-    """Raise ValueError if a stated format has nothing that the objective trains."""
+    """Raise ValueError if the format of a source does not fit the objective."""
     for source in sources:
         if source.format is not None and (source.format == "text") != (objective == "text"):
-            raise ValueError(f"objective={objective} cannot train {source.path} of format {source.format}. Change one")
+            raise ValueError(
+                f"objective={objective} cannot use {source.path} of format {source.format}. Change one of them"
+            )
 
 
 def refuse_mixed_weights(sources: tuple[DataSource, ...]) -> None:
@@ -71,4 +90,6 @@ def refuse_mixed_weights(sources: tuple[DataSource, ...]) -> None:
     weighted = [source.weight is not None for source in sources]
     if any(weighted) and not all(weighted):
         without = sources[weighted.index(False)].path
-        raise ValueError(f"either every source of train.data has a weight or none has; {without} has none")
+        raise ValueError(
+            f"{without} has no weight, while other sources of train.data have one. Set a weight for all or for none"
+        )

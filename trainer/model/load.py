@@ -92,7 +92,7 @@ def load_model(
     Under ZeRO-3 an `HfDeepSpeedConfig` must be alive, so that weights are partitioned as they are read.
     Raises InputError if added tokens could not be trained: a model must learn to write the one that ends its turn.
     """
-    if num_added and config.zero_stage not in METHODS[config.tuning].token_stages:
+    if num_added and config.zero_stage not in METHODS[config.tuning].new_token_stages:
         raise InputError(
             f"{model.path}: its vocabulary lacks {num_added} tokens of the chat template, which tuning={config.tuning} "
             f"with zero_stage={config.zero_stage} cannot train. Set train.tuning=full, or lora with a lower "
