@@ -1,38 +1,38 @@
-# Every target sets the environment up first; a second time that takes no time at all.
+# Every target sets up the environment first. If it is up to date, that takes no time.
 PYTHON ?= python3
 BIN := .venv/bin
 
 .PHONY: help setup demo test test-all chaos reference lint base-model chat-model bench bench-synthesis bench-training bench-launch clean-demo
 
 help: ## Show this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 setup: ## Make .venv and install everything for a machine without a GPU
 	@$(PYTHON) launcher/bootstrap.py cpu dev
 
-demo: setup ## A small model instructs itself, end to end, with real parts (minutes); ARGS="key=value --run-dir DIR"
+demo: setup ## Run the demo: a small model instructs itself and is tuned (minutes); ARGS="key=value --run-dir DIR"
 	@$(BIN)/tunesmith run recipes/demo/self_instruct.yaml $(ARGS)
 
 test: setup ## Run the tests, in two processes
 	@$(BIN)/python -m pytest -n 2 --dist loadgroup
 
-test-all: setup ## Run the tests with those that are left out of `make test` because they take long
+test-all: setup ## Run all tests, including those that `make test` leaves out because they take long
 	@$(BIN)/python -m pytest -n 2 --dist loadgroup -m ""
 
 SEED ?= 1
 MINUTES ?= 30
-chaos: setup ## Random faults on a real Slurm, needs root; SEED=7 MINUTES=30
+chaos: setup ## Test random faults on a real Slurm (needs root); SEED=7 MINUTES=30
 	@$(BIN)/python -m tests.slurm.chaos --seed $(SEED) --minutes $(MINUTES)
 
 reference: setup ## Write docs/reference.md from the commands and the keys of a recipe
 	@$(BIN)/python -m docs.generate_reference
 
-lint: setup ## Check style
+lint: setup ## Check the style of the code
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
-bench: bench-synthesis bench-training bench-launch ## Run all measurements
+bench: bench-synthesis bench-training bench-launch ## Run all benchmarks
 
-bench-synthesis: ## Measure synthesis against raw vLLM, ray.data.llm, rouge_score and datasets, side by side (an hour and a quarter)
+bench-synthesis: ## Measure synthesis beside raw vLLM, ray.data.llm, rouge_score and datasets (75 minutes)
 	@$(PYTHON) launcher/bootstrap.py cpu dev bench
 	@$(BIN)/python -m tests.benchmarks.synthesis --sides raw pool stage ray.data.llm "ray.data.llm, defaults"
 	@$(BIN)/python -m tests.benchmarks.synthesis --sides "raw, its own processes" stage
@@ -40,23 +40,23 @@ bench-synthesis: ## Measure synthesis against raw vLLM, ray.data.llm, rouge_scor
 	@$(BIN)/python -m tests.benchmarks.novelty
 	@$(BIN)/python -m tests.benchmarks.storage
 
-bench-training: ## Measure training, and saving, against TRL and bare PyTorch loops, side by side (20 minutes)
+bench-training: ## Measure training and saving beside TRL and bare PyTorch loops (20 minutes)
 	@$(PYTHON) launcher/bootstrap.py cpu dev bench
 	@$(BIN)/python -m tests.benchmarks.training
 	@$(BIN)/python -m tests.benchmarks.saving
 
-bench-launch: setup ## Measure the way from sbatch to the first step, on a Slurm of two nodes (needs root; five minutes)
+bench-launch: setup ## Measure the time from sbatch to the first step, on a Slurm of two nodes (needs root; 5 minutes)
 	@$(BIN)/python -m tests.benchmarks.launch
 
-base-model: setup ## Train the embedded base model again from nothing (half an hour on 2 cores)
+base-model: setup ## Train the base model of the toy world again (half an hour on 2 cores)
 	@$(BIN)/python -m toy_world.build base-data --out runs/base-model/world
 	@$(BIN)/tunesmith train recipes/demo/base_model.yaml
 	@$(BIN)/python -m toy_world.build base-model --weights runs/base-model/checkpoints/step_005136/weights --out models/world-base
 
-chat-model: setup ## Tune the embedded chat model again from the base model (half an hour on 2 cores)
+chat-model: setup ## Tune the chat model of the toy world again (half an hour on 2 cores)
 	@$(BIN)/python -m toy_world.build chat-data --base models/world-base --out runs/chat-model/world
 	@$(BIN)/tunesmith train recipes/demo/chat_model.yaml
 	@$(BIN)/python -m toy_world.build chat-model --weights runs/chat-model/checkpoints/step_002200/weights --out models/world-chat
 
-clean-demo: ## Remove the demo's run folder, to start it from nothing
+clean-demo: ## Remove the demo's run folder
 	rm -rf runs/demo
