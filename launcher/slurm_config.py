@@ -1,4 +1,4 @@
-"""The `slurm:` section of a recipe: what its jobs ask of Slurm."""
+"""The `slurm:` section of a recipe: what its jobs request from Slurm."""
 
 import re
 from typing import Literal
@@ -7,7 +7,7 @@ from pydantic import Field, field_validator
 
 from cluster.config import EnvName, StrictModel
 
-# Options of sbatch that the launcher writes itself, and those that would hide a job from it or change what it is.
+# Options of sbatch that the launcher sets itself, and those with which it would lose sight of the job.
 OWNED = (
     "array", "chdir", "clusters", "cluster", "dependency", "error", "export", "export-file", "get-user-env", "help",
     "hold", "input", "job-name", "kill-on-invalid-dep", "no-requeue", "ntasks", "ntasks-per-node", "open-mode",
@@ -23,12 +23,14 @@ _TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 
 
 class ContainerConfig(StrictModel):
-    """The image that the steps of a job run in. The job's own script runs outside it."""
+    """The image in which the steps of a job run. The job's own script runs outside it."""
 
     runtime: Literal["pyxis", "apptainer"] = Field("pyxis", description="pyxis: srun --container-image")
     image: str = Field(pattern=r"^[^\s,\x00]+$")
-    mounts: tuple[str, ...] = Field((), description="OUTSIDE:INSIDE[:ro]; the run folder and yours are added")
-    python: str = Field("python3", pattern=r"^[^\s\x00]+$", description="inside the image")
+    mounts: tuple[str, ...] = Field(
+        (), description="OUTSIDE:INSIDE[:ro]; the run folder and the working directory are added"
+    )
+    python: str = Field("python3", pattern=r"^[^\s\x00]+$", description="Python inside the image")
 
     @field_validator("mounts")
     @classmethod
@@ -40,7 +42,7 @@ class ContainerConfig(StrictModel):
 
 
 class JobConfig(StrictModel):
-    """What one job asks for. Empty fields are left to Slurm, or to the section above."""
+    """What one job requests. A field that is `null` is left to the section `slurm`, or to Slurm."""
 
     nodes: int | None = Field(None, ge=1)
     gpus_per_node: int | None = Field(None, ge=0)
@@ -57,7 +59,7 @@ class JobConfig(StrictModel):
     @field_validator("time", mode="before")
     @classmethod
     def _minutes_are_a_number(cls, value: object) -> object:
-        """YAML reads 90 as a number, and 1:30:00 too: as 5400, in base sixty."""
+        """YAML reads 90 as a number, and also 1:30:00: as 5400, in base sixty."""
         if isinstance(value, int) and not isinstance(value, bool):
             if value >= 3600:
                 raise ValueError("YAML reads H:M:S without quotes as a number. Put the time in quotes")
@@ -68,7 +70,7 @@ class JobConfig(StrictModel):
     @classmethod
     def _a_time_of_slurm(cls, value: str | None) -> str | None:
         if value is not None and not seconds_of(value):
-            raise ValueError("expected minutes, H:M:S or D-H:M:S, and more than nothing")
+            raise ValueError("expected a time above 0: minutes, H:M:S or D-H:M:S")
         return value
 
     @field_validator("options", mode="before")
@@ -85,12 +87,12 @@ class JobConfig(StrictModel):
 
     @property
     def ranks(self) -> int:
-        """Ranks of a training: one a GPU, or one a node where the job has no GPUs."""
+        """Ranks of a training: one per GPU, or one per node if the job has no GPUs."""
         return (self.nodes or 1) * (self.gpus_per_node or 1)
 
 
 def refuse_option(option: str) -> None:
-    """Raise ValueError if an option of sbatch is none, or is the launcher's to give."""
+    """Raise ValueError if a text is not an option of sbatch, or one that the launcher sets."""
     match = _OPTION.fullmatch(option)
     if match is None:
         raise ValueError(f"{option!r} is not of the form --name or --name=value, on one line")
@@ -103,7 +105,7 @@ def refuse_option(option: str) -> None:
 
 
 def seconds_of(time: str) -> int | None:
-    """Seconds of a time as sbatch takes it: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S. None if it is not one."""
+    """Seconds of a time in sbatch's form: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S. None means that it is no time."""
     match = _TIME.fullmatch(time)
     if match is None:
         return None
@@ -119,36 +121,45 @@ def seconds_of(time: str) -> int | None:
 
 
 class OneNodeJobConfig(JobConfig):
-    """A stage that runs on one node however many the others have."""
+    """The job of a stage that runs on one node, unless its own section sets more."""
 
     nodes: int | None = Field(1, ge=1)
 
 
 class SlurmConfig(JobConfig):
-    """What the jobs of a run ask for, and what differs for single stages."""
+    """What the jobs of a run request, and in its subsections what differs for single stages."""
 
     max_attempts_without_progress: int = Field(
-        3, ge=1, description="attempts in a row that may bring a stage no further before its chain is stopped"
+        3, ge=1, description="attempts in a row without progress after which a stage and those after it are given up"
     )
-    preflight: bool | None = Field(None, description="check the nodes before a stage; default: if it has several")
+    preflight: bool | None = Field(
+        None, description="check the nodes before a stage; `null` means only if it has several"
+    )
     start_timeout_seconds: float = Field(
-        3600, gt=0, description="a stage without a first step, or a first row of metrics, after so long is hung"
+        3600,
+        gt=0,
+        description="a stage without a first step, or a first row of metrics, after this time counts as hung",
     )
     hang_timeout_seconds: float | None = Field(
-        None, gt=0, description="and so is one without a next one; default: ten times the longest gap, at least 900"
+        None,
+        gt=0,
+        description="a stage without a further step after this time counts as hung; `null` means ten times the longest "
+        "gap so far, but at least 900",
     )
-    hang_grace_seconds: float = Field(60, ge=0, description="from the request to save and stop until it is killed")
+    hang_grace_seconds: float = Field(
+        60, ge=0, description="time for a hung stage to save and stop before it is killed"
+    )
     synthesize: JobConfig = JobConfig()
     train: JobConfig = JobConfig()
     export: OneNodeJobConfig = OneNodeJobConfig()
     evaluate: OneNodeJobConfig = OneNodeJobConfig()
     container: ContainerConfig | None = None
     environment: tuple[EnvName, ...] = Field(
-        (), description="names of variables that jobs get from your environment besides the usual ones"
+        (), description="names of further variables that jobs get from your environment"
     )
 
     def of(self, stage: str) -> JobConfig:
-        """What a stage's job asks for: its own fields, else those of the whole section. Options add up."""
+        """What a stage's job requests: its own fields, else those of this section. Options add up."""
         own: JobConfig = getattr(self, stage)
         fields = {name: getattr(self, name) for name in JobConfig.model_fields}
         fields |= {name: value for name in JobConfig.model_fields if (value := getattr(own, name)) is not None}

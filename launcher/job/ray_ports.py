@@ -1,11 +1,11 @@
-"""The ports of one Ray on one node: a block of them, all pinned, that no other job on the node can have too.
+"""The ports of one Ray on one node: a block of fixed ports that no other job on the node has.
 
     with claim_block(job_id) as block:
         argv = ["ray", "start", *block.options(is_head)]
 
-A port that Ray chooses by itself falls sooner or later into what another part of Ray, or another job's Ray, was
-promised. The first port of a block is Ray's in name only: this process listens there for as long as it holds the block,
-and as the kernel lets one process do so, two jobs that start at the same moment get different blocks.
+A port that Ray chooses by itself may be one that another part of Ray, or the Ray of another job, is about to use. The
+first port of a block is not for Ray: this process listens there as long as it holds the block. The kernel lets only one
+process listen on a port, so two jobs that start at the same moment get different blocks.
 """
 
 import contextlib
@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 from cluster.errors import TunesmithError
 
-FIRST_PORT, BLOCK_SIZE, NUM_BLOCKS = 10000, 250, 40  # up to 19999: below where nodes of a training meet
-WORKER_OFFSET = 11  # the rest of a block is for Ray's worker processes: one port for each engine and driver
+FIRST_PORT, BLOCK_SIZE, NUM_BLOCKS = 10000, 250, 40  # up to 19999: below the ports of cluster/nodes/rendezvous.py
+WORKER_OFFSET = 11  # the rest of a block is for Ray's worker processes: one port per engine and driver
 OFFSETS = {
     "node-manager": 2,
     "object-manager": 3,
@@ -26,19 +26,19 @@ OFFSETS = {
     "metrics-export": 7,
 }
 HEAD_OFFSET = 1
-HEAD_OFFSETS = {"dashboard": 8, "ray-client-server": 9}  # Ray starts the second whether anybody needs it or not
+HEAD_OFFSETS = {"dashboard": 8, "ray-client-server": 9}  # Ray always starts the client server
 DASHBOARD_METRICS_OFFSET = 10
 
 
 @dataclass(frozen=True)
 class PortBlock:
-    """`BLOCK_SIZE` ports from `first` on."""
+    """`BLOCK_SIZE` ports, beginning with `first`."""
 
     first: int
 
     @property
     def head(self) -> int:
-        """Where the head of a cluster listens."""
+        """The port of the cluster's head."""
         return self.first + HEAD_OFFSET
 
     def environment(self) -> dict[str, str]:
@@ -56,9 +56,9 @@ class PortBlock:
 
 @contextlib.contextmanager
 def claim_block(job_id: int) -> Iterator[PortBlock]:
-    """Hold a block whose ports are all free, the first from a place that the job id decides.
+    """Hold the first block whose ports are all free. The job id decides where the search begins.
 
-    Raises TunesmithError where there is none.
+    Raises TunesmithError if there is no such block.
     """
     firsts = (FIRST_PORT + (job_id + number) % NUM_BLOCKS * BLOCK_SIZE for number in range(NUM_BLOCKS))
     claims = ((first, _claim(first)) for first in firsts)
@@ -66,15 +66,15 @@ def claim_block(job_id: int) -> Iterator[PortBlock]:
     if claim is None:
         last = FIRST_PORT + NUM_BLOCKS * BLOCK_SIZE - 1
         raise TunesmithError(
-            f"no {BLOCK_SIZE} ports in a row are free between {FIRST_PORT} and {last} on {socket.gethostname()}, so "
-            "Ray cannot start there. `ss -tln` shows who listens."
+            f"Ray cannot start on {socket.gethostname()}: it needs {BLOCK_SIZE} free ports in a row between "
+            f"{FIRST_PORT} and {last}, and there are none. `ss -tln` lists the ports in use."
         )
     with claim:
         yield PortBlock(first)
 
 
 def _claim(first: int) -> socket.socket | None:
-    """Listen on the first port of a block, if that and all others are free."""
+    """Listen on the first port of a block if all its ports are free."""
     claim = socket.socket()
     try:
         claim.bind(("", first))

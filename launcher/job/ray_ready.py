@@ -1,10 +1,9 @@
-"""Wait until a Ray has exactly the nodes that it should have.
+"""Wait until exactly the expected nodes of a Ray are alive.
 
     python -P -m launcher.job.ray_ready HEAD:PORT SECONDS ADDRESS...
 
-A process of its own, as a client that is refused or cut off may take its process along. Exits with 0 once the nodes
-that are alive are those of the given addresses, and with 1 and a message where they are not in time. A node that was
-there and died does not count.
+This is a process of its own, because a client whose connection is refused or lost may end its process. It exits with 0
+as soon as the nodes that are alive have exactly these addresses, and with 1 and a message if they do not in time.
 """
 
 import socket
@@ -25,7 +24,7 @@ def alive_addresses(head: str) -> set[str]:
 
 
 def await_nodes(head: str, expected: set[str], timeout_seconds: float) -> str:
-    """Empty once the nodes are there, else what is wrong."""
+    """Return an empty string when the nodes are alive, or an error message at the deadline."""
     deadline = time.monotonic() + timeout_seconds
     host, port = head.rsplit(":", 1)
     alive: set[str] = set()
@@ -38,14 +37,14 @@ def await_nodes(head: str, expected: set[str], timeout_seconds: float) -> str:
         if alive == expected:
             return ""
         time.sleep(POLL_SECONDS)
-    missing, strange = sorted(expected - alive), sorted(alive - expected)
+    missing, foreign = sorted(expected - alive), sorted(alive - expected)
     return (
-        f"the Ray at {head} has not become complete in {timeout_seconds:g} s: missing {', '.join(missing) or 'none'}, "
-        f"not of this job {', '.join(strange) or 'none'}."
+        f"the Ray at {head} is not complete after {timeout_seconds:g} s. Missing: {', '.join(missing) or 'none'}; "
+        f"nodes of other jobs: {', '.join(foreign) or 'none'}."
     )
 
 
 if __name__ == "__main__":
-    wrong = await_nodes(sys.argv[1], set(sys.argv[3:]), float(sys.argv[2]))
-    print(wrong)
-    sys.exit(bool(wrong))
+    message = await_nodes(sys.argv[1], set(sys.argv[3:]), float(sys.argv[2]))
+    print(message)
+    sys.exit(bool(message))

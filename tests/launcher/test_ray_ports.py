@@ -40,5 +40,5 @@ def test_every_port_of_a_node_is_pinned_within_its_block_and_none_twice() -> Non
 
 def test_where_nothing_is_free_the_node_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("launcher.job.ray_ports._claim", lambda first: None)
-    with pytest.raises(TunesmithError, match=f"no 250 ports in a row are free .* on {socket.gethostname()}"):
+    with pytest.raises(TunesmithError, match=f"cannot start on {socket.gethostname()}: it needs 250 free ports"):
         claim_block(1).__enter__()
