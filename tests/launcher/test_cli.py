@@ -1,4 +1,4 @@
-"""The command line answers at once, starts nothing it need not, and ends with the exit code that says what happened."""
+"""The command line answers at once, loads only what it needs, and ends with the exit code of what happened."""
 
 import io
 import json
@@ -90,14 +90,14 @@ def test_plan_shows_the_stages_and_their_arithmetic_and_writes_nothing(recipe: P
     arguments += ("train.batch_unit=rows",)
     done = tunesmith("plan", recipe, *arguments, "--run-dir", "somewhere", cwd=recipe.parent)
     assert done.returncode == 0
-    for words in (
+    for text in (
         "4 micro x 4 accumulated x 2",
         "9 steps",
         "somewhere/checkpoints",
         "merged model",
         "Nothing was started",
     ):
-        assert words in " ".join(done.stdout.split()), words
+        assert text in " ".join(done.stdout.split()), text
     assert "synthesize" not in done.stdout
     assert sorted(path.name for path in recipe.parent.iterdir()) == ["recipe.yaml"]
 

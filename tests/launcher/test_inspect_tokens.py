@@ -46,12 +46,12 @@ def test_what_is_trained_is_marked_with_its_end_and_documents_have_borders(recip
     assert "━━ row 1: " in text
     assert text.count("── document ") == 2
     assert "chats.jsonl: " in text
-    for words in (
+    for expected in (
         "<|im_start|>user\nSay fig<|im_end|>\n<|im_start|>assistant\n[[fig, of course<|im_end|>]]\n",
         "Say [b]pear[/b]<|im_end|>\n<|im_start|>assistant\n[[pear<|im_end|>]]\n<|im_start|>user\nAgain",
         "[[naïve pear<|im_end|>]]",
     ):
-        assert words in text
+        assert expected in text
 
 
 def test_the_counts_say_what_was_dropped_and_how_full_rows_are(recipe: Path) -> None:

@@ -101,4 +101,4 @@ def test_a_head_and_a_worker_are_started_with_all_that_ray_would_guess() -> None
     assert {"--address=10.0.0.5:1", "--node-ip-address=10.0.0.6", "--ports-of-head=False"} < set(worker)
     for argv in (head, worker):
         assert {"--block", "--num-cpus=3", "--num-gpus=2", "--disable-usage-stats"} < set(argv)
-        assert any(word.startswith("--object-store-memory=") for word in argv)
+        assert any(option.startswith("--object-store-memory=") for option in argv)

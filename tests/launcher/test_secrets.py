@@ -28,9 +28,9 @@ def test_a_literal_token_is_refused_with_the_fix(tmp_path: Path, override: str, 
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     with pytest.raises(InputError) as raised:
         load(tmp_path / "recipe.yaml", [override])
-    said = str(raised.value)
-    assert said.startswith(f"{key}: this looks like a secret") and "export.hub_token={env: HF_TOKEN}" in said
-    assert HUB not in said and WANDB not in said
+    message = str(raised.value)
+    assert message.startswith(f"{key}: this looks like a secret") and "export.hub_token={env: HF_TOKEN}" in message
+    assert HUB not in message and WANDB not in message
 
 
 @pytest.mark.parametrize(

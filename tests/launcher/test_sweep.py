@@ -48,7 +48,7 @@ def test_a_recipe_without_a_sweep_has_no_members(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sweep", "complaint"),
+    ("sweep", "message"),
     [
         ({"train.learning_rate": []}, "train.learning_rate needs at least one value"),
         ({"train.learning_rate": [1, 1]}, "no value twice"),
@@ -56,8 +56,8 @@ def test_a_recipe_without_a_sweep_has_no_members(tmp_path: Path) -> None:
         ({"train.learning_rate": 3}, "valid tuple"),
     ],
 )
-def test_a_sweep_that_makes_no_runs_is_refused(tmp_path: Path, sweep: dict, complaint: str) -> None:
-    with pytest.raises(InputError, match=complaint):
+def test_a_sweep_that_makes_no_runs_is_refused(tmp_path: Path, sweep: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
         load(write(tmp_path, sweep=sweep), [])
 
 
@@ -109,16 +109,16 @@ def test_each_run_of_a_sweep_is_a_chain_and_the_folder_stands_for_all(tmp_path: 
     monkeypatch.setenv("COLUMNS", "200")
     recipe, run = write(tmp_path, sweep={"train.learning_rate": [0.1, 0.2]}), tmp_path / "run"
 
-    def tunesmith(*words: str) -> str:
-        done = CliRunner().invoke(app, list(words))
+    def tunesmith(*arguments: str) -> str:
+        done = CliRunner().invoke(app, list(arguments))
         assert done.exit_code == 0, done.output + str(done.exception)
         return done.output
 
     assert "sbatch --parsable --hold --job-name=tiny-002_learning_rate-0.2-train" in tunesmith(
         "plan", str(recipe), "--on", "slurm"
     )
-    said = tunesmith("run", str(recipe), "--on", "slurm")
-    assert said.count("$ sbatch") == 6 and said.count("$ scontrol release") == 2
+    output = tunesmith("run", str(recipe), "--on", "slurm")
+    assert output.count("$ sbatch") == 6 and output.count("$ scontrol release") == 2
     assert [path.name for path in run.iterdir() if (path / "slurm").exists()] == []
     assert len(list((run / "code").iterdir())) == 1 and not list(run.glob("sweep/*/code"))  # one copy for all
     rows = [
@@ -126,6 +126,6 @@ def test_each_run_of_a_sweep_is_a_chain_and_the_folder_stands_for_all(tmp_path: 
     ]
     assert ["001_learning_rate-0.1", "0.1", "WAITING", "train", "101"] in rows
     assert "cancelled 103, 102, 101" in tunesmith("cancel", str(run))
-    said = tunesmith("resume", str(run))
-    assert said.count("$ sbatch") == 6 and "train: begins anew" in said
-    assert "attempt-2/train-%j.log" in said and f"--chdir={Path.cwd()}" in said
+    output = tunesmith("resume", str(run))
+    assert output.count("$ sbatch") == 6 and "train: begins anew" in output
+    assert "attempt-2/train-%j.log" in output and f"--chdir={Path.cwd()}" in output

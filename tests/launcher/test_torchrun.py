@@ -24,9 +24,9 @@ def test_the_first_failure_decides_and_not_those_it_caused() -> None:
 
 
 def test_a_process_without_a_handler_is_not_sent_the_signal_that_would_kill_it_or_be_lost() -> None:
-    program = "import signal, time\nasked = []\n{}\nprint('ready', flush=True)\nwhile not asked: time.sleep(0.01)"
+    program = "import signal, time\nsignals = []\n{}\nprint('ready', flush=True)\nwhile not signals: time.sleep(0.01)"
     answers = []
-    for setup in ("", "signal.signal(signal.SIGUSR2, lambda *_: asked.append(True))"):
+    for setup in ("", "signal.signal(signal.SIGUSR2, lambda *_: signals.append(True))"):
         command = [sys.executable, "-c", program.format(setup)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout.readline() == "ready\n"

@@ -93,14 +93,14 @@ def place(slurm_cluster: SlurmBed, request: pytest.FixtureRequest) -> Iterator[P
         slurm_cluster.client("scancel", str(job))
 
 
-def running(bed: SlurmBed, node: str, words: str = "") -> dict[int, str]:
+def running(bed: SlurmBed, node: str, text: str = "") -> dict[int, str]:
     """Pid (on the host) -> command line of a node's processes but for its init and slurmd."""
     machine = bed.nodes[node]
     if not machine.alive:
         return {}
     found = processes_of("\0", {machine.network})
     own = (str(Path("tests/slurm/node_init.py")), "slurmd -N")
-    return {pid: line for pid, line in found.items() if words in line and not any(word in line for word in own)}
+    return {pid: line for pid, line in found.items() if text in line and not any(part in line for part in own)}
 
 
 def tmp_of(bed: SlurmBed, node: str) -> Path:
@@ -114,9 +114,9 @@ def left_behind(bed: SlurmBed) -> list[str]:
     return folders + [line for node in alive for line in running(bed, node).values()]
 
 
-def kill(bed: SlurmBed, node: str, words: str) -> None:
-    """kill -9 the node's one process with these words in its command line."""
-    (pid,) = running(bed, node, words)
+def kill(bed: SlurmBed, node: str, text: str) -> None:
+    """kill -9 the node's one process with this text in its command line."""
+    (pid,) = running(bed, node, text)
     os.kill(pid, signal.SIGKILL)
 
 
@@ -154,8 +154,8 @@ def assert_secrets_are_kept(place: Place, job: int) -> None:
         for pid in running(place.bed, node):
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
                 process = Path(f"/proc/{pid}")
-                told = (process / "cmdline").read_bytes() + (process / "environ").read_bytes()
-                exposed += [process] if token.encode() in told else []
+                visible = (process / "cmdline").read_bytes() + (process / "environ").read_bytes()
+                exposed += [process] if token.encode() in visible else []
         assert not exposed
     assert not [path for path in place.run.rglob("*") if path.is_file() and token in path.read_text(errors="replace")]
     assert token not in place.bed.output(job)
@@ -183,8 +183,8 @@ def test_a_killed_head_ends_the_job_at_once_and_a_killed_worker_does_not(slurm_c
     place.wait_for_requests(job, before + 12)
     kill(slurm_cluster, "n2", "raylet/raylet")
     place.end(job, "COMPLETED", "0:0")
-    said = slurm_cluster.output(job)
-    assert "[ray] node n2: Ray ended by itself: raylet (exit code -9); going on with 1 of 2 nodes" in said
+    output = slurm_cluster.output(job)
+    assert "[ray] node n2: Ray ended by itself: raylet (exit code -9); going on with 1 of 2 nodes" in output
     assert logged.isdisjoint(generated_ids(place.model)[before:])
     result = place.result()
     assert (result["status"], result["num_accepted"], result["is_complete"]) == ("done", NUM_INSTRUCTIONS, True)
@@ -226,7 +226,7 @@ def test_vllm_engines_on_two_nodes_make_one_dataset(slurm_cluster: SlurmBed, pla
 
 @pytest.mark.long
 @pytest.mark.slurm
-def test_vllm_replicas_of_two_nodes_share_the_work_and_save_when_asked_to_stop(
+def test_vllm_replicas_of_two_nodes_share_the_work_and_save_on_a_request_to_stop(
     slurm_cluster: SlurmBed, place: Place
 ) -> None:
     model = {"path": str(PROJECT / "models" / "world-chat")}
@@ -254,7 +254,7 @@ def requests_by_node(run: Path) -> dict[str, int]:
 
 @pytest.mark.long
 @pytest.mark.slurm
-def test_asked_to_stop_it_saves_and_the_same_command_goes_on(slurm_cluster: SlurmBed, place: Place) -> None:
+def test_a_request_to_stop_saves_and_the_same_command_continues(slurm_cluster: SlurmBed, place: Place) -> None:
     place.scripted(latency_ms=600)
     logged: set[str] = set()
     for signal_options in (["--batch", "--signal=USR2"], ["--signal=TERM"]):  # the second reaches all steps alone
@@ -289,15 +289,15 @@ def test_a_lost_node_takes_its_engine_along_and_nothing_else(slurm_cluster: Slur
 @pytest.mark.long
 @pytest.mark.slurm
 def test_a_lost_batch_host_ends_the_job(slurm_cluster: SlurmBed, place: Place) -> None:
-    """Slurm goes on with such a job: it may lose nodes, and asks no more of this one than of the others."""
+    """Slurm continues such a job: it may lose nodes, and the first node is no exception."""
     place.scripted(latency_ms=600)
     job = place.submit()
     place.wait_for_requests(job, 12)
     with slurm_cluster.powered_off("n1"):
         slurm_cluster.wait_state(job, {"CANCELLED"}, 240)
     slurm_cluster._wait("empty nodes", lambda: not left_behind(slurm_cluster), 60, str)
-    (word,) = place.run.glob("attempt-*/ray-*/node-1.exit.json")
-    assert json.loads(word.read_text())["reason"] == "the job's first node n1 is lost, so the job is cancelled."
+    (report,) = place.run.glob("attempt-*/ray-*/node-1.exit.json")
+    assert json.loads(report.read_text())["reason"] == "the job's first node n1 is lost, so the job is cancelled."
 
 
 @pytest.mark.long
