@@ -1,4 +1,4 @@
-"""Asks the models each question once: what the request log knows is not generated again."""
+"""Sends requests to the models. A request whose answer is in the request log is not generated again."""
 
 import asyncio
 import time
@@ -22,7 +22,7 @@ UNANSWERED = ("prompt_too_long", "engine_died")  # finish reasons of a completio
 
 
 class BudgetReached(TunesmithError):
-    """A request was not made because the budget is spent. name: the limit, as the recipe has it."""
+    """A request was not sent because the budget is spent. name: the limit, as the recipe names it."""
 
     def __init__(self, name: str, limit: float) -> None:
         super().__init__(f"budget.{name}={limit if isinstance(limit, int) else format(limit, 'g')} reached")
@@ -31,7 +31,7 @@ class BudgetReached(TunesmithError):
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """A model in a role. name: as the recipe has it; revision: tells its weights and adapter from others'."""
+    """A model in a role. name: as in the recipe; revision: identifies the weights and the adapter."""
 
     name: str
     source: ModelConfig
@@ -42,7 +42,7 @@ class ServedModel:
 
 
 class Requester:
-    """Answers of the models of a run, from the log or from their engines."""
+    """Gets the answers of a run's models, from the log or from their engines."""
 
     def __init__(
         self,
@@ -53,19 +53,19 @@ class Requester:
         timers: Timers | None = None,
         spent: Counts | None = None,
     ) -> None:
-        """spent: on the requests of what is committed already; they are not asked again, and count for the budget."""
+        """spent: the requests of data that is committed. They count for the budget and are not sent again."""
         spent = spent or Counts()
-        self.num_resumed = 0
-        self.num_generated = 0  # requests that engines answered
-        self.num_answered = spent.num_requests  # logged ones included
-        self.num_completion_tokens = spent.num_completion_tokens  # of these
+        self.num_resumed = 0  # answered by the log
+        self.num_generated = 0  # answered by engines
+        self.num_answered = spent.num_requests
+        self.num_completion_tokens = spent.num_completion_tokens  # of num_answered
         self._models = models
         self._log = log
         self._seed = seed
         self._budget = budget or BudgetConfig()
         self._timers = timers or Timers()
-        self._under_way: dict[str, asyncio.Task[Completion]] = {}
-        self._gate = asyncio.Lock()  # one request waits for the budget, those after it for the gate
+        self._in_flight: dict[str, asyncio.Task[Completion]] = {}
+        self._budget_lock = asyncio.Lock()  # the next request waits for the budget, all others for the lock
         self._start = time.monotonic()
 
     def model(self, role: Role) -> ServedModel:
@@ -89,40 +89,39 @@ class Requester:
         replica: int = 0,
         system: str | None = None,
     ) -> GenerationResult:
-        """Continue `text`, which `prompt` rendered, or answer it as the user's turn of a chat if the role is asked so.
+        """Send `text`, which `prompt` rendered, as the role's form says: to be continued, or as the user's turn.
 
-        `replica` tells apart requests that may have the same text; `system` is put before the user's turn.
+        replica: distinguishes requests that may have the same text. system: the turn before the user's.
         """
         rendered: EnginePrompt = text
         if self._models[role].form == "chat":
             turns = [("system", system)] if system else []
             rendered = [{"role": name, "content": content} for name, content in [*turns, ("user", text)]]
-        return await self._ask(role, stage, rendered, (prompt.name, prompt.sha), sampling, replica)
+        return await self._request(role, stage, rendered, prompt.name, prompt.sha, sampling, replica)
 
     async def continue_tokens(
         self, role: Role, stage: str, token_ids: list[int], name: str, sampling: Sampling, replica: int
     ) -> GenerationResult:
-        """Continue a prompt that no template made; `name` stands for it in the rows."""
-        return await self._ask(role, stage, token_ids, (name, sha256_json(token_ids)[:16]), sampling, replica)
+        """Continue a prompt that no template rendered. name: stands for the template in the rows."""
+        return await self._request(role, stage, token_ids, name, sha256_json(token_ids)[:16], sampling, replica)
 
-    async def _ask(
+    async def _request(
         self,
         role: Role,
         stage: str,
         rendered: EnginePrompt,
-        prompt: tuple[str, str],
+        prompt_name: str,
+        prompt_sha: str,
         sampling: Sampling,
         replica: int,
     ) -> GenerationResult:
-        """The id is a hash of all that decides the answer; the model goes in by what it holds, so moving its folder
-        changes nothing. The sampling seed follows from the id, unless the recipe sets one."""
+        """Answer from the log, from the same request if it is in flight, or else from the engines."""
         model = self._models[role]
-        name, sha = prompt
         identity = {
             "stage": stage,
             "prompt": rendered,
-            "prompt_sha": sha,
-            "model_revision": model.revision,
+            "prompt_sha": prompt_sha,
+            "model_revision": model.revision,  # a hash of the weights: moving the model's folder changes nothing
             "sampling": sampling.model_dump(mode="json"),
             "replica": replica,
             "seed": self._seed,
@@ -130,34 +129,30 @@ class Requester:
         request_id = sha256_json(identity)
         if sampling.seed is None:
             sampling = sampling.model_copy(update={"seed": int(request_id[:8], 16) >> 1})
-        request = GenerationRequest(request_id, rendered, sampling, model.adapter, group=name)
-        completion = await self._complete(request, model.pool)
-        return GenerationResult(request_id, model.name, model.revision, name, sha, sampling, completion)
-
-    async def _complete(self, request: GenerationRequest, pool: EnginePool) -> Completion:
-        """From the log, from the same request if it is under way, or from the engines."""
-        request_id = request.request_id
         if not self._is_known(request_id):
-            async with self._gate:
-                await self._wait_for_budget(request.sampling)
-                if not self._is_known(request_id):  # it may have been asked meanwhile
-                    task = asyncio.create_task(self._generate(request, pool), name=request_id)
+            async with self._budget_lock:
+                await self._wait_for_budget(sampling)
+                if not self._is_known(request_id):  # another caller may have sent it meanwhile
+                    request = GenerationRequest(request_id, rendered, sampling, model.adapter, group=prompt_name)
+                    task = asyncio.create_task(self._generate(request, model.pool), name=request_id)
                     task.add_done_callback(self._forget)
-                    self._under_way[request_id] = task
-        if request_id in self._under_way:
-            return await asyncio.shield(self._under_way[request_id])
-        completion = Completion.from_dict(self._log.get(request_id))
-        self.num_resumed += 1
-        self._count(completion)
-        return completion
+                    self._in_flight[request_id] = task
+        if request_id in self._in_flight:
+            completion = await asyncio.shield(self._in_flight[request_id])
+        else:
+            completion = Completion.from_dict(self._log.get(request_id))
+            self.num_resumed += 1
+            self._count(completion)
+        return GenerationResult(request_id, model.name, model.revision, prompt_name, prompt_sha, sampling, completion)
 
     def _is_known(self, request_id: str) -> bool:
-        return request_id in self._under_way or request_id in self._log
+        return request_id in self._in_flight or request_id in self._log
 
     async def _generate(self, request: GenerationRequest, pool: EnginePool) -> Completion:
         completion = await pool.generate(request)
+        samples = tuple(replace(sample, token_ids=()) for sample in completion.samples)  # longer than the text
         with self._timers.measure("log"):
-            self._log.append(request.request_id, asdict(_without_token_ids(completion)))
+            self._log.append(request.request_id, asdict(replace(completion, samples=samples)))
         self.num_generated += 1
         self._count(completion)
         return completion
@@ -167,47 +162,42 @@ class Requester:
         self.num_completion_tokens += completion.num_completion_tokens
 
     def _forget(self, task: asyncio.Task[Completion]) -> None:
-        del self._under_way[task.get_name()]
+        del self._in_flight[task.get_name()]
         if not task.cancelled():
-            task.exception()  # it is its callers' to raise; they may be gone by now
+            task.exception()  # mark it as retrieved: the callers raise it, if they have not been cancelled
 
     # -- the budget
 
     async def _wait_for_budget(self, sampling: Sampling) -> None:
-        """Wait while what is under way is likely to spend the rest. Raises BudgetReached once it is spent.
+        """Wait while the requests in flight are likely to spend the rest. Raises BudgetReached once it is spent.
 
-        Requests under way are finished, so if nobody waited, all of them would come on top of the budget.
+        Requests in flight are always finished. Without the wait, all of them would exceed the budget.
         """
         while True:
-            self._refuse_if_spent()
-            if not self._under_way or self._is_room_left(sampling):
+            self._raise_if_spent()
+            if not self._in_flight or self._has_budget_left(sampling):
                 return
-            await asyncio.wait(self._under_way.values(), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(self._in_flight.values(), return_when=asyncio.FIRST_COMPLETED)
 
-    def _refuse_if_spent(self) -> None:
-        tokens, minutes = self._budget.max_completion_tokens, self._budget.max_minutes
-        if tokens is not None and self.num_completion_tokens >= tokens:
-            raise BudgetReached("max_completion_tokens", tokens)
-        if minutes is not None and self._seconds() >= minutes * 60:
-            raise BudgetReached("max_minutes", minutes)
+    def _raise_if_spent(self) -> None:
+        max_tokens, max_minutes = self._budget.max_completion_tokens, self._budget.max_minutes
+        if max_tokens is not None and self.num_completion_tokens >= max_tokens:
+            raise BudgetReached("max_completion_tokens", max_tokens)
+        if max_minutes is not None and self._seconds() >= max_minutes * 60:
+            raise BudgetReached("max_minutes", max_minutes)
 
-    def _is_room_left(self, sampling: Sampling) -> bool:
-        """Whether something is left for one more request, if those under way go like those before them."""
-        tokens, minutes = self._budget.max_completion_tokens, self._budget.max_minutes
-        num = len(self._under_way)
-        if tokens is not None:
+    def _has_budget_left(self, sampling: Sampling) -> bool:
+        """Whether there is room for one more request, if those in flight take what the ones before took on average."""
+        max_tokens, max_minutes = self._budget.max_completion_tokens, self._budget.max_minutes
+        num_in_flight = len(self._in_flight)
+        if max_tokens is not None:
             longest = sampling.max_tokens * sampling.n
             each = self.num_completion_tokens / self.num_answered if self.num_answered else longest
-            if self.num_completion_tokens + num * each >= tokens:
+            if self.num_completion_tokens + num_in_flight * each >= max_tokens:
                 return False
-        if minutes is not None and self.num_generated:
-            return self._seconds() * (1 + num / self.num_generated) < minutes * 60
+        if max_minutes is not None and self.num_generated:
+            return self._seconds() * (1 + num_in_flight / self.num_generated) < max_minutes * 60
         return True
 
     def _seconds(self) -> float:
         return time.monotonic() - self._start
-
-
-def _without_token_ids(completion: Completion) -> Completion:
-    """What the log keeps: nothing reads the ids again, and they are longer than the text."""
-    return replace(completion, samples=tuple(replace(sample, token_ids=()) for sample in completion.samples))

@@ -94,14 +94,6 @@ async def serving(models: Mapping[Role, RoleModel]) -> AsyncIterator[dict[Role, 
         }
 
 
-def count_gpus(models: Mapping[Role, RoleModel]) -> int:
-    """GPUs of all engines together, 0 on a cluster without any. Needs a Ray session."""
-    if not ray.cluster_resources().get("GPU", 0):
-        return 0
-    engines = {(role_model.source, role_model.engine): role_model.engine for role_model in models.values()}.values()
-    return sum(engine.num_replicas * engine.gpus_per_engine for engine in engines)
-
-
 async def _wait_for_room(engines: Sequence[EngineConfig]) -> None:
     """Wait until the cluster could hold all these pools at once: a pool of its own would wait for what others hold.
 

@@ -1,10 +1,10 @@
-"""What the driver counts and measures: the state of its loop, totals of the committed data, and its own time."""
+"""What the driver counts and measures: the state of its loop, the committed data, and the time it spends itself."""
 
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 
 from generation.records import GenerationResult
 
@@ -33,8 +33,18 @@ class LoopState:
     num_empty: int = 0  # latest proposals in a row of which nothing was accepted
     num_accepted_after: list[int] = field(default_factory=list)  # each of the last `max_concurrent_proposals` proposals
 
-    def copy(self) -> "LoopState":
-        return replace(self)
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A run at one moment. All numbers but `num_accepted` are of committed data, seed rows and earlier attempts too."""
+
+    seconds: float  # since this attempt began to generate
+    num_accepted: int  # instructions, ahead of those that are committed
+    num_proposals: int
+    num_instructions: int
+    num_rows: int
+    num_completion_tokens: int
+    rejected: Mapping[str, int]  # by reason
 
 
 def to_json(state: LoopState, committed: Counts) -> dict:

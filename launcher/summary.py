@@ -9,7 +9,6 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.run.rundir import RunDir
-from generation.forecast_words import UNITS, amount
 from launcher.recipe import Recipe
 
 NUM_EXAMPLES = 5
@@ -58,7 +57,7 @@ def synthesis_table(result: dict) -> Table:
 
 
 def _add_machine_rows(table: Table, result: dict) -> None:
-    """Models, speed, where the time went, and how good the forecast was."""
+    """Models, speed, and where the time went."""
     table.add_row("method", result["method"])
     for role, model in result["models"].items():
         table.add_row(f"  {role}", Text(model))
@@ -73,10 +72,6 @@ def _add_machine_rows(table: Table, result: dict) -> None:
     if took["num_preemptions"]:
         table.add_row("preemptions in the engines", f"{took['num_preemptions']:,}")
     table.add_row("engine restarts", f"{result['num_engine_restarts']:,}")
-    for name, made in (result["forecast"] or {}).items():
-        result = "-" if made["result"] is None else amount(name, made["result"])
-        expected = f"forecast {amount(name, made['low'])} to {amount(name, made['high'])}"
-        table.add_row(f"{UNITS[name]} ({expected})", result)
 
 
 def training_table(result: dict) -> Table:

@@ -36,7 +36,6 @@ class RunDir:
     data = _path("data")
     synthesized = _path("data/synthesized")
     requests = _path("requests")  # the log of finished requests
-    forecast = _path("forecast.json")
 
     tokens = _path("tokens")  # datasets as token ids
     checkpoints = _path("checkpoints")

@@ -73,7 +73,7 @@ class SynthesisConfig(StrictModel):
     # What does not decide the data: where things lie (what they hold does, and is compared by its hash), what may be
     # spent, how often progress is saved and told.
     MAY_CHANGE_ON_RESUME: ClassVar[frozenset[str]] = frozenset(
-        {"seeds", "prompts", "models", "budget", "checkpoint_seconds", "pilot_rows"}
+        {"seeds", "prompts", "models", "budget", "checkpoint_seconds"}
     )
 
     seeds: str = Field("auto", description="seed tasks; auto: the model's own, else those packaged")
@@ -97,7 +97,6 @@ class SynthesisConfig(StrictModel):
     checkpoint_seconds: float = Field(
         30.0, ge=0, description="progress is saved so often, so that a restart need not read the whole log"
     )
-    pilot_rows: int = Field(300, ge=1, description="rows after which a forecast is printed")
 
     @field_validator("instruction_filters")
     @classmethod

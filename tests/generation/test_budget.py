@@ -7,7 +7,7 @@ import pytest
 import generation.requester
 from generation.config import BudgetConfig, SelfInstructConfig
 from generation.request_log import RequestLog
-from generation.watch import how_to_go_on
+from generation.synthesize import budget_hint
 from tests.generation.harness import CoroutinePool, Made, drive
 
 CONFIG = SelfInstructConfig(num_instructions=40, max_concurrent_proposals=8, rows_per_shard=25, checkpoint_seconds=0)
@@ -121,9 +121,9 @@ def test_speculative_requests_that_the_budget_refuses_do_not_make_a_complete_dat
 
 
 def test_what_to_type_to_go_on():
-    said = how_to_go_on({"spent_budget": "max_rows"}, BudgetConfig(max_rows=2_000_000))
+    said = budget_hint({"spent_budget": "max_rows"}, BudgetConfig(max_rows=2_000_000))
     assert "synthesize.budget.max_rows=4000000," in said
     assert "synthesize.budget.max_rows=null" in said
-    said = how_to_go_on({"spent_budget": "max_minutes"}, BudgetConfig(max_minutes=1.5))
+    said = budget_hint({"spent_budget": "max_minutes"}, BudgetConfig(max_minutes=1.5))
     assert "synthesize.budget.max_minutes=3," in said
-    assert how_to_go_on({"spent_budget": None}, BudgetConfig()) == ""
+    assert budget_hint({"spent_budget": None}, BudgetConfig()) == ""

@@ -227,7 +227,7 @@ def test_never_more_open_instructions_than_allowed(folders, monkeypatch, max_ope
     free = MadeUp(5, 0)
     drive(whole, free, config_of(max_concurrent_proposals=9))
     assert free.max_open > 3
-    monkeypatch.setattr(generation.driver, "MAX_OPEN", max_open)
+    monkeypatch.setattr(generation.driver, "MAX_PENDING", max_open)
     method = MadeUp(5, 0)
     drive(bounded, method, config_of(max_concurrent_proposals=9))
     assert method.max_open == max_open

@@ -234,7 +234,7 @@ def test_another_seed_model_or_prompt_is_refused(claimed, tmp_path):
 
 def test_what_does_not_decide_the_data_may_change(claimed):
     run, model = claimed
-    changed = CONFIG.model_copy(update={"budget": BudgetConfig(max_rows=7), "checkpoint_seconds": 1.0, "pilot_rows": 3})
+    changed = CONFIG.model_copy(update={"budget": BudgetConfig(max_rows=7), "checkpoint_seconds": 1.0})
     claim(run, load_inputs(changed, model, EngineConfig(num_replicas=3), seed=1))
     with pytest.raises(InputError, match="max_model_len: was None, is 9"):
         claim(run, load_inputs(changed, model, EngineConfig(max_model_len=9), seed=1))

@@ -165,7 +165,7 @@ def test_a_response_cut_short_is_dropped_whole_and_giving_up_says_why(tmp_path):
     driver = made.driver
     assert (driver.state.num_accepted, driver.committed.num_generated, len(made.rejected)) == (0, 0, 5)
     assert made.reasons == {"truncated_response"}
-    assert "5 requests in a row" in made.driver.stopped_because
+    assert "no instruction of the last 5 requests was accepted" in made.driver.stopped_because
 
 
 def test_a_response_cut_short_may_lose_only_its_last_instruction(tmp_path):

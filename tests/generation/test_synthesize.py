@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,8 @@ import pytest
 from datasets import load_from_disk
 from rich.console import Console
 
+import cluster.log
+import generation.metrics
 from cluster.config import ModelConfig
 from cluster.errors import EXIT_PREEMPTED, InputError, TunesmithError
 from cluster.files import sha256_file
@@ -113,7 +116,7 @@ def test_a_prompt_that_ends_or_hangs_every_engine_costs_its_own_rows_only(
     assert (result["num_engine_restarts_hung"], result["num_quarantined"]) == (num_hung, 1)
     assert result["time"]["of_waiting"]["lost_engine"] > 0
     assert [event["event"] for event in events(tmp_path / "run")].count("request_quarantined") == 1
-    assert "is set aside, every engine that had it died" in capsys.readouterr().out
+    assert "is set aside: every engine that had it died" in capsys.readouterr().out
 
 
 def test_a_budget_seals_what_is_there_and_a_higher_one_goes_on_to_the_same_bytes(undisturbed, model, tmp_path, capsys):
@@ -135,25 +138,22 @@ def test_a_budget_seals_what_is_there_and_a_higher_one_goes_on_to_the_same_bytes
     assert set(asked).isdisjoint(generated_ids(model)[len(asked) :])
 
 
-def test_a_forecast_is_said_once_and_stands_beside_what_it_came_to(undisturbed, model, tmp_path, capsys):
+def test_progress_metrics_and_summary_say_how_fast_and_how_long(undisturbed, model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(generation.metrics, "ROW_SECONDS", 0.0)
+    monkeypatch.setattr(cluster.log, "MIN_SECONDS_BETWEEN_UPDATES", 0.0)
     write_script(model, latency_ms=200)
-    result = synthesize(model, tmp_path / "run", NUM_INSTRUCTIONS, scripted(max_num_seqs=4), pilot_rows=20)
-    said = capsys.readouterr().out
-    assert said.count("forecast: ") == 1
-    assert "engine-hours" in said
-    (event,) = (event for event in events(tmp_path / "run") if event["event"] == "forecast")
-    for name in ("num_rows", "num_completion_tokens"):
-        made = result["forecast"][name]
-        assert made == {**event[name], "result": result[name]}
-        assert 0 < made["low"] <= made["expected"] <= made["high"]
-    assert result["forecast"]["num_rows"]["low"] > 175  # the rows of the seeds are in it
-    assert result["forecast"]["seconds"]["result"] <= result["seconds"]
+    result = synthesize(model, tmp_path / "run", NUM_INSTRUCTIONS, scripted(max_num_seqs=4))
+    assert re.search(r"about \d+ s left, [\d,]+ rows and [\d,]+ tokens then", capsys.readouterr().out)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    forecasts = [row["forecast"] for row in rows if row.get("forecast")]
+    assert forecasts[-1]["num_rows"] == pytest.approx(result["num_rows"], rel=0.1)
+    assert forecasts[-1]["num_completion_tokens"] == pytest.approx(result["num_completion_tokens"], rel=0.2)
     assert sum(result["time"]["of_waiting"].values()) == pytest.approx(1, abs=0.01)
     assert {"parse", "filter", "write", "log"} <= result["time"]["of_driver"].keys()
     console = Console(record=True, width=100, file=io.StringIO())
     console.print(synthesis_table(result))
     table = console.export_text()
-    for text in ("self_instruct", "writer", "of a request's time: engine", "engine restarts", "tokens (forecast"):
+    for text in ("self_instruct", "writer", "of a request's time: engine", "engine restarts"):
         assert text in table
 
 
@@ -280,7 +280,7 @@ def test_stopping_short_is_said_clearly(model, tmp_path, capsys):
 
 def test_keeping_nothing_is_a_failure_with_the_reasons(model, tmp_path):
     config = SelfInstructConfig(instruction_filters=(LengthConfig(min_words=100),), max_empty_requests=3)
-    with pytest.raises(TunesmithError, match=r"nothing was kept of 21 instructions: .*too_short"):
+    with pytest.raises(TunesmithError, match=r"no row was made from 21 generated instructions: .*too_short"):
         run(config, ModelConfig(path=str(model)), scripted(), RunDir(tmp_path / "run"), 0)
     assert not (tmp_path / "run" / "data" / "synthesized" / "manifest.json").exists()
 
