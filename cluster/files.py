@@ -12,6 +12,8 @@ from pathlib import Path
 
 from cluster.errors import InputError
 
+MIB, GIB = 2**20, 2**30
+
 
 def fsync_folder(folder: Path) -> None:
     """Make renames inside `folder` survive a power cut."""
@@ -31,7 +33,7 @@ def explain_full_disk(path: Path) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         folder = path if path.is_dir() else path.parent
-        free_mib = shutil.disk_usage(folder).free / 2**20
+        free_mib = shutil.disk_usage(folder).free / MIB
         raise InputError(
             f"{path}: the disk is full ({free_mib:.1f} MiB free). Free some space, or choose another place with "
             "`--run-dir`, and start the same command again: it goes on from what is saved."

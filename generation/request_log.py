@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 
 from cluster.errors import InputError
-from cluster.files import explain_full_disk, fsync_folder
+from cluster.files import MIB, explain_full_disk, fsync_folder
 from cluster.run.fence import Fence
 from generation.log_segments import (
     ID_BYTES,
@@ -31,7 +31,7 @@ from generation.log_segments import (
 )
 
 SYNC_SECONDS = 1.0
-SEGMENT_BYTES = 64 * 2**20  # read in a fraction of a second when a log is opened
+SEGMENT_BYTES = 64 * MIB  # read in a fraction of a second when a log is opened
 
 
 class RequestLog:

@@ -15,13 +15,13 @@ import psutil
 
 from cluster.config import ModelConfig
 from cluster.errors import InputError
+from cluster.files import GIB, MIB
 from trainer.config.train import TrainConfig
 from trainer.config.zero import ZeroConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-GIB = 2**30
 USABLE_SHARE = 0.92  # the rest is lost to fragments between tensors
 RESERVED_BYTES = GIB  # of a GPU: the CUDA context, NCCL's buffers and cuBLAS's workspace
 WIDTH = {"bf16": 2, "fp32": 4}  # bytes of a weight
@@ -309,4 +309,4 @@ def remedy(facts: ModelFacts, config: TrainConfig, world_size: int, usable: int)
 
 def amount(num_bytes: int) -> str:
     """A number of bytes for people."""
-    return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= GIB else f"{num_bytes / 2**20:.1f} MiB"
+    return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= GIB else f"{num_bytes / MIB:.1f} MiB"

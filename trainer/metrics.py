@@ -7,6 +7,7 @@ import numpy as np
 import psutil
 import torch
 
+from cluster.files import GIB
 from cluster.log import stage_logger
 from cluster.run.fence import Fence
 from cluster.run.rundir import RunDir, append_jsonl
@@ -16,7 +17,6 @@ from trainer.trackers import Report
 from trainer.watchdog import LossWatch
 
 log = stage_logger("train")
-GIB = 2**30
 
 
 @dataclass(frozen=True)

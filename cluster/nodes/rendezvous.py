@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -102,25 +103,35 @@ def free_port(job_id: str) -> int:
     raise TunesmithError(f"{socket.gethostname()}: port {first} and the {NUM_PORT_TRIES - 1} after it are all taken.")
 
 
-def _await_node(path: Path, step_id: int, deadline: float, who: str) -> NodeAddress:
-    while True:
-        with contextlib.suppress(FileNotFoundError):
-            found = NodeAddress(**json.loads(path.read_text()))
-            if found.step_id == step_id:  # else it is of an earlier srun in the same allocation
-                return found
+def read_json(path: Path, step_id: int | None = None) -> Any:
+    """The content of a file that another process writes. None means that it is not there yet.
+
+    With `step_id` a file of another step is ignored: it is of an earlier srun in the same allocation.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    return content if step_id is None or content["step_id"] == step_id else None
+
+
+def await_json(path: Path, deadline: float, step_id: int | None = None, writer: str = "another node") -> Any:
+    """`read_json` as soon as the file is there. Raises TunesmithError naming `writer` at `deadline` (monotonic)."""
+    while (content := read_json(path, step_id)) is None:
         if time.monotonic() > deadline:
             raise TunesmithError(
-                f"{who} did not write {path} in time. Look for its error above; "
-                "or the run folder is not on a file system that all nodes share."
+                f"{writer} did not write {path} in time. Its error is in the log above; otherwise the run folder is "
+                "not on a file system that all nodes share."
             )
         time.sleep(POLL_SECONDS)
+    return content
 
 
 def meet(topology: Topology, run: RunDir, timeout_seconds: float = MEET_SECONDS) -> tuple[NodeAddress, NodeAddress]:
     """Publish this node's address, wait for that of the head, and return (own, head's).
 
-    The head waits for all the others, and names the one that is missing at the deadline: were each to wait for each, a
-    thousand nodes would open a million files. Honors GLOO_SOCKET_IFNAME. Raises TunesmithError at the deadline.
+    The head waits for all other nodes, and its error names the missing one. If every node waited for every other, a
+    thousand nodes would open a million files. Honors GLOO_SOCKET_IFNAME. Raises TunesmithError after the timeout.
     """
     folder = topology.attempt_dir(run)
     folder.mkdir(parents=True, exist_ok=True)
@@ -131,7 +142,7 @@ def meet(topology: Topology, run: RunDir, timeout_seconds: float = MEET_SECONDS)
     deadline = time.monotonic() + timeout_seconds
     hosts = list(enumerate(topology.hosts))
     nodes = [
-        _await_node(folder / f"node-{rank}.json", topology.step_id, deadline, f"node {rank} ({host})")
+        await_json(folder / f"node-{rank}.json", deadline, topology.step_id, f"node {rank} ({host})")
         for rank, host in (hosts if topology.node_rank == 0 else hosts[:1])
     ]
-    return own, nodes[0]
+    return own, NodeAddress(**nodes[0])

@@ -9,19 +9,18 @@ ever looked for: guessing attaches to a neighbor's.
 """
 
 import contextlib
-import json
+import math
 import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from cluster.errors import InputError, TunesmithError
+from cluster.nodes.rendezvous import await_json
 from cluster.ray.folder import RAY_FOLDER, keep_logs, new_token, private_folder, ray_environment
 from cluster.run.rundir import RunDir
 
 START_ATTEMPTS = 3
 ADDRESS_FILE = "TUNESMITH_RAY_ADDRESS_FILE"  # names the file that will have the address of our Ray, as JSON
-POLL_SECONDS = 0.05
 
 
 @contextlib.contextmanager
@@ -42,12 +41,9 @@ def ray_session(run_root: Path) -> Iterator[None]:
 
 
 def _address_of_our_own() -> str | None:
-    """What ADDRESS_FILE says, once it does: whoever starts that Ray ends this process if it does not come up."""
-    if (name := os.environ.get(ADDRESS_FILE)) is None:
-        return None
-    while not (path := Path(name)).exists():
-        time.sleep(POLL_SECONDS)
-    return json.loads(path.read_text())
+    """The address in ADDRESS_FILE, as soon as it is there. If that Ray fails, its starter ends this process."""
+    path = os.environ.get(ADDRESS_FILE)
+    return None if path is None else await_json(Path(path), deadline=math.inf)
 
 
 @contextlib.contextmanager

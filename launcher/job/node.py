@@ -11,7 +11,6 @@ Each node writes `<run>/attempt-<job>-<restart>/node-<i>.exit.json`, and ends wi
 
 import argparse
 import contextlib
-import json
 import os
 import sys
 import time
@@ -22,7 +21,7 @@ from pathlib import Path
 from cluster.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, TunesmithError
 from cluster.files import write_json
 from cluster.log import stage_logger
-from cluster.nodes.rendezvous import meet
+from cluster.nodes.rendezvous import await_json, meet
 from cluster.nodes.topology import Topology, read_topology
 from cluster.processes.signals import StopRequest, ignore_stop_signals
 from cluster.run.fence import Fence, run_lock
@@ -31,7 +30,6 @@ from launcher.torchrun import run_torchrun
 from trainer.checkpoint.state import is_trained
 
 log = stage_logger("train")
-POLL_SECONDS = 0.5
 FENCE_SECONDS = 5.0  # how often every node looks for a newer token
 AGREE_SECONDS = 60  # all ranks end together after a preemption, but a shared file system may show their files late
 
@@ -131,7 +129,7 @@ def agree_on_exit_code(topology: Topology, run: RunDir) -> int:
     folder = topology.attempt_dir(run)
     deadline = time.monotonic() + AGREE_SECONDS
     if topology.node_rank > 0:
-        agreed = _await_exit_code(folder / "end.json", topology.step_id, deadline + POLL_SECONDS)
+        agreed = _await_exit_code(folder / "end.json", topology.step_id, deadline + 1.0)
         return EXIT_PREEMPTED if agreed is None else agreed
     reports = [folder / f"node-{rank}.exit.json" for rank in range(topology.num_nodes)]
     codes = (_await_exit_code(report, topology.step_id, deadline) for report in reports)
@@ -141,15 +139,11 @@ def agree_on_exit_code(topology: Topology, run: RunDir) -> int:
 
 
 def _await_exit_code(path: Path, step_id: int, deadline: float) -> int | None:
-    """The exit code in a node's report, once it is there; None at the deadline."""
-    while (code := _read_exit_code(path, step_id)) is None and time.monotonic() < deadline:
-        time.sleep(POLL_SECONDS)
-    return code
-
-
-def _read_exit_code(path: Path, step_id: int) -> int | None:
-    report = json.loads(path.read_text()) if path.exists() else {}
-    return report["exit_code"] if report.get("step_id") == step_id else None  # else it is of an earlier srun
+    """The exit code in a node's report. None means that the report was not there at the deadline."""
+    try:
+        return await_json(path, deadline, step_id)["exit_code"]
+    except TunesmithError:
+        return None
 
 
 def train(environ: Mapping[str, str], procs_per_node: int | None, recipe_path: Path, overrides: list[str]) -> int:

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from cluster.files import write_json
+from cluster.files import MIB, write_json
 
 PACKAGES = ("cluster", "generation", "trainer", "launcher")
 LIBRARIES = ("torch", "deepspeed", "transformers", "ray", "vllm")
@@ -86,7 +86,7 @@ def library_versions() -> dict[str, str]:
 def check_space(path: Path, min_mib: int) -> str | None:
     """Return a message if the file system of `path` has too little space or too few inodes."""
     state = os.statvfs(path)
-    free_mib = state.f_bavail * state.f_frsize / 2**20
+    free_mib = state.f_bavail * state.f_frsize / MIB
     if free_mib < min_mib:
         return f"{path}: {free_mib:.1f} MiB free; {min_mib} MiB are needed"
     if state.f_files and state.f_favail < MIN_INODES:  # some file systems count none

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from cluster.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, Preempted, TunesmithError
 from cluster.files import write_json
-from cluster.nodes.rendezvous import meet
+from cluster.nodes.rendezvous import await_json, meet
 from cluster.nodes.topology import Topology, read_topology
 from cluster.run.rundir import RunDir
 from launcher.job import node_health as ledger
@@ -27,7 +27,6 @@ from launcher.slurm.container import python_module
 
 REPORT_SECONDS = 60.0  # until every node has reported; a shared file system may show files late
 LIMIT_SECONDS = 240.0  # for the whole preflight
-POLL_SECONDS = 0.1
 
 OnAllNodes = Callable[[list[str], float], int]
 
@@ -94,12 +93,14 @@ def run_node(topology: Topology, run: RunDir, with_all_reduce: bool, report_seco
     path = folder / f"preflight-node-{report.rank}.json"
     for finding in report.findings:  # also in the log, as the run folder may be what cannot be written
         print(f"preflight: {report.host}: {finding.check}: {finding.message}", file=sys.stderr, flush=True)
-    report.nonce = await_json(folder / "preflight-nonce.json", topology.step_id, report_seconds)["nonce"]
+    report.nonce = await_json(folder / "preflight-nonce.json", time.monotonic() + report_seconds, topology.step_id)[
+        "nonce"
+    ]
     write_json(path, to_json(report))
     if topology.node_rank == 0:
         conclude(topology, folder, report_seconds)
     # Twice as long as node 0 waits, which may have begun to wait later.
-    result = await_json(folder / "preflight.json", topology.step_id, 2 * report_seconds)
+    result = await_json(folder / "preflight.json", time.monotonic() + 2 * report_seconds, topology.step_id)
     if result["failures"]:
         return EXIT_FAILED
     if with_all_reduce and topology.num_nodes > 1:
@@ -121,7 +122,7 @@ def conclude(topology: Topology, folder: Path, report_seconds: float) -> None:
     for rank, host in enumerate(topology.hosts):
         try:
             path = folder / f"preflight-node-{rank}.json"
-            reports.append(from_json(await_json(path, topology.step_id, deadline - time.monotonic())))
+            reports.append(from_json(await_json(path, deadline, topology.step_id)))
         except TunesmithError:
             missing.append(host)
     failures = compare_reports(reports)
@@ -132,19 +133,6 @@ def conclude(topology: Topology, folder: Path, report_seconds: float) -> None:
         failures[host] = [_no_report()]
     values = {host: [vars(finding) for finding in found] for host, found in failures.items()}
     write_json(folder / "preflight.json", {"failures": values, "step_id": topology.step_id, "time": time.time()})
-
-
-def await_json(path: Path, step_id: int, seconds: float) -> dict:
-    """The content of a file of this step, as soon as a node has written it. Raises TunesmithError if none does."""
-    deadline = time.monotonic() + seconds
-    while True:
-        if path.exists():
-            found = json.loads(path.read_text())
-            if found["step_id"] == step_id:
-                return found
-        if time.monotonic() > deadline:
-            raise TunesmithError(f"{path} is missing: the run folder is not shared, or a node does not run.")
-        time.sleep(POLL_SECONDS)
 
 
 def main(argv: list[str]) -> int:

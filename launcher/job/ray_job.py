@@ -13,7 +13,6 @@ The exit code is the driver's. What srun returns decides nothing.
 """
 
 import contextlib
-import json
 import os
 import secrets
 import signal
@@ -27,6 +26,7 @@ from pathlib import Path
 from cluster.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, Preempted, TunesmithError
 from cluster.files import write_json
 from cluster.log import stage_logger
+from cluster.nodes.rendezvous import read_json
 from cluster.processes.orphans import die_with_parent
 from cluster.ray.cluster import ADDRESS_FILE
 from cluster.ray.folder import new_token, private_folder, ray_environment
@@ -316,11 +316,3 @@ def is_listening(address: str, port: int) -> bool:
     except OSError:
         return False
     return True
-
-
-def read_json(path: Path) -> dict | None:
-    """The content of a node's file. None means that the node has not written it yet."""
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        return None

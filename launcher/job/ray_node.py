@@ -27,7 +27,7 @@ from pathlib import Path
 import psutil
 
 from cluster.errors import EXIT_DONE, EXIT_FAILED, TunesmithError
-from cluster.files import write_json
+from cluster.files import MIB, write_json
 from cluster.nodes.rendezvous import own_address
 from cluster.processes.orphans import adopt_orphans, die_with_parent, end_descendants
 from cluster.processes.signals import STOP_SIGNALS
@@ -156,10 +156,10 @@ def ray_start(arguments: argparse.Namespace, block: PortBlock, address: str) -> 
 def object_store_bytes(memory_mib: int) -> int:
     """Size of the object store. Raises TunesmithError if there is no room for the smallest store that Ray accepts."""
     try:
-        shm_mib = psutil.disk_usage("/dev/shm").free / 2**20
+        shm_mib = psutil.disk_usage("/dev/shm").free / MIB
     except FileNotFoundError:
         shm_mib = 0
-    memory_mib = memory_mib or psutil.virtual_memory().total // 2**20
+    memory_mib = memory_mib or psutil.virtual_memory().total // MIB
     size = min(STORE_SHARE * memory_mib, shm_mib * 0.9, MAX_STORE_MIB)
     if size < MIN_STORE_MIB:
         raise TunesmithError(
@@ -167,7 +167,7 @@ def object_store_bytes(memory_mib: int) -> int:
             f"job's memory may go there. This node has {shm_mib:.0f} MiB free in /dev/shm, and the job has "
             f"{memory_mib} MiB of memory on it."
         )
-    return int(size) * 2**20
+    return int(size) * MIB
 
 
 def await_message(

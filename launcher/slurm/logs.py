@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cluster.errors import InputError
+from cluster.files import MIB
 from cluster.run.rundir import RunDir
 from launcher.slurm.submitted import Submitted, read_jobs
 
 POLL_SECONDS = 0.5
 SECONDS_BETWEEN_QUESTIONS = 10.0  # Slurm's controller serves everybody
-MAX_BYTES_AT_ONCE = 1 << 20
+MAX_BYTES_AT_ONCE = MIB
 
 
 @dataclass

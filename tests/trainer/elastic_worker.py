@@ -24,7 +24,7 @@ class StopAfter:
         self.left = num_steps
 
     @property
-    def requested(self) -> bool:
+    def is_set(self) -> bool:
         self.left -= 1
         return self.left == -1
 

@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from cluster.errors import EXIT_BAD_INPUT, EXIT_DONE, InputError
+from cluster.files import MIB
 from cluster.run.manifest import verify_manifest
 from tests.conftest import SmallDisk
 from tests.trainer.tools import chat_documents, command, train_here, write_chats, write_job
@@ -17,8 +18,6 @@ from trainer.config.train import TrainConfig
 from trainer.data.tokens import load_tokens, prepare_tokens
 from trainer.export import ExportJob
 from trainer.job import read_job
-
-MIB = 2**20
 
 
 @pytest.fixture(scope="module")

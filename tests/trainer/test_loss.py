@@ -133,7 +133,7 @@ class StopsAfter:
         self.run, self.step = run, step
 
     @property
-    def requested(self) -> bool:
+    def is_set(self) -> bool:
         return num_steps_shown(self.run) >= self.step
 
 

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.errors import InputError
+from cluster.files import GIB
 from tests.trainer.tools import (
     DEADLINE_SECONDS,
     chat_documents,
@@ -24,7 +25,7 @@ from tests.trainer.tools import (
 from trainer.config.train import TrainConfig
 from trainer.config.zero import ZeroConfig
 from trainer.job import read_job
-from trainer.memory import GIB, RESERVED_BYTES, USABLE_SHARE, ModelFacts, choose_stage, estimate, read_facts
+from trainer.memory import RESERVED_BYTES, USABLE_SHARE, ModelFacts, choose_stage, estimate, read_facts
 
 SMALL_BUCKETS = {"reduce_bucket_size": 100_000, "max_live_parameters": 200_000}
 MEASURED = {

@@ -144,7 +144,7 @@ def test_killed_and_then_asked_to_stop_it_goes_on_bit_for_bit(
     code = stop_at_step(recipe, run, num_steps_shown(run) + 4, ask_again_and_again)
     output = (tmp_path / "output.txt").read_text()
     assert code == EXIT_PREEMPTED, output
-    assert "The same command goes on" in output
+    assert "The same command continues it" in output
     step = read_state(newest_checkpoint(run / "checkpoints")).step
     assert step == max(trace(run)) < NUM_STEPS
     assert json.loads((run / "result-train.json").read_text())["status"] == "preempted"
@@ -162,7 +162,7 @@ def unfinished(tmp_path: Path, one_rank, chat_model: Path, chat_data: Path) -> P
 
     class StopsInTime:
         @property
-        def requested(self) -> bool:
+        def is_set(self) -> bool:
             return num_steps_shown(run) >= 3
 
     from trainer.job import read_job

@@ -30,12 +30,6 @@ def chosen(request: pytest.FixtureRequest, jobs: dict[str, dict], long: Containe
     return {name: settings for name, settings in jobs.items() if name not in long or name in wanted}
 
 
-class NoStop:
-    """Nobody asks to stop."""
-
-    requested = False
-
-
 def make_tokenizer(*special_tokens: str):
     """A byte-level BPE tokenizer with a few merges; `special_tokens` come after the end-of-text token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -103,10 +97,11 @@ def write_job(run: Path, model: Path, data: Path | None, seed: int = 0, **train:
 
 def train_here(run: Path) -> dict:
     """Train a run folder in this process. Needs the fixture `one_rank`."""
+    from cluster.processes.signals import StopRequest
     from trainer.job import read_job
     from trainer.train import train
 
-    return train(read_job(run), NoStop())
+    return train(read_job(run), StopRequest())
 
 
 def trace(run: Path) -> dict[int, tuple[float, float]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from cluster.files import explain_full_disk, fsync_folder
+from cluster.files import MIB, explain_full_disk, fsync_folder
 from cluster.run.fence import own_token, verify
 from cluster.run.manifest import write_manifest
 from trainer.checkpoint.state import expired_checkpoints, step_folder
@@ -21,7 +21,7 @@ from trainer.config.train import CheckpointConfig
 
 PARTIAL = ".saving_"  # a checkpoint being written
 REMOVED = ".removing_"  # one that is being removed
-FULL_DISK_BYTES = 2**20  # if less than this is free after a failed write, the disk counts as full
+FULL_DISK_BYTES = MIB  # if less than this is free after a failed write, the disk counts as full
 FULL_DISK_MESSAGES = ("No space left", "quota exceeded")
 CONVERTED = "universal_"  # a checkpoint in the form that any number of ranks can load
 
