@@ -93,9 +93,8 @@ def run_node(topology: Topology, run: RunDir, with_all_reduce: bool, report_seco
     path = folder / f"preflight-node-{report.rank}.json"
     for finding in report.findings:  # also in the log, as the run folder may be what cannot be written
         print(f"preflight: {report.host}: {finding.check}: {finding.message}", file=sys.stderr, flush=True)
-    report.nonce = await_json(folder / "preflight-nonce.json", time.monotonic() + report_seconds, topology.step_id)[
-        "nonce"
-    ]
+    deadline = time.monotonic() + report_seconds
+    report.nonce = await_json(folder / "preflight-nonce.json", deadline, topology.step_id)["nonce"]
     write_json(path, to_json(report))
     if topology.node_rank == 0:
         conclude(topology, folder, report_seconds)

@@ -80,7 +80,6 @@ def test_a_preempted_node_gives_way_to_a_failure_of_another(
 
 def test_a_node_whose_head_writes_nothing_ends_as_preempted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("launcher.job.node.AGREE_SECONDS", 0)
-    monkeypatch.setattr("launcher.job.node.POLL_SECONDS", 0.01)
     topology = Topology(("n1", "n2"), 1, 1, "41", 3, 0)
     folder = topology.attempt_dir(RunDir(tmp_path))
     folder.mkdir()
