@@ -55,7 +55,7 @@ class EvolInstructConfig(SynthesisConfig):
         ("given prompt", "rewritten prompt", "created prompt", "new prompt"),
         description="an instruction with one of these copies the prompt and is eliminated (rule 4)",
     )
-    include_given: bool = Field(True, description="answer the given instructions too: round 0 of the dataset")
+    include_originals: bool = Field(True, description="answer the original instructions too, as round 0 of the dataset")
     evolution_sampling: EvolutionSampling = EvolutionSampling()
     equality_sampling: EqualitySampling = EqualitySampling()
     answer_sampling: EvolutionSampling = EvolutionSampling()

@@ -1,23 +1,24 @@
-"""Magpie (Xu et al., 2024): an aligned model is given its chat template up to the user's turn, and writes that turn.
+"""Magpie (Xu et al., 2024): an aligned model continues its chat template up to the user turn, so it writes that turn.
 
 template prefix -> drawn again and again -> filters -> each answered by the model -> rows
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
+from cluster.config import ModelConfig
+from cluster.errors import InputError
 from generation.accepted import Demonstration
 from generation.config import MagpieConfig, Role
-from generation.filters import Draft, Rejection
+from generation.filters import Draft
 from generation.method import AcceptedInstruction, InstructionResult, MethodInputs, Proposal
-from generation.methods.answers import ask_for_answer, check_answer
-from generation.methods.chat_template import user_turn_opening
-from generation.records import Origin, Record, RejectedRecord, machine_record
-from generation.requester import UNANSWERED
+from generation.methods.base import GeneratedInstructions
+from generation.records import GenerationResult
 
 
-class Magpie:
-    """Instructions out of nothing but the form of a chat."""
+class Magpie(GeneratedInstructions):
+    """Instructions from nothing but the chat template."""
 
     NAME = "magpie"
     PROMPTS: ClassVar[dict[str, tuple[str, ...]]] = {"answer": ("instruction", "input")}
@@ -25,11 +26,7 @@ class Magpie:
 
     def __init__(self, config: MagpieConfig, inputs: MethodInputs) -> None:
         """Raises InputError if the writer has no chat template."""
-        self.num_wanted = config.num_instructions
-        self.max_proposals = config.max_requests
-        self.exhausted = f"max_requests={config.max_requests} reached"
-        self._config = config
-        self._inputs = inputs
+        super().__init__(config, inputs)
         self._opening = user_turn_opening(inputs.requester.model("writer").source, config.system_prompt)
         sampling = config.instruction_sampling
         self._sampling = sampling.model_copy(
@@ -39,27 +36,64 @@ class Magpie:
             }
         )
 
-    def remembered(self) -> Sequence[tuple[str, Draft]]:
-        return ()
-
-    def seed_rows(self) -> Sequence[Record]:
-        return ()
-
     async def propose(self, number: int, visible: Sequence[Demonstration]) -> Proposal:
+        """No demonstrations: every request is the same and differs in its random seed alone."""
+        token_ids = list(self._opening.token_ids)
         response = await self._inputs.requester.continue_tokens(
-            "writer", "instructions", list(self._opening.token_ids), "chat template", self._sampling, replica=number
+            "writer", "instructions", token_ids, "chat template", self._sampling, replica=number
         )
+        return self._proposal(response)
+
+    def _parse(self, response: GenerationResult, first_number: int) -> Iterable[Draft]:
         completion = response.completion
-        item: Draft | RejectedRecord = Draft(completion.text.strip(), finish_reason=completion.finish_reason)
-        if completion.finish_reason in UNANSWERED:
-            item = RejectedRecord("response", Rejection(completion.finish_reason), response.request_id, 0, item)
-        return Proposal(f"{self.NAME}-{response.request_id[:16]}", (item,), response)
+        return (Draft(completion.text.strip(), finish_reason=completion.finish_reason),)
 
     async def finish(self, accepted: AcceptedInstruction) -> InstructionResult:
-        system = self._config.system_prompt
-        response = await ask_for_answer(self._inputs, accepted.draft, self._config.answer_sampling, system)
-        if rejected := check_answer(accepted.draft, response):
-            return InstructionResult(rejected=(rejected,), responses=(response,))
-        origin = Origin(self.NAME, accepted.id, license=self._config.license)
-        row = machine_record(origin, response, accepted.draft.instruction, response.completion.text.strip())
-        return InstructionResult((row,), responses=(response,))
+        return await self._answer_once(accepted, self._config.answer_sampling, self._config.system_prompt)
+
+
+SENTINEL = "\N{OBJECT REPLACEMENT CHARACTER}user\N{OBJECT REPLACEMENT CHARACTER}"  # no template writes this itself
+
+
+@dataclass(frozen=True, slots=True)
+class TurnOpening:
+    """All that comes before what a user says, and what ends it."""
+
+    token_ids: tuple[int, ...]
+    stop_token_ids: tuple[int, ...]  # the token of its own that follows a user's turn, where one does
+    stop: tuple[str, ...]  # the text that follows it, else; none if the template ends there
+
+
+def user_turn_opening(model: ModelConfig, system: str | None = None) -> TurnOpening:
+    """The opening of the first user's turn, after the system's if one is given.
+
+    Raises InputError if the model has no chat template, or one that takes no system's turn or changes the user's.
+    """
+    from jinja2 import TemplateError
+    from transformers import AutoTokenizer  # slow to import, and most methods need no tokenizer here
+
+    tokenizer = AutoTokenizer.from_pretrained(model.path, revision=model.revision, trust_remote_code=False)
+    if not tokenizer.chat_template:
+        raise InputError(
+            f"{model.path} has no chat template, and this method draws users' turns from one. Name an aligned model "
+            "in synthesize.models.writer.path."
+        )
+    turns = [{"role": "system", "content": system}] if system else []
+    turns.append({"role": "user", "content": SENTINEL})
+    try:
+        rendered = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:  # some templates refuse a system's turn
+        raise InputError(f"{model.path}: its chat template cannot be rendered: {error}.") from error
+    before, found, after = rendered.partition(SENTINEL)
+    if not found:
+        raise InputError(f"{model.path}: its chat template does not keep what the user says as it is.")
+    # A space before a word is part of the word's first token, so it is the model that writes it.
+    token_ids = tuple(tokenizer(before.rstrip(" "), add_special_tokens=False)["input_ids"])
+    if not token_ids:
+        raise InputError(f"{model.path}: its chat template writes nothing before the user's turn to draw one from.")
+    following = after.lstrip()
+    tokens = {str(token): number for number, token in tokenizer.added_tokens_decoder.items()}
+    if found := max((text for text in tokens if text and following.startswith(text)), key=len, default=""):
+        return TurnOpening(token_ids, (tokens[found],), ())
+    line_break = "\n" if "\n" in after[: len(after) - len(following)] else ""
+    return TurnOpening(token_ids, (), tuple(line_break + line for line in following.splitlines()[:1]))

@@ -5,7 +5,7 @@
 All three steps share the engines and overlap.
 """
 
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from random import Random
 from typing import ClassVar
 
@@ -15,15 +15,15 @@ from generation.accepted import Demonstration
 from generation.config import Role, SelfInstructConfig
 from generation.filters import Draft, Instance, Rejection, check_instances
 from generation.method import AcceptedInstruction, InstructionResult, MethodInputs, Proposal
+from generation.methods.base import GeneratedInstructions, one_line, reject_response, seed_records
 from generation.methods.encodings import clean_input, encode
 from generation.methods.parsing import parse_input_first, parse_instructions, parse_output_first, parse_yes
-from generation.methods.seeds import one_line, seed_drafts, seed_records
-from generation.records import GenerationResult, Origin, Record, RejectedRecord, machine_record
+from generation.records import GenerationResult, Record, RejectedRecord, machine_record
 from generation.requester import UNANSWERED
 from generation.seed_tasks import SeedTask
 
 
-class SelfInstruct:
+class SelfInstruct(GeneratedInstructions):
     """The four stages; the fourth, filtering, is shared with the driver's filters."""
 
     NAME = "self_instruct"
@@ -37,20 +37,14 @@ class SelfInstruct:
 
     def __init__(self, config: SelfInstructConfig, inputs: MethodInputs) -> None:
         """Raises InputError if only classification is to be shown, and no seed task is that."""
-        self.num_wanted = config.num_instructions
-        self.max_proposals = config.max_requests
-        self.exhausted = f"max_requests={config.max_requests} reached"
-        self._config = config
-        self._inputs = inputs
-        seeds = [task for task in inputs.seeds if task.is_classification or not config.only_classification_seeds]
-        self._seeds_to_show: list[SeedTask] = seeds
-        if not seeds:
+        super().__init__(config, inputs)
+        self._seeds_to_show = [
+            task for task in inputs.seeds if task.is_classification or not config.only_classification_seeds
+        ]
+        if not self._seeds_to_show:
             raise InputError(
                 "synthesize.only_classification_seeds=true, but none of the seed tasks has `is_classification`: true."
             )
-
-    def remembered(self) -> Sequence[tuple[str, Draft]]:
-        return seed_drafts(self._inputs.seeds)
 
     def seed_rows(self) -> Sequence[Record]:
         """The seeds' own instances, laid out as the machine's are."""
@@ -70,41 +64,26 @@ class SelfInstruct:
     # -- instructions
 
     def propose(self, number: int, visible: Sequence[Demonstration]) -> Coroutine[None, None, Proposal]:
-        """Demonstrations: some of the machine's, the rest human, shuffled (§2.2)."""
-        config = self._config
+        """Demonstrations are some accepted instructions and some seeds, shuffled (§2.2)."""
+        config, seeds = self._config, self._seeds_to_show
         draw = self._inputs.draw(number)
         machine = draw.sample(visible, min(config.num_machine_demonstrations, len(visible)))
-        human = draw.sample(
-            self._seeds_to_show, min(config.num_demonstrations - len(machine), len(self._seeds_to_show))
-        )
-        texts = [each.instruction for each in machine] + [task.instruction for task in human]
+        human = draw.sample(seeds, min(config.num_demonstrations - len(machine), len(seeds)))
+        texts = [one_line(each.instruction) for each in (*machine, *human)]
         draw.shuffle(texts)
-        parents, seeds = sorted(each.id for each in machine), sorted(task.id for task in human)
-        return self._propose(number, texts, tuple(parents), tuple(seeds))
-
-    async def _propose(
-        self, number: int, demonstrations: list[str], parent_ids: tuple[str, ...], seed_ids: tuple[str, ...]
-    ) -> Proposal:
-        prompt, sampling = self._inputs.prompts["instructions"], self._config.instruction_sampling
-        text = prompt.render(
-            demonstrations=[one_line(text) for text in demonstrations],
-            only_classification=self._config.only_classification_seeds,
+        variables = {"demonstrations": texts, "only_classification": config.only_classification_seeds}
+        parent_ids, seed_ids = (tuple(sorted(each.id for each in chosen)) for chosen in (machine, human))
+        return self._ask_for_instructions(
+            number, "instructions", config.instruction_sampling, variables, parent_ids, seed_ids
         )
-        response = await self._inputs.requester.ask("writer", "instructions", prompt, text, sampling, replica=number)
-        prefix = f"{self.NAME}-{response.request_id[:16]}"
-        items = self._items(response, first_number=len(demonstrations) + 1)
-        return Proposal(prefix, items, response, parent_ids, seed_ids)
 
-    def _items(self, response: GenerationResult, first_number: int) -> tuple[Draft | RejectedRecord, ...]:
-        """A response cut short is dropped whole: its last instruction is broken, and the engine may have run wild."""
-        completion = response.completion
-        was_cut = completion.finish_reason == "length"
-        if completion.finish_reason in UNANSWERED or (was_cut and self._config.drop_truncated):
-            why = Rejection("truncated_response" if was_cut else completion.finish_reason)
-            return (RejectedRecord("response", why, response.request_id, 0, Draft("", "", completion.text)),)
-        with self._inputs.timers.measure("parse"):
-            texts = parse_instructions(completion.text, first_number, self._config.capitalize)
-        return tuple(Draft(text) for text in (texts[:-1] if was_cut else texts))
+    def _parse(self, response: GenerationResult, first_number: int) -> Iterable[Draft | RejectedRecord]:
+        """Drop a response that was cut at max_tokens: its last item is incomplete, and the model may have looped."""
+        was_cut = response.completion.finish_reason == "length"
+        if was_cut and self._config.drop_truncated:
+            return (reject_response(response, "truncated_response"),)
+        texts = parse_instructions(response.completion.text, first_number, self._config.capitalize)
+        return (Draft(text) for text in (texts[:-1] if was_cut else texts))
 
     # -- instances
 
@@ -148,10 +127,7 @@ class SelfInstruct:
         draw = self._inputs.draw(accepted.id)
         if len(good) > config.max_instances:
             good = draw.sample(good, config.max_instances)
-        origin = Origin(
-            self.NAME, accepted.id, 0, accepted.proposal.parent_ids, accepted.proposal.seed_ids, config.license
-        )
-        rows, rejected = [], []
+        origin, rows, rejected = self._origin(accepted), [], []
         for position, (instance, rejection) in enumerate(results):
             if position in good:
                 user = self._layout(instruction, instance.input, draw)

@@ -83,7 +83,7 @@ def test_four_rounds_each_go_on_from_the_one_before(tmp_path):
 def test_operations_are_drawn_with_equal_chance_and_anew_each_round(tmp_path):
     seeds = [SeedTask(f"s{number}", "", f"Name river {number}.", (), False) for number in range(300)]
     pool = model(equal=lambda _: pytest.fail("not to be asked"))
-    evolve(tmp_path, pool, seeds, include_given=False, judge_equality=False)
+    evolve(tmp_path, pool, seeds, include_originals=False, judge_equality=False)
     counts = Counter(kinds(pool))
     assert counts.pop("answer") == 1200
     assert set(counts) == set(OPERATIONS) and sum(counts.values()) == 1200
@@ -150,7 +150,7 @@ def test_published_sampling_and_the_form_of_the_judges_answer_reach_the_engines(
 
 
 def test_given_instructions_need_not_be_in_the_dataset(tmp_path):
-    made = evolve(tmp_path, model(), include_given=False)
+    made = evolve(tmp_path, model(), include_originals=False)
     assert [row["round"] for row in made.rows] == [1, 2, 3, 4]
     assert made.rows[0]["parent_ids"] == []
 
@@ -268,7 +268,7 @@ def test_a_failed_evolution_goes_back_and_is_tried_again_from_the_same_parent(tm
 
 def test_trying_again_is_a_new_request_even_with_the_same_operation(tmp_path):
     pool = model(equal=lambda _: "Equal")
-    made = evolve(tmp_path, pool, operations=("deepen",), include_given=False)
+    made = evolve(tmp_path, pool, operations=("deepen",), include_originals=False)
     rewrites = [request for request in pool.requests if kind_of(request) == "deepen"]
     assert len({prompt_text(request) for request in rewrites}) == 1
     assert len({request.sampling.seed for request in rewrites}) == 4

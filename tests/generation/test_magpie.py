@@ -10,7 +10,7 @@ from cluster.config import ModelConfig
 from cluster.engines.config import GenerationRequest
 from cluster.errors import InputError
 from generation.config import MagpieConfig
-from generation.methods.chat_template import user_turn_opening
+from generation.methods.magpie import user_turn_opening
 from tests.generation.harness import CoroutinePool, drive
 
 CHATML = (

@@ -10,8 +10,8 @@ from cluster.errors import InputError
 from generation.config import SelfInstructConfig
 from generation.config.filters import ALPACA_FILTERS, SELF_INSTRUCT_FILTERS
 from generation.filters import Draft, FilterChain, Instance
+from generation.methods.base import one_line
 from generation.methods.encodings import clean_input, encode
-from generation.methods.seeds import one_line
 from generation.seed_tasks import SeedTask, load_seed_tasks
 from tests.generation.harness import ROOT, SEEDS, CoroutinePool, drive
 

@@ -1,0 +1,18 @@
+"""Answer only: one answer to each existing instruction."""
+
+from typing import ClassVar
+
+from generation.config import Role
+from generation.method import AcceptedInstruction, InstructionResult
+from generation.methods.base import ExistingInstructions
+
+
+class AnswerOnly(ExistingInstructions):
+    """An instruction with several inputs gets one answer for each input."""
+
+    NAME = "answer_only"
+    PROMPTS: ClassVar[dict[str, tuple[str, ...]]] = {"answer": ("instruction", "input")}
+    FORMS: ClassVar[dict[Role, str]] = {"answerer": "chat"}
+
+    async def finish(self, accepted: AcceptedInstruction) -> InstructionResult:
+        return await self._answer_once(accepted, self._config.answer_sampling, replica=accepted.position)

@@ -1,0 +1,151 @@
+"""What methods share: those that generate instructions, and those that start from existing instructions."""
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import ClassVar
+
+from cluster.engines.config import Sampling
+from generation.accepted import Demonstration
+from generation.config import SynthesisConfig
+from generation.filters import Draft, Rejection
+from generation.method import AcceptedInstruction, InstructionResult, MethodInputs, Proposal
+from generation.methods.answers import ask_for_answer, check_answer
+from generation.records import GenerationResult, Origin, Record, RejectedRecord, human_record, machine_record, user_turn
+from generation.requester import UNANSWERED
+from generation.seed_tasks import SeedTask
+
+
+class BaseMethod:
+    """A method without seed rows, for which the filters remember nothing at the start."""
+
+    NAME: ClassVar[str]
+
+    def __init__(self, config: SynthesisConfig, inputs: MethodInputs) -> None:
+        self._config = config
+        self._inputs = inputs
+
+    def remembered(self) -> Sequence[tuple[str, Draft]]:
+        return ()
+
+    def seed_rows(self) -> Sequence[Record]:
+        return ()
+
+    def _origin(self, accepted: AcceptedInstruction, round_number: int = 0, parent_ids: tuple[str, ...] = ()) -> Origin:
+        proposal = accepted.proposal
+        parents = parent_ids or proposal.parent_ids
+        return Origin(self.NAME, accepted.id, round_number, parents, proposal.seed_ids, self._config.license)
+
+    async def _answer_once(
+        self, accepted: AcceptedInstruction, sampling: Sampling, system: str | None = None, replica: int = 0
+    ) -> InstructionResult:
+        """One row of the instruction and its answer, or the rejected answer."""
+        draft = accepted.draft
+        response = await ask_for_answer(self._inputs, draft, sampling, system, replica)
+        if rejected := check_answer(draft, response):
+            return InstructionResult(rejected=(rejected,), responses=(response,))
+        user, answer = user_turn(draft.instruction, draft.input), response.completion.text.strip()
+        return InstructionResult((machine_record(self._origin(accepted), response, user, answer),), (), (response,))
+
+
+class GeneratedInstructions(BaseMethod):
+    """A method whose instructions a model writes, one request a proposal. The filters know the seeds from the start."""
+
+    def __init__(self, config: SynthesisConfig, inputs: MethodInputs) -> None:
+        super().__init__(config, inputs)
+        self.num_wanted = config.num_instructions
+        self.max_proposals = config.max_requests
+        self.exhausted = f"max_requests={config.max_requests} reached"
+
+    def remembered(self) -> Sequence[tuple[str, Draft]]:
+        return [
+            (task.id, Draft(task.instruction, task.instances[0].input if task.instances else ""))
+            for task in self._inputs.seeds
+        ]
+
+    def _parse(self, response: GenerationResult, first_number: int) -> Iterable[Draft | RejectedRecord]:
+        """The instructions of an answered request. The first item of its list has the number `first_number`."""
+        raise NotImplementedError
+
+    async def _ask_for_instructions(
+        self,
+        number: int,
+        prompt_name: str,
+        sampling: Sampling,
+        variables: dict,
+        parent_ids: tuple[str, ...] = (),
+        seed_ids: tuple[str, ...] = (),
+    ) -> Proposal:
+        """Ask the writer to continue the list of `demonstrations` among the prompt's variables."""
+        prompt = self._inputs.prompts[prompt_name]
+        text = prompt.render(**variables)
+        response = await self._inputs.requester.ask("writer", prompt_name, prompt, text, sampling, replica=number)
+        return self._proposal(response, len(variables["demonstrations"]) + 1, parent_ids, seed_ids)
+
+    def _proposal(
+        self,
+        response: GenerationResult,
+        first_number: int = 1,
+        parent_ids: tuple[str, ...] = (),
+        seed_ids: tuple[str, ...] = (),
+    ) -> Proposal:
+        items: tuple[Draft | RejectedRecord, ...]
+        if response.completion.finish_reason in UNANSWERED:
+            items = (reject_response(response, response.completion.finish_reason),)
+        else:
+            with self._inputs.timers.measure("parse"):
+                items = tuple(self._parse(response, first_number))
+        return Proposal(f"{self.NAME}-{response.request_id[:16]}", items, response, parent_ids, seed_ids)
+
+
+class ExistingInstructions(BaseMethod):
+    """A method whose instructions are the seeds, one seed a proposal, in their order."""
+
+    def __init__(self, config: SynthesisConfig, inputs: MethodInputs) -> None:
+        super().__init__(config, inputs)
+        self.num_wanted = None
+        self.max_proposals = min(len(inputs.seeds), config.max_instructions or len(inputs.seeds))
+        self.exhausted = ""
+
+    async def propose(self, number: int, visible: Sequence[Demonstration]) -> Proposal:
+        """Ask no model. The items are the instruction with each of its inputs."""
+        task = self._inputs.seeds[number]
+        return Proposal(task.id, tuple(self._drafts(task)) or (Draft(task.instruction),), seed_ids=(task.id,))
+
+    def _drafts(self, task: SeedTask) -> Iterable[Draft]:
+        return (Draft(task.instruction, instance.input, instance.output or None) for instance in task.instances)
+
+
+def reject_response(
+    response: GenerationResult, reason: str, text: str | None = None, position: int = 0
+) -> RejectedRecord:
+    """Reject a whole response, or the piece `text` at `position` of it."""
+    draft = Draft("", "", response.completion.text if text is None else text)
+    return RejectedRecord("response", Rejection(reason), response.request_id, position, draft)
+
+
+def one_line(instruction: str) -> str:
+    """An instruction as a prompt shows it: on one line, and without a colon at its end.
+
+    So `encode_prompt` of Self-Instruct's and of Alpaca's released code has it.
+    """
+    return re.sub(r"\s+", " ", instruction).strip().rstrip(":")
+
+
+def seed_records(
+    seeds: Sequence[SeedTask],
+    license_name: str | None,
+    layout: Callable[[SeedTask, int], str] | None = None,
+) -> list[Record]:
+    """Rows of the seeds' instances whose output is known. `layout` makes the user turn of a task's instance."""
+    return [
+        human_record(
+            Origin("seed", task.id, seed_ids=(task.id,), license=license_name),
+            task.instruction,
+            instance,
+            position,
+            layout(task, position) if layout else None,
+        )
+        for task in seeds
+        for position, instance in enumerate(task.instances)
+        if instance.output
+    ]
