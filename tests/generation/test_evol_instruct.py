@@ -149,7 +149,7 @@ def test_published_sampling_and_the_form_of_the_judges_answer_reach_the_engines(
         assert [message["role"] for message in request.prompt] == ["user"]
 
 
-def test_given_instructions_need_not_be_in_the_dataset(tmp_path):
+def test_original_instructions_need_not_be_in_the_dataset(tmp_path):
     made = evolve(tmp_path, model(), include_originals=False)
     assert [row["round"] for row in made.rows] == [1, 2, 3, 4]
     assert made.rows[0]["parent_ids"] == []
