@@ -57,7 +57,7 @@ def tracked(*patterns: str) -> tuple[Path, ...]:
 
 
 DOCUMENTS = tracked("*.md")
-MESSAGES = tracked(*(f"{package}/**.py" for package in PACKAGES), "slurm/*.sbatch", "recipes/**.yaml", "Makefile")
+MESSAGES = tracked(*(f"{package}/**.py" for package in PACKAGES), "slurm/*", "recipes/**.yaml", "Makefile")
 
 
 def named(path: Path) -> str:
