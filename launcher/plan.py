@@ -13,18 +13,12 @@ from trainer.config.train import TrainConfig
 from trainer.memory import amount, check_heads, choose_stage, estimate, read_facts, usable_bytes
 
 
-def stages_of(recipe: Recipe, place: str = " here") -> list[tuple[str, str, str]]:
+def stages_of(recipe: Recipe, place: str = " on this machine") -> list[tuple[str, str, str]]:
     """(stage, description, path of its result) in the order in which `tunesmith run` runs them."""
     run, train = recipe.run, recipe.train
     stages = []
     if not train.data:
-        stages.append(
-            (
-                "synthesize",
-                _synthesis(recipe),
-                str(run.synthesized),
-            )
-        )
+        stages.append(("synthesize", _synthesis(recipe), str(run.synthesized)))
     stages += [
         ("train", _training(train, place), str(run.checkpoints)),
         ("export", f"{recipe.export.form} model as safetensors{_to(recipe)}", str(run.export)),
@@ -45,8 +39,7 @@ def _synthesis(recipe: Recipe) -> str:
         goal = f"{config.num_instructions:,} new instructions"
     writer = config.models.writer
     engine = writer.engine or recipe.engine
-    engines = f"{engine.num_replicas} vLLM engine{'s' if engine.num_replicas > 1 else ''}"
-    return f"{name}: {goal}; {writer.path or recipe.model.path} on {engines}"
+    return f"{name}: {goal}; {writer.path or recipe.model.path} on {_count(engine.num_replicas, 'vLLM engine')}"
 
 
 def _training(train: TrainConfig, place: str) -> str:
@@ -54,7 +47,7 @@ def _training(train: TrainConfig, place: str) -> str:
     ranks, parts = train.num_processes, train.sequence_parallel_size
     sharing = f" in groups of {parts} that share rows" if parts > 1 else ""
     return (
-        f"{train.tuning} tuning, ZeRO-{train.zero_stage}, {train.precision}, {ranks} ranks{place}{sharing}; "
+        f"{train.tuning} tuning, ZeRO-{train.zero_stage}, {train.precision}, {_count(ranks, 'rank')}{place}{sharing}; "
         f"{_batch(train)}; " + (f"{train.max_steps} steps" if train.max_steps else f"{train.num_epochs} epochs")
     )
 
@@ -63,13 +56,20 @@ def _batch(train: TrainConfig) -> str:
     """The batch of one optimizer step."""
     size, parts = train.global_batch_size, train.sequence_parallel_size
     groups = max(1, train.num_processes // parts)
-    sharers = f"{groups} {'groups' if parts > 1 else 'ranks'}"
-    most = f"up to {size * train.max_seq_len:,} tokens a step"
+    sharers = _count(groups, "group" if parts > 1 else "rank")
+    max_tokens = f"up to {size * train.max_seq_len:,} tokens a step"
     if train.batch_unit == "examples":
-        rows = "packed into as few rows as they need" if train.packing else "one to a row"
-        return f"{size} examples a step, {rows}, {train.micro_batch_size} micro x {sharers}; {most}"
+        rows = "packed into as few rows as possible" if train.packing else "one in each row"
+        return (
+            f"{size} examples a step, {rows}; {train.micro_batch_size} rows per micro batch x {sharers}; {max_tokens}"
+        )
     accumulated = size // (train.micro_batch_size * groups)
-    return f"{size} rows a step = {train.micro_batch_size} micro x {accumulated} accumulated x {sharers}; {most}"
+    batches = f"{train.micro_batch_size} per micro batch x {accumulated} accumulated x {sharers}"
+    return f"{size} rows a step = {batches}; {max_tokens}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _to(recipe: Recipe) -> str:

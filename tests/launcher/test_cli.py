@@ -91,7 +91,7 @@ def test_plan_shows_the_stages_and_their_arithmetic_and_writes_nothing(recipe: P
     done = tunesmith("plan", recipe, *arguments, "--run-dir", "somewhere", cwd=recipe.parent)
     assert done.returncode == 0
     for text in (
-        "4 micro x 4 accumulated x 2",
+        "4 per micro batch x 4 accumulated x 2 ranks",
         "9 steps",
         "somewhere/checkpoints",
         "merged model",
