@@ -1,33 +1,35 @@
 """Which request goes to which engine.
 
-Requests wait in groups and leave in chunks of one group, so that an engine computes a shared beginning once. Groups
-take turns by chunks, so none waits for another to end, and each keeps its own order. A chunk goes to the engine with
-the fewest requests for its window. Requests that were in flight when an engine died go first, in small company.
+Requests wait in groups and leave in chunks of one group, so that an engine computes the text that they begin with once.
+Groups take turns by chunks, so no group waits for another to end, and each keeps its order. A chunk goes to the engine
+with the lowest load. Requests that were on an engine when it died go first, together with few others.
 """
 
 import asyncio
+import math
 import time
 from collections import OrderedDict, deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import ray
 
 from cluster.engines.config import Completion, EngineConfig, GenerationRequest
+from cluster.engines.health import EngineHealth
 from cluster.engines.pool_stats import EngineStats, PoolStats
-from cluster.engines.supervision import Pulse
 
-SHARE_AFTER_DEATH = 8  # each death cuts the company a request may travel in by this factor, until it is alone
+CONCURRENCY_DIVISOR = 8  # each death divides by it how many requests may run beside a request
 
 
 @dataclass(slots=True, eq=False)
-class Pending:
-    """A request on its way, and the caller that waits for it."""
+class PendingRequest:
+    """A request without an answer, and the caller that waits for it."""
 
     request: GenerationRequest
-    answer: asyncio.Future[Completion]
-    since: float  # monotonic seconds: in the queue, or on its engine
+    future: asyncio.Future[Completion]
+    since: float  # monotonic seconds: when it came into the queue, or to its engine
     seconds_queued: float = 0.0
-    num_deaths: int = 0
+    num_deaths: int = 0  # of engines that had it
 
 
 @dataclass(slots=True, eq=False)
@@ -35,52 +37,49 @@ class Engine:
     """An engine that is up."""
 
     actor: "ray.actor.ActorHandle"
-    pulse: Pulse
+    health: EngineHealth
     stats: EngineStats
-    window: int  # requests it may hold by its speed
-    capacity: int  # requests it may hold, given which it holds
-    in_flight: dict[int, Pending] = field(default_factory=dict)
+    max_in_flight: int  # requests that it may hold; a slow engine holds fewer
+    max_concurrency: int  # the lowest `Dispatcher.max_concurrency` of the requests that it holds
+    in_flight: dict[int, PendingRequest] = field(default_factory=dict)
     num_finished: int = 0
-    node_id: str = ""  # Ray's, known once it is up
+    node_id: str = ""  # Ray's; empty until the engine is up
 
-    def room(self, company: int) -> int:
-        """How many more requests it takes if one among them may share it with `company - 1` others."""
-        return min(company, self.capacity, self.window) - len(self.in_flight)
+    def free_slots(self, max_concurrency: float = math.inf) -> int:
+        """How many more requests it may hold, if it may hold at most `max_concurrency`."""
+        return min(max_concurrency, self.max_concurrency, self.max_in_flight) - len(self.in_flight)
 
     @property
     def load(self) -> float:
-        return len(self.in_flight) / self.window
+        return len(self.in_flight) / self.max_in_flight
 
 
 class GroupedQueue:
-    """Requests that wait, first in first out within a group; groups take turns."""
+    """Requests that wait: first in, first out within a group, and the groups take turns."""
 
     def __init__(self) -> None:
-        self._groups: OrderedDict[str, deque[Pending]] = OrderedDict()
+        self._groups: OrderedDict[str, deque[PendingRequest]] = OrderedDict()
         self._num_waiting = 0
 
     def __len__(self) -> int:
         return self._num_waiting
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[PendingRequest]:
         return (pending for group in self._groups.values() for pending in group)
 
-    def append(self, pending: Pending) -> None:
-        group = pending.request.group
-        if group not in self._groups:
-            self._groups[group] = deque()
-        self._groups[group].append(pending)
+    def append(self, pending: PendingRequest) -> None:
+        self._groups.setdefault(pending.request.group, deque()).append(pending)
         self._num_waiting += 1
 
-    def take(self, num_wanted: int) -> list[Pending]:
-        """Up to so many requests: of the group whose turn it is, and of the next ones once it has no more."""
-        taken: list[Pending] = []
-        while self._groups and len(taken) < num_wanted:
+    def take(self, max_requests: int) -> list[PendingRequest]:
+        """Up to `max_requests` requests: of the group whose turn it is, then of the next groups if it has too few."""
+        taken: list[PendingRequest] = []
+        while self._groups and len(taken) < max_requests:
             name, group = next(iter(self._groups.items()))
-            while group and len(taken) < num_wanted:
+            while group and len(taken) < max_requests:
                 self._num_waiting -= 1
                 pending = group.popleft()
-                if not pending.answer.done():  # else its caller gave up
+                if not pending.future.done():  # else its caller does not wait any more
                     taken.append(pending)
             if group:
                 self._groups.move_to_end(name)
@@ -97,69 +96,78 @@ class Dispatcher:
         self._config = config
         self._stats = stats
         self._queue = GroupedQueue()
-        self._suspects: deque[Pending] = deque()  # in flight when an engine died
+        self._retry_queue: deque[PendingRequest] = deque()  # requests of dead engines
         self._next_key = 0
-        self._is_due = False
+        self._is_scheduled = False
 
-    def add(self, pending: Pending) -> None:
+    def add(self, pending: PendingRequest) -> None:
         self._queue.append(pending)
-        self.plan()
+        self.schedule()
 
-    def give_back(self, pendings: list[Pending]) -> None:
-        """Put requests of a dead engine in front of the queue."""
-        self._suspects.extendleft(reversed(pendings))
+    def retry(self, requests: list[PendingRequest]) -> None:
+        """Put requests of a dead engine in front of all others."""
+        self._retry_queue.extendleft(reversed(requests))
 
-    def unanswered(self) -> list[Pending]:
-        """All requests that wait, here or on an engine that is up."""
+    def unfinished(self) -> list[PendingRequest]:
+        """All requests without an answer, in a queue or on an engine that is up."""
         on_engines = (pending for engine in self.engines for pending in engine.in_flight.values())
-        return [*self._suspects, *self._queue, *on_engines]
+        return [*self._retry_queue, *self._queue, *on_engines]
 
-    def plan(self) -> None:
-        """Dispatch at the end of this turn of the event loop, so that requests made together travel together."""
-        if not self._is_due:
-            self._is_due = True
+    def schedule(self) -> None:
+        """Dispatch at the end of this turn of the event loop, so that requests made together are sent together."""
+        if not self._is_scheduled:
+            self._is_scheduled = True
             asyncio.get_running_loop().call_soon(self._dispatch)
 
-    def restore_capacity(self, engine: Engine) -> None:
-        """Let an engine hold more again once those that need small company have left it."""
-        if engine.capacity < self._config.max_in_flight:
-            companies = (self._company(pending) for pending in engine.in_flight.values())
-            engine.capacity = min(companies, default=self._config.max_in_flight)
+    def max_concurrency(self, pending: PendingRequest) -> int:
+        """How many requests may be on an engine together with this one, itself included.
+
+        A request that was on an engine when it died may be the cause. Each death divides the number, so that the next
+        death points at fewer requests. The last attempt is alone: only then is a death surely caused by the request.
+        """
+        if pending.num_deaths >= self._config.max_request_deaths - 1:
+            return 1
+        return max(1, self._config.max_in_flight // CONCURRENCY_DIVISOR**pending.num_deaths)
+
+    def restore_concurrency(self, engine: Engine) -> None:
+        """Let an engine hold more requests again once the suspected ones have left it."""
+        if engine.max_concurrency < self._config.max_in_flight:
+            limits = (self.max_concurrency(pending) for pending in engine.in_flight.values())
+            engine.max_concurrency = min(limits, default=self._config.max_in_flight)
 
     def _dispatch(self) -> None:
-        self._is_due = False
-        draining = self._send_suspects()
+        self._is_scheduled = False
+        draining = self._dispatch_retries()
         while len(self._queue):
-            free = [engine for engine in self.engines if engine is not draining and engine.room(engine.window) > 0]
+            free = [engine for engine in self.engines if engine is not draining and engine.free_slots() > 0]
             if not free:
                 break
             engine = min(free, key=lambda engine: engine.load)
             fair_share = -(-len(self._queue) // len(free))
-            chunk = self._queue.take(min(self._config.chunk_size, engine.room(engine.window), fair_share))
-            self._send(engine, chunk)
+            self._send(engine, self._queue.take(min(self._config.chunk_size, engine.free_slots(), fair_share)))
         self._count_in_flight()
 
-    def _send_suspects(self) -> Engine | None:
-        """Send what can go of the suspects; returns the engine that must run emptier for the next one, if any."""
-        while self._suspects:
-            pending = self._suspects[0]
+    def _dispatch_retries(self) -> Engine | None:
+        """Send the requests of dead engines. Returns the engine that must drain before the next can be sent, if any."""
+        while self._retry_queue:
+            pending = self._retry_queue[0]
             engine = min(self.engines, key=lambda engine: engine.load, default=None)
-            company = self._company(pending)
-            if pending.answer.done():
-                self._suspects.popleft()
-            elif engine is None or engine.room(company) <= 0:
+            limit = self.max_concurrency(pending)
+            if pending.future.done():
+                self._retry_queue.popleft()
+            elif engine is None or engine.free_slots(limit) <= 0:
                 return engine
             else:
-                engine.capacity = min(engine.capacity, company)
-                self._send(engine, [self._suspects.popleft()])
+                engine.max_concurrency = min(engine.max_concurrency, limit)
+                self._send(engine, [self._retry_queue.popleft()])
         return None
 
-    def _send(self, engine: Engine, pendings: list[Pending]) -> None:
+    def _send(self, engine: Engine, requests: list[PendingRequest]) -> None:
         if not engine.in_flight:
-            engine.pulse.note_work()
+            engine.health.end_idleness()
         now = time.monotonic()
         chunk = []
-        for pending in pendings:
+        for pending in requests:
             self._next_key += 1
             engine.in_flight[self._next_key] = pending
             pending.seconds_queued += now - pending.since
@@ -167,16 +175,6 @@ class Dispatcher:
             chunk.append((self._next_key, pending.request))
         if chunk:
             engine.actor.submit.remote(chunk)
-
-    def _company(self, pending: Pending) -> int:
-        """How many requests may be on an engine together with this one, itself included.
-
-        A request that was in flight when an engine died may be the cause. Its company shrinks with each death, so
-        that the next one points at fewer, and its last chance is alone: only then is a death surely its doing.
-        """
-        if pending.num_deaths >= self._config.max_request_deaths - 1:
-            return 1
-        return max(1, self._config.max_in_flight // SHARE_AFTER_DEATH**pending.num_deaths)
 
     def _count_in_flight(self) -> None:
         in_flight = [len(engine.in_flight) for engine in self.engines]

@@ -1,10 +1,10 @@
-"""Where an engine runs: whether the cluster has room, the placement group, and the actor inside it.
+"""Where an engine runs: the resources of the cluster, the placement group, and the actor inside it.
 
-Every engine gets a placement group, so that waiting for room is told from loading a model. One of several GPUs gets a
-bundle per GPU, packed onto as few nodes as hold them; vLLM's own Ray workers take the GPUs from there
-(vllm/v1/executor/ray_executor_v2.py asks for one GPU of each bundle, and finds the group because the actor that starts
-vLLM is in it: vllm/engine/arg_utils.py). It wants nodes with an IP address each. What has been run of this are engines
-on CPUs, on one node and on two; engines over several GPUs or nodes have not been.
+Every engine gets a placement group, so that the pool knows whether an engine waits for resources or loads its model. An
+engine of several GPUs gets a bundle per GPU, packed onto as few nodes as possible, and vLLM's own Ray workers take the
+GPUs from there: vllm/v1/executor/ray_executor_v2.py asks for one GPU of each bundle, and finds the group because the
+actor that starts vLLM is in it (vllm/engine/arg_utils.py). vLLM needs an IP address per node. Engines on CPUs have been
+run on one node and on two; engines over several GPUs or nodes have not been run.
 """
 
 import asyncio
@@ -30,10 +30,10 @@ POLL_SECONDS = 0.5
 
 
 async def wait_for_cluster(config: EngineConfig) -> int:
-    """GPUs of each engine (0 on a cluster without any), once the cluster could hold `min_replicas`.
+    """Wait until the cluster could hold `min_replicas` engines. Returns GPUs per engine, 0 if the cluster has none.
 
-    Where the recipe names min_replicas, nodes may still be on their way: they are waited for. Raises InputError if the
-    cluster is too small: at once, or after start_timeout_seconds of waiting.
+    If the recipe sets min_replicas, nodes may still join the cluster. Raises InputError if it is too small: at once, or
+    with min_replicas after start_timeout_seconds.
     """
     deadline = time.monotonic() + (config.start_timeout_seconds if config.min_replicas else 0)
     while True:
@@ -46,9 +46,9 @@ async def wait_for_cluster(config: EngineConfig) -> int:
 
 
 def require_resources(config: EngineConfig) -> int:
-    """GPUs of each engine (0 on a cluster without any). Raises InputError if the cluster can never hold enough."""
-    have = ray.cluster_resources()
-    num_gpus = config.gpus_per_engine if have.get("GPU", 0) else 0
+    """GPUs per engine, 0 if the cluster has none. Raises InputError if the cluster is too small for the engines."""
+    available = ray.cluster_resources()
+    num_gpus = config.gpus_per_engine if available.get("GPU", 0) else 0
     name = "num_replicas" if config.min_replicas is None else "min_replicas"
     num_engines = config.min_replicas or config.num_replicas
     for resource, per_engine, key in (
@@ -56,17 +56,17 @@ def require_resources(config: EngineConfig) -> int:
         ("CPU", config.cpus_per_engine, "engine.cpus_per_engine"),
     ):
         need = per_engine * num_engines
-        if need > have.get(resource, 0):
+        if need > available.get(resource, 0):
             raise InputError(
                 f"engine.{name}={num_engines} with {per_engine:g} {resource} each needs {need:g} "
-                f"{resource}s, and this Ray has {have.get(resource, 0):g}. Lower engine.{name} or {key}."
+                f"{resource}s, but this Ray has {available.get(resource, 0):g}. Lower engine.{name} or {key}."
             )
     return num_gpus
 
 
 @contextmanager
-def reserved(config: EngineConfig, num_gpus: int) -> Iterator[PlacementGroup]:
-    """Ask for the resources of one engine; `has_room` says when they are there. Given back at the end."""
+def reservation(config: EngineConfig, num_gpus: int) -> Iterator[PlacementGroup]:
+    """Request the resources of one engine until the block ends. `is_reserved` says when Ray has granted them."""
     if num_gpus > 1:
         bundles = [{"GPU": 1, "CPU": max(1, config.cpus_per_engine / num_gpus)}] * num_gpus
     else:
@@ -78,19 +78,18 @@ def reserved(config: EngineConfig, num_gpus: int) -> Iterator[PlacementGroup]:
         remove_placement_group(group)
 
 
-def has_room(group: PlacementGroup) -> bool:
-    """Whether the group's resources are reserved by now."""
-    return placement_group_table(group).get("state") == "CREATED"  # its own `wait` would hold up the event loop
+def is_reserved(group: PlacementGroup) -> bool:
+    return placement_group_table(group).get("state") == "CREATED"  # the group's own `wait` would block the event loop
 
 
 def free_resources() -> str:
-    """CPUs and GPUs that Ray has free, for a message."""
+    """The CPUs and GPUs that are free, for a message."""
     free = ray.available_resources()
     return ", ".join(f"{free[name]:g} {name}" for name in ("CPU", "GPU") if free.get(name)) or "nothing"
 
 
 def node_is_gone(node_id: str) -> bool:
-    """Whether a node that was part of the cluster no longer is. An empty id is of none."""
+    """Whether a node has left the cluster. False for an empty id, which an engine has before it is up."""
     return any(node["NodeID"] == node_id and not node["Alive"] for node in ray.nodes())
 
 
@@ -98,8 +97,8 @@ def node_is_gone(node_id: str) -> bool:
 def running_actor(
     config: EngineConfig, model: ModelConfig, num_gpus: int, adapters: tuple[str, ...], group: PlacementGroup
 ) -> Iterator["ray.actor.ActorHandle"]:
-    """Start an engine's actor in its place, and kill it at the end."""
-    is_spread = num_gpus > 1  # vLLM's workers take the GPUs, and the actor nothing
+    """Start an engine's actor in its placement group, and kill it at the end."""
+    is_spread = num_gpus > 1  # then vLLM's workers take the GPUs, and the actor takes nothing
     strategy = PlacementGroupSchedulingStrategy(group, 0, placement_group_capture_child_tasks=is_spread)
     actor = (
         ray.remote(EngineActor)

@@ -1,4 +1,4 @@
-"""What the pool counts: per engine and in all. Everything is added per request or per report, nothing per token."""
+"""What the pool counts, per engine and in total. Everything is added per request or per report, nothing per token."""
 
 from dataclasses import dataclass, field
 
@@ -6,12 +6,12 @@ from cluster.engines.config import Completion, EngineReport
 
 
 @dataclass(slots=True)
-class Counts:
-    """Sums since the pool started. A request that a death sent back counts once, where it was answered.
+class EngineTotals:
+    """Sums since the pool started. A request counts once, on the engine that answered it.
 
-    seconds_queued + seconds_in_engine is what callers have waited, summed over requests: the first grows when engines
-    are too few or the pool is slow to hand out, the second when they are slow. Time that requests spent on an engine
-    which then died is in `seconds_lost`.
+    seconds_queued + seconds_in_engine is how long callers have waited, summed over requests. The first grows if there
+    are too few engines or the pool dispatches slowly, the second if engines are slow. `seconds_lost` is the time that
+    requests spent on engines which then died.
     """
 
     num_requests: int = 0
@@ -22,7 +22,7 @@ class Counts:
     seconds_lost: float = 0.0
     num_restarts_dead: int = 0
     num_restarts_hung: int = 0
-    num_generated_tokens: int = 0  # also those of requests that are unfinished, or were lost with an engine
+    num_generated_tokens: int = 0  # also of requests that are unfinished or were lost with an engine
     num_preemptions: int = 0
     num_prefix_queries: int = 0  # prompt tokens looked up in the prefix cache
     num_prefix_hits: int = 0
@@ -53,20 +53,20 @@ class Counts:
 
 
 @dataclass(slots=True)
-class EngineStats(Counts):
+class EngineStats(EngineTotals):
     """One of the `num_replicas` engines, over all its restarts."""
 
-    node: str = ""  # address; empty before it is first up
+    node: str = ""  # address; empty until the engine is up for the first time
     is_up: bool = False
     is_slow: bool = False
-    num_running: int = 0  # sequences in its batch, by its last report
+    num_running: int = 0  # sequences in its batch, in its last report
     num_waiting: int = 0
     tokens_per_second: float = 0.0  # in the last window in which it was never idle
     num_slow_windows: int = 0
 
 
 @dataclass(slots=True)
-class PoolStats(Counts):
+class PoolStats(EngineTotals):
     """All engines together."""
 
     num_engines: int = 0  # up now
@@ -74,6 +74,6 @@ class PoolStats(Counts):
     num_in_flight: int = 0  # of all engines, now
     max_in_flight: int = 0  # of one engine, ever
     num_quarantined: int = 0
-    quarantined: dict[str, str] = field(default_factory=dict)  # request id -> what its last engine died of
+    quarantined: dict[str, str] = field(default_factory=dict)  # request id -> why its last engine died
     last_death: str = ""
     engines: list[EngineStats] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""vLLM's counters, summed where vLLM itself hands them out once per step: nothing is added per token."""
+"""Sums of vLLM's counters, which vLLM reports once per step of an engine: nothing is added per token."""
 
 from vllm.config import VllmConfig
 from vllm.v1.metrics.loggers import StatLoggerBase
@@ -35,7 +35,7 @@ class ReportingLogger(StatLoggerBase):
             self._num_prefix_hits += scheduler_stats.prefix_cache_stats.hits
 
     def log_engine_initialized(self) -> None:
-        """Nothing is said at the start."""
+        """vLLM calls it when the engine is up. There is nothing to log."""
 
     def report(self) -> EngineReport:
         return EngineReport(

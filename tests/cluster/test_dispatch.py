@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.engines.config import EngineConfig, GenerationRequest, Sampling
-from cluster.engines.dispatch import Dispatcher, Engine, GroupedQueue, Pending
+from cluster.engines.dispatch import Dispatcher, Engine, GroupedQueue, PendingRequest
+from cluster.engines.health import EngineHealth
 from cluster.engines.pool_stats import EngineStats, PoolStats
-from cluster.engines.supervision import Pulse
 
 SAMPLING = Sampling()
 
@@ -22,11 +22,11 @@ class Waiting:
         return False
 
 
-def pending(number: int, group: str = "") -> Pending:
-    return Pending(GenerationRequest(str(number), "prompt", SAMPLING, group=group), Waiting(), since=0.0)
+def pending(number: int, group: str = "") -> PendingRequest:
+    return PendingRequest(GenerationRequest(str(number), "prompt", SAMPLING, group=group), Waiting(), since=0.0)
 
 
-def drain(queue: GroupedQueue, chunk_size: int) -> list[list[Pending]]:
+def drain(queue: GroupedQueue, chunk_size: int) -> list[list[PendingRequest]]:
     chunks = []
     while len(queue):
         chunks.append(queue.take(chunk_size))
@@ -78,18 +78,18 @@ def dispatcher_of(config: EngineConfig) -> tuple[Dispatcher, list[Engine], list[
             chunks.append([request.request_id for _, request in chunk])
 
         actor = SimpleNamespace(submit=SimpleNamespace(remote=submit))
-        window = config.max_in_flight
-        dispatcher.engines.append(Engine(actor, Pulse(config), EngineStats(), window, window))
+        limit = config.max_in_flight
+        dispatcher.engines.append(Engine(actor, EngineHealth(config), EngineStats(), limit, limit))
         sent.append(chunks)
     return dispatcher, dispatcher.engines, sent
 
 
-def dispatch(dispatcher: Dispatcher, pendings: list[Pending], suspects: list[Pending] = ()) -> None:
+def dispatch(dispatcher: Dispatcher, pendings: list[PendingRequest], retries: list[PendingRequest] = ()) -> None:
     async def main() -> None:
-        dispatcher.give_back(list(suspects))
+        dispatcher.retry(list(retries))
         for each in pendings:
             dispatcher.add(each)
-        dispatcher.plan()
+        dispatcher.schedule()
         await asyncio.sleep(0)
 
     asyncio.run(main())
@@ -103,9 +103,9 @@ def test_few_requests_are_spread_over_the_engines(num_requests: int):
     assert sum(held) == num_requests and max(held) - min(held) <= 1
 
 
-def test_an_engine_with_half_the_window_gets_half_as_many():
+def test_an_engine_that_may_hold_half_as_many_gets_half_as_many():
     dispatcher, engines, _ = dispatcher_of(EngineConfig(num_replicas=2, max_num_seqs=64, chunk_size=1))
-    engines[1].window //= 2
+    engines[1].max_in_flight //= 2
     dispatch(dispatcher, [pending(number) for number in range(90)])
     assert [len(engine.in_flight) for engine in engines] == [60, 30]
 
@@ -129,6 +129,6 @@ def test_a_request_that_must_be_alone_empties_one_engine_and_not_the_others():
 def test_a_request_given_up_is_not_sent():
     dispatcher, _, sent = dispatcher_of(EngineConfig())
     given_up = pending(0)
-    given_up.answer = SimpleNamespace(done=lambda: True)
+    given_up.future = SimpleNamespace(done=lambda: True)
     dispatch(dispatcher, [given_up, pending(1)])
     assert [name for chunk in sent[0] for name in chunk] == ["1"]

@@ -11,9 +11,9 @@ import pytest
 from cluster.config import ModelConfig
 from cluster.engines.config import Completion, EngineConfig, EngineReport, GenerationRequest, Sampling
 from cluster.engines.dispatch import Engine
+from cluster.engines.health import EngineHealth
 from cluster.engines.pool import EnginePool
 from cluster.engines.pool_stats import EngineStats
-from cluster.engines.supervision import Pulse
 from cluster.errors import InputError, TunesmithError
 from tests.fakes import continue_prompt, generated_ids, scripted, write_script
 
@@ -105,9 +105,9 @@ def test_an_engine_that_makes_nothing_is_replaced(tmp_path):
     config = scripted(max_num_seqs=4, stall_timeout_seconds=1)
     completions, stats = complete_all(config, model, prompts(6))
     assert [completion.finish_reason for completion in completions] == ["stop"] * 2 + ["engine_died"] + ["stop"] * 3
-    assert "made no token" in stats.last_death
+    assert "generated no token" in stats.last_death
     assert (stats.num_restarts_hung, stats.num_restarts_dead) == (config.max_request_deaths, 0)
-    assert list(stats.quarantined) == ["request-2"] and "made no token" in stats.quarantined["request-2"]
+    assert list(stats.quarantined) == ["request-2"] and "generated no token" in stats.quarantined["request-2"]
 
 
 def test_an_engine_that_makes_tokens_and_finishes_nothing_is_left_to_work(tmp_path):
@@ -240,7 +240,7 @@ def test_closing_is_never_lost_when_it_meets_an_answer(tmp_path, num_turns):
         actor = SimpleNamespace(collect=SimpleNamespace(remote=lambda _seconds: next(refs)))
         config = scripted()
         pool = EnginePool(config, write_script(tmp_path / "model"))
-        engine = Engine(actor, Pulse(config), EngineStats(), window=1, capacity=1)
+        engine = Engine(actor, EngineHealth(config), EngineStats(), max_in_flight=1, max_concurrency=1)
         collecting = asyncio.create_task(pool._collect(engine))
         await asyncio.sleep(0)
         first.set_result(([], EngineReport()))
@@ -287,7 +287,7 @@ def test_more_engines_than_there_is_room_for_start_where_fewer_will_do(tmp_path)
 
 def test_a_pool_larger_than_the_cluster_is_bad_input(tmp_path):
     model = write_script(tmp_path / "model")
-    with pytest.raises(InputError, match=r"engine\.num_replicas=500 with 1 CPU each needs 500 CPUs, and this Ray has"):
+    with pytest.raises(InputError, match=r"engine\.num_replicas=500 with 1 CPU each needs 500 CPUs, but this Ray has"):
         complete_all(scripted(num_replicas=500, cpus_per_engine=1), model, [])
 
 

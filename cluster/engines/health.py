@@ -1,11 +1,11 @@
-"""Telling apart an engine that is dead, hung, slow or well, by the tokens it makes.
+"""Whether an engine is dead, hung or slow, by the tokens that it generates.
 
 dead   its process or its node is gone
-hung   alive, with requests, and no token for stall_timeout_seconds: killed like a dead one
-slow   it makes tokens, but per running request far fewer than its peers: left to work, with fewer requests
+hung   it is alive and has requests, but generates no token for stall_timeout_seconds: it is killed
+slow   it generates far fewer tokens per running request than the other engines: it goes on with fewer requests
 
-Finished requests say little: one of a hundred thousand tokens is no stall. Speed is per running request because
-an engine with few requests makes fewer tokens and is no slower for it.
+Finished requests say little: an engine with one request of a hundred thousand tokens is not hung. Speed is per running
+request, because an engine with few requests generates fewer tokens and is not slower for that.
 """
 
 import statistics
@@ -16,40 +16,40 @@ from cluster.engines.config import EngineConfig, EngineReport
 
 
 class EngineDeath(Exception):
-    """An engine is gone or does not answer; the message says how."""
+    """An engine is gone or does not answer. The message is the cause."""
 
     is_hung = False
 
 
 class EngineHung(EngineDeath):
-    """It is there and makes nothing of its requests."""
+    """An engine is alive and generates nothing."""
 
     is_hung = True
 
 
-class Pulse:
-    """What the reports of one engine say of its health."""
+class EngineHealth:
+    """What the reports of one engine say about its health."""
 
     def __init__(self, config: EngineConfig) -> None:
         self.last_report = EngineReport()
         self.tokens_per_second = 0.0
-        self.speed: float | None = None  # tokens per second and running request in the last window; none: not known
+        self.speed: float | None = None  # tokens per second and running request in the last window; None: not known yet
         self._config = config
         self._last_progress = time.monotonic()
         self._start_window(self._last_progress, 0)
 
-    def note_work(self) -> None:
-        """Requests went to an engine that had none: its time to make a token runs from here.
+    def end_idleness(self) -> None:
+        """Requests were sent to an engine that had none: its time to generate a token begins now.
 
-        A window goes on: an engine that is refilled the moment it ran empty was not idle.
+        The window goes on, because an engine that is refilled as soon as it is empty was not idle.
         """
         self._last_progress = time.monotonic()
 
     def observe(self, report: EngineReport, has_answers: bool, num_held: int) -> bool:
-        """Take in a report; returns whether it closes a window. Raises EngineHung for one report too many.
+        """Take in a report. Returns whether it ends a window. Raises EngineHung if there was no progress for too long.
 
-        num_held: requests that the engine had until it reported. The report itself comes when some have just ended,
-        and says less of the size of the batch before.
+        `num_held` is the number of requests that the engine had until it reported. The report itself counts those that
+        are left when some have just ended, so it says less about the size of the batch.
         """
         now = time.monotonic()
         is_idle = num_held == 0
@@ -59,15 +59,15 @@ class Pulse:
         timeout = self._config.stall_timeout_seconds
         if now - self._last_progress > timeout:
             raise EngineHung(
-                f"alive, and made no token for engine.stall_timeout_seconds={timeout:g} with {report.num_running} "
-                f"sequences running and {report.num_waiting} waiting"
+                f"it is alive but generated no token for engine.stall_timeout_seconds={timeout:g}, with "
+                f"{report.num_running} sequences running and {report.num_waiting} waiting"
             )
         if is_idle:
             self._start_window(now, report.num_tokens)
             return False
         self._sum_running += min(num_held, self._config.max_num_seqs)
         self._num_reports += 1
-        return self._close_window(now)
+        return self._end_window(now)
 
     def _start_window(self, now: float, num_tokens: int) -> None:
         self._window_start = now
@@ -75,7 +75,7 @@ class Pulse:
         self._sum_running = 0
         self._num_reports = 0
 
-    def _close_window(self, now: float) -> bool:
+    def _end_window(self, now: float) -> bool:
         seconds = now - self._window_start
         if seconds < self._config.slow_window_seconds:
             return False
@@ -86,9 +86,9 @@ class Pulse:
         return True
 
 
-def relative_speed(speed: float | None, peers: Iterable[float | None]) -> float:
-    """An engine's speed as a part of its peers' median, and 1 where either is not known."""
-    known = [peer for peer in peers if peer]
+def relative_speed(speed: float | None, others: Iterable[float | None]) -> float:
+    """An engine's speed as a fraction of the median of the others; 1 if either is not known."""
+    known = [other for other in others if other]
     if speed is None or not known:
         return 1.0
     return speed / statistics.median(known)
