@@ -1,4 +1,4 @@
-"""The base of every config model a user writes: unknown keys are errors, values never change after validation."""
+"""The base of all config models, and those that several packages use."""
 
 from typing import Annotated
 
@@ -8,20 +8,20 @@ EnvName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 
 
 class StrictModel(BaseModel):
-    """A pydantic model that forbids unknown keys and is frozen. Config models do no I/O."""
+    """A frozen pydantic model in which unknown keys are errors. Config models do no I/O."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
 class ModelConfig(StrictModel):
-    """Which model: a folder, or a name on the hub."""
+    """A model: a folder, or a name on the hub."""
 
-    path: str = Field(min_length=1, description="a folder in Hugging Face's form, or org/name on the hub")
-    revision: str | None = Field(None, description="commit or tag of a model on the hub; none: its main branch")
+    path: str = Field(min_length=1, description="a folder in Hugging Face's format, or org/name on the hub")
+    revision: str | None = Field(None, description="commit or tag of a model on the hub. None means its main branch")
 
 
 class SecretRef(StrictModel):
-    """A secret, by the name of the environment variable that holds it. Its value is in no recipe and no run folder."""
+    """The name of the environment variable that holds a secret. Neither recipes nor run folders contain its value."""
 
     env: EnvName
 

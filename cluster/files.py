@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic writes, JSON lines, checksums, and a lock that one process holds."""
+"""Atomic writes, JSON lines, checksums, and a lock that one process holds."""
 
 import contextlib
 import errno
@@ -26,7 +26,7 @@ def fsync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def explain_full_disk(path: Path) -> Iterator[None]:
-    """Turn "no space left" while writing `path` into an error that names the place and the fix."""
+    """Turn the error of a full disk while `path` is written into one that names the place and the fix."""
     try:
         yield
     except OSError as error:
@@ -36,12 +36,12 @@ def explain_full_disk(path: Path) -> Iterator[None]:
         free_mib = shutil.disk_usage(folder).free / MIB
         raise InputError(
             f"{path}: the disk is full ({free_mib:.1f} MiB free). Free some space, or choose another place with "
-            "`--run-dir`, and start the same command again: it goes on from what is saved."
+            "`--run-dir`. Then start the same command again: it continues from what is saved."
         ) from error
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write `path` by temporary file, fsync and rename: a reader sees the old content or the new, never a part."""
+    """Write `path` by temporary file, fsync and rename: a reader sees the old content or the new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     data = content.encode() if isinstance(content, str) else content
     with explain_full_disk(path):
@@ -92,9 +92,9 @@ def sha256_json(value: object) -> str:
 
 @contextlib.contextmanager
 def exclusive_lock(path: Path, what: str, shared: bool = False) -> Iterator[None]:
-    """Hold `path` as a lock. Raises InputError if another process holds it. The kernel releases it when we die.
+    """Hold `path` as a lock, which the kernel releases when this process dies. Raises InputError if another holds it.
 
-    `shared`: beside others that share it.
+    `shared` locks exclude only those that are not shared.
     """
     with open(path, "a+") as file:
         try:

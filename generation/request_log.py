@@ -103,7 +103,7 @@ class RequestLog:
         the log then is as before the call. Raises Superseded if a newer generation owns the run; that is looked up
         before every new segment and twice a second, not for every record.
         """
-        self._fence.check_now_and_then()
+        self._fence.check_throttled()
         id_bytes = _to_bytes(request_id)
         if len(id_bytes) != ID_BYTES:
             raise ValueError(f"request id {request_id!r} is not a SHA-256 in lower-case hex")

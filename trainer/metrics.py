@@ -87,7 +87,7 @@ class StepLine:
         return sum(losses) / len(losses) if losses else None
 
     def _tell(self, step: Step, loss: float, grad_norm: float, seconds: float, now: float) -> None:
-        self.fence.check_now_and_then()
+        self.fence.check_throttled()
         state = step.state
         rate = float(step.lengths.sum()) / seconds
         figures = {

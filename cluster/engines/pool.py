@@ -248,7 +248,7 @@ class EnginePool:
         elif self._started.is_set():
             message = (
                 f"no engine is left. The last one died: {cause}. All finished requests are kept. Start the "
-                "same command again to continue, with a smaller engine.max_num_seqs or engine.max_model_len if memory ran out."
+                "same command again to continue. If memory ran out, lower engine.max_num_seqs or engine.max_model_len."
             )
         else:
             message = (

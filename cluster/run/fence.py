@@ -1,18 +1,18 @@
-"""Generations of a run: of all attempts that were ever started on it, only the newest may write.
+"""Fencing: of all attempts at a run, only the newest may write.
 
-    token = claim(run_root, stage="train", job_id="1234")     # once, by what starts an attempt
-    os.environ[VARIABLE] = str(token)                         # for everything that the attempt starts
-    verify(run_root)                                               # in every writer, before each commit
+    token = claim(run_root, stage="train", job_id="1234")  # once, in the process that starts an attempt
+    os.environ[TOKEN_VARIABLE] = str(token)                # for all processes of the attempt
+    verify(run_root)                                       # in every writer, before each commit
 
-A node that is cut off from the network is dead for Slurm, which starts a successor elsewhere, and yet it computes on
-and still reaches the shared file system. No clock and no lock decides who goes on: the successor makes the next number
-below `<run>/claims/`, and whoever holds a lower one raises Superseded before its next commit.
+Slurm takes a node that is cut off from the network for dead and starts another attempt elsewhere, but the node goes on
+and may still reach the shared file system. Neither a clock nor a lock decides which attempt owns the run. Each attempt
+claims it with the next fencing token, a number for which it creates a file in `<run>/claims/`. A process with a lower
+token than the newest raises Superseded before its next commit.
 
-Between a check and the commit that follows it lie microseconds, unless the process is stopped right there. Where even
-that could do harm the writer's files carry the token in their names (checkpoints being written) or are never
-shared between claims (segments of the request log).
+Microseconds pass between a check and its commit, unless the process is stopped right there. Files that this could harm
+carry the token in their names (checkpoints being written), or belong to one attempt (segments of the request log).
 
-A process without the variable, which is every local run, is not concerned: the lock of the run folder guards it.
+A process without the variable, such as one of a local run, has no token. The lock of the run folder guards it.
 """
 
 import json
@@ -29,18 +29,18 @@ from cluster.errors import InputError, TunesmithError
 from cluster.files import exclusive_lock, explain_full_disk, fsync_folder
 from cluster.run.rundir import RunDir
 
-VARIABLE = "TUNESMITH_FENCING_TOKEN"
-CHECK_SECONDS = 0.5  # how long `Fence.check_now_and_then` trusts an answer
+TOKEN_VARIABLE = "TUNESMITH_FENCING_TOKEN"
+CHECK_SECONDS = 0.5  # how long `Fence.check_throttled` trusts a check
 _NAME = re.compile(r"([0-9]{6,})\.json")
 
 
 class Superseded(TunesmithError):
-    """A newer attempt owns the run. Whoever gets this ends without writing anything more, not even a result."""
+    """A newer attempt owns the run. The process ends without writing anything more, not even a result."""
 
 
 @dataclass(frozen=True)
 class Claim:
-    """Who made a token. Of one that died while it wrote this only the number is known."""
+    """An attempt's claim on a run. Of an attempt that died while it wrote its claim, only the token is known."""
 
     token: int
     stage: str = ""
@@ -49,35 +49,35 @@ class Claim:
     pid: int = 0
     time: float = 0.0
     hosts: tuple[str, ...] = ()  # all nodes of its job
-    progress: float = 0.0  # what was there of its stage when it began
+    progress: float = 0.0  # of its stage, when the attempt began
 
     def __str__(self) -> str:
         return f"attempt {self.token} of the run (job {self.job_id or '?'} on host {self.host or '?'})"
 
 
 def claim(run_root: Path, stage: str, job_id: str, hosts: tuple[str, ...] = (), progress: float = 0.0) -> int:
-    """Make the next token of the run and return its number. All earlier ones are fenced off from now on."""
+    """Claim the run and return the new fencing token. From now on no earlier attempt can write."""
     folder = RunDir(run_root).claims
     with explain_full_disk(run_root):
         folder.mkdir(parents=True, exist_ok=True)
-        number = newest(run_root) + 1
-        while (descriptor := _make(_file(run_root, number))) is None:
-            number += 1  # somebody was faster, and is older now
-        own = Claim(number, stage, job_id, socket.gethostname(), os.getpid(), round(time.time(), 3), hosts, progress)
+        token = newest(run_root) + 1
+        while (descriptor := _create(_file(run_root, token))) is None:
+            token += 1  # another attempt took this one
+        own = Claim(token, stage, job_id, socket.gethostname(), os.getpid(), round(time.time(), 3), hosts, progress)
         with open(descriptor, "w") as file:
             file.write(json.dumps(asdict(own)) + "\n")
             file.flush()
             os.fsync(file.fileno())
         fsync_folder(folder)
-    return number
+    return token
 
 
 def newest(run_root: Path) -> int:
-    """The newest token of a run; 0 if there is none."""
+    """The newest token of a run; 0 if it has none."""
     folder = RunDir(run_root).claims
     try:
-        # A write to the folder itself goes to the file server, and its answer makes an NFS client drop the list of
-        # names that it may hold for up to a minute.
+        # A change of the folder goes to the file server. The reply makes an NFS client drop its list of names, which it
+        # may otherwise keep for a minute.
         os.utime(folder)
         names = os.listdir(folder)
     except FileNotFoundError:
@@ -87,11 +87,11 @@ def newest(run_root: Path) -> int:
 
 def claims(run_root: Path) -> list[Claim]:
     """All claims of a run, the newest last."""
-    return [read_claim(run_root, number) for number in range(1, newest(run_root) + 1)]
+    return [read_claim(run_root, token) for token in range(1, newest(run_root) + 1)]
 
 
 def read_claim(run_root: Path, token: int) -> Claim:
-    """Who made a token; of one that was never written to its end, the number alone."""
+    """The claim of a token."""
     try:
         fields = json.loads(_file(run_root, token).read_text())
     except (FileNotFoundError, json.JSONDecodeError):
@@ -100,15 +100,15 @@ def read_claim(run_root: Path, token: int) -> Claim:
 
 
 def own_token() -> int | None:
-    """The token that this process belongs to; None outside the attempts of a chain."""
-    text = os.environ.get(VARIABLE, "")
+    """The token of this process. None means that it belongs to no job of a chain."""
+    text = os.environ.get(TOKEN_VARIABLE, "")
     if text and not text.isdecimal():
-        raise InputError(f"environment variable {VARIABLE}={text!r}: expected a number. Unset it.")
+        raise InputError(f"environment variable {TOKEN_VARIABLE}={text!r}: expected a number. Unset it.")
     return int(text) if text else None
 
 
 def verify(run_root: Path) -> None:
-    """Raise Superseded if a newer token owns the run. To be called right before a commit."""
+    """Raise Superseded if a newer attempt owns the run. Call it right before a commit."""
     Fence(run_root).check()
 
 
@@ -121,19 +121,19 @@ class Fence:
     _checked: float = float("-inf")
 
     def check(self) -> None:
-        """Raise Superseded if a newer token owns the run."""
+        """Raise Superseded if a newer attempt owns the run."""
         if self.token is None:
             return
-        number = newest(self.run_root)
+        token = newest(self.run_root)
         self._checked = time.monotonic()
-        if number > self.token:
+        if token > self.token:
             raise Superseded(
-                f"{self.run_root}: a newer {read_claim(self.run_root, number)} owns this run; this one, number "
+                f"{self.run_root}: a newer {read_claim(self.run_root, token)} owns this run. This attempt, number "
                 f"{self.token}, stops without writing."
             )
 
-    def check_now_and_then(self, seconds: float = CHECK_SECONDS) -> None:
-        """As `check`, but an answer holds for so many seconds: for what is written many times a second."""
+    def check_throttled(self, seconds: float = CHECK_SECONDS) -> None:
+        """As `check`, but not again within `seconds`: for writers that commit many times a second."""
         if self.token is not None and time.monotonic() - self._checked >= seconds:
             self.check()
 
@@ -157,8 +157,8 @@ def _file(run_root: Path, token: int) -> Path:
     return RunDir(run_root).claims / f"{token:06d}.json"
 
 
-def _make(path: Path) -> int | None:
-    """Create a file and open it; None if there is one already."""
+def _create(path: Path) -> int | None:
+    """Create a file and open it. None means that it exists already."""
     try:
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     except FileExistsError:

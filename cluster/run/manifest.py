@@ -1,6 +1,6 @@
-"""The manifest of a finished folder: written last, it names every file with its size and SHA-256.
+"""The manifest of a finished folder: every file with its size and SHA-256.
 
-A folder without a valid manifest is unfinished work, whatever else lies in it. Datasets and exports both use this.
+It is written last, so a folder without a valid manifest is unfinished. Datasets, checkpoints and exports have one.
 """
 
 import json
@@ -16,15 +16,15 @@ MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
 
 
-def hashes_of(files: Iterable[Path]) -> list[str]:
-    """SHA-256 of files, several at a time: a file system of many disks reads faster than one core hashes."""
+def sha256_files(files: Iterable[Path]) -> list[str]:
+    """SHA-256 of files, several at a time: a parallel file system reads faster than one core hashes."""
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         return list(pool.map(sha256_file, files))
 
 
 def write_manifest(folder: Path, files: list[str], **fields: object) -> dict:
-    """Seal `folder`: record bytes and SHA-256 of `files` (names relative to it) and `fields`, atomically."""
-    hashes = hashes_of(folder / name for name in files)
+    """Seal `folder`: write bytes and SHA-256 of `files` (names relative to it) and `fields`, atomically."""
+    hashes = sha256_files(folder / name for name in files)
     entries = [
         {"name": name, "bytes": (folder / name).stat().st_size, "sha256": sha256}
         for name, sha256 in zip(files, hashes, strict=True)
@@ -35,18 +35,18 @@ def write_manifest(folder: Path, files: list[str], **fields: object) -> dict:
 
 
 def is_sealed(folder: Path) -> bool:
-    """True if `folder` has a manifest. Says nothing about its files: `verify_manifest` does."""
+    """Whether `folder` has a manifest. `verify_manifest` checks its files as well."""
     return (folder / MANIFEST).is_file()
 
 
 def verify_manifest(folder: Path, below: str = "") -> dict:
-    """Check every file of `folder` against its manifest and return it; with `below`, the files in that subfolder alone.
+    """Check every file of `folder` against its manifest and return the manifest. `below` limits it to a subfolder.
 
     Raises InputError naming the first file that is missing or differs.
     """
     path = folder / MANIFEST
     if not path.is_file():
-        raise InputError(f"{folder}: no {MANIFEST}, so what lies there is unfinished. Run the stage that makes it.")
+        raise InputError(f"{folder}: no {MANIFEST}, so the folder is unfinished. Run the stage that makes it.")
     try:
         manifest = json.loads(path.read_text())
         entries = [(entry["name"], entry["bytes"], entry["sha256"]) for entry in manifest["files"]]
@@ -56,9 +56,9 @@ def verify_manifest(folder: Path, below: str = "") -> dict:
     for name, _, _ in entries:
         if not (folder / name).is_file():
             raise InputError(
-                f"{folder / name}: missing, though {path} lists it. Restore it, or remove {folder} and run again."
+                f"{folder / name}: missing, but {path} lists it. Restore it, or remove {folder} and run again."
             )
-    hashes = hashes_of(folder / name for name, _, _ in entries)
+    hashes = sha256_files(folder / name for name, _, _ in entries)
     for (name, num_bytes, sha256), found in zip(entries, hashes, strict=True):
         file = folder / name
         if file.stat().st_size != num_bytes or found != sha256:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from cluster.errors import TunesmithError
 from cluster.files import read_jsonl
-from cluster.run.fence import VARIABLE
+from cluster.run.fence import TOKEN_VARIABLE
 from cluster.run.rundir import RunDir, append_jsonl
 from launcher.slurm.submitted import read_jobs
 
@@ -115,7 +115,7 @@ def submission_environ(environ: Mapping[str, str], standby_of: str) -> dict[str,
     kept = {
         name: value
         for name, value in environ.items()
-        if name == "SLURM_CONF" or not (name.startswith(FOREIGN) or name == VARIABLE)
+        if name == "SLURM_CONF" or not (name.startswith(FOREIGN) or name == TOKEN_VARIABLE)
     }
     return kept | {STANDBY_OF: standby_of}
 

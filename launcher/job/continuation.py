@@ -95,7 +95,7 @@ class Attempt:
         return watches
 
     def _check_fence(self) -> None:
-        self._fence.check_now_and_then(FENCE_SECONDS)
+        self._fence.check_throttled(FENCE_SECONDS)
 
     # -- before
 
@@ -135,7 +135,7 @@ class Attempt:
     def _claim(self) -> None:
         progress = progress_of(self.stage, self.run)
         token = fence.claim(self.run.root, self.stage, self.own.job_id, self.hosts, progress)
-        os.environ[fence.VARIABLE] = str(token)
+        os.environ[fence.TOKEN_VARIABLE] = str(token)
         self._fence = fence.Fence(self.run.root, token)
         self._hang_watch = HangWatch(self.run, self.stage, self.policy)
         self._event("attempt started", fencing_token=token, hosts=self.hosts, progress=progress)

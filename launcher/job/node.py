@@ -94,7 +94,7 @@ def run_node(topology: Topology, run: RunDir, command: list[str], is_training: b
         try:
             rendezvous = join_job(topology, run)
             options, environ = torchrun_options(topology, rendezvous), network_environ(rendezvous)
-            code = run_torchrun(options, command, stop, environ, lambda: fence.check_now_and_then(FENCE_SECONDS))
+            code = run_torchrun(options, command, stop, environ, lambda: fence.check_throttled(FENCE_SECONDS))
             code = exit_code_by_result(run, code) if is_training else code
         except TunesmithError as error:
             code = error.exit_code

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from cluster.errors import EXIT_FAILED, InputError
 from cluster.run.fence import (
-    VARIABLE,
+    TOKEN_VARIABLE,
     Fence,
     Superseded,
     claim,
@@ -80,24 +80,24 @@ def test_only_the_newest_passes_even_if_a_claim_was_never_written_to_its_end(tmp
 
 def test_a_local_run_is_not_concerned_and_excludes_generations(tmp_path: Path, monkeypatch) -> None:
     claim(tmp_path, "train", "7")
-    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
     assert own_token() is None
     verify(tmp_path)
     with run_lock(RunDir(tmp_path).lock):
-        monkeypatch.setenv(VARIABLE, "1")
+        monkeypatch.setenv(TOKEN_VARIABLE, "1")
         with pytest.raises(InputError, match="in use"), run_lock(RunDir(tmp_path).lock):
             pass
     with run_lock(RunDir(tmp_path).lock):
-        monkeypatch.setenv(VARIABLE, "2")
+        monkeypatch.setenv(TOKEN_VARIABLE, "2")
         with run_lock(RunDir(tmp_path).lock):
-            monkeypatch.delenv(VARIABLE)
+            monkeypatch.delenv(TOKEN_VARIABLE)
             with pytest.raises(InputError, match="in use"), run_lock(RunDir(tmp_path).lock):
                 pass
 
 
 def test_a_variable_that_is_no_number_is_told(monkeypatch) -> None:
-    monkeypatch.setenv(VARIABLE, "two")
-    with pytest.raises(InputError, match=VARIABLE):
+    monkeypatch.setenv(TOKEN_VARIABLE, "two")
+    with pytest.raises(InputError, match=TOKEN_VARIABLE):
         own_token()
 
 
@@ -111,29 +111,29 @@ def write_part(checkpoints: Path, step: int, content: str) -> None:
 def test_a_checkpoint_of_an_old_generation_is_never_put_in_place(tmp_path: Path, monkeypatch) -> None:
     checkpoints = tmp_path / "checkpoints"
     config = CheckpointConfig(keep_last=2)
-    monkeypatch.setenv(VARIABLE, str(claim(tmp_path, "train", "1")))
+    monkeypatch.setenv(TOKEN_VARIABLE, str(claim(tmp_path, "train", "1")))
     write_part(checkpoints, 1, "first")
     put_in_place(checkpoints, 1, config)
     write_part(checkpoints, 2, "first")
 
-    monkeypatch.setenv(VARIABLE, str(claim(tmp_path, "train", "2")))
+    monkeypatch.setenv(TOKEN_VARIABLE, str(claim(tmp_path, "train", "2")))
     write_part(checkpoints, 2, "second")  # both are being written, side by side
-    monkeypatch.setenv(VARIABLE, "1")
+    monkeypatch.setenv(TOKEN_VARIABLE, "1")
     with pytest.raises(Superseded, match="job 2"):
         put_in_place(checkpoints, 2, config)
     assert [folder.name for folder in complete_checkpoints(checkpoints)] == ["step_000001"]
-    monkeypatch.setenv(VARIABLE, "2")
+    monkeypatch.setenv(TOKEN_VARIABLE, "2")
     put_in_place(checkpoints, 2, config)
     assert (checkpoints / "step_000002" / "part").read_text() == "second"
 
 
 def test_the_request_log_of_an_old_generation_takes_nothing_and_disturbs_no_record(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("cluster.run.fence.CHECK_SECONDS", 0.0)
-    monkeypatch.setenv(VARIABLE, str(claim(tmp_path, "synthesize", "1")))
+    monkeypatch.setenv(TOKEN_VARIABLE, str(claim(tmp_path, "synthesize", "1")))
     old = RequestLog(tmp_path / "requests")
     old.append(make_id(1), {"by": 1})
     number = claim(tmp_path, "synthesize", "2")
-    monkeypatch.setenv(VARIABLE, str(number))
+    monkeypatch.setenv(TOKEN_VARIABLE, str(number))
     with RequestLog(tmp_path / "requests") as new:
         new.append(make_id(2), {"by": 2})
         with pytest.raises(Superseded):

@@ -27,7 +27,7 @@ def test_the_successor_is_submitted_as_the_first_was_but_for_what_it_waits_for()
 
 
 def test_a_job_inherits_nothing_of_the_job_that_submits_it() -> None:
-    environ = {"HF_TOKEN": "x", "SLURM_CONF": "/c", "SLURM_JOB_ID": "7", "SBATCH_X": "1", fence.VARIABLE: "3"}
+    environ = {"HF_TOKEN": "x", "SLURM_CONF": "/c", "SLURM_JOB_ID": "7", "SBATCH_X": "1", fence.TOKEN_VARIABLE: "3"}
     assert submission_environ(environ, "7") == {"HF_TOKEN": "x", "SLURM_CONF": "/c", STANDBY_OF: "7"}
 
 
@@ -65,7 +65,7 @@ def test_an_attempt_of_a_cancelled_run_is_followed_by_none(
         return str(10 + len(submitted))
 
     monkeypatch.setenv("SLURM_JOB_NODELIST", "n1")
-    monkeypatch.setenv(fence.VARIABLE, "0")  # so that it is put back
+    monkeypatch.setenv(fence.TOKEN_VARIABLE, "0")  # so that it is put back
     for name, stand_in in {
         "submit": submit, "ask": asked.append, "is_alive": lambda job_id: True, "expand_host_list": str.split
     }.items():  # fmt: skip
