@@ -12,13 +12,14 @@ from pathlib import Path
 import psutil
 
 from cluster.errors import InputError
+from cluster.run.fence import claims
 from cluster.run.rundir import RunDir
 from launcher.done import is_done
 from launcher.plan import stages_of
 from launcher.recipe import Recipe, read_resolved, refuse_older_layout
-from launcher.slurm.client import Queued, Slurm, SlurmSilent
-from launcher.slurm.lead import last_rows
-from launcher.slurm.submitted import Submitted, read_jobs
+from launcher.slurm.client import QueuedJob, Slurm, SlurmError
+from launcher.slurm.stop_margin import last_rows
+from launcher.slurm.submitted import SubmittedJob, read_jobs
 from launcher.sweep import read_index
 
 DONE, RUNNING, WAITING, STOPPED = "DONE", "RUNNING", "WAITING", "STOPPED"
@@ -31,7 +32,7 @@ class StageState:
     stage: str
     word: str
     job_id: str
-    attempt: int  # 0: not one of Slurm's jobs
+    attempt: int  # 0 means that no job of Slurm has begun it
     detail: str
 
 
@@ -60,7 +61,7 @@ class RunState:
 class Answer:
     """What squeue said about jobs, or why it said nothing."""
 
-    jobs: Mapping[str, Queued]
+    jobs: Mapping[str, QueuedJob]
     silence: str = ""
 
 
@@ -70,7 +71,7 @@ def ask(slurm: Slurm, job_ids: list[str]) -> Answer:
         return Answer({})
     try:
         return Answer(slurm.queue(job_ids))
-    except (SlurmSilent, InputError) as error:
+    except SlurmError as error:
         return Answer({}, str(error))
 
 
@@ -98,15 +99,15 @@ def read_all(folders: list[Path], slurm: Slurm) -> list[RunState]:
     return [state_of_run(recipe, run, jobs[run], answer) for recipe, run in runs]
 
 
-def state_of_run(recipe: Recipe, run: RunDir, jobs: list[Submitted], answer: Answer) -> RunState:
+def state_of_run(recipe: Recipe, run: RunDir, jobs: list[SubmittedJob], answer: Answer) -> RunState:
     stages: list[StageState] = []
     is_busy = not jobs and is_locked(run)
     for stage, _, _ in stages_of(recipe):
         own = [job for job in jobs if job.stage == stage]
         if is_done(stage, recipe, run):
-            newest = own[-1:]  # of the job that did it there may be more than one
-            job_id, attempt = (newest[0].job_id, newest[0].attempt) if newest else ("", 0)
-            stages.append(StageState(stage, DONE, job_id, attempt, figures(run, stage)))
+            newest = own[-1:]
+            job_id = newest[0].job_id if newest else ""
+            stages.append(StageState(stage, DONE, job_id, num_attempts(run, job_id), figures(run, stage)))
         elif own:
             stages.append(state_of_jobs(stage, run, own, answer))
         else:
@@ -124,11 +125,11 @@ def state_without_jobs(stage: str, run: RunDir, is_busy: bool) -> StageState:
     return StageState(stage, word, "", 0, result.get("message", "") if word == FAILED else "")
 
 
-def state_of_jobs(stage: str, run: RunDir, jobs: list[Submitted], answer: Answer) -> StageState:
+def state_of_jobs(stage: str, run: RunDir, jobs: list[SubmittedJob], answer: Answer) -> StageState:
     """A stage that is not done, from its jobs, oldest first."""
 
-    def state(word: str, job: Submitted, detail: str) -> StageState:
-        return StageState(stage, word, job.job_id, job.attempt, detail)
+    def state(word: str, job: SubmittedJob, detail: str) -> StageState:
+        return StageState(stage, word, job.job_id, num_attempts(run, job.job_id), detail)
 
     live = [(job, answer.jobs[job.job_id]) for job in jobs if job.job_id in answer.jobs]
     live = [(job, queued) for job, queued in live if not queued.is_over]
@@ -145,28 +146,36 @@ def state_of_jobs(stage: str, run: RunDir, jobs: list[Submitted], answer: Answer
     result = fresh_result(run, stage, last)
     if result.get("status") == "failed":
         return state(FAILED, last, f"{result.get('message', '')} Log: {log}".strip())
-    if run.cancelled.exists():
-        return state(CANCELLED, last, "`tunesmith resume` goes on from what is saved")
+    known = answer.jobs.get(last.job_id)
+    if result.get("cancelled") or (known is not None and known.state == "CANCELLED"):
+        because = "a stage before it did not finish. " if known and "NeverSatisfied" in known.reason else ""
+        return state(CANCELLED, last, f"{because}`tunesmith resume` goes on from what is saved")
     if result.get("status") == "preempted":
         return state(STOPPED, last, "everything is saved; `tunesmith resume` goes on")
-    known = answer.jobs.get(last.job_id)
+    if known is None and not last.log.is_file():
+        return state(CANCELLED, last, "the job left the queue before it began")
     if known is None:
-        return state(UNKNOWN, last, f"Slurm no longer knows the job, and it left no word. Look at {log}")
-    if known.state == "CANCELLED":
-        return state(CANCELLED, last, f"not by `tunesmith cancel`. Log: {log}")
-    return state(FAILED, last, f"ended as {known.state} without a result or a word. Look at {log}")
+        return state(UNKNOWN, last, f"Slurm no longer knows the job, which left no result. Look at {log}")
+    return state(FAILED, last, f"the job ended as {known.state} without a result. Look at {log}")
 
 
-def reason_of(queued: Queued) -> str:
+def num_attempts(run: RunDir, job_id: str) -> int:
+    """How often a job has begun its stage."""
+    return sum(claim.job_id == job_id for claim in claims(run.root)) if job_id else 0
+
+
+def reason_of(queued: QueuedJob) -> str:
     """Why a job does not run yet."""
     if queued.reason == "JobHeldUser":
         return "held: its chain is being submitted, or somebody held it (scontrol release)"
+    if queued.reason == "BeginTime":
+        return "requeued: it starts again soon"
     if queued.dependency not in ("", "(null)"):
         return f"for {queued.dependency.replace('(unfulfilled)', '')}"
     return f"for Slurm: {queued.reason}"
 
 
-def fresh_result(run: RunDir, stage: str, job: Submitted) -> dict:
+def fresh_result(run: RunDir, stage: str, job: SubmittedJob) -> dict:
     """The stage's result, unless it is older than the job."""
     file = run.result(stage)
     if not file.is_file() or file.stat().st_mtime < job.time:
@@ -205,7 +214,7 @@ def exact_matches(result: dict) -> dict[str, float]:
     return shares
 
 
-def newest_log(jobs: list[Submitted]) -> Path:
+def newest_log(jobs: list[SubmittedJob]) -> Path:
     """The output of the newest of these jobs that has begun."""
     return next((job.log for job in reversed(jobs) if job.log.is_file()), jobs[-1].log)
 

@@ -5,8 +5,7 @@ topology = read_topology(os.environ)    # the SLURM_* variables of one task per 
 
 import re
 import socket
-import subprocess
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,24 +48,13 @@ def _integer(environ: Mapping[str, str], key: str, default: int | None = None) -
     return int(text)
 
 
-def expand_host_list(host_list: str) -> list[str]:
-    """Expand Slurm's compressed list, as in `gpu[01-03,7],login`, with `scontrol`."""
-    command = ["scontrol", "show", "hostnames", host_list]
-    try:
-        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout.split()
-    except (FileNotFoundError, subprocess.SubprocessError) as error:
-        reason = (getattr(error, "stderr", None) or str(error)).strip()
-        raise InputError(f"expanding the job's node list {host_list!r} with scontrol failed: {reason}") from error
-
-
-def tell_hosts(environ: MutableMapping[str, str]) -> None:
-    """Let the steps of this job know its nodes."""
-    hosts = expand_host_list(environ["SLURM_JOB_NODELIST"])
+def export_hosts(environ: MutableMapping[str, str], hosts: Iterable[str]) -> None:
+    """Give the steps of this job its node names, in their environment."""
     environ[HOSTS] = " ".join([environ["SLURM_JOB_ID"], *hosts])
 
 
-def _told_hosts(environ: Mapping[str, str]) -> list[str]:
-    """What `tell_hosts` told, if this step is one of that job on all of its nodes."""
+def _exported_hosts(environ: Mapping[str, str]) -> list[str]:
+    """The names from `export_hosts`, if this step is one of that job on all of its nodes."""
     job_id, *hosts = environ.get(HOSTS, "").split() or [""]
     on_all = environ.get("SLURM_STEP_NODELIST", environ["SLURM_JOB_NODELIST"]) == environ["SLURM_JOB_NODELIST"]
     return hosts if on_all and job_id == environ.get("SLURM_JOB_ID") else []
@@ -75,10 +63,11 @@ def _told_hosts(environ: Mapping[str, str]) -> list[str]:
 def read_topology(
     environ: Mapping[str, str],
     procs_per_node: int | None = None,
-    expand: Callable[[str], list[str]] = expand_host_list,
+    expand: Callable[[str], list[str]] | None = None,
 ) -> Topology:
     """The job's nodes, from the environment of one Slurm task per node; one local node where there is no job.
 
+    `expand` gives the names in a compressed list such as `gpu[01-03]`. Without a job it is not needed.
     `procs_per_node` defaults to SLURM_GPUS_ON_NODE, and to 1 where the job has no GPUs.
     Raises InputError for an environment that no such task has.
     """
@@ -90,7 +79,7 @@ def read_topology(
     host_list = environ.get("SLURM_STEP_NODELIST", environ["SLURM_JOB_NODELIST"])
     if not _HOST_LIST.fullmatch(host_list):
         raise InputError(f"the job's node list {host_list!r} is not one of Slurm's.")
-    hosts = tuple(_told_hosts(environ) or expand(host_list))
+    hosts = tuple(_exported_hosts(environ) or expand(host_list))
     node_rank = _integer(environ, "SLURM_NODEID")
     if not all(_HOST.fullmatch(host) for host in hosts) or len(set(hosts)) != len(hosts) or node_rank >= len(hosts):
         raise InputError(f"node list {host_list!r} expands to {list(hosts)}, which has no node number {node_rank}.")

@@ -50,12 +50,20 @@ class Claim:
     time: float = 0.0
     hosts: tuple[str, ...] = ()  # all nodes of its job
     progress: float = 0.0  # of its stage, when the attempt began
+    restart_count: int = 0  # how often Slurm had requeued the job
 
     def __str__(self) -> str:
         return f"attempt {self.token} of the run (job {self.job_id or '?'} on host {self.host or '?'})"
 
 
-def claim(run_root: Path, stage: str, job_id: str, hosts: tuple[str, ...] = (), progress: float = 0.0) -> int:
+def claim(
+    run_root: Path,
+    stage: str,
+    job_id: str,
+    hosts: tuple[str, ...] = (),
+    progress: float = 0.0,
+    restart_count: int = 0,
+) -> int:
     """Claim the run and return the new fencing token. From now on no earlier attempt can write."""
     folder = RunDir(run_root).claims
     with explain_full_disk(run_root):
@@ -63,7 +71,8 @@ def claim(run_root: Path, stage: str, job_id: str, hosts: tuple[str, ...] = (), 
         token = newest(run_root) + 1
         while (descriptor := _create(_file(run_root, token))) is None:
             token += 1  # another attempt took this one
-        own = Claim(token, stage, job_id, socket.gethostname(), os.getpid(), round(time.time(), 3), hosts, progress)
+        now = round(time.time(), 3)
+        own = Claim(token, stage, job_id, socket.gethostname(), os.getpid(), now, hosts, progress, restart_count)
         with open(descriptor, "w") as file:
             file.write(json.dumps(asdict(own)) + "\n")
             file.flush()

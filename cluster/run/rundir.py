@@ -51,7 +51,6 @@ class RunDir:
     nodes = _path("nodes.jsonl")  # the health of nodes
     code = _path("code")  # copies of the source code that jobs run
     container = _path("container.json")
-    cancelled = _path("cancelled.json")
     claims = _path("claims")  # one file for each fencing token
 
     lock = _path(".lock")
@@ -66,12 +65,9 @@ class RunDir:
         """Where the nodes of one attempt of one job leave files for each other."""
         return self.root / f"attempt-{job_id}-{restart_count}"
 
-    def attempt_dirs(self, job_id: str) -> list[Path]:
-        return sorted(self.root.glob(f"attempt-{job_id}-*"))
-
-    def job_log(self, stage: str, attempt: int) -> Path:
-        """The output of a Slurm job, which replaces `%j` with the job id. `attempt` counts the jobs of the stage."""
-        return self.logs / f"attempt-{attempt}" / f"{stage}-%j.log"
+    def job_log(self, stage: str) -> Path:
+        """The output of a Slurm job in all its attempts. Slurm replaces `%j` with the job id."""
+        return self.logs / f"{stage}-%j.log"
 
     def answers(self, model: str) -> Path:
         """The answers of one evaluated model."""

@@ -1,16 +1,15 @@
 """What a Slurm job has on each of its nodes, and the step that takes all of it on one node.
 
-for share in read_allocation(os.environ["SLURM_JOB_ID"]):
+for share in read_allocation(os.environ["SLURM_JOB_ID"], Slurm()):
     subprocess.Popen([*node_step(share), "hostname"], env=step_environment(os.environ))
 """
 
 import re
-import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from cluster.errors import InputError
-from cluster.nodes.topology import expand_host_list
+from launcher.slurm.client import Slurm
 
 # As `scontrol --details show job` has it: "Nodes=n[1-2] CPU_IDs=0-3,8 Mem=4000 GRES=gpu:a100:2(IDX:0-1)".
 _NODES = re.compile(r"^ *Nodes=(\S+) CPU_IDs=(\S+) Mem=(\d+) GRES=(\S*)", re.MULTILINE)
@@ -31,15 +30,12 @@ class Share:
     memory_mib: int  # 0 where Slurm does not count memory
 
 
-def read_allocation(job_id: str, expand: Callable[[str], list[str]] = expand_host_list) -> list[Share]:
-    """The nodes of a job, the first one first. Raises InputError if Slurm does not tell."""
-    command = ["scontrol", "--details", "show", "job", job_id]
-    try:
-        text = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
-    except (FileNotFoundError, subprocess.SubprocessError) as error:
-        reason = (getattr(error, "stderr", None) or str(error)).strip()
-        raise InputError(f"asking Slurm for the nodes of job {job_id!r} failed: {reason}") from error
-    return parse_allocation(text, expand)
+def read_allocation(job_id: str, slurm: Slurm) -> list[Share]:
+    """The nodes of a job, the first one first. Raises SlurmError if Slurm does not answer.
+
+    Raises InputError if the answer does not say what the job has on each node.
+    """
+    return parse_allocation(slurm.show_job(job_id), slurm.host_names)
 
 
 def parse_allocation(details: str, expand: Callable[[str], list[str]]) -> list[Share]:
@@ -51,7 +47,7 @@ def parse_allocation(details: str, expand: Callable[[str], list[str]]) -> list[S
     listed = re.search(r"^ *NodeList=(\S+)", details, re.MULTILINE)
     order = expand(listed.group(1)) if listed else []
     if not shares or set(order) != set(shares):
-        raise InputError(f"`scontrol --details show job` does not tell what the job has on each node:\n{details}")
+        raise InputError(f"`scontrol --details show job` does not show what the job has on each node:\n{details}")
     return [shares[host] for host in order]
 
 

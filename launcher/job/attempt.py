@@ -1,9 +1,10 @@
-"""What the batch script of a job runs, once, on the job's first node: one attempt at one stage.
+"""The supervisor of a job, which runs on the job's first node: one attempt at one stage.
 
     python -P -m launcher.job.attempt STAGE RECIPE [key=value ...]
 
-It starts the stage's steps on the job's nodes with srun, passes on "save and stop", and ends with the stage's exit
-code. A job that `<run>/jobs.jsonl` lists is part of a chain: see continuation.py for who goes on if it dies.
+It starts the stage's steps on the job's nodes with srun and passes the request to save and stop on to them. The job's
+script (slurm/attempt.sh) starts it, and requeues the job if the supervisor ends with EXIT_PREEMPTED or is killed. See
+continuation.py for a job that `<run>/jobs.jsonl` lists: it decides whether there is another attempt.
 
 Nothing slow is imported here: until `main` has its handlers, a signal would kill it.
 """
@@ -19,109 +20,113 @@ from collections.abc import Callable
 from functools import partial
 
 from cluster.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, TunesmithError
-from cluster.nodes.topology import tell_hosts
+from cluster.nodes.topology import export_hosts
+from cluster.processes.signals import StopRequest
+from launcher.slurm.client import Slurm
 from launcher.slurm.container import of_job, python_module, step_options
 
-STOP_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 POLL_SECONDS = 0.2
-OVERDUE = 124  # as timeout(1) says it
-KILL_SECONDS = 30.0  # srun takes so long at most to end the tasks of all nodes
-asked: list[int] = []  # stop signals that nobody has passed on yet
-# What is done now and then while a step runs. An error that one of them raises ends the step and the attempt.
-watches: list[Callable[[], None]] = []
+EXIT_OVERDUE = 124  # as timeout(1) has it
+KILL_SECONDS = 30.0  # srun needs at most as long to end the tasks of all nodes
 
 
-def train(recipe: list[str]) -> int:
-    """One supervisor per node, which starts the node's ranks.
+class Steps:
+    """The steps of this job, which run one after another."""
 
-    If one fails, srun ends the others (--kill-on-bad-exit), and those that still run a minute after the first is done.
-    """
-    options = ["--ntasks-per-node=1", "--kill-on-bad-exit=1", "--wait=60"]
-    return run_step([*srun(), *options, *python_module("launcher.job.node", "train", *recipe)])
+    def __init__(self, stop: StopRequest) -> None:
+        self.stop = stop
+        # Called regularly while a step runs. An error that one of them raises ends the step and the attempt.
+        self.checks: list[Callable[[], None]] = []
+
+    def run(self, argv: list[str], limit_seconds: float = math.inf, can_save: bool = True) -> int:
+        """Run a step to its end and return its exit code, or EXIT_OVERDUE if it was ended after `limit_seconds`.
+
+        A request to stop is passed on as SIGUSR2. A step that cannot save is ended instead. srun passes USR2 to the
+        tasks of all nodes. TERM would make srun end the step; Slurm sends it to the steps as well as to the script.
+        """
+        if self.stop.is_set:
+            return EXIT_PREEMPTED
+        step = subprocess.Popen(argv)
+        deadline = time.monotonic() + limit_seconds
+        while True:
+            try:
+                code = step.wait(POLL_SECONDS)
+                if code and self.stop.is_set and not can_save:  # Slurm's signal to the step has ended it
+                    return EXIT_PREEMPTED
+                return code if code >= 0 else 128 - code
+            except subprocess.TimeoutExpired:
+                if self.stop.is_set and not can_save:
+                    end_step(step, 0)
+                    return EXIT_PREEMPTED
+                if self.stop.pending:
+                    self.stop.pending.clear()
+                    step.send_signal(signal.SIGUSR2)
+            if time.monotonic() > deadline:
+                end_step(step, 0)
+                return EXIT_OVERDUE
+            try:
+                for check in self.checks:
+                    check()
+            except TunesmithError as error:
+                end_step(step, getattr(error, "grace_seconds", 0.0))
+                raise
+
+    def run_on_all_nodes(self, argv: list[str], limit_seconds: float) -> int:
+        """A step of one task on every node, which cannot save."""
+        return self.run([*srun(), "--ntasks-per-node=1", *argv], limit_seconds, can_save=False)
 
 
-def export(recipe: list[str]) -> int:
-    """A step of one node."""
-    return run_step([*srun(), "--nodes=1", "--ntasks=1", *python_module("launcher.cli", "export", *recipe)])
-
-
-def generate(stage: str, recipe: list[str]) -> int:
-    """A Ray over all nodes, and the stage as its driver on this one."""
-    from launcher.job import ray_job
-
-    return ray_job.run(stage, recipe, asked, watches)
-
-
-def on_all_nodes(argv: list[str], limit_seconds: float) -> int:
-    """A step of one task on every node."""
-    return run_step([*srun(), "--ntasks-per-node=1", *argv], limit_seconds, can_save=False)
+def end_step(step: subprocess.Popen, grace_seconds: float) -> None:
+    """End a step on all nodes, after a request to save and stop if there are `grace_seconds`."""
+    if grace_seconds:
+        step.send_signal(signal.SIGUSR2)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            step.wait(grace_seconds)
+    step.send_signal(signal.SIGTERM)  # srun then kills the tasks, also stopped ones
+    try:
+        step.wait(KILL_SECONDS)
+    except subprocess.TimeoutExpired:  # a node does not answer; Slurm ends the rest with the job
+        step.kill()
+        step.wait()
 
 
 def srun() -> list[str]:
-    """srun, told what it does not take over from sbatch, or should not.
+    """The beginning of an srun command, with what srun does not take over from sbatch, or should not.
 
-    Since 22.05 it no longer takes over how many CPUs a task has. It does take over the --export of a job that lists
-    variables, and would pass on those alone: not PYTHONPATH, which the job's script has set.
+    Since 22.05 srun does not take over the number of CPUs per task. It does take over --export, and would give the
+    step only the listed variables, without PYTHONPATH, which the job's script has set.
     """
     cpus = os.environ.get("SLURM_CPUS_PER_TASK")
     options = [f"--cpus-per-task={cpus}"] if cpus else []
     return ["srun", "--export=ALL", *options, *step_options()]
 
 
-def run_step(argv: list[str], limit_seconds: float = math.inf, can_save: bool = True) -> int:
-    """Run a step to its end, and hand on every wish to stop as SIGUSR2. Returns its exit code; OVERDUE if it was ended
-    because it took longer than `limit_seconds`. A step that cannot save is ended by the first wish to stop.
+def train(steps: Steps, recipe: list[str]) -> int:
+    """One supervisor per node, which starts the node's ranks.
 
-    srun passes USR2 to the tasks of all nodes, whereas TERM makes it end the step; and Slurm, when it sends TERM to
-    the batch script, has sent it to the steps as well.
+    If one fails, srun ends the others (--kill-on-bad-exit). A minute after the first has finished it ends the rest.
     """
-    if asked:
-        return EXIT_PREEMPTED
-    step = subprocess.Popen(argv)
-    deadline = time.monotonic() + limit_seconds
-    while True:
-        try:
-            code = step.wait(POLL_SECONDS)
-            if code and asked and not can_save:  # Slurm asked the step as well, and that was its end
-                return EXIT_PREEMPTED
-            return code if code >= 0 else 128 - code
-        except subprocess.TimeoutExpired:
-            if asked:
-                if not can_save:
-                    end_step(step, 0)
-                    return EXIT_PREEMPTED
-                asked.clear()
-                step.send_signal(signal.SIGUSR2)
-        if time.monotonic() > deadline:
-            end_step(step, 0)
-            return OVERDUE
-        try:
-            for watch in watches:
-                watch()
-        except TunesmithError as error:
-            end_step(step, getattr(error, "grace_seconds", 0.0))
-            raise
+    options = ["--ntasks-per-node=1", "--kill-on-bad-exit=1", "--wait=60"]
+    return steps.run([*srun(), *options, *python_module("launcher.job.node", "train", *recipe)])
 
 
-def end_step(step: subprocess.Popen, grace_seconds: float) -> None:
-    """End a step on all nodes, after it had so long to save and stop."""
-    if grace_seconds:
-        step.send_signal(signal.SIGUSR2)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            step.wait(grace_seconds)
-    step.send_signal(signal.SIGTERM)  # on which srun kills the tasks, stopped ones too
-    try:
-        step.wait(KILL_SECONDS)
-    except subprocess.TimeoutExpired:  # a node that does not answer; Slurm ends what is left with the job
-        step.kill()
-        step.wait()
+def export(steps: Steps, recipe: list[str]) -> int:
+    """A step of one node."""
+    return steps.run([*srun(), "--nodes=1", "--ntasks=1", *python_module("launcher.cli", "export", *recipe)])
 
 
-STAGES = {
-    "synthesize": partial(generate, "synthesize"),
+def run_with_ray(stage: str, steps: Steps, recipe: list[str]) -> int:
+    """Ray over all nodes, and the stage as its driver on this node."""
+    from launcher.job import ray_job
+
+    return ray_job.run(stage, recipe, steps.stop, steps.checks)
+
+
+STAGES: dict[str, Callable[[Steps, list[str]], int]] = {
+    "synthesize": partial(run_with_ray, "synthesize"),
     "train": train,
     "export": export,
-    "evaluate": partial(generate, "evaluate"),
+    "evaluate": partial(run_with_ray, "evaluate"),
 }
 
 
@@ -129,19 +134,19 @@ def main(argv: list[str]) -> int:
     if len(argv) < 2 or argv[0] not in STAGES:
         print(f"error: expected one of {', '.join(STAGES)}, then a recipe, then key=value ...", file=sys.stderr)
         return EXIT_BAD_INPUT
-    for number in STOP_SIGNALS:
-        signal.signal(number, lambda number, _frame: asked.append(number))
+    steps = Steps(StopRequest().install())
     stage, recipe = argv[0], argv[1:]
     try:
         from launcher.job.continuation import open_attempt
 
+        hosts = tuple(Slurm().host_names(os.environ["SLURM_JOB_NODELIST"]))
         if of_job() is not None:
-            tell_hosts(os.environ)
-        attempt = open_attempt(stage, recipe, os.environ)
+            export_hosts(os.environ, hosts)
+        attempt = open_attempt(stage, recipe, hosts)
         if attempt is None:
-            return STAGES[stage](recipe)
-        watches.extend(attempt.watches())
-        return attempt.execute(lambda: STAGES[stage](recipe), on_all_nodes)
+            return STAGES[stage](steps, recipe)
+        steps.checks += attempt.checks()
+        return attempt.execute(lambda: STAGES[stage](steps, recipe), steps.run_on_all_nodes)
     except TunesmithError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -1,17 +1,17 @@
 """The end of a job whose first node is lost.
 
-A job that may lose nodes (sbatch --no-kill) outlives its first one too, with the supervisor that would have ended it:
-Slurm takes the node out of the job, and the job holds the others until its time limit. So each of them looks.
+A job that may lose nodes (sbatch --no-kill) outlives its first node, with the supervisor that would have ended the job:
+Slurm takes the node out of the job, which keeps its other nodes until its time limit. So each of them checks.
 """
 
+import contextlib
 import os
 import socket
 import time
 from collections.abc import Callable
 
 from cluster.errors import TunesmithError
-from cluster.nodes.topology import expand_host_list
-from launcher.job.chain import SlurmSilent, ask
+from launcher.slurm.client import Slurm, SlurmError
 
 CHECK_SECONDS = 10.0
 ANSWER_SECONDS = 3.0
@@ -19,35 +19,37 @@ LINGER_SECONDS = 900.0  # Slurm takes a silent node for dead after 300 s, unless
 
 
 class FirstNodeLost(TunesmithError):
-    """Slurm has taken the first node out of this job, which has been cancelled."""
+    """Slurm has taken the first node out of this job, which was requeued or cancelled."""
 
 
 class FirstNode:
-    """The job's first node, as the others see it."""
+    """The job's first node, as the other nodes see it."""
 
     def __init__(self, host: str, address: str) -> None:
-        """`host`: its name in Slurm. `address`: HOST:PORT where the head of Ray listens on it."""
+        """`host` is its name in Slurm. `address` is the HOST:PORT where the head of Ray listens on it."""
+        self._slurm = Slurm()
         self._job_id = os.environ["SLURM_JOB_ID"]
+        self._restart_count = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         self._host = host
         name, _, port = address.rpartition(":")
         self._address = (name, int(port))
         self._next_check = time.monotonic() + CHECK_SECONDS
 
     def check(self) -> None:
-        """Now and then look for it. Cancels the job and raises FirstNodeLost if it is lost.
+        """End the job and raise FirstNodeLost if the node is lost. Looks every CHECK_SECONDS.
 
-        A node that does not answer from here may well be there: Slurm alone decides.
+        A node that does not answer from here may be up: Slurm alone decides.
         """
         if time.monotonic() < self._next_check:
             return
-        if not self._answers() and self._is_taken_out() and self._cancel():
-            raise FirstNodeLost(f"the job's first node {self._host} is lost, so the job is cancelled.")
+        if not self._answers() and self._end_job_if_lost():
+            raise FirstNodeLost(f"the job's first node {self._host} is lost, so the job was ended.")
         self._next_check = time.monotonic() + CHECK_SECONDS
 
     def await_result(self, is_over: Callable[[], bool]) -> None:
-        """As `check`, for as long as it does not answer: Ray ends here before Slurm has seen that a node is dead.
+        """As `check`, until the node answers or `is_over`: Ray ends here before Slurm knows that a node is dead.
 
-        Not longer than until `is_over`, which may wait a moment.
+        `is_over` may wait a moment.
         """
         deadline = time.monotonic() + LINGER_SECONDS
         while not is_over() and not self._answers() and time.monotonic() < deadline:
@@ -60,17 +62,17 @@ class FirstNode:
             return False
         return True
 
-    def _is_taken_out(self) -> bool:
-        try:
-            hosts = ask(["squeue", "--noheader", f"--job={self._job_id}", "--states=RUNNING", "--format=%N"]).strip()
-        except SlurmSilent:  # nothing is known
-            return False
-        return bool(hosts) and self._host not in expand_host_list(hosts)
-
-    def _cancel(self) -> bool:
-        """Whether Slurm has heard of it; if not, the next check tries again."""
-        try:
-            ask(["scancel", self._job_id])
-        except SlurmSilent:
-            return False
-        return True
+    def _end_job_if_lost(self) -> bool:
+        """Requeue the job, or cancel it if it may not be requeued. False if the node is not lost, or if Slurm gives no
+        answer."""
+        with contextlib.suppress(SlurmError):
+            fields = self._slurm.job_fields(self._job_id)
+            is_ours = fields["JobState"] == "RUNNING" and int(fields["Restarts"]) == self._restart_count
+            if not is_ours or self._host in self._slurm.host_names(fields["NodeList"]):
+                return False
+            if fields["Requeue"] == "1":
+                self._slurm.requeue(self._job_id)
+            else:
+                self._slurm.cancel([self._job_id])
+            return True
+        return False

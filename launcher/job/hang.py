@@ -1,7 +1,7 @@
-"""Tells from outside whether a stage still gets anywhere: a rank that is stopped, or caught in a driver, cannot.
+"""Watches from outside whether a stage makes progress: a rank that is stopped, or caught in a driver, cannot report it.
 
-The stage appends to `metrics.jsonl`: training a row for every step, synthesis one now and then. What counts is that the
-file grows, by this machine's own clock. A file that has not grown yet is no sign of health: it has a deadline as well.
+The stage appends to `metrics.jsonl`: training for every step, synthesis once in a while. The stage makes progress if
+the file grows, by the clock of this machine. A file that has not grown yet has a time limit as well.
 """
 
 import time
@@ -11,13 +11,13 @@ from cluster.errors import TunesmithError
 from cluster.run.rundir import RunDir
 from launcher.slurm_config import SlurmConfig
 
-WATCHED = ("synthesize", "train")  # the others tell of no steps; the time limit of their job ends them
-LEAST_SECONDS = 900.0
+WATCHED = ("synthesize", "train")  # the others report no steps; the time limit of their job ends them
+MIN_LIMIT_SECONDS = 900.0
 TIMES_LONGEST_GAP = 10
 
 
 class Hung(TunesmithError):
-    """The stage was ended because it no longer got anywhere."""
+    """The stage was ended because it made no progress."""
 
     kind = "hung"
 
@@ -27,21 +27,21 @@ class Hung(TunesmithError):
 
 
 class HangWatch:
-    """To be called now and then while a stage runs. Raises Hung when it has stood still for too long."""
+    """Called regularly while a stage runs. Raises Hung when the stage has made no progress for too long."""
 
     def __init__(
         self, run: RunDir, stage: str, policy: SlurmConfig, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._run, self._stage, self._policy, self._clock = run, stage, policy, clock
-        self._size = self._look()
+        self._size = self._file_size()
         self._since = clock()
-        self._longest_gap: float | None = None  # between two growths; None before the first
+        self._longest_gap: float | None = None  # between two growths; None before the first one
 
     def __call__(self) -> None:
-        now, size = self._clock(), self._look()
+        now, size = self._clock(), self._file_size()
         seconds = now - self._since
         if size != self._size:
-            # What comes before the first is start-up, and says nothing of the steps.
+            # The time before the first growth is start-up, which does not count as a gap between steps.
             self._longest_gap = 0.0 if self._longest_gap is None else max(self._longest_gap, seconds)
             self._size, self._since = size, now
         elif seconds > self.limit_seconds:
@@ -51,9 +51,9 @@ class HangWatch:
     def limit_seconds(self) -> float:
         if self._longest_gap is None:
             return self._policy.start_timeout_seconds
-        return self._policy.hang_timeout_seconds or max(LEAST_SECONDS, TIMES_LONGEST_GAP * self._longest_gap)
+        return self._policy.hang_timeout_seconds or max(MIN_LIMIT_SECONDS, TIMES_LONGEST_GAP * self._longest_gap)
 
-    def _look(self) -> int:
+    def _file_size(self) -> int:
         return self._run.metrics.stat().st_size if self._run.metrics.exists() else 0
 
     def _describe(self, seconds: float) -> str:
@@ -63,6 +63,6 @@ class HangWatch:
             what, key = "made no step", "hang_timeout_seconds"
         return (
             f"HUNG: {self._stage} has {what} for {seconds:.0f} s (slurm.{key}, here {self.limit_seconds:.0f} s) and "
-            "was ended. Look in the log for the stacks that ranks print when they wait for long "
-            "(train.watch.stall_timeout_seconds): all but one wait for the one that prints none, or is elsewhere."
+            "was ended. Look in the log for the stacks that ranks print when they wait for a long time "
+            "(train.watch.stall_timeout_seconds): all ranks wait for the one that prints none, or is elsewhere."
         )

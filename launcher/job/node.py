@@ -26,6 +26,7 @@ from cluster.nodes.topology import Topology, read_topology
 from cluster.processes.signals import StopRequest, ignore_stop_signals
 from cluster.run.fence import Fence, run_lock
 from cluster.run.rundir import RunDir
+from launcher.slurm.client import Slurm
 from launcher.torchrun import run_torchrun
 from trainer.checkpoint.state import is_trained
 
@@ -152,7 +153,7 @@ def train(environ: Mapping[str, str], procs_per_node: int | None, recipe_path: P
 
     recipe = load(recipe_path, overrides)
     run = RunDir(recipe.run_dir.resolve()).create()
-    topology = read_topology(environ, procs_per_node)
+    topology = read_topology(environ, procs_per_node, Slurm().host_names)
     if is_trained(run):
         log.info(f"done already: {run.checkpoints}")
         return EXIT_DONE
@@ -187,7 +188,7 @@ def main(argv: list[str]) -> int:
     try:
         if arguments.action == "train":
             return train(os.environ, arguments.procs_per_node, arguments.recipe, arguments.overrides)
-        topology = read_topology(os.environ, arguments.procs_per_node)
+        topology = read_topology(os.environ, arguments.procs_per_node, Slurm().host_names)
         return run_node(topology, RunDir(arguments.run_dir.resolve()), arguments.command)
     except TunesmithError as error:
         print(f"error: {error}", file=sys.stderr)

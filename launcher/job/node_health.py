@@ -1,55 +1,59 @@
 """Which nodes are suspect, by how the attempts on them ended: `<run>/nodes.jsonl`.
 
-Slurm leaves out nodes that it knows to be down. Of one on which only our jobs die, it knows nothing. A node in three
-attempts in a row that crashed is left out of the next, and one that failed a preflight at once. A good attempt on it,
-or a day, clears it.
+Slurm leaves out nodes that it knows to be down. It does not know of a node on which only the jobs of this run die. A
+node is excluded from the next attempt after three crashed attempts in a row, or after one failed preflight. A good
+attempt on the node, or a day, clears it.
 """
 
 import json
 import time
+from pathlib import Path
 
 from cluster.errors import EXIT_PREEMPTED
 from cluster.files import read_jsonl
 from cluster.run import fence
 from cluster.run.rundir import RunDir, append_jsonl
-from launcher.job.chain import SlurmSilent, ask
+from launcher.slurm.client import Slurm, SlurmError
 
 SUSPECT_FAILURES = 3
 FORGET_SECONDS = 24 * 3600.0
-KILLED = (137, 143)  # SIGKILL, SIGTERM: how ranks end because those of another node have
-USABLE = "idle,allocated,mixed,completing"
+KILLED = (137, 143)  # SIGKILL, SIGTERM: how ranks end because the ranks of another node have ended
 
 
-def note(run: RunDir, job_id: str, hosts: tuple[str, ...], failed: tuple[str, ...], preflight: str = "") -> None:
-    """Write down how an attempt ended for its nodes. `preflight`: the check that `failed` did not pass."""
-    row = {"time": round(time.time(), 3), "job_id": job_id, "hosts": hosts, "failed": failed, "preflight": preflight}
-    append_jsonl(run.nodes, row)
+def note(run: RunDir, token: int, hosts: tuple[str, ...], failed: tuple[str, ...], preflight: str = "") -> None:
+    """Record how the attempt with this fencing token ended for its nodes.
+
+    `preflight` is the check that the nodes in `failed` did not pass. Empty means that it was not a preflight.
+    """
+    row = {"time": round(time.time(), 3), "fencing_token": token, "hosts": hosts, "failed": failed}
+    append_jsonl(run.nodes, row | {"preflight": preflight})
 
 
 def catch_up(run: RunDir) -> None:
-    """Write down the attempts that died without a word, those of whole nodes above all."""
-    noted = {row["job_id"] for row in _rows(run)}
+    """Record the attempts that could not do so themselves, such as those whose first node died."""
+    noted = {row["fencing_token"] for row in _rows(run)}
     for claim in fence.claims(run.root):
-        if claim.job_id not in noted and claim.hosts:
-            note(run, claim.job_id, claim.hosts, culprits(run, claim.job_id, claim.hosts))
-            noted.add(claim.job_id)
+        if claim.token not in noted and claim.hosts:
+            folder = run.attempt_dir(claim.job_id, claim.restart_count)
+            note(run, claim.token, claim.hosts, culprits(folder, claim.hosts))
 
 
-def culprits(run: RunDir, job_id: str, hosts: tuple[str, ...]) -> tuple[str, ...]:
-    """The nodes that a crash began on: those that left no word if others did, else those that were not just killed."""
-    words = {}
-    for path in (path for folder in run.attempt_dirs(job_id) for path in folder.glob("node-*.exit.json")):
-        word = json.loads(path.read_text())
-        words[word["host"]] = word["exit_code"]
-    silent = tuple(host for host in hosts if host not in words)
-    own = tuple(host for host in hosts if words.get(host, 0) not in (0, EXIT_PREEMPTED, *KILLED))
+def culprits(attempt_dir: Path, hosts: tuple[str, ...]) -> tuple[str, ...]:
+    """The nodes on which a crash began: nodes without an exit report if other nodes have one, else nodes whose ranks
+    ended by themselves and were not killed. All nodes if neither is known."""
+    exit_codes = {}
+    for path in attempt_dir.glob("node-*.exit.json"):
+        report = json.loads(path.read_text())
+        exit_codes[report["host"]] = report["exit_code"]
+    silent = tuple(host for host in hosts if host not in exit_codes)
+    own = tuple(host for host in hosts if exit_codes.get(host, 0) not in (0, EXIT_PREEMPTED, *KILLED))
     if silent and len(silent) < len(hosts):
         return silent
     return own or hosts
 
 
 def suspects(run: RunDir, now: float | None = None) -> list[str]:
-    """Nodes that had better be left out, the worst first."""
+    """Nodes that the next attempt should not use, the worst first."""
     now = time.time() if now is None else now
     counts: dict[str, int] = {}
     cleared: set[str] = set()
@@ -65,22 +69,21 @@ def suspects(run: RunDir, now: float | None = None) -> list[str]:
     return sorted(bad, key=lambda host: (-counts[host], host))
 
 
-def to_exclude(run: RunDir, num_nodes: int, partition: str | None) -> list[str]:
-    """The suspects, but never so many that a job of `num_nodes` could not run on what is left of the partition."""
+def to_exclude(run: RunDir, num_nodes: int, partition: str | None, slurm: Slurm) -> list[str]:
+    """The suspects, but only as many as leave enough nodes of the partition for a job of `num_nodes`."""
     bad = suspects(run)
     if not bad:
         return []
-    where = [f"--partition={partition}"] if partition else []
     try:
-        usable = set(ask(["sinfo", "--noheader", "--Node", "--format=%N", f"--states={USABLE}", *where]).split())
-    except SlurmSilent as error:
+        return within(bad, slurm.usable_nodes(partition), num_nodes)
+    except SlurmError as error:
         run.event("slurm", "suspects not excluded", nodes=bad, reason=str(error))
         return []
-    return within(bad, usable, num_nodes)
 
 
 def within(bad: list[str], usable: set[str], num_nodes: int) -> list[str]:
-    """As many of `bad`, the worst first, as can be spared of the usable nodes. Those that are down cost nothing."""
+    """The first of `bad`, the worst first, without which `num_nodes` usable nodes are left. A node that is not usable
+    anyway is always excluded."""
     spare = len(usable) - num_nodes
     excluded = []
     for host in bad:

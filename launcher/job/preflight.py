@@ -20,9 +20,11 @@ from cluster.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, Preempted, Tu
 from cluster.files import write_json
 from cluster.nodes.rendezvous import await_json, meet
 from cluster.nodes.topology import Topology, read_topology
+from cluster.run.fence import own_token
 from cluster.run.rundir import RunDir
-from launcher.job import node_health as ledger
+from launcher.job import node_health
 from launcher.job.node_checks import Finding, NodeReport, check_node, compare_reports, from_json, to_json
+from launcher.slurm.client import Slurm
 from launcher.slurm.container import python_module
 
 REPORT_SECONDS = 60.0  # until every node has reported; a shared file system may show files late
@@ -38,7 +40,7 @@ class PreflightFailed(TunesmithError):
 
 
 def check_nodes(run: RunDir, job_id: str, hosts: tuple[str, ...], on_all_nodes: OnAllNodes) -> None:
-    """Start the checks on all nodes. Raises PreflightFailed naming nodes and checks, which go into the ledger as well.
+    """Start the checks on all nodes. Raises PreflightFailed naming nodes and checks, which nodes.jsonl keeps as well.
 
     `on_all_nodes(argv, limit_seconds)` runs a command on every node of the job and returns its exit code.
     """
@@ -51,7 +53,7 @@ def check_nodes(run: RunDir, job_id: str, hosts: tuple[str, ...], on_all_nodes: 
     failures = read_failures(folder, hosts)
     failed = tuple(host for host in hosts if host in failures)
     checks = ", ".join(dict.fromkeys(finding.check for host in failed for finding in failures[host]))
-    ledger.note(run, job_id, hosts, failed=failed, preflight=checks or "unknown")
+    node_health.note(run, own_token(), hosts, failed=failed, preflight=checks or "unknown")
     listed = "; ".join(f"{host}: {each.check}: {each.message}" for host in failed for each in failures[host])
     reason = listed or f"exit code {code}, and no node reported why. Errors may be above"
     raise PreflightFailed(
@@ -141,7 +143,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--no-all-reduce", action="store_true", help="skip the sum, which imports torch for seconds")
     arguments = parser.parse_args(argv)
     try:
-        topology = read_topology(os.environ)
+        topology = read_topology(os.environ, expand=Slurm().host_names)
         run = RunDir(arguments.run_dir.resolve())
         return run_node(topology, run, not arguments.no_all_reduce, arguments.report_seconds)
     except (TunesmithError, OSError) as error:

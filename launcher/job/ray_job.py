@@ -28,6 +28,7 @@ from cluster.files import write_json
 from cluster.log import stage_logger
 from cluster.nodes.rendezvous import read_json
 from cluster.processes.orphans import die_with_parent
+from cluster.processes.signals import StopRequest
 from cluster.ray.cluster import ADDRESS_FILE
 from cluster.ray.folder import new_token, private_folder, ray_environment
 from cluster.run.fence import Superseded, run_lock, verify
@@ -36,6 +37,7 @@ from cluster.run.rundir import RunDir
 from launcher.job.allocation import Share, node_step, read_allocation, step_environment
 from launcher.job.ray_node import DONE, KEEP_LOGS, RayNode
 from launcher.recipe import Recipe, load
+from launcher.slurm.client import Slurm
 from launcher.slurm.container import python_module, step_options
 
 log = stage_logger("ray")
@@ -89,15 +91,15 @@ class RayJob:
         run: RunDir,
         rendezvous_dir: Path,
         shares: list[Share],
-        asked: list[int],
-        watches: Sequence[Callable[[], None]] = (),
+        stop: StopRequest,
+        checks: Sequence[Callable[[], None]] = (),
     ) -> None:
         self.steps: list[NodeStep] = []
         self._run = run
         self._rendezvous_dir = rendezvous_dir
         self._shares = shares
-        self._asked = asked
-        self._watches = watches
+        self._stop = stop
+        self._checks = checks
         self._token = new_token()
         self._others: list[subprocess.Popen] = []  # processes on this node
         self._driver: subprocess.Popen  # one of them, from `main` on
@@ -181,7 +183,7 @@ class RayJob:
         for step in self.steps:
             if step.has_ended:
                 raise TunesmithError(step.failure_reason())
-        if self._asked:
+        if self._stop.is_set:
             raise Preempted("the job was asked to stop before Ray was up. Nothing had begun.")
         if time.monotonic() > deadline:
             late = [step.share.host for step in self.steps if step.address() is None] or self._hosts()
@@ -196,8 +198,8 @@ class RayJob:
         driver, head, workers = self._driver, self.steps[0], self.steps[1:]
         save_until = None  # set once the driver has been asked to stop
         while driver.poll() is None:
-            for watch in self._watches:
-                watch()  # what it raises ends the job
+            for check in self._checks:
+                check()  # an error that it raises ends the job
             if self._is_asked() and save_until is None:
                 driver.send_signal(signal.SIGUSR2 if step_options() else signal.SIGTERM)  # TERM would end srun's step
                 save_until = time.monotonic() + SAVE_SECONDS
@@ -221,7 +223,7 @@ class RayJob:
 
     def _is_asked(self) -> bool:
         """Whether Slurm has asked the job to stop: by a signal to this process, or to the step on this node."""
-        return bool(self._asked) or (self._rendezvous_dir / "node-0.stop").exists()
+        return self._stop.is_set or (self._rendezvous_dir / "node-0.stop").exists()
 
     def _start(self, argv: list[str], environment: dict[str, str], stdout: int | None = None) -> subprocess.Popen:
         """Start a process on this node that ends with this one. With a container it is a step: only steps run in it."""
@@ -253,10 +255,11 @@ class RayJob:
             deadline = time.monotonic() + END_SECONDS / 3
 
 
-def run(stage: str, arguments: list[str], asked: list[int], watches: Sequence[Callable[[], None]] = ()) -> int:
+def run(stage: str, arguments: list[str], stop: StopRequest, checks: Sequence[Callable[[], None]] = ()) -> int:
     """One attempt at `stage` of a recipe. Returns the exit code.
 
-    asked: grows when Slurm wants the job to stop. watches: called while the driver runs; an error they raise ends it.
+    `stop` is set when Slurm wants the job to stop. `checks` are called while the driver runs. An error that one of them
+    raises ends the driver.
     """
     recipe = load(Path(arguments[0]), arguments[1:])
     run = RunDir(recipe.run_dir.resolve()).create()
@@ -265,14 +268,12 @@ def run(stage: str, arguments: list[str], asked: list[int], watches: Sequence[Ca
     job, attempt = os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     rendezvous_dir = run.attempt_dir(job, attempt) / f"ray-{secrets.token_hex(4)}"  # new: no file of an earlier try
     rendezvous_dir.mkdir(parents=True)
-    shares = read_allocation(job)
+    shares = read_allocation(job, Slurm())
     log_idle_nodes(recipe, shares)
     write_result_file(run, stage, None)
     code, message = EXIT_FAILED, f"the supervisor of the job failed; the log of job {job} has its error."
     try:
-        code = RayJob(run, rendezvous_dir, shares, asked, watches).main(
-            python_module("launcher.cli", stage, *arguments)
-        )
+        code = RayJob(run, rendezvous_dir, shares, stop, checks).main(python_module("launcher.cli", stage, *arguments))
         message = f"{stage} ended with exit code {code}; the log of job {job} has its error."
     except Superseded:
         raise

@@ -117,22 +117,24 @@ def _submit_all(recipes: list["Recipe"], folder: Path, code: Path) -> None:
     """Check all of them, then submit them one by one."""
     import shlex
 
-    from launcher.done import what_again
+    from launcher.done import resume_point
     from launcher.slurm.client import Slurm
     from launcher.slurm.submit import check_with_slurm, prepare, refuse_live_jobs, submit
+    from launcher.slurm.submitted import read_jobs
 
     slurm = Slurm()
     chains = [prepare(recipe, folder, Path(os.path.abspath(code))) for recipe in recipes]
     for prepared in chains:
-        refuse_live_jobs(prepared.chain.recipe, slurm)
+        refuse_live_jobs(prepared.submission.recipe, slurm)
         check_with_slurm(prepared, slurm)
     for prepared in chains:
-        run = prepared.chain.recipe.run
-        for stage in sorted(prepared.chain.skip):
+        run = prepared.submission.recipe.run
+        for stage in sorted(prepared.submission.skip):
             typer.echo(f"{stage}: done already, skipped")
+        earlier = {job.stage for job in read_jobs(run)}
         for job in prepared.jobs:
-            if job.attempt > 1:
-                typer.echo(f"{job.stage}: {what_again(job.stage, run)}")
+            if job.stage in earlier:
+                typer.echo(f"{job.stage}: {resume_point(job.stage, run)}")
         if not prepared.jobs:
             typer.echo(f"{run.root}: everything is done, so nothing was submitted")
             continue

@@ -1,7 +1,7 @@
-"""A recipe as a chain of jobs. Asks nobody and writes nothing: what is printed is what is submitted.
+"""A recipe as a chain of jobs. Runs no command and writes no file: what is printed is what is submitted.
 
-jobs = jobs_of(chain)                  # chain: Chain(recipe, folder, snapshot, python, environ, attempts, skip)
-print(jobs[1].shell_line())            # train=$(sbatch ... --dependency=afterany:$synthesize ...)
+jobs = plan_jobs(submission)           # submission: Submission(recipe, folder, snapshot, python, environ, skip)
+print(jobs[1].shell_line())            # train=$(sbatch ... --dependency=afterok:$synthesize ...)
 argv = jobs[1].argv({"synthesize": "41"})
 """
 
@@ -15,7 +15,7 @@ from cluster.errors import InputError
 from launcher.plan import stages_of
 from launcher.recipe import Recipe
 from launcher.slurm import container
-from launcher.slurm.lead import check_time, lead_seconds
+from launcher.slurm.stop_margin import check_time, stop_margin_seconds
 from launcher.slurm_config import JobConfig
 
 # Variables that a job gets if they are set where it is submitted. Values stay out of the command line.
@@ -30,32 +30,29 @@ USUAL = frozenset(
 USUAL_PREFIXES = ("CUDA_", "GLOO_", "NCCL_", "TORCH_NCCL_", "UCX_", "VLLM_")
 NOT_EXPORTED = frozenset({"CUDA_VISIBLE_DEVICES"})  # of the machine where the job is submitted, not of its nodes
 HUB_TOKEN = "HF_TOKEN"
-STANDBY_OF = "TUNESMITH_STANDBY_OF"  # set by a job that submits its successor
 _BAD_IN_PATHS = re.compile(r"[\x00-\x1f\x7f%\\,'\"]|\.sbatch")
 
 
 @dataclass(frozen=True)
-class Chain:
-    """What a run's jobs depend on."""
+class Submission:
+    """What the jobs of a run are made of."""
 
     recipe: Recipe  # its run_dir is absolute
-    folder: Path  # where jobs start, so that a recipe's relative paths mean what they mean to whoever submits
+    folder: Path  # where jobs start: the folder of the submission, so that relative paths of the recipe are right
     snapshot: Path
     python: str
     environ: Mapping[str, str]
-    attempts: Mapping[str, int]  # the number that this attempt at a stage has
     skip: frozenset[str] = frozenset()  # stages that are done
 
 
 @dataclass(frozen=True)
-class Job:
-    """One job of a chain. `words` are the sbatch command but for its place in the chain."""
+class PlannedJob:
+    """One job of a chain. `arguments` are those of the sbatch command, except its place in the chain."""
 
     stage: str
-    attempt: int
     parents: tuple[str, ...]  # stages
     config: JobConfig
-    words: tuple[str, ...]
+    arguments: tuple[str, ...]
     log: str  # with %j for the job's id
 
     def argv(self, job_ids: Mapping[str, str]) -> list[str]:
@@ -63,49 +60,50 @@ class Job:
         place = ["--hold"]
         if self.parents:
             after = ":".join(job_ids[parent] for parent in self.parents)
-            place = [f"--dependency=afterany:{after}", "--kill-on-invalid-dep=yes"]
-        return ["sbatch", "--parsable", *place, *self.words]
+            # A parent that is requeued has not ended. If it fails, Slurm cancels this job.
+            place = [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"]
+        return ["sbatch", "--parsable", *place, *self.arguments]
 
     def shell_line(self) -> str:
         """The same command for a shell, with the parents' ids as variables named after their stages."""
         argv = self.argv({parent: f"${parent}" for parent in self.parents})
-        words = [word if word.startswith("--dependency=") else shlex.quote(word) for word in argv]
-        return f"{self.stage}=$({' '.join(words)})"
+        quoted = [each if each.startswith("--dependency=") else shlex.quote(each) for each in argv]
+        return f"{self.stage}=$({' '.join(quoted)})"
 
 
-def jobs_of(chain: Chain) -> list[Job]:
-    """The jobs of the stages that are not done, in their order. Raises InputError for what Slurm could not be told."""
-    check_paths(chain)
-    stages = [stage for stage, _, _ in stages_of(chain.recipe) if stage not in chain.skip]
+def plan_jobs(submission: Submission) -> list[PlannedJob]:
+    """The jobs of the stages that are not done, in their order. Raises InputError for values that Slurm cannot take."""
+    check_paths(submission)
+    stages = [stage for stage, _, _ in stages_of(submission.recipe) if stage not in submission.skip]
     return [
-        job_of(chain, stage, parents=tuple(stages[number - 1 : number] if number else ()))
+        plan_job(submission, stage, parents=tuple(stages[number - 1 : number] if number else ()))
         for number, stage in enumerate(stages)
     ]
 
 
-def job_of(chain: Chain, stage: str, parents: tuple[str, ...]) -> Job:
-    recipe, attempt = chain.recipe, chain.attempts[stage]
-    config, lead = recipe.slurm.of(stage), lead_seconds(recipe.run, stage)
-    check_time(stage, config, lead)
-    log = str(recipe.run.job_log(stage, attempt))
-    words = [
+def plan_job(submission: Submission, stage: str, parents: tuple[str, ...]) -> PlannedJob:
+    recipe = submission.recipe
+    config, stop_margin = recipe.slurm.of(stage), stop_margin_seconds(recipe.run, stage)
+    check_time(stage, config, stop_margin)
+    log = str(recipe.run.job_log(stage))
+    arguments = [
         f"--job-name={recipe.name}-{stage}",
-        f"--chdir={chain.folder}",
+        f"--chdir={submission.folder}",
         f"--output={log}",
         "--open-mode=append",
-        "--no-requeue",  # a job that starts again by itself may run while its first attempt, cut off, still writes
-        f"--signal=B:USR2@{lead}",
-        f"--export={','.join(exported(chain))}",
+        "--requeue",  # after a preemption, a lost node or a crash: see launcher/job/continuation.py
+        f"--signal=B:USR2@{stop_margin}",
+        f"--export={','.join(exported(submission))}",
         *resources(config),
         *config.options,
-        str(chain.snapshot / "slurm" / f"{stage}.sbatch"),
+        str(submission.snapshot / "slurm" / f"{stage}.sbatch"),
         str(recipe.run.recipe),
     ]
-    return Job(stage, attempt, parents, config, tuple(words), log)
+    return PlannedJob(stage, parents, config, tuple(arguments), log)
 
 
 def resources(config: JobConfig) -> list[str]:
-    """sbatch's options for what a job asks for; nothing for what is left to Slurm."""
+    """The options of sbatch for what a job asks for. A field that is None is left to Slurm."""
     values = {
         "nodes": config.nodes or 1,
         "ntasks-per-node": 1,
@@ -118,34 +116,37 @@ def resources(config: JobConfig) -> list[str]:
         "qos": config.qos,
         "exclude": config.exclude,
     }
-    words = [f"--{name}={value}" for name, value in values.items() if value is not None]
-    return [*words, *(["--exclusive"] if config.exclusive else [])]
+    options = [f"--{name}={value}" for name, value in values.items() if value is not None]
+    return [*options, *(["--exclusive"] if config.exclusive else [])]
 
 
-def exported(chain: Chain) -> list[str]:
-    """The list of --export: names of variables, and the values of those that are ours.
+def exported(submission: Submission) -> list[str]:
+    """The list of --export: names of variables, and NAME=value for the variables of this project.
 
     Raises InputError if a variable that the recipe names is not set here.
     """
-    environ, recipe = chain.environ, chain.recipe
+    environ, recipe = submission.environ, submission.recipe
     needed = dict.fromkeys(recipe.slurm.environment, "slurm.environment")
     if recipe.export.to is not None and recipe.export.hub_token is not None:
         needed[recipe.export.hub_token.env] = "export.hub_token"
     for name, key in needed.items():
         if name not in environ:
-            raise InputError(f"{key}: the variable {name} is not set here, so no job could get it. Set it, and submit.")
+            raise InputError(
+                f"{key}: the variable {name} is not set here, so no job could get it. Set it and try again."
+            )
     names = {name for name in environ if name in USUAL or name.startswith(USUAL_PREFIXES)} - NOT_EXPORTED
     if recipe.export.to is not None and recipe.export.hub_token is None and HUB_TOKEN in environ:
         names.add(HUB_TOKEN)
-    values = [f"TUNESMITH_PYTHON={chain.python}"]
+    values = [f"TUNESMITH_PYTHON={submission.python}"]
     if recipe.slurm.container is not None:
         values.append(f"{container.ENVIRONMENT}={recipe.run.container}")
-    return [*sorted(names | needed.keys()), STANDBY_OF, *values]
+    return [*sorted(names | needed.keys()), *values]
 
 
-def check_paths(chain: Chain) -> None:
-    """Raise InputError for a path that Slurm, or a list of variables, would take apart."""
-    paths = {"the run folder": chain.recipe.run.root, "this folder": chain.folder, "Python": chain.python}
+def check_paths(submission: Submission) -> None:
+    """Raise InputError for a path that Slurm, or a list of variables, would split."""
+    paths = {"the run folder": submission.recipe.run.root, "this folder": submission.folder}
+    paths["Python"] = submission.python
     for what, path in paths.items():
         if not Path(path).is_absolute() or _BAD_IN_PATHS.search(str(path)):
             raise InputError(

@@ -1,4 +1,4 @@
-"""What the jobs of a run print, across all attempts, for as long as the run goes on."""
+"""What the jobs of a run print, in all their attempts, for as long as the run goes on."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -8,23 +8,23 @@ from pathlib import Path
 from cluster.errors import InputError
 from cluster.files import MIB
 from cluster.run.rundir import RunDir
-from launcher.slurm.submitted import Submitted, read_jobs
+from launcher.slurm.submitted import SubmittedJob, read_jobs
 
 POLL_SECONDS = 0.5
-SECONDS_BETWEEN_QUESTIONS = 10.0  # Slurm's controller serves everybody
+SECONDS_BETWEEN_QUERIES = 10.0  # all users share Slurm's controller
 MAX_BYTES_AT_ONCE = MIB
 
 
 @dataclass
 class LogFile:
-    """One job's output, as far as it was read."""
+    """The output of one job, as far as it was read."""
 
-    job: Submitted
+    job: SubmittedJob
     read_bytes: int = 0
     _unfinished: bytes = field(default=b"")
 
     def new_lines(self, is_last_time: bool = False) -> Iterator[str]:
-        """Whole lines that came since; at last also one without its end."""
+        """The lines that were completed since the last call. The last time also an incomplete line."""
         if not self.job.log.is_file():
             return
         with open(self.job.log, "rb") as file:
@@ -38,8 +38,8 @@ class LogFile:
             self._unfinished = b""
 
 
-def log_jobs(run: RunDir, stage: str | None) -> list[Submitted]:
-    """The jobs whose output is wanted, oldest first. Raises InputError if the run has none."""
+def log_jobs(run: RunDir, stage: str | None) -> list[SubmittedJob]:
+    """The jobs of the run or of one stage, oldest first. Raises InputError if there are none."""
     jobs = read_jobs(run)
     if not jobs:
         raise InputError(f"{run.root} has no jobs of Slurm: it ran on this machine, and printed to its terminal.")
@@ -50,22 +50,22 @@ def log_jobs(run: RunDir, stage: str | None) -> list[Submitted]:
 
 
 def print_logs(
-    run: RunDir, stage: str | None, follow: bool, is_live: Callable[[], bool], say: Callable[[str], None]
+    run: RunDir, stage: str | None, follow: bool, is_live: Callable[[], bool], print_line: Callable[[str], None]
 ) -> None:
-    """Print every log of the run, a heading above each. With `follow` goes on until the run is not live any more."""
+    """Print every log of the run, with a heading above each. With `follow`, go on for as long as the run is live."""
     files: dict[str, LogFile] = {}
     shown: Path | None = None
-    asked, live = float("-inf"), True
+    last_query, live = float("-inf"), True
     while True:
-        if live and time.monotonic() - asked >= SECONDS_BETWEEN_QUESTIONS:
-            live, asked = follow and is_live(), time.monotonic()
-        for job in log_jobs(run, stage):  # read again: a job may have submitted its successor
+        if live and time.monotonic() - last_query >= SECONDS_BETWEEN_QUERIES:
+            live, last_query = follow and is_live(), time.monotonic()
+        for job in log_jobs(run, stage):  # read again: the run may have been submitted again
             file = files.setdefault(job.job_id, LogFile(job))
             for line in file.new_lines(is_last_time=not live):
                 if shown != job.log:
                     shown = job.log
-                    say(f"==> {job.stage}, attempt {job.attempt}, job {job.job_id}: {shown}")
-                say(line)
+                    print_line(f"==> {job.stage}, job {job.job_id}: {shown}")
+                print_line(line)
         if not live:
             return
         time.sleep(POLL_SECONDS)

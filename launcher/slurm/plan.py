@@ -9,7 +9,7 @@ from rich.text import Text
 
 from launcher.plan import print_memory, stages_of
 from launcher.recipe import Recipe
-from launcher.slurm.jobs import Job
+from launcher.slurm.jobs import PlannedJob
 from launcher.slurm.submit import Prepared
 from launcher.slurm_config import JobConfig
 from trainer.config.train import TrainConfig
@@ -20,19 +20,19 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 def print_slurm_plan(prepared: Prepared, path: Path, console: Console) -> None:
     """The jobs, the memory of training on them, and every command."""
-    planned = on_the_cluster(prepared.chain.recipe)
+    planned = on_the_cluster(prepared.submission.recipe)
     console.print(job_table(prepared, planned, path))
     if any(job.stage == "train" for job in prepared.jobs):
         asked = planned.slurm.of("train")
         print_memory(planned, console, lambda train: usable_on_a_node(train, asked))
     say = _plain(console)
-    say(f"Jobs start in {prepared.chain.folder} and run the code in {prepared.chain.snapshot}.")
+    say(f"Jobs start in {prepared.submission.folder} and run the code in {prepared.submission.snapshot}.")
     for job in prepared.jobs:
         say(f"\n{job.stage}: {script_of(job)}")
         say(job.shell_line())
     if prepared.jobs:
         say(f"\nscontrol release ${prepared.jobs[0].stage}")
-    say(f"\nThe same is in {prepared.chain.recipe.run.plan}. Nothing was submitted.")
+    say(f"\nThe same is in {prepared.submission.recipe.run.plan}. Nothing was submitted.")
     say(f"To submit it: tunesmith run {shlex.quote(str(path))} --on slurm")
 
 
@@ -78,8 +78,8 @@ def usable_on_a_node(train: TrainConfig, asked: JobConfig) -> int | None:
     return int(int(number) * _UNITS.get(unit, _UNITS["M"]) * USABLE_SHARE)  # one rank a node where there are no GPUs
 
 
-def script_of(job: Job) -> str:
-    return job.words[-2]
+def script_of(job: PlannedJob) -> str:
+    return job.arguments[-2]
 
 
 def _plain(console: Console):

@@ -1,7 +1,7 @@
 """From a recipe to a chain of jobs in Slurm's queue: the whole of it, or nothing.
 
-Nothing starts until all of it is there: the first job is held, each other waits for the one before it, Slurm is asked
-whether it knows them all, and only then is the first one released. What fails on the way takes everything back.
+The first job is held, and each other job waits for the one before it. Slurm is asked whether it knows all of them, and
+only then the first one is released. If anything fails on the way, every job is cancelled.
 """
 
 import difflib
@@ -19,19 +19,19 @@ from cluster.run.rundir import STAGES, append_jsonl
 from launcher.done import is_done
 from launcher.recipe import Recipe
 from launcher.slurm import container
-from launcher.slurm.client import Partition, Slurm, scrubbed
-from launcher.slurm.jobs import Chain, Job, jobs_of
+from launcher.slurm.client import Partition, Slurm, clean_environment
+from launcher.slurm.jobs import PlannedJob, Submission, plan_jobs
 from launcher.slurm.snapshot import take_snapshot
-from launcher.slurm.submitted import Submitted, next_attempt, read_jobs
+from launcher.slurm.submitted import SubmittedJob, read_jobs
 from launcher.slurm_config import JobConfig, seconds_of
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A chain that can be submitted."""
+    """A submission and its jobs."""
 
-    chain: Chain
-    jobs: list[Job]
+    submission: Submission
+    jobs: list[PlannedJob]
 
 
 def prepare(recipe: Recipe, folder: Path, code: Path) -> Prepared:
@@ -43,17 +43,15 @@ def prepare(recipe: Recipe, folder: Path, code: Path) -> Prepared:
     run = recipe.run
     recipe.check_run_folder(run)
     check_batch(recipe)
-    earlier = read_jobs(run)
-    chain = Chain(
+    submission = Submission(
         recipe=recipe,
         folder=folder,
         snapshot=take_snapshot(code),
         python=sys.executable,
-        environ=scrubbed(os.environ),
-        attempts={stage: next_attempt(earlier, stage) for stage in STAGES},
+        environ=clean_environment(os.environ),
         skip=frozenset(stage for stage in STAGES if is_done(stage, recipe, run)),
     )
-    prepared = Prepared(chain, jobs_of(chain))
+    prepared = Prepared(submission, plan_jobs(submission))
     save_plan(prepared)
     return prepared
 
@@ -76,11 +74,10 @@ def check_batch(recipe: Recipe) -> None:
 
 def save_plan(prepared: Prepared) -> None:
     """Write `plan.json`. A stage's id stands as $stage in the commands of those that wait for it."""
-    chain = prepared.chain
+    submission = prepared.submission
     jobs = [
         {
             "stage": job.stage,
-            "attempt": job.attempt,
             "parents": job.parents,
             "argv": job.argv({parent: f"${parent}" for parent in job.parents}),
             "log": job.log,
@@ -88,12 +85,12 @@ def save_plan(prepared: Prepared) -> None:
         }
         for job in prepared.jobs
     ]
-    chain.recipe.run.create()
+    submission.recipe.run.create()
     write_json(
-        chain.recipe.run.plan,
+        submission.recipe.run.plan,
         {
-            "folder": str(chain.folder), "code": str(chain.snapshot), "python": chain.python,
-            "done": sorted(chain.skip), "jobs": jobs,
+            "folder": str(submission.folder), "code": str(submission.snapshot), "python": submission.python,
+            "done": sorted(submission.skip), "jobs": jobs,
         },
     )  # fmt: skip
 
@@ -107,7 +104,7 @@ def check_with_slurm(prepared: Prepared, slurm: Slurm) -> None:
             slurm.test(job.argv(dict.fromkeys(job.parents, "1")))
         except InputError as error:
             raise InputError(
-                f"Slurm would never run {job.stage}: {error} Asked with: {' '.join(job.words[:-2])}. "
+                f"Slurm would never run {job.stage}: {error} Asked with: {' '.join(job.arguments[:-2])}. "
                 f"Change slurm.{job.stage} or slurm in the recipe; `sinfo -l` shows what there is."
             ) from error
 
@@ -132,7 +129,7 @@ def check_request(stage: str, config: JobConfig, partitions: list[Partition]) ->
     if nodes > most:
         where = " or ".join(partition.name for partition in chosen)
         raise InputError(f"slurm.nodes={nodes} of {stage}: partition {where} has {most}. Ask for fewer.")
-    limits = [partition.limit_seconds for partition in chosen]
+    limits = [seconds_of(partition.time_limit) for partition in chosen]
     if config.time is not None and None not in limits and (wanted := seconds_of(config.time)) > max(limits):
         raise InputError(
             f"slurm.time={config.time} of {stage} is {wanted} s, and partition {chosen[0].name} allows "
@@ -154,59 +151,58 @@ def refuse_live_jobs(recipe: Recipe, slurm: Slurm) -> None:
         )
 
 
-def submit(prepared: Prepared, slurm: Slurm, tell: Callable[[list[str]], None]) -> dict[str, str]:
-    """Submit the chain and return the jobs' ids by stage; `tell` hears every sbatch command that was run."""
-    recipe = prepared.chain.recipe
+def submit(prepared: Prepared, slurm: Slurm, on_submit: Callable[[list[str]], None]) -> dict[str, str]:
+    """Submit the chain and return the jobs' ids by stage. Calls `on_submit` with every sbatch command that was run."""
+    recipe = prepared.submission.recipe
     run = recipe.run.create()
     with exclusive_lock(run.submission_lock, f"submission of {run.root}"):
         refuse_live_jobs(recipe, slurm)
         with exclusive_lock(run.lock, f"run folder {run.root}"):
             recipe.save(run)
-        lay_out(prepared)
+        prepare_run_folder(prepared)
         file, ids = run.jobs, {}
         before = file.read_bytes() if file.is_file() else None
         try:
             for job in prepared.jobs:
                 argv = job.argv(ids)
                 ids[job.stage] = slurm.submit(argv)
-                tell(argv)
+                on_submit(argv)
             check_chain(prepared.jobs, ids, slurm)
             for job in prepared.jobs:
                 append_jsonl(file, row_of(job, ids))
-            run.cancelled.unlink(missing_ok=True)
             slurm.release(ids[prepared.jobs[0].stage])
         except BaseException:
             if before is None:
                 file.unlink(missing_ok=True)
             else:
                 write_atomic(file, before)
-            take_back(list(reversed(ids.values())), slurm)
+            undo_submission(list(reversed(ids.values())), slurm)
             raise
     run.event("slurm", "submitted", jobs=ids)
     return ids
 
 
-def take_back(job_ids: list[str], slurm: Slurm) -> None:
-    """Cancel the jobs of a chain that did not become whole, the last first, so that none finds its parent over."""
+def undo_submission(job_ids: list[str], slurm: Slurm) -> None:
+    """Cancel the jobs of an incomplete chain, the last one first."""
     try:
         slurm.cancel(job_ids)
     except TunesmithError as error:
         raise TunesmithError(f"{error} A part of a chain is left in the queue: scancel {' '.join(job_ids)}") from error
 
 
-def lay_out(prepared: Prepared) -> None:
-    """What the jobs find in the run folder before they start: folders for their logs, and the container's settings."""
-    recipe = prepared.chain.recipe
+def prepare_run_folder(prepared: Prepared) -> None:
+    """Make what the jobs need in the run folder: folders for their logs, and the container's settings."""
+    recipe = prepared.submission.recipe
     for job in prepared.jobs:
         Path(job.log).parent.mkdir(parents=True, exist_ok=True)
     if recipe.slurm.container is not None:
-        folders = (recipe.run.root, prepared.chain.folder)
+        folders = (recipe.run.root, prepared.submission.folder)
         settings = container.configured(recipe.slurm.container, folders)
         write_atomic(recipe.run.container, settings.dump())
 
 
-def check_chain(jobs: list[Job], ids: Mapping[str, str], slurm: Slurm) -> None:
-    """Raise TunesmithError unless Slurm knows every job and what it waits for: it accepts a parent that never was."""
+def check_chain(jobs: list[PlannedJob], ids: Mapping[str, str], slurm: Slurm) -> None:
+    """Raise TunesmithError unless Slurm knows all jobs and what they wait for: it accepts unknown parents."""
     known = slurm.queue(ids.values())
     for job in jobs:
         entry = known.get(ids[job.stage])
@@ -216,8 +212,8 @@ def check_chain(jobs: list[Job], ids: Mapping[str, str], slurm: Slurm) -> None:
             raise TunesmithError(f"Slurm took job {ids[job.stage]} ({job.stage}), which now {found}. Try again.")
 
 
-def row_of(job: Job, ids: Mapping[str, str]) -> dict:
+def row_of(job: PlannedJob, ids: Mapping[str, str]) -> dict:
     """The job's line in jobs.jsonl."""
     parents = tuple(ids[parent] for parent in job.parents)
     argv = tuple(job.argv(ids))
-    return asdict(Submitted(round(time.time(), 3), job.stage, ids[job.stage], job.attempt, parents, argv, "submitted"))
+    return asdict(SubmittedJob(round(time.time(), 3), job.stage, ids[job.stage], parents, argv))

@@ -24,11 +24,11 @@ from rich.console import Console
 from rich.table import Table
 
 from launcher.print_status import print_status
-from launcher.slurm.jobs import jobs_of
+from launcher.slurm.jobs import plan_jobs
 from launcher.slurm.plan import print_slurm_plan
 from launcher.slurm.submit import Prepared, submit
 from launcher.status import read_all
-from tests.launcher.slurm_chain import FakeSlurm, chain_of, recipe_of
+from tests.launcher.slurm_chain import FakeSlurm, recipe_of, submission_of
 from tests.slurm.bed import SlurmBed
 from tests.slurm.machine import PROJECT
 from tests.slurm.training import make_training
@@ -175,9 +175,9 @@ def of_a_thousand_nodes() -> tuple[float, float]:
             Path(name), {"nodes": 1000, "gpus_per_node": 8}, train={"precision": "bf16", "global_batch_size": 16_000}
         )
         console, slurm = Console(width=200, file=io.StringIO()), FakeSlurm()
-        chain = chain_of(recipe)
-        planning = timed(lambda: print_slurm_plan(Prepared(chain, jobs_of(chain)), Path("recipe.yaml"), console))
-        submit(Prepared(chain, jobs_of(chain)), slurm, lambda argv: None)
+        chain = submission_of(recipe)
+        planning = timed(lambda: print_slurm_plan(Prepared(chain, plan_jobs(chain)), Path("recipe.yaml"), console))
+        submit(Prepared(chain, plan_jobs(chain)), slurm, lambda argv: None)
         nodes = ",".join(f"node{number:04d}" for number in range(1000))
         for job_id in slurm.queue_lines:
             slurm.queue_lines[job_id] = f"{job_id}|RUNNING|1-02:03:04|1000|{nodes}|(null)|None"

@@ -8,7 +8,7 @@ import yaml
 
 from launcher.recipe import Recipe, load
 from launcher.slurm.client import Slurm, SlurmRefused
-from launcher.slurm.jobs import Chain
+from launcher.slurm.jobs import Submission
 
 ENVIRON = {"HOME": "/home/me", "PATH": "/usr/bin", "NCCL_DEBUG": "INFO", "EDITOR": "vi", "MY_TOKEN": "s3cret"}
 
@@ -20,9 +20,8 @@ def recipe_of(folder: Path, slurm: dict | None = None, **sections: object) -> Re
     return load(folder / "recipe.yaml", [f"run_dir={folder / 'run'}"])
 
 
-def chain_of(recipe: Recipe, skip: Sequence[str] = ("synthesize",), environ: dict | None = None) -> Chain:
-    attempts = dict.fromkeys(("synthesize", "train", "export", "evaluate"), 1)
-    return Chain(recipe, Path("/work"), Path("/code/1"), "/opt/python", environ or ENVIRON, attempts, frozenset(skip))
+def submission_of(recipe: Recipe, skip: Sequence[str] = ("synthesize",), environ: dict | None = None) -> Submission:
+    return Submission(recipe, Path("/work"), Path("/code/1"), "/opt/python", environ or ENVIRON, frozenset(skip))
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ def test_each_node_has_its_own_share_in_the_order_of_the_job() -> None:
 
 @pytest.mark.parametrize("lost", ["     Nodes=n3 CPU_IDs=5 Mem=0 GRES=\n", "   NodeList=n[3,1-2]\n"])
 def test_a_node_that_slurm_does_not_tell_of_is_an_error(lost: str) -> None:
-    with pytest.raises(InputError, match="does not tell what the job has on each node"):
+    with pytest.raises(InputError, match="does not show what the job has on each node"):
         parse_allocation(DETAILS.replace(lost, ""), expand)
 
 

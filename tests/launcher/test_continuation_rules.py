@@ -1,126 +1,184 @@
-"""The rules by which a chain goes on, without Slurm: which command goes on, which node is left out, what is a hang."""
+"""The rules by which a run goes on, without Slurm: who is requeued, which node is left out, what is a hang."""
 
 import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.files import write_json
+from cluster.files import read_jsonl, write_json
 from cluster.run import fence
 from cluster.run.rundir import RunDir, append_jsonl
-from launcher.job import continuation
-from launcher.job import node_health as ledger
-from launcher.job.chain import STANDBY_OF, Chain, submission_environ, successor_argv
-from launcher.job.hang import LEAST_SECONDS, HangWatch, Hung
-from launcher.job.standing import progress_of
+from launcher.done import progress_of
+from launcher.job import node_health, requeue
+from launcher.job.continuation import Attempt
+from launcher.job.hang import MIN_LIMIT_SECONDS, HangWatch, Hung
+from launcher.slurm.client import Slurm, SlurmNoAnswer, SlurmRefused
+from launcher.slurm.submitted import SubmittedJob
 from launcher.slurm_config import SlurmConfig
+from tests.launcher.slurm_chain import recipe_of
+
+RUNNING = "JobId=7 JobState=RUNNING Reason=None Restarts=0 NodeList=n1"
+DATA = {"precision": "fp32", "data": ["rows.jsonl"]}
+JOB = SubmittedJob(0.0, "train", "7", (), ("sbatch", "--exclude=n8", "--output=/logs/%j", "train.sbatch"))
 
 
-def test_the_successor_is_submitted_as_the_first_was_but_for_what_it_waits_for() -> None:
-    words = ["--nodes=2", "/p/a.sbatch", "r.yaml", "a=b"]
-    first = ["sbatch", "--parsable", "--hold", "--dependency=afterany:1:2", "-x", "n9", *words]
-    argv = successor_argv(first, "afterany:7", ["n3", "n9"])
-    assert argv == ["sbatch", "--parsable", "--dependency=afterany:7", "--exclude=n9,n3", *words]
-    assert successor_argv(argv, "afterany:8", [])[2:4] == ["--dependency=afterany:8", "--exclude=n9,n3"]
+@dataclass(frozen=True)
+class JobSlurm(Slurm):
+    """Answers `scontrol show job` with these lines, one after another, the last one again and again."""
+
+    shown: list[str] = field(default_factory=list)
+    commands: list[list[str]] = field(default_factory=list)
+    refuse: tuple[str, ...] = ()
+
+    def call(self, argv: Sequence[str]) -> str:
+        if "show" in argv:
+            answer = self.shown.pop(0) if len(self.shown) > 1 else self.shown[0]
+            if answer == "no answer":
+                raise SlurmNoAnswer("scontrol gave no answer")
+            return answer
+        self.commands.append(list(argv))
+        if argv[1] in self.refuse:
+            raise SlurmRefused(f"{argv[0]}: refused")
+        return ""
 
 
-def test_a_job_inherits_nothing_of_the_job_that_submits_it() -> None:
-    environ = {"HF_TOKEN": "x", "SLURM_CONF": "/c", "SLURM_JOB_ID": "7", "SBATCH_X": "1", fence.TOKEN_VARIABLE: "3"}
-    assert submission_environ(environ, "7") == {"HF_TOKEN": "x", "SLURM_CONF": "/c", STANDBY_OF: "7"}
-
-
-def write_jobs(run: RunDir, *jobs: tuple[str, int, list[int], str]) -> Chain:
-    for stage, job_id, parents, reason in jobs:
-        row = {"time": 0, "stage": stage, "job_id": job_id, "attempt": 1, "parent_job_ids": parents}
-        append_jsonl(run.jobs, row | {"argv": ["sbatch"], "reason": reason})
-    return Chain(run)
-
-
-def test_stages_wait_for_stages_whichever_attempt_is_the_newest(tmp_path: Path) -> None:
-    chain = write_jobs(
-        RunDir(tmp_path),
-        *(("synthesize", 1, [], "submitted"), ("train", 2, [1], "submitted"), ("export", 3, [2], "submitted")),
-        *(("evaluate", 4, [3], "submitted"), ("synthesize", 5, [1], "continued"), ("train", 6, [2], "continued")),
-    )
-    assert chain.children_of("synthesize") == ["train"]
-    assert chain.descendants_of("synthesize") == ["train", "export", "evaluate"]
-    assert (chain.parents_of("train"), chain.parents_of("synthesize")) == (["synthesize"], [])
-    assert [job.job_id for job in chain.of_stage("train")] == ["2", "6"]
-    chain.add(chain.jobs[-1])
-    assert Chain(RunDir(tmp_path)).jobs == chain.jobs, "ids are written as they were, and read as text"
-    chain = write_jobs(RunDir(tmp_path), ("train", 8, [], "submitted"))
-    assert [job.job_id for job in chain.of_stage("train")] == ["8"], "submitted again, it counts from there"
-
-
-@pytest.mark.parametrize("cancelled", [False, True], ids=["dies", "cancelled"])
-def test_an_attempt_of_a_cancelled_run_is_followed_by_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cancelled: bool
-) -> None:
-    submitted, asked, run = [], [], RunDir(tmp_path)
-
-    def submit(argv: list[str], standby_of: str) -> str:
-        submitted.append(standby_of)
-        return str(10 + len(submitted))
-
-    monkeypatch.setenv("SLURM_JOB_NODELIST", "n1")
+@pytest.fixture(autouse=True)
+def job_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "1")
+    monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
     monkeypatch.setenv(fence.TOKEN_VARIABLE, "0")  # so that it is put back
-    for name, stand_in in {
-        "submit": submit, "ask": asked.append, "is_alive": lambda job_id: True, "expand_host_list": str.split
-    }.items():  # fmt: skip
-        monkeypatch.setattr(continuation, name, stand_in)
-    monkeypatch.setattr(ledger, "to_exclude", lambda *_: [])
-    monkeypatch.setattr(ledger, "culprits", lambda *_: ())
-    chain = write_jobs(run, ("train", 7, [], "submitted"))
-    attempt = continuation.Attempt(run, SlurmConfig(), chain, chain.jobs[-1])
-
-    def stage() -> int:
-        if cancelled:
-            write_json(run.cancelled, {})
-            attempt.standby = None  # as if Slurm had not answered when it was to be submitted
-            attempt.keep_standby()
-        return 75
-
-    assert attempt.execute(stage, lambda *_: 0) == 75
-    assert submitted == ["7"]
-    if cancelled:
-        again = continuation.Attempt(run, SlurmConfig(), chain, chain.jobs[-1])
-        assert again.execute(lambda: 0, lambda *_: 0) == 75, "nor does one begin that was in the queue already"
-        assert submitted == ["7"]
+    monkeypatch.setattr(requeue, "RETRY_SECONDS", 0)
 
 
-def fail(run: RunDir, job: int, hosts: str, failed: str, preflight: str = "") -> None:
-    ledger.note(run, str(job), tuple(hosts.split()), tuple(failed.split()), preflight)
+def events(run: RunDir) -> list[str]:
+    return [row["event"] for row in read_jsonl(run.events)] if run.events.exists() else []
+
+
+CHANGE = ["scontrol", "update", "JobId=7", "StartTime=now+15", "ExcNodeList=n8"]
+
+
+@pytest.mark.parametrize(
+    "shown",
+    [[RUNNING], ["no answer", RUNNING], [RUNNING.replace("RUNNING Reason=None", "COMPLETING Reason=TimeLimit")]],
+)
+def test_a_job_that_still_runs_is_requeued_and_starts_soon(tmp_path: Path, shown: list[str]) -> None:
+    slurm = JobSlurm(shown=shown)
+    requeue.requeue(RunDir(tmp_path), JOB, slurm)
+    assert slurm.commands == [["scontrol", "requeue", "7"], CHANGE]
+    assert events(RunDir(tmp_path)) == ["requeued"]
+
+
+def test_a_job_that_slurm_has_requeued_itself_is_not_requeued_again(tmp_path: Path) -> None:
+    slurm = JobSlurm(shown=["JobState=COMPLETING Reason=None Restarts=1"])
+    requeue.requeue(RunDir(tmp_path), JOB, slurm)
+    assert slurm.commands == [CHANGE]
+
+
+def test_a_cancelled_job_stays_cancelled(tmp_path: Path) -> None:
+    slurm, run = JobSlurm(shown=["JobState=COMPLETING Reason=None Restarts=0"]), RunDir(tmp_path)
+    write_json(run.result("train"), {"status": "preempted", "step": 3})
+    requeue.requeue(run, JOB, slurm)
+    assert slurm.commands == [] and events(run) == ["cancelled"]
+    assert run.read_result("train") == {"status": "preempted", "step": 3, "cancelled": True}
+
+
+def test_a_refusal_is_in_the_result_and_a_job_that_cannot_be_changed_is_requeued_all_the_same(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    with pytest.raises(SlurmRefused):
+        requeue.requeue(run, JOB, JobSlurm(shown=[RUNNING], refuse=("requeue",)))
+    assert events(run) == ["not requeued"]
+    assert run.read_result("train") == {"status": "failed", "message": "scontrol: refused"}
+    requeue.requeue(run, JOB, JobSlurm(shown=[RUNNING], refuse=("update",)))
+    assert events(run)[1:] == ["requeued", "requeued job not changed"]
+
+
+def test_a_node_that_is_cut_off_stops_asking_when_another_attempt_owns_the_run(tmp_path: Path) -> None:
+    fence.claim(tmp_path, "train", "7", ("n1",))
+    fence.claim(tmp_path, "train", "7", ("n2",), restart_count=1)
+    with pytest.raises(fence.Superseded):
+        requeue.requeue(RunDir(tmp_path), JOB, JobSlurm(shown=["no answer"]))
+
+
+def test_suspect_nodes_are_excluded_besides_those_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(node_health, "to_exclude", lambda *_: ["n1"])
+    slurm = JobSlurm(shown=[RUNNING])
+    requeue.requeue(RunDir(tmp_path), JOB, slurm)
+    assert slurm.commands[1][-1] == "ExcNodeList=n8,n1"
+
+
+def attempt(tmp_path: Path, *parents: SubmittedJob) -> Attempt:
+    recipe = recipe_of(tmp_path, {"max_attempts_without_progress": 2}, train=DATA)
+    return Attempt(recipe.run.create(), recipe, JOB, list(parents), ("n1",))
+
+
+def test_an_attempt_that_fails_is_followed_by_another_until_none_makes_progress(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codes = []
+    for count, code in enumerate((137, 75)):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(count))
+        codes.append(attempt(tmp_path).execute(lambda code=code: code, lambda *_: 0))
+    assert codes == [75, 1]
+    run = RunDir(tmp_path / "run")
+    assert events(run) == ["attempt started", "crashed", "attempt started", "stopped"]
+    assert "NO PROGRESS: 2 attempts in a row" in run.read_result("train")["message"]
+    assert attempt(tmp_path).execute(lambda: 0, lambda *_: 0) == 1, "nor does one begin that Slurm has requeued"
+
+
+def test_bad_input_and_a_parent_that_is_not_done_end_the_job(tmp_path: Path) -> None:
+    parent = SubmittedJob(0.0, "synthesize", "6", (), ("sbatch", "--output=/logs/synthesize-%j.log"))
+    assert attempt(tmp_path).execute(lambda: 2, lambda *_: 0) == 2
+    assert attempt(tmp_path, parent).execute(lambda: 0, lambda *_: 0) == 2
+    run = RunDir(tmp_path / "run")
+    assert "train began although synthesize is not done" in run.read_result("train")["message"]
+    assert "/logs/synthesize-6.log" in run.read_result("train")["message"]
+
+
+def test_an_error_of_the_file_system_is_a_crash_of_the_attempt(tmp_path: Path) -> None:
+    def broken() -> int:
+        raise OSError(116, "Stale file handle")
+
+    assert attempt(tmp_path).execute(broken, lambda *_: 0) == 75
+    assert "Stale file handle" in read_jsonl(tmp_path / "run" / "events.jsonl")[-1]["reason"]
+
+
+def fail(run: RunDir, token: int, hosts: str, failed: str, preflight: str = "") -> None:
+    node_health.note(run, token, tuple(hosts.split()), tuple(failed.split()), preflight)
 
 
 def test_a_node_is_suspect_after_three_crashes_in_a_row_and_cleared_by_one_good_end(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     for job in range(2):
         fail(run, job, "a b", "a")
-    assert ledger.suspects(run) == []
+    assert node_health.suspects(run) == []
     fail(run, 2, "a c", "a c")
-    assert ledger.suspects(run) == ["a"]
+    assert node_health.suspects(run) == ["a"]
     fail(run, 3, "b c", "b", preflight="/tmp")
-    assert ledger.suspects(run) == ["a", "b"], "one preflight is enough"
+    assert node_health.suspects(run) == ["a", "b"], "one preflight is enough"
     fail(run, 4, "a b", "")
-    assert ledger.suspects(run) == []
+    assert node_health.suspects(run) == []
     fail(run, 5, "a", "a", preflight="port")
-    assert ledger.suspects(run) == ["a"]
-    later = ledger.FORGET_SECONDS + 10
-    assert ledger.suspects(run, now=ledger._rows(run)[-1]["time"] + later) == [], "a day later nobody remembers"
+    assert node_health.suspects(run) == ["a"]
+    later = node_health.FORGET_SECONDS + 10
+    assert node_health.suspects(run, now=node_health._rows(run)[-1]["time"] + later) == [], (
+        "a day later nobody remembers"
+    )
 
 
 @given(st.sets(st.sampled_from("abcdef")), st.lists(st.sampled_from("abcdefgh"), unique=True), st.integers(1, 6))
 def test_what_is_left_is_always_enough_for_the_job(usable: set[str], bad: list[str], num_nodes: int) -> None:
-    excluded = ledger.within(bad, usable, num_nodes)
+    excluded = node_health.within(bad, usable, num_nodes)
     assert len(usable - set(excluded)) >= min(num_nodes, len(usable))
     assert [host for host in bad if host in excluded] == excluded, "the worst first"
 
 
 def test_the_nodes_that_a_crash_began_on(tmp_path: Path) -> None:
-    run, hosts = RunDir(tmp_path), ("a", "b", "c")
-    folder = tmp_path / "attempt-7-0"
+    hosts, folder = ("a", "b", "c"), tmp_path / "attempt-7-0"
     folder.mkdir()
 
     def leave(**codes: int) -> tuple[str, ...]:
@@ -128,7 +186,7 @@ def test_the_nodes_that_a_crash_began_on(tmp_path: Path) -> None:
             path.unlink()
         for number, (host, code) in enumerate(codes.items()):
             write_json(folder / f"node-{number}.exit.json", {"host": host, "exit_code": code})
-        return ledger.culprits(run, "7", hosts)
+        return node_health.culprits(folder, hosts)
 
     assert leave() == hosts
     assert leave(a=143, c=1) == ("b",), "it left no word"
@@ -139,11 +197,11 @@ def test_the_nodes_that_a_crash_began_on(tmp_path: Path) -> None:
 def test_an_attempt_that_died_with_its_node_is_noted_by_the_next(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     fence.claim(tmp_path, "train", "7", ("a",))
-    fence.claim(tmp_path, "train", "8", ("b",))
-    fail(run, 8, "b", "")
+    fence.claim(tmp_path, "train", "7", ("b",), restart_count=1)
+    fail(run, 2, "b", "")
     for _ in range(2):
-        ledger.catch_up(run)
-    assert [(row["job_id"], row["failed"]) for row in ledger._rows(run)] == [("8", []), ("7", ["a"])]
+        node_health.catch_up(run)
+    assert [(row["fencing_token"], row["failed"]) for row in node_health._rows(run)] == [(2, []), (1, ["a"])]
 
 
 def test_progress_is_what_is_on_the_disk(tmp_path: Path) -> None:
@@ -188,7 +246,7 @@ def test_the_deadline_grows_with_the_longest_step_and_rows_of_an_earlier_attempt
         clock.now = end
         grow(run)
         watch()
-    assert watch.limit_seconds == 2000 > LEAST_SECONDS
+    assert watch.limit_seconds == 2000 > MIN_LIMIT_SECONDS
     clock.now += 1999
     watch()
     clock.now += 2

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from cluster.errors import Preempted
+from cluster.processes.signals import StopRequest
 from cluster.run.rundir import RunDir
 from launcher.job import ray_job
 from launcher.job.allocation import Share
@@ -14,17 +15,17 @@ from launcher.job.ray_job import RayJob
 SILENT_STEP = ["sh", "-c", "cat >/dev/null"]  # ends with its standard input
 
 
-def ray_job_of(folder: Path, monkeypatch: pytest.MonkeyPatch, asked: list[int]) -> RayJob:
+def ray_job_of(folder: Path, monkeypatch: pytest.MonkeyPatch, stop: StopRequest) -> RayJob:
     monkeypatch.setattr(ray_job, "node_step", lambda share: SILENT_STEP)
     (rendezvous_dir := folder / "rendezvous").mkdir()
-    return RayJob(RunDir(folder), rendezvous_dir, [Share("n1", 1, 0, 0)], asked)
+    return RayJob(RunDir(folder), rendezvous_dir, [Share("n1", 1, 0, 0)], stop)
 
 
 @pytest.mark.parametrize("code", [0, 2])
 def test_a_driver_that_needs_no_ray_ends_the_job_with_its_own_code(
     code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = ray_job_of(tmp_path, monkeypatch, asked=[])
+    job = ray_job_of(tmp_path, monkeypatch, StopRequest())
     assert job.main([sys.executable, "-c", f"raise SystemExit({code})"]) == code
     assert [step.has_ended for step in job.steps] == [True]
 
@@ -32,7 +33,9 @@ def test_a_driver_that_needs_no_ray_ends_the_job_with_its_own_code(
 def test_a_driver_that_waits_for_ray_ends_when_the_job_is_asked_to_stop(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = ray_job_of(tmp_path, monkeypatch, asked=[15])
+    stop = StopRequest()
+    stop.names.append("SIGTERM")
+    job = ray_job_of(tmp_path, monkeypatch, stop)
     wait = f"from cluster.ray.cluster import ray_session\nwith ray_session({str(tmp_path)!r}): pass"
     with pytest.raises(Preempted, match="before Ray was up"):
         job.main([sys.executable, "-c", wait])

@@ -9,12 +9,12 @@ import pytest
 from cluster.errors import InputError
 from cluster.files import write_json
 from launcher.slurm.container import Container, configured, of_job
-from launcher.slurm.jobs import jobs_of
-from launcher.slurm.lead import lead_seconds
+from launcher.slurm.jobs import plan_jobs
 from launcher.slurm.snapshot import code_files, take_snapshot
+from launcher.slurm.stop_margin import stop_margin_seconds
 from launcher.slurm.submit import check_batch
 from launcher.slurm_config import SlurmConfig, refuse_option, seconds_of
-from tests.launcher.slurm_chain import ENVIRON, chain_of, recipe_of
+from tests.launcher.slurm_chain import ENVIRON, recipe_of, submission_of
 
 SLURM = {
     "nodes": 2, "time": "6:00:00", "partition": "gpu", "options": "--constraint=h100", "environment": ["MY_TOKEN"],
@@ -24,19 +24,19 @@ SLURM = {
 
 
 def test_the_commands_word_by_word(tmp_path: Path) -> None:
-    jobs = jobs_of(chain_of(recipe_of(tmp_path, SLURM)))
-    run, exported = tmp_path / "run", "HOME,MY_TOKEN,NCCL_DEBUG,PATH,TUNESMITH_STANDBY_OF,TUNESMITH_PYTHON=/opt/python"
+    jobs = plan_jobs(submission_of(recipe_of(tmp_path, SLURM)))
+    run, exported = tmp_path / "run", "HOME,MY_TOKEN,NCCL_DEBUG,PATH,TUNESMITH_PYTHON=/opt/python"
     assert [job.stage for job in jobs] == ["train", "export", "evaluate"]
     assert jobs[0].argv({}) == [
         "sbatch", "--parsable", "--hold", "--job-name=tiny-train", "--chdir=/work",
-        f"--output={run}/logs/attempt-1/train-%j.log", "--open-mode=append", "--no-requeue", "--signal=B:USR2@300",
+        f"--output={run}/logs/train-%j.log", "--open-mode=append", "--requeue", "--signal=B:USR2@300",
         f"--export={exported}", "--nodes=4", "--ntasks-per-node=1", "--gpus-per-node=8", "--cpus-per-task=32",
         "--mem=900G", "--time=6:00:00", "--partition=gpu", "--exclusive", "--constraint=h100",
         "/code/1/slurm/train.sbatch", f"{run}/recipe.yaml",
     ]  # fmt: skip
     assert jobs[1].argv({"train": "7"}) == [
-        "sbatch", "--parsable", "--dependency=afterany:7", "--kill-on-invalid-dep=yes", "--job-name=tiny-export",
-        "--chdir=/work", f"--output={run}/logs/attempt-1/export-%j.log", "--open-mode=append", "--no-requeue",
+        "sbatch", "--parsable", "--dependency=afterok:7", "--kill-on-invalid-dep=yes", "--job-name=tiny-export",
+        "--chdir=/work", f"--output={run}/logs/export-%j.log", "--open-mode=append", "--requeue",
         "--signal=B:USR2@90", f"--export={exported}", "--nodes=1", "--ntasks-per-node=1", "--time=30",
         "--partition=gpu", "--constraint=h100", "--nice=10", "/code/1/slurm/export.sbatch", f"{run}/recipe.yaml",
     ]  # fmt: skip
@@ -46,7 +46,7 @@ def test_what_is_shown_for_a_shell_is_what_is_submitted(tmp_path: Path) -> None:
     """A shell runs the lines of the plan with a stand-in for sbatch that writes down its words."""
     folder = tmp_path / "a folder; with $signs"
     folder.mkdir()
-    jobs = jobs_of(chain_of(recipe_of(folder, SLURM)))
+    jobs = plan_jobs(submission_of(recipe_of(folder, SLURM)))
     written = tmp_path / "words"
     # Each call is in a subshell of its own, so the number of the job is counted in the file.
     stand_in = f"""
@@ -60,7 +60,7 @@ sbatch() {{ printf '%s\\0' sbatch "$@" >> {written}; printf '\\n' >> {written}; 
 
 
 def test_finished_stages_have_no_job_and_the_next_one_is_the_root(tmp_path: Path) -> None:
-    jobs = jobs_of(chain_of(recipe_of(tmp_path), skip=("synthesize", "train")))
+    jobs = plan_jobs(submission_of(recipe_of(tmp_path), skip=("synthesize", "train")))
     assert [(job.stage, job.parents) for job in jobs] == [("export", ()), ("evaluate", ("export",))]
     assert "--hold" in jobs[0].argv({})
 
@@ -117,7 +117,7 @@ def test_a_stage_has_its_own_values_else_those_of_all(tmp_path: Path) -> None:
 def test_the_lead_follows_what_an_earlier_attempt_took(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path)
     run = recipe.run.create()
-    assert lead_seconds(run, "train") == 300  # as in the script, where nothing is known
+    assert stop_margin_seconds(run, "train") == 300  # as in the script, where nothing is known
     run.metrics.write_text("".join(f'{{"stage": "train", "step": {n}, "seconds": {n}}}\n' for n in (8, 12, 4)))
     folder = run.checkpoints / "step_000003"
     folder.mkdir(parents=True)
@@ -125,13 +125,13 @@ def test_the_lead_follows_what_an_earlier_attempt_took(tmp_path: Path) -> None:
     (folder / "weights").write_text("")
     os.utime(folder / "weights", (1000, 1000))
     os.utime(folder / "manifest.json", (1100, 1100))
-    assert lead_seconds(run, "train") == 2 * 100 + 12 + 60
-    assert lead_seconds(run, "export") == 90
+    assert stop_margin_seconds(run, "train") == 2 * 100 + 12 + 60
+    assert stop_margin_seconds(run, "export") == 90
 
 
 def test_a_limit_below_the_lead_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"slurm.time=5 of train is 300 s.* stop 300 s before its end"):
-        jobs_of(chain_of(recipe_of(tmp_path, {"time": 5})))
+        plan_jobs(submission_of(recipe_of(tmp_path, {"time": 5})))
 
 
 def test_ranks_that_cannot_share_a_batch_are_refused(tmp_path: Path) -> None:
@@ -145,17 +145,17 @@ def test_ranks_that_cannot_share_a_batch_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_variable_that_is_not_set_is_refused_and_values_are_not_shown(tmp_path: Path) -> None:
-    chain = chain_of(recipe_of(tmp_path, {"environment": ["MY_TOKEN"]}))
-    assert ENVIRON["MY_TOKEN"] not in str([job.argv({"train": "1", "export": "2"}) for job in jobs_of(chain)])
+    chain = submission_of(recipe_of(tmp_path, {"environment": ["MY_TOKEN"]}))
+    assert ENVIRON["MY_TOKEN"] not in str([job.argv({"train": "1", "export": "2"}) for job in plan_jobs(chain)])
     with pytest.raises(InputError, match=r"slurm.environment: the variable MY_TOKEN is not set here"):
-        jobs_of(chain_of(chain.recipe, environ={"PATH": "/bin"}))
+        plan_jobs(submission_of(chain.recipe, environ={"PATH": "/bin"}))
 
 
 def test_the_token_for_the_hub_goes_along_by_name(tmp_path: Path) -> None:
     named = recipe_of(tmp_path, export={"to": "hub:me/model", "hub_token": {"env": "MY_TOKEN"}})
-    assert ",MY_TOKEN," in jobs_of(chain_of(named))[1].argv({"train": "1"})[10]
+    assert ",MY_TOKEN," in plan_jobs(submission_of(named))[1].argv({"train": "1"})[10]
     usual = recipe_of(tmp_path, export={"to": "hub:me/model"})
-    jobs = jobs_of(chain_of(usual, environ={"HF_TOKEN": "hf_x", "PATH": "/bin"}))
+    jobs = plan_jobs(submission_of(usual, environ={"HF_TOKEN": "hf_x", "PATH": "/bin"}))
     assert "--export=HF_TOKEN,PATH," in " ".join(jobs[0].argv({}))
 
 
@@ -163,13 +163,13 @@ def test_the_token_for_the_hub_goes_along_by_name(tmp_path: Path) -> None:
 def test_a_run_folder_that_slurm_would_take_apart_is_refused(tmp_path: Path, name: str) -> None:
     recipe = recipe_of(tmp_path).model_copy(update={"run_dir": tmp_path / name})
     with pytest.raises(InputError, match="for Slurm a path has to be absolute and without commas"):
-        jobs_of(chain_of(recipe))
+        plan_jobs(submission_of(recipe))
 
 
 def test_containers_are_options_of_srun_or_a_command_of_the_step(tmp_path: Path) -> None:
     slurm = {"container": {"image": "org/image:1", "mounts": ["/data:/data:ro"], "python": "/venv/bin/python"}}
     recipe = recipe_of(tmp_path, slurm)
-    [word] = [word for word in jobs_of(chain_of(recipe))[0].words if word.startswith("--export=")]
+    [word] = [word for word in plan_jobs(submission_of(recipe))[0].arguments if word.startswith("--export=")]
     assert word.endswith(f",TUNESMITH_CONTAINER={tmp_path}/run/container.json")
     pyxis = configured(recipe.slurm.container, (Path("/run"), Path("/work"), Path("/run")))
     mounts = ["/run:/run", "/work:/work", "/tmp:/tmp", "/data:/data:ro"]

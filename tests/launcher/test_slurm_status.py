@@ -13,13 +13,13 @@ from cluster.errors import InputError
 from cluster.files import exclusive_lock, write_json
 from cluster.run.rundir import RunDir
 from launcher.print_status import print_runs, print_status
-from launcher.slurm.client import SlurmSilent, parse_queue_line
-from launcher.slurm.jobs import jobs_of
+from launcher.slurm.client import SlurmNoAnswer, parse_queue_line
+from launcher.slurm.jobs import plan_jobs
 from launcher.slurm.logs import print_logs
 from launcher.slurm.submit import Prepared, submit
 from launcher.slurm.submitted import read_jobs
 from launcher.status import Answer, RunState, find_runs, read_all, read_run, state_of_run, still_goes_on
-from tests.launcher.slurm_chain import FakeSlurm, chain_of, recipe_of
+from tests.launcher.slurm_chain import FakeSlurm, recipe_of, submission_of
 
 DATA = {"precision": "fp32", "data": ["rows.jsonl"]}
 
@@ -27,8 +27,8 @@ DATA = {"precision": "fp32", "data": ["rows.jsonl"]}
 @pytest.fixture
 def run(tmp_path: Path) -> RunDir:
     """A run whose jobs 101 (train), 102 and 103 were submitted."""
-    chain = chain_of(recipe_of(tmp_path, train=DATA))
-    submit(Prepared(chain, jobs_of(chain)), FakeSlurm(), lambda argv: None)
+    chain = submission_of(recipe_of(tmp_path, train=DATA))
+    submit(Prepared(chain, plan_jobs(chain)), FakeSlurm(), lambda argv: None)
     return chain.recipe.run
 
 
@@ -46,7 +46,7 @@ def train(run: RunDir, *lines: str, silence: str = "") -> tuple[str, str]:
 def leave_checkpoint(run: RunDir, finished: bool) -> None:
     folder = run.checkpoints / "step_000004"
     folder.mkdir(parents=True, exist_ok=True)
-    values = {"step": 4, "num_rows": 8, "num_tokens": 9, "num_trained_tokens": 5, "world_size": 2, "job": "x"}
+    values = {"step": 4, "num_rows": 8, "num_tokens": 9, "num_trained_tokens": 5, "world_size": 2, "job_hash": "x"}
     write_json(folder / "state.json", values | {"finished": finished})
     write_json(folder / "manifest.json", {"files": []})
 
@@ -56,19 +56,21 @@ RUNNING = "101|RUNNING|0:12|2|n[1-2]|(null)|None"
 
 def test_the_queue_says_what_runs_and_what_waits_for_what(run: RunDir) -> None:
     run.metrics.write_text('{"stage": "train", "step": 3, "loss": 1.5}\n{"stage": "tr')
-    found = state(run, RUNNING, "102|PENDING|0:00|1||afterany:101(unfulfilled)|Dependency")
+    found = state(run, RUNNING, "102|PENDING|0:00|1||afterok:101(unfulfilled)|Dependency")
     assert found.word == "RUNNING" and found.stage == "train"
     assert (found.stages[0].word, found.stages[0].detail) == ("RUNNING", "on n[1-2] for 0:12. step 3, loss 1.5000")
-    assert (found.stages[1].word, found.stages[1].detail) == ("WAITING", "for afterany:101")
+    assert (found.stages[1].word, found.stages[1].detail) == ("WAITING", "for afterok:101")
     assert train(run, "101|PENDING|0:00|2||(null)|JobHeldUser")[1].startswith("held:")
     assert train(run, "101|PENDING|0:00|2||(null)|Priority")[1] == "for Slurm: Priority"
 
 
 def test_silence_and_jobs_that_nobody_knows_are_unknown(run: RunDir) -> None:
     word, detail = train(run, silence="squeue gave no answer in 60 s.")
-    assert word == "UNKNOWN" and "gave no answer" in detail and "attempt-1/train-101.log" in detail
+    assert word == "UNKNOWN" and "gave no answer" in detail and "train-101.log" in detail
+    assert train(run) == ("CANCELLED", "the job left the queue before it began")
+    (run.logs / "train-101.log").touch()
     word, detail = train(run)
-    assert word == "UNKNOWN" and "left no word" in detail and "attempt-1/train-101.log" in detail
+    assert word == "UNKNOWN" and "left no result" in detail and "train-101.log" in detail
     assert state(run).word == "UNKNOWN"
 
 
@@ -87,20 +89,22 @@ def test_a_job_that_is_over_without_a_word_has_failed_whatever_its_exit_code(
 
 def test_a_result_speaks_for_a_job_that_is_gone_unless_it_is_older(run: RunDir) -> None:
     write_json(run.result("train"), {"status": "failed", "message": "the disk is full"})
-    assert train(run) == ("FAILED", f"the disk is full Log: {run.logs}/attempt-1/train-101.log")
+    assert train(run) == ("FAILED", f"the disk is full Log: {run.logs}/train-101.log")
     assert train(run, RUNNING)[0] == "RUNNING"
     write_json(run.result("train"), {"status": "preempted", "step": 3})
     assert train(run)[0] == "STOPPED"
-    write_json(run.cancelled, {"job_ids": ["101"]})
+    assert train(run, "101|CANCELLED|0:12|2|n[1-2]|(null)|None")[0] == "CANCELLED"
+    write_json(run.result("train"), {"status": "preempted", "step": 3, "cancelled": True})
     assert train(run)[0] == "CANCELLED"
-    run.cancelled.unlink()
+    (run.logs / "train-101.log").touch()
     os.utime(run.result("train"), (time.time() - 1000,) * 2)
     assert train(run)[0] == "UNKNOWN"
 
 
 def test_done_is_what_the_result_proves(run: RunDir) -> None:
+    (run.logs / "train-101.log").touch()
     write_json(run.result("train"), {"status": "done", "step": 4, "final_loss": 0.25})
-    assert train(run)[0] == "UNKNOWN"  # a word without a result
+    assert train(run)[0] == "UNKNOWN"  # a result without its checkpoint
     leave_checkpoint(run, finished=False)
     assert train(run)[0] == "UNKNOWN"
     leave_checkpoint(run, finished=True)
@@ -128,11 +132,11 @@ def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
 
 
 def test_a_thousand_nodes_and_many_runs_are_a_few_questions_and_a_table(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("launcher.slurm.client.JOBS_A_CALL", 40)  # a command line has room for so many ids
+    monkeypatch.setattr("launcher.slurm.client.JOBS_PER_CALL", 40)  # a command line has room for so many ids
     slurm, recipe = FakeSlurm(), recipe_of(tmp_path, train=DATA)
     for number in range(20):
-        chain = chain_of(recipe.model_copy(update={"run_dir": tmp_path / "runs" / f"r{number:03d}"}))
-        submit(Prepared(chain, jobs_of(chain)), slurm, lambda argv: None)
+        chain = submission_of(recipe.model_copy(update={"run_dir": tmp_path / "runs" / f"r{number:03d}"}))
+        submit(Prepared(chain, plan_jobs(chain)), slurm, lambda argv: None)
     nodes = ",".join(f"node{number:04d}" for number in range(1000))
     for job_id in slurm.queue_lines:
         slurm.queue_lines[job_id] = f"{job_id}|RUNNING|1-02:03:04|1000|{nodes}|(null)|None"
@@ -148,7 +152,7 @@ def test_a_thousand_nodes_and_many_runs_are_a_few_questions_and_a_table(tmp_path
 
 
 def test_logs_are_followed_across_attempts_until_the_run_ends(run: RunDir) -> None:
-    logs = run.logs / "attempt-1"
+    logs = run.logs
     (logs / "train-101.log").write_text("step 1\nste")
     heard: list[str] = []
 
@@ -156,7 +160,7 @@ def test_logs_are_followed_across_attempts_until_the_run_ends(run: RunDir) -> No
         """What happens between the two questions."""
         if len(asked) == 1:
             first = json.loads(run.jobs.read_text().splitlines()[0])
-            again = first | {"job_id": "104", "attempt": 2, "reason": "continued"}
+            again = first | {"job_id": "104"}
             with open(run.jobs, "a") as file:
                 file.write(json.dumps(again) + "\n")
             (logs / "train-101.log").write_text("step 1\nstep 2\n")
@@ -165,22 +169,22 @@ def test_logs_are_followed_across_attempts_until_the_run_ends(run: RunDir) -> No
         return len(asked) < 3
 
     asked: list[int] = []
-    original = print_logs.__globals__["SECONDS_BETWEEN_QUESTIONS"], print_logs.__globals__["POLL_SECONDS"]
-    print_logs.__globals__.update(SECONDS_BETWEEN_QUESTIONS=0, POLL_SECONDS=0)
+    original = print_logs.__globals__["SECONDS_BETWEEN_QUERIES"], print_logs.__globals__["POLL_SECONDS"]
+    print_logs.__globals__.update(SECONDS_BETWEEN_QUERIES=0, POLL_SECONDS=0)
     try:
         print_logs(run, None, True, is_live, heard.append)
     finally:
-        print_logs.__globals__.update(SECONDS_BETWEEN_QUESTIONS=original[0], POLL_SECONDS=original[1])
+        print_logs.__globals__.update(SECONDS_BETWEEN_QUERIES=original[0], POLL_SECONDS=original[1])
     text = [line for line in heard if not line.startswith("==>")]
     assert text == ["step 1", "step 2", "going on", "the end, without a line break"]
     assert [line.split(":")[0] for line in heard if line.startswith("==>")] == [
-        "==> train, attempt 1, job 101", "==> train, attempt 2, job 104",
+        "==> train, job 101", "==> train, job 104",
     ]  # fmt: skip
 
 
 def test_following_does_not_end_because_slurm_is_silent(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     def silent(self: FakeSlurm, argv: list[str]) -> str:
-        raise SlurmSilent("squeue gave no answer")
+        raise SlurmNoAnswer("squeue gave no answer")
 
     assert not still_goes_on(run.root, None, FakeSlurm())
     monkeypatch.setattr(FakeSlurm, "call", silent)

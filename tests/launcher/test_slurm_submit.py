@@ -8,20 +8,21 @@ import yaml
 
 from cluster.errors import InputError, TunesmithError
 from cluster.files import read_jsonl
+from cluster.run.rundir import RunDir
 from launcher.slurm.cancel import cancel_run
-from launcher.slurm.client import Partition, SlurmSilent, scrubbed
-from launcher.slurm.jobs import jobs_of
+from launcher.slurm.client import Partition, SlurmNoAnswer, SlurmRefused, clean_environment
+from launcher.slurm.jobs import plan_jobs
 from launcher.slurm.submit import Prepared, check_request, submit
 from launcher.slurm.submitted import read_jobs
 from launcher.slurm_config import JobConfig
-from tests.launcher.slurm_chain import FakeSlurm, chain_of, recipe_of
+from tests.launcher.slurm_chain import FakeSlurm, recipe_of, submission_of
 
 
 def prepared(folder: Path) -> Prepared:
     recipe = recipe_of(folder)
     (recipe.run_dir).mkdir(exist_ok=True)
-    chain = chain_of(recipe)
-    return Prepared(chain, jobs_of(chain))
+    chain = submission_of(recipe)
+    return Prepared(chain, plan_jobs(chain))
 
 
 def submit_here(chain: Prepared, slurm: FakeSlurm) -> dict[str, str]:
@@ -34,13 +35,13 @@ def test_nothing_starts_before_all_is_there_and_all_is_written_down(tmp_path: Pa
     assert ids == {"train": "101", "export": "102", "evaluate": "103"}
     assert [words[0] for words in slurm.said] == ["sbatch", "sbatch", "sbatch", "squeue", "scontrol"]
     assert "--hold" in slurm.said[0] and slurm.said[-1] == ["scontrol", "release", "101"]
-    rows = read_jobs(chain.chain.recipe.run)
+    rows = read_jobs(chain.submission.recipe.run)
     assert [list(row.argv) for row in rows] == slurm.said[:3] == [job.argv(ids) for job in chain.jobs]
     assert [row.parent_job_ids for row in rows] == [(), ("101",), ("102",)]
-    assert rows[1].log == tmp_path / "run" / "logs" / "attempt-1" / "export-102.log"
+    assert rows[1].log == tmp_path / "run" / "logs" / "export-102.log"
     assert rows[1].log.parent.is_dir()  # or Slurm could not write there
     raw = read_jsonl(tmp_path / "run" / "jobs.jsonl")[0]
-    assert list(raw) == ["time", "stage", "job_id", "attempt", "parent_job_ids", "argv", "reason"]
+    assert list(raw) == ["time", "stage", "job_id", "parent_job_ids", "argv"]
 
 
 @pytest.mark.parametrize(
@@ -70,34 +71,34 @@ def test_a_run_with_jobs_in_the_queue_is_refused_and_after_a_cancel_goes_on(tmp_
     with pytest.raises(InputError, match=r"has jobs in the queue: 101 \(pending\), 102 .*tunesmith cancel"):
         submit_here(prepared(tmp_path), slurm)
     assert cancel_run(tmp_path / "run", slurm) == ["103", "102", "101"]
-    run = prepared(tmp_path).chain.recipe.run
-    assert run.cancelled.is_file()
+    run = prepared(tmp_path).submission.recipe.run
     submit_here(prepared(tmp_path), slurm)
-    assert not run.cancelled.exists() and len(read_jobs(run)) == 6
+    assert len(read_jobs(run)) == 6
 
 
-def test_a_job_that_is_submitted_during_the_cancel_is_cancelled_too(tmp_path: Path, monkeypatch) -> None:
+def test_a_full_disk_does_not_keep_jobs_from_being_cancelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slurm = FakeSlurm()
     submit_here(prepared(tmp_path), slurm)
-    file = tmp_path / "run" / "jobs.jsonl"
-    slurm.queue_lines["101"] = "101|RUNNING|0:10|1|n1|(null)|None"
 
-    def one_more(self: FakeSlurm, job_ids: list[str]) -> None:
-        for job_id in job_ids:
-            self.call(["scancel", job_id])
-        if "999" not in slurm.queue_lines:
-            slurm.queue_lines["999"] = "999|PENDING|0:00|1||afterany:101(unfulfilled)|Dependency"
-            line = file.read_text().splitlines()[0]
-            file.write_text(file.read_text() + line.replace('"101"', '"999"') + "\n")
+    def full(*_: object, **__: object) -> None:
+        raise InputError("the disk is full")
 
-    monkeypatch.setattr(FakeSlurm, "cancel", one_more)
-    monkeypatch.setattr("launcher.slurm.cancel.POLL_SECONDS", 0)
-    assert cancel_run(tmp_path / "run", slurm) == ["103", "102", "101", "999"]
+    monkeypatch.setattr(RunDir, "event", full)
+    assert cancel_run(tmp_path / "run", slurm) == ["103", "102", "101"]
+
+
+def test_a_cancel_that_slurm_does_not_carry_out_changes_nothing(tmp_path: Path) -> None:
+    submit_here(prepared(tmp_path), FakeSlurm())
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    slurm = FakeSlurm(queue_lines={"101": "101|RUNNING|0:10|1|n1|(null)|None"}, refuse=("scancel",))
+    with pytest.raises(SlurmRefused):
+        cancel_run(tmp_path / "run", slurm)
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 
 
 def test_another_runs_folder_is_refused(tmp_path: Path) -> None:
     chain = prepared(tmp_path)
-    run = chain.chain.recipe.run
+    run = chain.submission.recipe.run
     other = recipe_of(tmp_path).model_copy(update={"seed": 7})
     other.save(run)
     (run.checkpoints / "step_000001").mkdir(parents=True)
@@ -108,8 +109,8 @@ def test_another_runs_folder_is_refused(tmp_path: Path) -> None:
 
 
 PARTITIONS = [
-    Partition("gpu", True, 4, 3600, True), Partition("long", False, 2, None, True),
-    Partition("old", False, 9, None, False),
+    Partition("gpu", True, 4, "1:00:00", True), Partition("long", False, 2, "infinite", True),
+    Partition("old", False, 9, "infinite", False),
 ]  # fmt: skip
 
 
@@ -138,9 +139,9 @@ def test_a_job_around_us_leaves_nothing_in_the_new_one() -> None:
     around = {
         "SLURM_JOB_ID": "5", "SLURM_CONF": "/etc/slurm.conf", "SBATCH_PARTITION": "x", "SRUN_DEBUG": "3", "RANK": "0",
         "MASTER_ADDR": "n1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "TUNESMITH_FENCING_TOKEN": "4", "RANKING": "yes",
-        "HOME": "/",
+        "SQUEUE_PARTITION": "x", "SINFO_FORMAT": "%P", "SCANCEL_STATE": "PENDING", "PMI_RANK": "1", "HOME": "/",
     }  # fmt: skip
-    assert scrubbed(around) == {"SLURM_CONF": "/etc/slurm.conf", "RANKING": "yes", "HOME": "/"}
+    assert clean_environment(around) == {"SLURM_CONF": "/etc/slurm.conf", "RANKING": "yes", "HOME": "/"}
 
 
 def test_a_silent_slurm_is_no_refusal(tmp_path: Path) -> None:
@@ -150,5 +151,5 @@ def test_a_silent_slurm_is_no_refusal(tmp_path: Path) -> None:
     command.write_text("#!/bin/sh\nexec sleep 60\n")
     command.chmod(0o755)
     slurm = Slurm({"PATH": f"{tmp_path}:/usr/bin:/bin"}, timeout_seconds=0.2)
-    with pytest.raises(SlurmSilent, match=r"squeue gave no answer in 0.2 s"):
+    with pytest.raises(SlurmNoAnswer, match=r"squeue gave no answer in 0.2 s"):
         slurm.queue(["1"])

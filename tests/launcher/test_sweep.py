@@ -127,5 +127,5 @@ def test_each_run_of_a_sweep_is_a_chain_and_the_folder_stands_for_all(tmp_path: 
     assert ["001_learning_rate-0.1", "0.1", "WAITING", "train", "101"] in rows
     assert "cancelled 103, 102, 101" in tunesmith("cancel", str(run))
     output = tunesmith("resume", str(run))
-    assert output.count("$ sbatch") == 6 and "train: begins anew" in output
-    assert "attempt-2/train-%j.log" in output and f"--chdir={Path.cwd()}" in output
+    assert output.count("$ sbatch") == 6 and "train: starts from the beginning" in output
+    assert "logs/train-%j.log" in output and f"--chdir={Path.cwd()}" in output

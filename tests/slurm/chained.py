@@ -17,9 +17,11 @@ from tests.slurm.machine import PROJECT
 
 POLL_SECONDS = 0.2
 # An sbatch script that runs a stage without torch; see scripted_attempt.py.
-SCRIPTED = f"""#SBATCH --no-requeue
-export PYTHONPATH={PROJECT}
-exec {sys.executable} -P -m tests.slurm.scripted_attempt "$1" "$PWD/$2" run_dir=$PWD/run "${{@:3}}" """
+SCRIPTED = f"""#SBATCH --open-mode=append
+project={PROJECT}
+export TUNESMITH_PYTHON={sys.executable}
+source {PROJECT}/slurm/attempt.sh
+run_attempt tests.slurm.scripted_attempt "$1" "$PWD/$2" run_dir=$PWD/run "${{@:3}}" """
 
 
 @dataclass
@@ -37,21 +39,26 @@ class ChainedRun:
         return self.folder / "run"
 
     def submit(self, stage: str, *options: str, after: tuple[str, ...] = (), words: tuple[str, ...] = ()) -> int:
-        """Submit the first attempt of a stage; the job is held until it is written down."""
-        parents = [self.jobs(parent)[-1]["job_id"] for parent in after]
-        dependency = [f"--dependency=afterany:{':'.join(map(str, parents))}"] if parents else []
+        """Submit a stage as the launcher does; the job is held until it is written down."""
+        parents = [self.job(parent) for parent in after]
+        dependency = [f"--dependency=afterok:{':'.join(map(str, parents))}"] if parents else []
+        options = ("--requeue", "--kill-on-invalid-dep=yes", *dependency, *options)
         stages = [stage] if self.is_for_any_stage else []
-        argv = ["sbatch", "--parsable", *dependency, *options, str(self.script), *stages, "recipe.yaml", *words]
+        argv = ["sbatch", "--parsable", *options, str(self.script), *stages, "recipe.yaml", *words]
         job = int(self.bed.client(argv[0], "--hold", *argv[1:], cwd=self.folder, env=self.env))
         self.run.mkdir(exist_ok=True)
-        line = {"time": time.time(), "stage": stage, "job_id": job, "attempt": 1, "parent_job_ids": parents}
+        line = {"time": time.time(), "stage": stage, "job_id": str(job), "parent_job_ids": list(map(str, parents))}
         with open(self.run / "jobs.jsonl", "a") as file:
-            file.write(json.dumps(line | {"argv": argv, "reason": "submitted"}) + "\n")
+            file.write(json.dumps(line | {"argv": argv}) + "\n")
         self.bed.client("scontrol", "release", str(job))
         return job
 
-    def jobs(self, stage: str) -> list[dict]:
-        return [row for row in read_lines(self.run / "jobs.jsonl") if row["stage"] == stage]
+    def jobs(self) -> list[dict]:
+        return read_lines(self.run / "jobs.jsonl")
+
+    def job(self, stage: str) -> int:
+        """The newest job of a stage."""
+        return [int(row["job_id"]) for row in self.jobs() if row["stage"] == stage][-1]
 
     def events(self, *names: str) -> list[dict]:
         """What the attempts decided, those of these names or all."""
@@ -95,7 +102,7 @@ class ChainedRun:
 
     def wait_quiet(self, timeout_seconds: float) -> None:
         """Wait until no job of the run waits or runs."""
-        ids = lambda: {row["job_id"] for row in read_lines(self.run / "jobs.jsonl")}  # noqa: E731
+        ids = lambda: {int(row["job_id"]) for row in self.jobs()}  # noqa: E731
         self.wait("no job left", lambda: not ids() & self.bed.squeue().keys(), timeout_seconds)
 
     def processes_on(self, host: str) -> list[int]:
@@ -138,7 +145,7 @@ def write_recipe(folder: Path, **values: object) -> None:
 def make_scripted(bed: SlurmBed, name: str, script: dict[str, object], **slurm: object) -> ChainedRun:
     """A run whose training does what `script` says, not submitted yet; `slurm` goes into its recipe."""
     folder = bed.shared / name
-    write_recipe(folder, slurm=slurm)
+    write_recipe(folder, slurm=slurm, train={"data": ["rows.jsonl"]})
     (folder / "run").mkdir()
     (folder / "run" / "script.json").write_text(json.dumps(script))
     return ChainedRun(bed, folder, bed.write_script(f"{name}.sh", SCRIPTED), {})

@@ -24,7 +24,8 @@ from cluster.run.manifest import verify_manifest
 from cluster.run.rundir import RunDir
 from generation.request_log import RequestLog
 from generation.store import read_rows
-from launcher.job.standing import has_output
+from launcher.done import is_done
+from launcher.recipe import load
 from tests.fakes import write_script
 from tests.slurm.bed import SlurmBed
 from tests.slurm.chained import SCRIPTED, ChainedRun, make_scripted, write_recipe
@@ -125,7 +126,7 @@ def run_to_end(workload: Workload, run: ChainedRun, faults: list[str], rng: rand
 
 def end_ghosts(run: ChainedRun) -> str:
     """A slurmctld that is killed forgets the last seconds: that a job has begun, and so that it is over."""
-    ghosts = {job["job_id"] for job in run.jobs("train") + run.jobs("synthesize")} & run.bed.squeue().keys()
+    ghosts = {int(job["job_id"]) for job in run.jobs()} & run.bed.squeue().keys()
     for job in ghosts:
         run.bed.client("scancel", str(job))
     run.wait_quiet(60)
@@ -136,7 +137,7 @@ def check(workload: Workload, run: ChainedRun, expected: dict[str, str]) -> None
     """Raise Violation if anything is not as it would be without a fault."""
     if stopped := run.events("stopped"):
         raise Violation(f"the chain stopped: {stopped[-1]['reason']}")
-    if not has_output(workload.stage, RunDir(run.run)):
+    if not is_done(workload.stage, load(run.folder / "recipe.yaml", []), RunDir(run.run)):
         raise Violation(f"{workload.stage} says that it is done, and is not")
     if (result := run.result(workload.stage)) and result.get("status") in ("failed", "preempted"):
         raise Violation(f"the result of a stage that is done: {result}")

@@ -35,5 +35,5 @@ def make_run(slurm_cluster: SlurmBed, request: pytest.FixtureRequest) -> Iterato
 
     yield make
     for run in runs:
-        for job in run.jobs("train") + run.jobs("export"):
+        for job in run.jobs():
             slurm_cluster.client("scancel", str(job["job_id"]))

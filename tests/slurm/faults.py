@@ -43,12 +43,14 @@ class Strike:
 
 
 def kill_a_process(strike: Strike) -> str:
-    """Any of the run on a node: a rank, torchrun, the supervisor of the node, that of the job, srun."""
-    host = strike.any_host()
-    if not (pids := sorted(strike.run.processes_on(host))):
+    """Any of the run on a node: a rank, torchrun, the supervisor of the node, that of the job, srun. Not the batch
+    script, without which Slurm takes the job for failed."""
+    host, commands = strike.any_host(), strike.run.processes()
+    pids = sorted(pid for pid in strike.run.processes_on(host) if "slurm_script" not in commands.get(pid, ""))
+    if not pids:
         return f"{host}: no process left"
     pid = strike.rng.choice(pids)
-    command = strike.run.processes().get(pid, "")
+    command = commands.get(pid, "")
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
     return f"{host}: {' '.join(word.rsplit('/', 1)[-1] for word in command.split()[:6])}"
@@ -91,7 +93,7 @@ def kill_the_controller(strike: Strike) -> str:
     """Once it has saved what it knows of the chain: from what it forgets with its last seconds no client recovers."""
     seconds = strike.rng.uniform(1, 10)
     saved = strike.run.bed.folder / "state" / "job_state"
-    told = max([row["time"] for row in strike.run.jobs(strike.stage)] + [row["time"] for row in strike.run.events()])
+    told = max(row["time"] for row in strike.run.jobs() + strike.run.events())
     with contextlib.suppress(AssertionError):  # it saves every few seconds, where there is anything new
         strike.run.wait("a saved state", lambda: saved.exists() and saved.stat().st_mtime > told + 1, SAVED_SECONDS)
     strike.run.bed.kill_controller()
@@ -105,12 +107,12 @@ def go_on_if_forgotten(run: ChainedRun, stage: str) -> str:
     nobody is left to go on. Do what its user would: release it, or start the chain again as `tunesmith resume` does."""
 
     def known() -> set[int]:
-        return {row["job_id"] for row in run.jobs(stage)} & run.bed.squeue().keys()
+        return {run.job(stage)} & run.bed.squeue().keys()
 
     try:
         run.wait("a job of the chain", lambda: known() or run.events("done", "stopped"), FORGOTTEN_SECONDS)
     except AssertionError:
-        argv = run.jobs(stage)[0]["argv"]
+        (argv,) = [row["argv"] for row in run.jobs() if int(row["job_id"]) == run.job(stage)]
         job = run.submit(stage, *argv[2 : argv.index(str(run.script))])
         return f", and had forgotten all jobs of the chain: started again as job {job}"
     if held := [job for job in known() if run.bed.job(job)["Reason"] == "JobHeldUser"]:
@@ -129,10 +131,6 @@ def scancel(strike: Strike, *options: str) -> str:
             raise
         return f"job {job}: over already"
     return f"job {job}"
-
-
-def cancel_the_job(strike: Strike) -> str:
-    return scancel(strike)
 
 
 def ask_to_stop(strike: Strike) -> str:
@@ -169,7 +167,7 @@ def slow_down(strike: Strike) -> str:
 FAULTS: dict[str, Callable[[Strike], str]] = {
     function.__name__.replace("_", " "): function
     for function in (
-        kill_a_process, kill_a_node, cut_off_the_batch_host, kill_slurmd, kill_the_controller, cancel_the_job,
+        kill_a_process, kill_a_node, cut_off_the_batch_host, kill_slurmd, kill_the_controller,
         ask_to_stop, preempt, preempt_by_notice, slow_down,
     )
 }  # fmt: skip

@@ -23,10 +23,12 @@ from cluster.run.fence import own_token, verify
 from cluster.run.manifest import write_manifest
 from cluster.run.rundir import RunDir, append_jsonl
 from launcher.job import attempt
+from launcher.recipe import load
 from launcher.slurm.container import python_module
 from trainer.checkpoint.commit import partial_folder, put_in_place, remove_partial
 from trainer.checkpoint.state import TrainState, is_trained, newest_checkpoint, read_state
 from trainer.config.train import CheckpointConfig
+from trainer.job import export_key
 
 SYNTHESIS = (150, 2)  # instructions, engines
 
@@ -42,9 +44,8 @@ def rank(run: RunDir) -> int:
     for number in (signal.SIGUSR2, signal.SIGTERM):
         signal.signal(number, lambda number, _: stopped.append(number))
     script = json.loads((run.root / "script.json").read_text())
-    lines = run.jobs.read_text().splitlines() if run.jobs.exists() else []
-    mine = [row for row in map(json.loads, lines) if str(row["job_id"]) == os.environ["SLURM_JOB_ID"]]
-    fault, at_step = script.get("faults", {}).get(str(mine[0]["attempt"]) if mine else "", (None, 0))
+    number = int(os.environ.get("SLURM_RESTART_COUNT", "0")) + 1
+    fault, at_step = script.get("faults", {}).get(str(number), (None, 0))
     if fault in ("never", "lie"):
         return EXIT_FAILED if fault == "never" else EXIT_DONE
     while os.environ["SLURM_PROCID"] != "0" and not is_trained(run):  # the first alone does the work
@@ -84,9 +85,11 @@ def save(run: RunDir, step: int, text: str, finished: bool) -> None:
 
 def export(run: RunDir) -> int:
     verify(run.root)
+    recipe = load(run.root.parent / "recipe.yaml", [])
+    source = newest_checkpoint(run.checkpoints)
     run.export.mkdir()
-    (run.export / "weights.txt").write_text((newest_checkpoint(run.checkpoints) / "weights.txt").read_text())
-    write_manifest(run.export, ["weights.txt"])
+    (run.export / "weights.txt").write_text((source / "weights.txt").read_text())
+    write_manifest(run.export, ["weights.txt"], key=export_key(source, recipe.export, recipe.name))
     write_json(run.result("export"), {"status": "done"})
     return EXIT_DONE
 
@@ -101,12 +104,12 @@ def main(argv: list[str]) -> int:
             print(f"error: {error}", file=sys.stderr)
             return error.exit_code
     run = Path(place).parent / "run"
-    attempt.STAGES["train"] = lambda _: attempt.run_step([*module("rank", run), *argv[2:]])
-    synthesis = ["tests.token.drive_synthesis", Path(place).parents[1] / "scripted-model", run, *SYNTHESIS]
-    attempt.STAGES["synthesize"] = lambda _: attempt.run_step(
+    attempt.STAGES["train"] = lambda steps, _: steps.run([*module("rank", run), *argv[2:]])
+    synthesis = ["tests.generation.drive_synthesis", Path(place).parents[1] / "scripted-model", run, *SYNTHESIS]
+    attempt.STAGES["synthesize"] = lambda steps, _: steps.run(
         [*attempt.srun(), "--nodes=1", "--ntasks=1", *python_module(*map(str, synthesis))]
     )
-    attempt.STAGES["export"] = lambda _: attempt.run_step([*module("export-rank", run)])
+    attempt.STAGES["export"] = lambda steps, _: steps.run([*module("export-rank", run)])
     return attempt.main(argv)
 
 

@@ -1,9 +1,11 @@
 """`tunesmith run --on slurm` and the commands about a run, under a real Slurm with a real model."""
 
 import json
-import re
+import os
 import shlex
 import shutil
+import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,15 +35,17 @@ def user(slurm_cluster: SlurmBed, tiny_model: Path, request: pytest.FixtureReque
         slurm_cluster.client("scancel", str(job))
 
 
-def environ_of_a_rank(job_id: str) -> dict[str, str] | None:
+def ranks_of(job_id: str) -> dict[int, dict[str, str]]:
+    """The environment of each rank, by its pid on this machine."""
+    found = {}
     for process in psutil.process_iter():
         try:
             environ = process.environ()
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
         if environ.get("SLURM_JOB_ID") == job_id and "LOCAL_RANK" in environ:
-            return environ
-    return None
+            found[process.pid] = environ
+    return found
 
 
 @pytest.mark.timeout(900)
@@ -60,9 +64,7 @@ def test_a_chain_is_planned_submitted_watched_and_resumed(slurm_cluster: SlurmBe
         assert job["argv"] == [word.replace("$train", first["job_id"]) for word in plan["argv"]]
         assert f"$ {shlex.join(job['argv'])}\n" in said
     assert (first["parent_job_ids"], second["parent_job_ids"]) == ([], [first["job_id"]])
-    assert [(job["stage"], job["attempt"], job["reason"]) for job in (first, second)] == [
-        ("train", 1, "submitted"), ("export", 1, "submitted"),
-    ]  # fmt: skip
+    assert [job["stage"] for job in (first, second)] == ["train", "export"]
 
     # From here on the checkout is broken, and the jobs do not notice; the commands are those of the snapshot.
     broken, [snapshot] = user.checkout, (run / "code").iterdir()
@@ -74,8 +76,8 @@ def test_a_chain_is_planned_submitted_watched_and_resumed(slurm_cluster: SlurmBe
     # While it waits and runs.
     assert user.status()["export"] == "WAITING"
     refused = user.tunesmith("run", "recipe.yaml", "--on", "slurm", code=2)
-    assert f"has jobs in the queue: {first['job_id']}" in refused and len(user.submitted()) == 2
-    environ = user.wait("a rank", lambda: environ_of_a_rank(first["job_id"]))
+    assert f"has jobs in the queue: {first['job_id']}" in refused and len(user.jobs()) == 2
+    environ = next(iter(user.wait("a rank", lambda: ranks_of(first["job_id"])).values()))
     assert environ["MY_SECRET"] == SECRET
     assert user.status()["train"] == "RUNNING"
     shown = [slurm_cluster.client("scontrol", "show", "job", job["job_id"]) for job in (first, second)]
@@ -83,7 +85,7 @@ def test_a_chain_is_planned_submitted_watched_and_resumed(slurm_cluster: SlurmBe
     # `logs -f` ends when the run does, and has both jobs.
     logs = follow(user)
     assert user.status() == {"train": "DONE", "export": "DONE"}, logs
-    assert f"==> train, attempt 1, job {first['job_id']}" in logs and "[export] adapter model in" in logs
+    assert f"==> train, job {first['job_id']}" in logs and "[export] adapter model in" in logs
     assert json.loads((run / "export" / "manifest.json").read_text())["checkpoint"] == "step_000002"
 
     # The secret is nowhere but in the environment.
@@ -96,12 +98,11 @@ def test_a_chain_is_planned_submitted_watched_and_resumed(slurm_cluster: SlurmBe
     shutil.rmtree(run / "export")
     said = user.tunesmith("resume", "run")
     assert "train: done already, skipped" in said and "export: is done again" in said
-    third = user.submitted()[2]
+    third = user.jobs()[2]
     assert (third["stage"], third["parent_job_ids"]) == ("export", [])
-    assert third["attempt"] == 3, "the first had a standby, which nobody needed"
     user.wait("a job that runs", lambda: user.status()["export"] == "RUNNING")
     said = user.tunesmith("cancel", "run")
-    assert "cancelled" in said and set(re.findall(r"[0-9]+", said)) >= {third["job_id"], user.jobs()[-1]["job_id"]}
+    assert f"cancelled {third['job_id']}" in said
     user.wait("its end", lambda: user.status() == {"train": "DONE", "export": "CANCELLED"}, 60)
     assert slurm_cluster.squeue() == {}
     assert user.rows("list", ".")[0][1:3] == ["CANCELLED", "export"]
@@ -125,6 +126,38 @@ def test_a_parent_that_fails_takes_its_children_along(user: User) -> None:
     assert "is in use by another process" in user.tunesmith("logs", "run", "--stage", "train")
     assert not (run / "export").exists()
     assert user.rows("list", ".")[0][1:3] == ["FAILED", "train"]
+
+
+def test_scancel_of_everything_ends_the_run_and_resume_goes_on(user: User) -> None:
+    """Nothing comes back by itself, and nothing of the run is left in the queue."""
+    user.tunesmith("run", "recipe.yaml", "train.num_epochs=50", "--on", "slurm")
+    user.wait("a step", lambda: "step" in user.rows("status", "run")[0][-1])
+    user.bed.client("scancel", "-u", "root")
+    user.wait("an empty queue", lambda: user.bed.squeue() == {}, 60)
+    time.sleep(8)  # longer than a requeued job waits on this bed
+    assert user.bed.squeue() == {}
+    assert user.status() == {"train": "CANCELLED", "export": "CANCELLED"}
+    assert "goes on from step_" in user.tunesmith("resume", "run")
+    user.tunesmith("cancel", "run")
+
+
+@pytest.mark.parametrize("answer", ["no answer", "refused"])
+def test_a_cancel_that_slurm_does_not_carry_out_leaves_the_run_as_it_is(user: User, answer: str) -> None:
+    """It goes on, also after a crash."""
+    user.tunesmith("run", "recipe.yaml", "train.num_epochs=30", "--on", "slurm")
+    user.wait("a step", lambda: "step" in user.rows("status", "run")[0][-1])
+    programs = user.folder / "programs"
+    programs.mkdir()
+    words = "Unable to contact slurm controller (connect failure)" if answer == "no answer" else "Access denied"
+    (programs / "scancel").write_text(f"#!/bin/sh\necho 'scancel: error: {words}' >&2\nexit 1\n")
+    (programs / "scancel").chmod(0o755)
+    assert words in user.tunesmith("cancel", "run", code=2 - (answer == "no answer"), PATH=f"{programs}:{user.path}")
+    job = user.jobs()[0]["job_id"]
+    (pid,) = [pid for pid in ranks_of(job)][:1]
+    os.kill(pid, signal.SIGKILL)
+    user.wait("the end of both", lambda: set(user.status().values()) == {"DONE"}, 400)
+    assert user.rows("status", "run")[0][3] == "2", "attempts"
+    assert len(user.jobs()) == 2
 
 
 def test_bad_input_is_one_refusal_before_anything_is_submitted(user: User) -> None:

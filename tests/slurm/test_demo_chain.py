@@ -54,7 +54,7 @@ def result(run: Path, stage: str) -> dict:
 def test_the_demo_ends_well_though_the_batch_host_dies_in_its_synthesis(slurm_cluster: SlurmBed, user: User) -> None:
     run = user.folder / "run"
     user.tunesmith("run", "recipe.yaml", "--on", "slurm")
-    assert [job["stage"] for job in user.submitted()] == list(STAGES)
+    assert [job["stage"] for job in user.jobs()] == list(STAGES)
     user.wait("finished requests", lambda: num_logged_bytes(run) > 20_000, 400)
     (first,) = claims(run)
     host = first.hosts[0]

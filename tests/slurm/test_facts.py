@@ -198,7 +198,7 @@ def test_5_whoever_hears_it_the_training_saves_and_the_next_attempt_goes_on(
 
 @pytest.mark.long
 def test_6_a_job_that_was_requeued_runs_beside_its_own_past(bed: SlurmBed) -> None:
-    """Ours: the scripts say --no-requeue, a standby is a job of its own, and what is cut off is fenced:
+    """Ours: every attempt has a fencing token, and what is cut off stops before its next commit:
     test_continuation.py, "a node that is cut off computes on and writes nothing once another went on"."""
     rows = bed.shared / "rows"
     body = f"while :; do echo ${{SLURM_RESTART_COUNT:-0}} $EPOCHREALTIME >>{rows}; sleep 0.2; done"
@@ -259,7 +259,7 @@ def test_8_under_our_supervisor_the_failing_nodes_exit_code_arrives_and_each_lea
     run = RunDir(bed.shared / "exits")
     word = json.loads((run.root / f"attempt-{job}-0" / "node-1.exit.json").read_text())
     assert (word["host"], word["exit_code"]) == ("n2", 3)
-    assert culprits(run, str(job), ("n1", "n2")) == ("n2",)
+    assert culprits(run.attempt_dir(str(job), 0), ("n1", "n2")) == ("n2",)
 
 
 @pytest.mark.long
@@ -281,5 +281,5 @@ def test_8_an_exit_code_of_0_proves_nothing(make_run: Callable[..., ChainedRun])
     run.wait_quiet(30)
     (crash,) = run.events("crashed")
     assert crash["code"] == 1
-    assert crash["reason"] == "it ended with exit code 0, but what it should have made is not there"
+    assert crash["reason"] == "it ended with exit code 0, but its output is not there"
     assert run.bed.job(child)["JobState"] == "COMPLETED" and len(run.events("done")) == 2

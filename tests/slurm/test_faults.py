@@ -125,7 +125,6 @@ FAULTS: dict[str, tuple[Callable[[Strike], object], int]] = {  # and how many at
     "a job of higher priority": (preempt, 2),
     "a job of higher priority, after a notice": (preempt_by_notice, 2),
     "the time limit": (faults.ask_to_stop, 2),
-    "scancel": (faults.cancel_the_job, 2),
     "a slow node": (slow_down_a_rank, 1),
 }
 

@@ -11,23 +11,25 @@ from launcher.job.first_node import FirstNode, FirstNodeLost
 
 
 class Slurm:
-    """squeue, scancel and scontrol in the PATH: what they say is in files, what they were told in `told`."""
+    """scontrol and scancel in the PATH. `job` holds the fields of the job, `log` the commands that end it."""
 
     def __init__(self, folder: Path) -> None:
-        self.hosts, self.told, self._scancel = folder / "hosts", folder / "told", folder / "scancel"
-        (folder / "squeue").write_text(f"#!/bin/sh\ncat {self.hosts}\n")
-        (folder / "scontrol").write_text('#!/bin/sh\nfor last; do :; done\necho "$last" | tr , "\\n"\n')
-        for program in ("squeue", "scontrol"):
-            (folder / program).chmod(0o755)
+        self.job, self.log, self._commands = folder / "job", folder / "log", [folder / "scancel", folder / "scontrol"]
         self.answers(True)
 
+    def show(self, nodes: str, state: str = "RUNNING", restarts: int = 0, requeue: int = 1) -> None:
+        self.job.write_text(f"JobId=17 JobState={state} Requeue={requeue} Restarts={restarts} NodeList={nodes}\n")
+
     def answers(self, yes: bool) -> None:
-        self._scancel.write_text(f"#!/bin/sh\necho $1 >> {self.told}\nexit {0 if yes else 1}\n")
-        self._scancel.chmod(0o755)
+        end = f"echo ${{0##*/}} $@ >> {self.log}; exit {0 if yes else 1}"
+        cases = f"*hostnames*) for last; do :; done; echo $last | tr , ' ';; *show*) cat {self.job};; *) {end};;"
+        for command in self._commands:
+            command.write_text(f'#!/bin/bash\ncase "$*" in {cases} esac\n')
+            command.chmod(0o755)
 
     @property
-    def cancelled(self) -> list[str]:
-        return self.told.read_text().split() if self.told.exists() else []
+    def commands(self) -> list[str]:
+        return self.log.read_text().splitlines() if self.log.exists() else []
 
 
 @pytest.fixture
@@ -48,27 +50,33 @@ def port() -> Iterator[int]:
 
 def test_slurm_alone_decides(slurm: Slurm, port: int) -> None:
     node = FirstNode("n1", f"127.0.0.1:{port}")
-    slurm.hosts.write_text("n1,n2\n")
-    node.check()
-    slurm.hosts.write_text("")  # the job is over, or Slurm does not know
-    node.check()
-    assert slurm.cancelled == []
-    slurm.hosts.write_text("n2,n3\n")
+    for fields in ({"nodes": "n1,n2"}, {"nodes": "n2,n3", "state": "COMPLETING"}, {"nodes": "n2,n3", "restarts": 1}):
+        slurm.show(**fields)
+        node.check()
+    assert slurm.commands == []
+    slurm.show("n2,n3")
     with pytest.raises(FirstNodeLost, match="first node n1 is lost"):
         node.check()
-    assert slurm.cancelled == ["17"]
+    assert slurm.commands == ["scontrol requeue 17"]
+
+
+def test_a_job_that_may_not_be_requeued_is_cancelled(slurm: Slurm, port: int) -> None:
+    slurm.show("n2", requeue=0)
+    with pytest.raises(FirstNodeLost):
+        FirstNode("n1", f"127.0.0.1:{port}").check()
+    assert slurm.commands == ["scancel 17"]
 
 
 def test_a_node_that_answers_is_not_lost(slurm: Slurm) -> None:
-    slurm.hosts.write_text("n2\n")
+    slurm.show("n2")
     with socket.create_server(("127.0.0.1", 0)) as server:
         FirstNode("n1", f"127.0.0.1:{server.getsockname()[1]}").check()
-    assert slurm.cancelled == []
+    assert slurm.commands == []
 
 
 def test_a_slurm_that_does_not_answer_is_asked_again(slurm: Slurm, port: int) -> None:
     node = FirstNode("n1", f"127.0.0.1:{port}")
-    slurm.hosts.write_text("n2\n")
+    slurm.show("n2")
     slurm.answers(False)
     node.check()
     slurm.answers(True)
@@ -76,8 +84,8 @@ def test_a_slurm_that_does_not_answer_is_asked_again(slurm: Slurm, port: int) ->
         node.await_result(is_over=lambda: False)
 
 
-def test_the_supervisors_word_ends_the_wait(slurm: Slurm, port: int) -> None:
-    slurm.hosts.write_text("n1,n2\n")
-    words = iter([False, False, True])
-    FirstNode("n1", f"127.0.0.1:{port}").await_result(is_over=lambda: next(words))
-    assert next(words, None) is None and slurm.cancelled == []
+def test_the_message_of_the_supervisor_ends_the_wait(slurm: Slurm, port: int) -> None:
+    slurm.show("n1,n2")
+    answers = iter([False, False, True])
+    FirstNode("n1", f"127.0.0.1:{port}").await_result(is_over=lambda: next(answers))
+    assert next(answers, None) is None and slurm.commands == []

@@ -13,13 +13,13 @@ CHECK = """
 import os, sys
 from pathlib import Path
 from cluster.run.rundir import RunDir
-from cluster.nodes.topology import expand_host_list
+from launcher.slurm.client import Slurm
 from launcher.job import attempt
 from launcher.job import preflight
 def on_all_nodes(argv, limit_seconds):
     return attempt.on_all_nodes([*argv, *sys.argv[2:]], limit_seconds)
 try:
-    hosts = tuple(expand_host_list(os.environ["SLURM_JOB_NODELIST"]))
+    hosts = tuple(Slurm().host_names(os.environ["SLURM_JOB_NODELIST"]))
     preflight.check_nodes(RunDir(Path(sys.argv[1])), os.environ["SLURM_JOB_ID"], hosts, on_all_nodes)
     print("all fit")
 except preflight.PreflightFailed as error:

@@ -297,7 +297,7 @@ def test_a_lost_batch_host_ends_the_job(slurm_cluster: SlurmBed, place: Place) -
         slurm_cluster.wait_state(job, {"CANCELLED"}, 240)
     slurm_cluster._wait("empty nodes", lambda: not left_behind(slurm_cluster), 60, str)
     (report,) = place.run.glob("attempt-*/ray-*/node-1.exit.json")
-    assert json.loads(report.read_text())["reason"] == "the job's first node n1 is lost, so the job is cancelled."
+    assert json.loads(report.read_text())["reason"] == "the job's first node n1 is lost, so the job was ended."
 
 
 @pytest.mark.long

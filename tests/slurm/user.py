@@ -25,6 +25,10 @@ class User:
             (self.checkout / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(PROJECT / file, self.checkout / file)
 
+    @property
+    def path(self) -> str:
+        return self.bed.env["PATH"]
+
     def argv(self, *words: object) -> list[str]:
         return [sys.executable, "-m", "launcher.cli", *map(str, words)]
 
@@ -48,10 +52,6 @@ class User:
 
     def jobs(self, run: str = "run") -> list[dict]:
         return [json.loads(line) for line in (self.folder / run / "jobs.jsonl").read_text().splitlines()]
-
-    def submitted(self) -> list[dict]:
-        """Those that a user submitted; the others stand by for them."""
-        return [job for job in self.jobs() if job["reason"] == "submitted"]
 
     def wait(self, what: str, check: Callable[[], object], timeout_seconds: float = 240) -> object:
         deadline = time.monotonic() + timeout_seconds

@@ -9,18 +9,19 @@ from cluster.run.rundir import RunDir
 from launcher.slurm_config import JobConfig, seconds_of
 from trainer.checkpoint.state import newest_checkpoint
 
-SLURM_SECONDS = 60  # Slurm may send the signal so much later than it was told to
-SAVE_SECONDS = 90  # of a checkpoint that has never been written; with the other values 300 s in all
-STEP_SECONDS = 60  # of a step that has never been made
-FLUSH_SECONDS = 30  # other stages write as they go, or begin anew
+SLURM_SECONDS = 60  # Slurm may send the signal as much too late
+SAVE_SECONDS = 90  # assumed for a first checkpoint; 300 s in all with the other values
+STEP_SECONDS = 60  # assumed for a first step
+FLUSH_SECONDS = 30  # other stages write as they go, or start from the beginning
 LAST_STEPS = 100
 TAIL_BYTES = 65536
 
 
-def lead_seconds(run: RunDir, stage: str) -> int:
-    """For training: twice the time to save, the longest of the last steps, and Slurm's own inaccuracy.
+def stop_margin_seconds(run: RunDir, stage: str) -> int:
+    """Seconds from the signal to the time limit. For training: twice the time to save, the longest of the last steps,
+    and the inaccuracy of Slurm.
 
-    Saving and steps are timed by what an earlier attempt left, and assumed where there was none.
+    Saving and steps are timed by what an earlier attempt left. Without an earlier attempt they are assumed.
     """
     if stage != "train":
         return FLUSH_SECONDS + SLURM_SECONDS
@@ -45,7 +46,7 @@ def longest_step_seconds(run: RunDir) -> float | None:
 
 
 def last_rows(path: Path) -> list[dict]:
-    """The last rows of a JSON-lines file that may be long, without a row that is cut off or still being written."""
+    """The last rows of a JSON-lines file that may be long, without an incomplete row."""
     if not path.is_file():
         return []
     with open(path, "rb") as file:
@@ -55,10 +56,10 @@ def last_rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in lines[1 if size > TAIL_BYTES else 0 : -1] if line.strip()]
 
 
-def check_time(stage: str, config: JobConfig, lead: int) -> None:
-    """Raise InputError if a job of this limit would be asked to stop as soon as it starts."""
-    if config.time is not None and seconds_of(config.time) <= lead:
+def check_time(stage: str, config: JobConfig, stop_margin: int) -> None:
+    """Raise InputError if a job with this time limit would be asked to stop as soon as it starts."""
+    if config.time is not None and seconds_of(config.time) <= stop_margin:
         raise InputError(
             f"slurm.time={config.time} of {stage} is {seconds_of(config.time)} s, and the job is asked to save and "
-            f"stop {lead} s before its end. Give it more."
+            f"stop {stop_margin} s before its end. Give it more."
         )
