@@ -1,6 +1,6 @@
-"""The commands that need, or ask, Slurm: run and plan `--on slurm`, status, logs, cancel, resume, list.
+"""The commands that need Slurm or ask it: run and plan `--on slurm`, status, logs, cancel, resume, list.
 
-Nothing heavy is imported here, as everywhere behind the command line: each command imports what it needs.
+Nothing heavy is imported here, so that `--help` answers at once. Each command imports what it needs.
 """
 
 import os
@@ -26,7 +26,7 @@ def add_to(app: typer.Typer) -> None:
 
 
 def status(run: RunFolder) -> None:
-    """Say how far a run or a sweep is, stage by stage. Needs the run folder, and squeue where it has jobs."""
+    """Show the state of a run or a sweep, stage by stage. Asks squeue if the run has Slurm jobs."""
     from launcher.print_status import print_runs, print_status
     from launcher.slurm.client import Slurm
     from launcher.status import read_all
@@ -43,7 +43,9 @@ def status(run: RunFolder) -> None:
 
 
 def list_runs(
-    folder: Annotated[Path, typer.Argument(metavar="[FOLDER]", help="where to look for runs")] = Path("runs"),
+    folder: Annotated[Path, typer.Argument(metavar="[FOLDER]", help="folder that holds the run folders")] = Path(
+        "runs"
+    ),
 ) -> None:
     """List the runs in a folder, with their states."""
     from launcher.print_status import print_runs
@@ -57,10 +59,10 @@ def list_runs(
 
 def logs(
     run: RunFolder,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="go on until the run has ended")] = False,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="continue until the run has ended")] = False,
     stage: Annotated[str | None, typer.Option("--stage", help="only this stage")] = None,
 ) -> None:
-    """Show what the jobs of a run print, across its attempts."""
+    """Show the output of a run's Slurm jobs, in all their attempts."""
     from launcher.slurm.client import Slurm
     from launcher.slurm.logs import print_logs
     from launcher.status import read_run, still_goes_on
@@ -71,7 +73,7 @@ def logs(
 
 
 def cancel(run: RunFolder) -> None:
-    """End all jobs of a run or a sweep, the last of each chain first. What is saved stays."""
+    """Cancel all Slurm jobs of a run or a sweep. What is saved is kept."""
     from launcher.slurm.cancel import cancel_run
     from launcher.slurm.client import Slurm
     from launcher.sweep import folders_of
@@ -80,11 +82,11 @@ def cancel(run: RunFolder) -> None:
     for folder in folders_of(run):
         cancelled = cancel_run(folder, slurm)
         typer.echo(f"{folder}: " + (f"cancelled {', '.join(cancelled)}" if cancelled else "no jobs in the queue"))
-    typer.echo(f"To go on: tunesmith resume {run}")
+    typer.echo(f"To continue: tunesmith resume {run}")
 
 
 def resume(run: RunFolder) -> None:
-    """Go on with a run or a sweep: what is done is skipped, the rest is submitted, or run here if it began here."""
+    """Continue a run or a sweep, on Slurm or on this machine as it began. Finished stages are skipped."""
     from launcher.slurm.submitted import read_jobs
     from launcher.status import read_run
     from launcher.sweep import folders_of
@@ -160,4 +162,4 @@ def plan_on_slurm(path: Path, overrides: list[str], recipe: "Recipe") -> None:
         try:
             check_with_slurm(prepared, slurm)
         except NoSlurm:
-            typer.echo("There is no Slurm on this machine, so it was not asked whether it would run these jobs.")
+            typer.echo("This machine has no Slurm, so it is not checked whether Slurm would accept these jobs.")
