@@ -13,20 +13,17 @@ from trainer.config.train import TrainConfig
 from trainer.memory import amount, check_heads, choose_stage, estimate, read_facts, usable_bytes
 
 
-def stages_of(recipe: Recipe, place: str = " on this machine") -> list[tuple[str, str, str]]:
-    """(stage, description, path of its result) in the order in which `tunesmith run` runs them."""
-    run, train = recipe.run, recipe.train
-    stages = []
-    if not train.data:
-        stages.append(("synthesize", _synthesis(recipe), str(run.synthesized)))
-    stages += [
-        ("train", _training(train, place), str(run.checkpoints)),
+def describe_stages(recipe: Recipe, place: str = " on this machine") -> list[tuple[str, str, str]]:
+    """(stage, description, path of its result) for each stage of the recipe."""
+    run = recipe.run
+    models = "base and tuned model" if recipe.evaluate.compare_base else "tuned model"
+    rows = [
+        ("synthesize", _synthesis(recipe), str(run.synthesized)),
+        ("train", _training(recipe.train, place), str(run.checkpoints)),
         ("export", f"{recipe.export.form} model as safetensors{_to(recipe)}", str(run.export)),
+        ("evaluate", f"{models} on held-out tasks: exact match, ROUGE-L", str(run.evaluation)),
     ]
-    if train.objective == "chat" and recipe.export.form == "merged":
-        models = "base and tuned model" if recipe.evaluate.compare_base else "tuned model"
-        stages.append(("evaluate", f"{models} on held-out tasks: exact match, ROUGE-L", str(run.evaluation)))
-    return stages
+    return [row for row in rows if row[0] in recipe.stages]
 
 
 def _synthesis(recipe: Recipe) -> str:
@@ -80,7 +77,7 @@ def print_plan(recipe: Recipe, path: Path, console: Console) -> None:
     table = Table(title=f"{recipe.name}: {path}", title_justify="left", show_lines=True)
     for heading in ("stage", "what", "result"):
         table.add_column(heading, overflow="fold")
-    for row in stages_of(recipe):
+    for row in describe_stages(recipe):
         table.add_row(*row)
     console.print(table)
     print_memory(recipe, console)

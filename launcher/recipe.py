@@ -74,6 +74,16 @@ class Recipe(StrictModel):
     def run(self) -> RunDir:
         return RunDir(self.run_dir)
 
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The stages that `tunesmith run` runs, in this order."""
+        stages = ["train", "export"]
+        if not self.train.data:
+            stages.insert(0, "synthesize")
+        if self.train.objective == "chat" and self.export.form == "merged":
+            stages.append("evaluate")
+        return tuple(stages)
+
     def save(self, run: RunDir) -> None:
         """Write the resolved recipe into the run folder. Raises InputError if the folder is not one for this recipe."""
         self.check_run_folder(run)

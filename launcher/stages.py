@@ -28,12 +28,10 @@ def run_all(recipe: Recipe) -> None:
     """Run every stage of a recipe on this machine, and print the results."""
     from rich.console import Console
 
-    from launcher.plan import stages_of
     from launcher.summary import print_summary
 
-    stages = [stage for stage, _, _ in stages_of(recipe)]
-    for number, stage in enumerate(stages, 1):
-        stage_logger(stage).info(f"stage {number} of {len(stages)}")
+    for number, stage in enumerate(recipe.stages, 1):
+        stage_logger(stage).info(f"stage {number} of {len(recipe.stages)}")
         run_stage(stage, recipe)
     print_summary(recipe, Console())
 

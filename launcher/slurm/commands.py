@@ -29,17 +29,17 @@ def status(run: RunFolder) -> None:
     """Show the state of a run or a sweep, stage by stage. Asks squeue if the run has Slurm jobs."""
     from launcher.print_status import print_runs, print_status
     from launcher.slurm.client import Slurm
-    from launcher.status import read_all
+    from launcher.status import read_statuses
     from launcher.sweep import read_index
 
     if members := read_index(run):
         existing = [(folder, values) for folder, values in members if RunDir(folder).recipe.is_file()]
-        states = read_all([folder for folder, _ in existing], Slurm())
+        states = read_statuses([folder for folder, _ in existing], Slurm())
         print_runs([(state, values) for state, (_, values) in zip(states, existing, strict=True)], Console())
         if missing := len(members) - len(existing):
             typer.echo(f"{missing} of the sweep's {len(members)} runs were not started.")
         return
-    print_status(read_all([run], Slurm())[0], Console())
+    print_status(read_statuses([run], Slurm())[0], Console())
 
 
 def list_runs(
@@ -50,10 +50,10 @@ def list_runs(
     """List the runs in a folder, with their states."""
     from launcher.print_status import print_runs
     from launcher.slurm.client import Slurm
-    from launcher.status import find_runs, read_all
+    from launcher.status import find_runs, read_statuses
 
     found = find_runs(folder)
-    states = read_all([place for place, _ in found], Slurm())
+    states = read_statuses([place for place, _ in found], Slurm())
     print_runs([(state, values) for state, (_, values) in zip(states, found, strict=True)], Console())
 
 
@@ -65,11 +65,11 @@ def logs(
     """Show the output of a run's Slurm jobs, in all their attempts."""
     from launcher.slurm.client import Slurm
     from launcher.slurm.logs import print_logs
-    from launcher.status import read_run, still_goes_on
+    from launcher.status import may_still_run, read_run
 
     slurm = Slurm()
     _, folder = read_run(run)
-    print_logs(folder, stage, follow, lambda: still_goes_on(run, stage, slurm), typer.echo)
+    print_logs(folder, stage, follow, lambda: may_still_run(run, stage, slurm), typer.echo)
 
 
 def cancel(run: RunFolder) -> None:

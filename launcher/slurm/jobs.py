@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.errors import InputError
-from launcher.plan import stages_of
 from launcher.recipe import Recipe
 from launcher.slurm import container
 from launcher.slurm.stop_margin import check_time, stop_margin_seconds
@@ -74,7 +73,7 @@ class PlannedJob:
 def plan_jobs(submission: Submission) -> list[PlannedJob]:
     """The jobs of the stages that are not done, in their order. Raises InputError for values that Slurm cannot take."""
     check_paths(submission)
-    stages = [stage for stage, _, _ in stages_of(submission.recipe) if stage not in submission.skip]
+    stages = [stage for stage in submission.recipe.stages if stage not in submission.skip]
     return [
         plan_job(submission, stage, parents=tuple(stages[number - 1 : number] if number else ()))
         for number, stage in enumerate(stages)

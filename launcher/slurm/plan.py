@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from launcher.plan import print_memory, stages_of
+from launcher.plan import describe_stages, print_memory
 from launcher.recipe import Recipe
 from launcher.slurm.jobs import PlannedJob
 from launcher.slurm.submit import Prepared
@@ -47,7 +47,7 @@ def job_table(prepared: Prepared, planned: Recipe, path: Path) -> Table:
     for heading in ("job", "after", "asks for", "what", "result"):
         table.add_column(heading, overflow="fold")
     jobs = {job.stage: job for job in prepared.jobs}
-    for stage, what, result in stages_of(planned, place=" in the job"):
+    for stage, what, result in describe_stages(planned, place=" in the job"):
         if stage in jobs:
             after = ", ".join(jobs[stage].parents) or "-"
             table.add_row(stage, after, asked_for(jobs[stage].config), Text(what), Text(result))

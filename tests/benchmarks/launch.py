@@ -27,7 +27,7 @@ from launcher.print_status import print_status
 from launcher.slurm.jobs import plan_jobs
 from launcher.slurm.plan import print_slurm_plan
 from launcher.slurm.submit import Prepared, submit
-from launcher.status import read_all
+from launcher.status import read_statuses
 from tests.launcher.slurm_chain import FakeSlurm, recipe_of, submission_of
 from tests.slurm.bed import SlurmBed
 from tests.slurm.machine import PROJECT
@@ -181,7 +181,7 @@ def of_a_thousand_nodes() -> tuple[float, float]:
         nodes = ",".join(f"node{number:04d}" for number in range(1000))
         for job_id in slurm.queue_lines:
             slurm.queue_lines[job_id] = f"{job_id}|RUNNING|1-02:03:04|1000|{nodes}|(null)|None"
-        return planning, timed(lambda: print_status(read_all([recipe.run.root], slurm)[0], console))
+        return planning, timed(lambda: print_status(read_statuses([recipe.run.root], slurm)[0], console))
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from cluster.run.rundir import RunDir
 from launcher.cli import app
 from launcher.print_status import print_runs
 from launcher.recipe import Recipe, load
-from launcher.status import find_runs, read_all
+from launcher.status import find_runs, read_statuses
 from launcher.sweep import folders_of, members_of, read_index, save_index
 from tests.launcher.slurm_chain import FakeSlurm
 
@@ -97,7 +97,9 @@ def test_one_table_has_the_values_the_states_and_what_came_of_them(tmp_path: Pat
     found = find_runs(tmp_path)
     assert [place for place, _ in found] == folders_of(tmp_path / "run") == [run.recipe.run_dir for run in runs]
     console = Console(width=200, record=True)
-    print_runs(list(zip(read_all([p for p, _ in found], FakeSlurm()), (v for _, v in found), strict=True)), console)
+    print_runs(
+        list(zip(read_statuses([p for p, _ in found], FakeSlurm()), (v for _, v in found), strict=True)), console
+    )
     rows = [[cell.strip() for cell in line.strip("│┃").split("│")] for line in console.export_text().splitlines()]
     assert ["001_learning_rate-0.1", "0.1", "NOT STARTED", "train", "-", "", ""] in rows
     assert ["002_learning_rate-0.2", "0.2", "FAILED", "train", "-", "1.2500", "87.5%"] in rows

@@ -1,4 +1,4 @@
-"""How far a run is: proof before the queue, the queue before a result, and silence is never success."""
+"""How far a run is: proof before the queue, the queue before a result, and no answer is never success."""
 
 import io
 import json
@@ -18,7 +18,7 @@ from launcher.slurm.jobs import plan_jobs
 from launcher.slurm.logs import print_logs
 from launcher.slurm.submit import Prepared, submit
 from launcher.slurm.submitted import read_jobs
-from launcher.status import Answer, RunState, find_runs, read_all, read_run, state_of_run, still_goes_on
+from launcher.status import QueueAnswer, RunStatus, find_runs, may_still_run, read_run, read_statuses, status_of_run
 from tests.launcher.slurm_chain import FakeSlurm, recipe_of, submission_of
 
 DATA = {"precision": "fp32", "data": ["rows.jsonl"]}
@@ -32,15 +32,15 @@ def run(tmp_path: Path) -> RunDir:
     return chain.recipe.run
 
 
-def state(run: RunDir, *lines: str, silence: str = "") -> RunState:
+def state(run: RunDir, *lines: str, error: str = "") -> RunStatus:
     recipe, _ = read_run(run.root)
     queue = {job.job_id: job for job in map(parse_queue_line, lines)}
-    return state_of_run(recipe, run, read_jobs(run), Answer(queue, silence))
+    return status_of_run(recipe, run, read_jobs(run), QueueAnswer(queue, error))
 
 
-def train(run: RunDir, *lines: str, silence: str = "") -> tuple[str, str]:
-    first = state(run, *lines, silence=silence).stages[0]
-    return first.word, first.detail
+def train(run: RunDir, *lines: str, error: str = "") -> tuple[str, str]:
+    first = state(run, *lines, error=error).stages[0]
+    return first.state, first.detail
 
 
 def leave_checkpoint(run: RunDir, finished: bool) -> None:
@@ -57,21 +57,21 @@ RUNNING = "101|RUNNING|0:12|2|n[1-2]|(null)|None"
 def test_the_queue_says_what_runs_and_what_waits_for_what(run: RunDir) -> None:
     run.metrics.write_text('{"stage": "train", "step": 3, "loss": 1.5}\n{"stage": "tr')
     found = state(run, RUNNING, "102|PENDING|0:00|1||afterok:101(unfulfilled)|Dependency")
-    assert found.word == "RUNNING" and found.stage == "train"
-    assert (found.stages[0].word, found.stages[0].detail) == ("RUNNING", "on n[1-2] for 0:12. step 3, loss 1.5000")
-    assert (found.stages[1].word, found.stages[1].detail) == ("WAITING", "for afterok:101")
+    assert found.state == "RUNNING" and found.stage == "train"
+    assert (found.stages[0].state, found.stages[0].detail) == ("RUNNING", "on n[1-2] for 0:12. step 3, loss 1.5000")
+    assert (found.stages[1].state, found.stages[1].detail) == ("WAITING", "for job 101")
     assert train(run, "101|PENDING|0:00|2||(null)|JobHeldUser")[1].startswith("held:")
-    assert train(run, "101|PENDING|0:00|2||(null)|Priority")[1] == "for Slurm: Priority"
+    assert train(run, "101|PENDING|0:00|2||(null)|Priority")[1] == "Slurm's reason: Priority"
 
 
-def test_silence_and_jobs_that_nobody_knows_are_unknown(run: RunDir) -> None:
-    word, detail = train(run, silence="squeue gave no answer in 60 s.")
-    assert word == "UNKNOWN" and "gave no answer" in detail and "train-101.log" in detail
+def test_no_answer_and_jobs_that_slurm_does_not_know_are_unknown(run: RunDir) -> None:
+    found, detail = train(run, error="squeue gave no answer in 60 s.")
+    assert found == "UNKNOWN" and "gave no answer" in detail and "train-101.log" in detail
     assert train(run) == ("CANCELLED", "the job left the queue before it began")
     (run.logs / "train-101.log").touch()
-    word, detail = train(run)
-    assert word == "UNKNOWN" and "left no result" in detail and "train-101.log" in detail
-    assert state(run).word == "UNKNOWN"
+    found, detail = train(run)
+    assert found == "UNKNOWN" and "wrote no result" in detail and "train-101.log" in detail
+    assert state(run).state == "UNKNOWN"
 
 
 @pytest.mark.parametrize(
@@ -81,13 +81,13 @@ def test_silence_and_jobs_that_nobody_knows_are_unknown(run: RunDir) -> None:
         ("CANCELLED", "CANCELLED"),
     ],
 )  # fmt: skip
-def test_a_job_that_is_over_without_a_word_has_failed_whatever_its_exit_code(
+def test_a_job_that_is_over_without_a_result_has_failed_whatever_its_exit_code(
     run: RunDir, last: str, expected: str
 ) -> None:
     assert train(run, f"101|{last}|0:12|2|n[1-2]|(null)|None")[0] == expected
 
 
-def test_a_result_speaks_for_a_job_that_is_gone_unless_it_is_older(run: RunDir) -> None:
+def test_the_result_decides_for_a_job_that_left_the_queue_unless_it_is_older(run: RunDir) -> None:
     write_json(run.result("train"), {"status": "failed", "message": "the disk is full"})
     assert train(run) == ("FAILED", f"the disk is full Log: {run.logs}/train-101.log")
     assert train(run, RUNNING)[0] == "RUNNING"
@@ -108,26 +108,29 @@ def test_done_is_what_the_result_proves(run: RunDir) -> None:
     leave_checkpoint(run, finished=False)
     assert train(run)[0] == "UNKNOWN"
     leave_checkpoint(run, finished=True)
-    assert train(run, silence="squeue gave no answer") == ("DONE", "4 steps, loss 0.2500")
+    assert train(run, error="squeue gave no answer") == ("DONE", "4 steps, loss 0.2500")
 
 
-def test_a_run_without_jobs_is_told_from_its_folder_alone(tmp_path: Path) -> None:
+def test_the_status_of_a_run_without_jobs_comes_from_its_folder_alone(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, train=DATA)
     run = recipe.run.create()
     recipe.save(run)
     slurm = FakeSlurm(refuse=("squeue",))
-    assert [stage.word for stage in read_all([run.root], slurm)[0].stages] == ["NOT STARTED"] * 3
+    assert [stage.state for stage in read_statuses([run.root], slurm)[0].stages] == ["NOT STARTED"] * 3
     with exclusive_lock(run.lock, "test"):
-        assert [stage.word for stage in read_all([run.root], slurm)[0].stages] == ["RUNNING", *["NOT STARTED"] * 2]
+        assert [stage.state for stage in read_statuses([run.root], slurm)[0].stages] == [
+            "RUNNING",
+            *["NOT STARTED"] * 2,
+        ]
     write_json(run.result("train"), {"status": "failed", "message": "no such file"})
-    assert read_all([run.root], slurm)[0].word == "FAILED"
+    assert read_statuses([run.root], slurm)[0].state == "FAILED"
     assert slurm.said == []
     with pytest.raises(InputError, match="it ran on this machine"):
         print_logs(run, None, False, lambda: False, print)
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="is no run folder"):
+    with pytest.raises(InputError, match="is not a run folder"):
         read_run(tmp_path)
 
 
@@ -141,7 +144,7 @@ def test_a_thousand_nodes_and_many_runs_are_a_few_questions_and_a_table(tmp_path
     for job_id in slurm.queue_lines:
         slurm.queue_lines[job_id] = f"{job_id}|RUNNING|1-02:03:04|1000|{nodes}|(null)|None"
     slurm.said.clear()
-    states = read_all([place for place, _ in find_runs(tmp_path / "runs")], slurm)
+    states = read_statuses([place for place, _ in find_runs(tmp_path / "runs")], slurm)
     assert [words[0] for words in slurm.said] == ["squeue"] * 2
     console = Console(width=200, record=True, file=io.StringIO())
     print_runs([(state, {}) for state in states], console)
@@ -182,10 +185,10 @@ def test_logs_are_followed_across_attempts_until_the_run_ends(run: RunDir) -> No
     ]  # fmt: skip
 
 
-def test_following_does_not_end_because_slurm_is_silent(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    def silent(self: FakeSlurm, argv: list[str]) -> str:
+def test_following_does_not_end_because_slurm_does_not_answer(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_answer(self: FakeSlurm, argv: list[str]) -> str:
         raise SlurmNoAnswer("squeue gave no answer")
 
-    assert not still_goes_on(run.root, None, FakeSlurm())
-    monkeypatch.setattr(FakeSlurm, "call", silent)
-    assert still_goes_on(run.root, None, FakeSlurm())
+    assert not may_still_run(run.root, None, FakeSlurm())
+    monkeypatch.setattr(FakeSlurm, "call", no_answer)
+    assert may_still_run(run.root, None, FakeSlurm())
