@@ -1,7 +1,7 @@
 """What a Slurm job has on each of its nodes, and the step that takes all of it on one node.
 
-for share in read_allocation(os.environ["SLURM_JOB_ID"], Slurm()):
-    subprocess.Popen([*node_step(share), "hostname"], env=step_environment(os.environ))
+for allocation in read_allocation(os.environ["SLURM_JOB_ID"], Slurm()):
+    subprocess.Popen([*node_step(allocation), "hostname"], env=step_environment(os.environ))
 """
 
 import re
@@ -14,14 +14,14 @@ from launcher.slurm.client import Slurm
 # As `scontrol --details show job` has it: "Nodes=n[1-2] CPU_IDs=0-3,8 Mem=4000 GRES=gpu:a100:2(IDX:0-1)".
 _NODES = re.compile(r"^ *Nodes=(\S+) CPU_IDs=(\S+) Mem=(\d+) GRES=(\S*)", re.MULTILINE)
 _GPUS = re.compile(r"\bgpu:(?:[^:,()]+:)?(\d+)")
-# What sbatch was asked for the whole job, srun would ask for a step of one node. (EXPORT_ENV: of --export=NONE.)
+# srun would request for a step of one node what sbatch requested for the whole job. (EXPORT_ENV: of --export=NONE.)
 _WHOLE_JOB = re.compile(
     r"SLURM_(EXPORT_ENV|GPUS|GPUS_PER_\w+|GRES|MEM_PER_\w+|CPUS_PER_\w+|NTASKS\w*|NPROCS|NNODES|TRES_\w+)"
 )
 
 
 @dataclass(frozen=True)
-class Share:
+class NodeAllocation:
     """One node's part of a job."""
 
     host: str
@@ -30,7 +30,7 @@ class Share:
     memory_mib: int  # 0 where Slurm does not count memory
 
 
-def read_allocation(job_id: str, slurm: Slurm) -> list[Share]:
+def read_allocation(job_id: str, slurm: Slurm) -> list[NodeAllocation]:
     """The nodes of a job, the first one first. Raises SlurmError if Slurm does not answer.
 
     Raises InputError if the answer does not say what the job has on each node.
@@ -38,17 +38,17 @@ def read_allocation(job_id: str, slurm: Slurm) -> list[Share]:
     return parse_allocation(slurm.show_job(job_id), slurm.host_names)
 
 
-def parse_allocation(details: str, expand: Callable[[str], list[str]]) -> list[Share]:
-    shares = {}
+def parse_allocation(details: str, expand: Callable[[str], list[str]]) -> list[NodeAllocation]:
+    allocations = {}
     for hosts, cpu_ids, memory, gres in _NODES.findall(details):
         num_gpus = sum(map(int, _GPUS.findall(gres)))
         for host in expand(hosts):
-            shares[host] = Share(host, _count_ids(cpu_ids), num_gpus, int(memory))
+            allocations[host] = NodeAllocation(host, _count_ids(cpu_ids), num_gpus, int(memory))
     listed = re.search(r"^ *NodeList=(\S+)", details, re.MULTILINE)
     order = expand(listed.group(1)) if listed else []
-    if not shares or set(order) != set(shares):
+    if not allocations or set(order) != set(allocations):
         raise InputError(f"`scontrol --details show job` does not show what the job has on each node:\n{details}")
-    return [shares[host] for host in order]
+    return [allocations[host] for host in order]
 
 
 def _count_ids(text: str) -> int:
@@ -57,13 +57,13 @@ def _count_ids(text: str) -> int:
     return sum(int(bound[-1]) - int(bound[0]) + 1 for bound in bounds)
 
 
-def node_step(share: Share) -> list[str]:
-    """srun for one task that has all of the job on one node, beside other steps that do."""
-    gpus = f"gpu:{share.num_gpus}" if share.num_gpus else "none"
-    step = ["srun", "--overlap", "--exact", "--nodes=1", "--ntasks=1", f"--nodelist={share.host}"]
-    return [*step, f"--cpus-per-task={share.num_cpus}", f"--gres={gpus}"]
+def node_step(allocation: NodeAllocation) -> list[str]:
+    """An srun command for one task that has all that the job has on one node. Other steps may share it."""
+    gpus = f"gpu:{allocation.num_gpus}" if allocation.num_gpus else "none"
+    step = ["srun", "--overlap", "--exact", "--nodes=1", "--ntasks=1", f"--nodelist={allocation.host}"]
+    return [*step, f"--cpus-per-task={allocation.num_cpus}", f"--gres={gpus}"]
 
 
 def step_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """The environment for srun of such a step: without what was asked for the job as a whole."""
+    """The environment of such an srun command: without what was requested for the whole job."""
     return {name: value for name, value in environ.items() if not _WHOLE_JOB.fullmatch(name)}

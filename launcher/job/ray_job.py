@@ -34,7 +34,7 @@ from cluster.ray.folder import new_token, private_folder, ray_environment
 from cluster.run.fence import Superseded, run_lock, verify
 from cluster.run.manifest import is_sealed
 from cluster.run.rundir import RunDir
-from launcher.job.allocation import Share, node_step, read_allocation, step_environment
+from launcher.job.allocation import NodeAllocation, node_step, read_allocation, step_environment
 from launcher.job.ray_node import DONE, KEEP_LOGS, RayNode
 from launcher.recipe import Recipe, load
 from launcher.slurm.client import Slurm
@@ -53,7 +53,7 @@ class NodeStep:
     """The step that keeps Ray up on one node."""
 
     rank: int
-    share: Share
+    allocation: NodeAllocation
     srun: subprocess.Popen
     rendezvous_dir: Path
 
@@ -70,7 +70,7 @@ class NodeStep:
         """Why the node ended: from its exit report if it could write one."""
         report = read_json(self.rendezvous_dir / f"node-{self.rank}.exit.json")
         reason = report["reason"] if report and report["reason"] else f"its step ended (srun: {self.srun.poll()})"
-        return f"node {self.share.host}: {reason}"
+        return f"node {self.allocation.host}: {reason}"
 
     def send(self, message: str) -> None:
         """Send a line to the node. A node that has ended does not get it."""
@@ -90,21 +90,21 @@ class RayJob:
         self,
         run: RunDir,
         rendezvous_dir: Path,
-        shares: list[Share],
+        allocations: list[NodeAllocation],
         stop: StopRequest,
         checks: Sequence[Callable[[], None]] = (),
     ) -> None:
         self.steps: list[NodeStep] = []
         self._run = run
         self._rendezvous_dir = rendezvous_dir
-        self._shares = shares
+        self._allocations = allocations
         self._stop = stop
         self._checks = checks
         self._token = new_token()
         self._others: list[subprocess.Popen] = []  # processes on this node
-        self._driver: subprocess.Popen  # one of them, from `main` on
+        self._driver: subprocess.Popen  # one of them, from `run` on
 
-    def main(self, command: list[str]) -> int:
+    def run(self, command: list[str]) -> int:
         """Bring Ray up, run `command` on it, and take Ray down. Returns the exit code."""
         last_message = KEEP_LOGS
         with private_folder(self._token) as folder:
@@ -129,12 +129,13 @@ class RayJob:
         while (node := self.steps[0].address()) is None:
             self._wait(deadline)
         head = f"{node.address}:{node.head_port}"
-        while len(self._shares) > 1 and not is_listening(node.address, node.head_port):
+        while len(self._allocations) > 1 and not is_listening(node.address, node.head_port):
             self._wait(deadline)
-        for rank in range(1, len(self._shares)):
+        for rank in range(1, len(self._allocations)):
             self._start_step(rank, head)
         self._await_all(head, deadline, environment)
-        num_cpus, num_gpus = (sum(getattr(share, name) for share in self._shares) for name in ("num_cpus", "num_gpus"))
+        num_cpus = sum(node.num_cpus for node in self._allocations)
+        num_gpus = sum(node.num_gpus for node in self._allocations)
         log.info(f"Ray is up: {', '.join(self._hosts())}; {num_cpus} CPUs, {num_gpus} GPUs")
         return head
 
@@ -160,20 +161,21 @@ class RayJob:
             raise TunesmithError(reason[0])
 
     def _hosts(self) -> list[str]:
-        return [step.share.host for step in self.steps]
+        return [step.allocation.host for step in self.steps]
 
     def _start_step(self, rank: int, head: str | None) -> None:
-        share = self._shares[rank]
-        arguments = [str(self._rendezvous_dir), str(rank), f"--cpus={share.num_cpus}", f"--gpus={share.num_gpus}"]
-        arguments += [f"--memory-mib={share.memory_mib}", f"--logs={self._run.logs / 'ray'}"]
-        arguments += [] if head is None else [f"--head={head}", f"--head-host={self._shares[0].host}"]
+        allocation = self._allocations[rank]
+        arguments = [str(self._rendezvous_dir), str(rank), f"--logs={self._run.ray_logs}"]
+        arguments += [f"--cpus={allocation.num_cpus}", f"--gpus={allocation.num_gpus}"]
+        arguments += [f"--memory-mib={allocation.memory_mib}"]
+        arguments += [] if head is None else [f"--head={head}", f"--head-host={self._allocations[0].host}"]
         srun = subprocess.Popen(
-            [*node_step(share), *step_options(), *python_module("launcher.job.ray_node", *arguments)],
+            [*node_step(allocation), *step_options(), *python_module("launcher.job.ray_node", *arguments)],
             env=step_environment(os.environ),
             stdin=subprocess.PIPE,
             preexec_fn=die_with_parent,
         )
-        self.steps.append(NodeStep(rank, share, srun, self._rendezvous_dir))
+        self.steps.append(NodeStep(rank, allocation, srun, self._rendezvous_dir))
         self.steps[-1].send(self._token)
 
     def _wait(self, deadline: float) -> None:
@@ -186,7 +188,7 @@ class RayJob:
         if self._stop.is_set:
             raise Preempted("the job was asked to stop before Ray was up. Nothing had begun.")
         if time.monotonic() > deadline:
-            late = [step.share.host for step in self.steps if step.address() is None] or self._hosts()
+            late = [step.allocation.host for step in self.steps if step.address() is None] or self._hosts()
             raise TunesmithError(
                 f"Ray is not up after {UP_SECONDS} s. Missing: {', '.join(late)}. Their errors may be above. "
                 f"If not, check that the run folder {self._run.root} is on a file system that all nodes share."
@@ -200,19 +202,19 @@ class RayJob:
         while driver.poll() is None:
             for check in self._checks:
                 check()  # an error that it raises ends the job
-            if self._is_asked() and save_until is None:
+            if self._should_stop() and save_until is None:
                 driver.send_signal(signal.SIGUSR2 if step_options() else signal.SIGTERM)  # TERM would end srun's step
                 save_until = time.monotonic() + SAVE_SECONDS
             if head.has_ended:
                 if save_until is None:
                     driver.kill()
-                    raise TunesmithError(f"Ray's head has ended, so the job cannot go on. {head.failure_reason()}")
+                    raise TunesmithError(f"Ray's head has ended, so the job cannot continue. {head.failure_reason()}")
                 save_until = min(save_until, time.monotonic() + SAVE_WITHOUT_HEAD_SECONDS)
             if save_until is not None and time.monotonic() > save_until:
                 driver.kill()
             for step in [step for step in workers if step.has_ended]:
                 workers.remove(step)
-                log.info(f"{step.failure_reason()}; going on with {1 + len(workers)} of {len(self.steps)} nodes")
+                log.info(f"{step.failure_reason()}; continuing with {1 + len(workers)} of {len(self.steps)} nodes")
             with contextlib.suppress(subprocess.TimeoutExpired):
                 driver.wait(POLL_SECONDS)
         code = driver.returncode
@@ -221,14 +223,14 @@ class RayJob:
             raise Preempted("the job was asked to stop. All finished requests are on disk.")
         return code if code >= 0 else 128 - code
 
-    def _is_asked(self) -> bool:
+    def _should_stop(self) -> bool:
         """Whether Slurm has asked the job to stop: by a signal to this process, or to the step on this node."""
         return self._stop.is_set or (self._rendezvous_dir / "node-0.stop").exists()
 
     def _start(self, argv: list[str], environment: dict[str, str], stdout: int | None = None) -> subprocess.Popen:
         """Start a process on this node that ends with this one. With a container it is a step: only steps run in it."""
         if options := step_options():
-            argv, environment = [*node_step(self._shares[0]), *options, *argv], step_environment(environment)
+            argv, environment = [*node_step(self._allocations[0]), *options, *argv], step_environment(environment)
         process = subprocess.Popen(
             argv, env=environment, stdin=subprocess.DEVNULL, stdout=stdout, preexec_fn=die_with_parent
         )
@@ -268,12 +270,13 @@ def run(stage: str, arguments: list[str], stop: StopRequest, checks: Sequence[Ca
     job, attempt = os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     rendezvous_dir = run.attempt_dir(job, attempt) / f"ray-{secrets.token_hex(4)}"  # new: no file of an earlier try
     rendezvous_dir.mkdir(parents=True)
-    shares = read_allocation(job, Slurm())
-    log_idle_nodes(recipe, shares)
+    allocations = read_allocation(job, Slurm())
+    log_idle_nodes(recipe, allocations)
     write_result_file(run, stage, None)
     code, message = EXIT_FAILED, f"the supervisor of the job failed; the log of job {job} has its error."
     try:
-        code = RayJob(run, rendezvous_dir, shares, stop, checks).main(python_module("launcher.cli", stage, *arguments))
+        ray_job = RayJob(run, rendezvous_dir, allocations, stop, checks)
+        code = ray_job.run(python_module("launcher.cli", stage, *arguments))
         message = f"{stage} ended with exit code {code}; the log of job {job} has its error."
     except Superseded:
         raise
@@ -302,13 +305,13 @@ def write_result_file(run: RunDir, stage: str, result: dict | None) -> None:
         write_json(run.result(stage), result)
 
 
-def log_idle_nodes(recipe: Recipe, shares: list[Share]) -> None:
+def log_idle_nodes(recipe: Recipe, allocations: list[NodeAllocation]) -> None:
     """Log what the engines leave idle: one engine on four nodes is allowed, but hardly ever intended."""
-    num_engines, num_gpus = recipe.engine.num_replicas, sum(share.num_gpus for share in shares)
+    num_engines, num_gpus = recipe.engine.num_replicas, sum(node.num_gpus for node in allocations)
     if num_gpus and (idle := num_gpus - num_engines * recipe.engine.gpus_per_engine) > 0:
         log.info(f"engine.num_replicas={num_engines} leaves {idle} of {num_gpus} GPUs idle")
-    elif not num_gpus and num_engines < len(shares):
-        log.info(f"engine.num_replicas={num_engines} leaves some of the {len(shares)} nodes idle")
+    elif not num_gpus and num_engines < len(allocations):
+        log.info(f"engine.num_replicas={num_engines} leaves some of the {len(allocations)} nodes idle")
 
 
 def is_listening(address: str, port: int) -> bool:

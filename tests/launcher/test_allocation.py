@@ -1,9 +1,9 @@
-"""What a job has on each node, as Slurm tells it, and what a step of one node asks for."""
+"""What a job has on each node, as Slurm shows it, and what a step of one node requests."""
 
 import pytest
 
 from cluster.errors import InputError
-from launcher.job.allocation import Share, node_step, parse_allocation, step_environment
+from launcher.job.allocation import NodeAllocation, node_step, parse_allocation, step_environment
 
 DETAILS = """JobId=7 JobName=tunesmith-synthesize
    NodeList=n[3,1-2]
@@ -20,14 +20,14 @@ def expand(host_list: str) -> list[str]:
 
 def test_each_node_has_its_own_share_in_the_order_of_the_job() -> None:
     assert parse_allocation(DETAILS, expand) == [
-        Share("n3", 1, 0, 0),
-        Share("n1", 5, 2, 4000),
-        Share("n2", 5, 2, 4000),
+        NodeAllocation("n3", 1, 0, 0),
+        NodeAllocation("n1", 5, 2, 4000),
+        NodeAllocation("n2", 5, 2, 4000),
     ]
 
 
 @pytest.mark.parametrize("lost", ["     Nodes=n3 CPU_IDs=5 Mem=0 GRES=\n", "   NodeList=n[3,1-2]\n"])
-def test_a_node_that_slurm_does_not_tell_of_is_an_error(lost: str) -> None:
+def test_a_node_that_slurm_does_not_show_is_an_error(lost: str) -> None:
     with pytest.raises(InputError, match="does not show what the job has on each node"):
         parse_allocation(DETAILS.replace(lost, ""), expand)
 
@@ -37,11 +37,11 @@ def test_gpus_of_several_kinds_add_up() -> None:
     assert parse_allocation(details, expand)[1].num_gpus == 5
 
 
-def test_a_step_asks_for_all_of_its_node_and_not_for_what_the_whole_job_has() -> None:
-    step = node_step(Share("n1", 5, 2, 4000))
+def test_a_step_requests_all_of_its_node_and_not_what_the_whole_job_has() -> None:
+    step = node_step(NodeAllocation("n1", 5, 2, 4000))
     assert {"--overlap", "--exact", "--nodelist=n1", "--cpus-per-task=5", "--gres=gpu:2"} < set(step)
-    assert "--gres=none" in node_step(Share("n3", 1, 0, 0))
-    of_the_job = ("GPUS", "GPUS_PER_TASK", "NTASKS", "MEM_PER_CPU", "NNODES", "EXPORT_ENV")
-    asked = {f"SLURM_{name}": "4" for name in of_the_job}
+    assert "--gres=none" in node_step(NodeAllocation("n3", 1, 0, 0))
+    names = ("GPUS", "GPUS_PER_TASK", "NTASKS", "MEM_PER_CPU", "NNODES", "EXPORT_ENV")
+    of_job = {f"SLURM_{name}": "4" for name in names}
     kept = {"SLURM_JOB_ID": "7", "HF_TOKEN": "x", "SLURM_GPUS_ON_NODE": "2", "SLURM_CONF": "/etc"}
-    assert step_environment(asked | kept) == kept
+    assert step_environment(of_job | kept) == kept

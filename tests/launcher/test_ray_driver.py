@@ -9,16 +9,16 @@ from cluster.errors import Preempted
 from cluster.processes.signals import StopRequest
 from cluster.run.rundir import RunDir
 from launcher.job import ray_job
-from launcher.job.allocation import Share
+from launcher.job.allocation import NodeAllocation
 from launcher.job.ray_job import RayJob
 
 SILENT_STEP = ["sh", "-c", "cat >/dev/null"]  # ends with its standard input
 
 
 def ray_job_of(folder: Path, monkeypatch: pytest.MonkeyPatch, stop: StopRequest) -> RayJob:
-    monkeypatch.setattr(ray_job, "node_step", lambda share: SILENT_STEP)
+    monkeypatch.setattr(ray_job, "node_step", lambda allocation: SILENT_STEP)
     (rendezvous_dir := folder / "rendezvous").mkdir()
-    return RayJob(RunDir(folder), rendezvous_dir, [Share("n1", 1, 0, 0)], stop)
+    return RayJob(RunDir(folder), rendezvous_dir, [NodeAllocation("n1", 1, 0, 0)], stop)
 
 
 @pytest.mark.parametrize("code", [0, 2])
@@ -26,7 +26,7 @@ def test_a_driver_that_needs_no_ray_ends_the_job_with_its_own_code(
     code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = ray_job_of(tmp_path, monkeypatch, StopRequest())
-    assert job.main([sys.executable, "-c", f"raise SystemExit({code})"]) == code
+    assert job.run([sys.executable, "-c", f"raise SystemExit({code})"]) == code
     assert [step.has_ended for step in job.steps] == [True]
 
 
@@ -38,5 +38,5 @@ def test_a_driver_that_waits_for_ray_ends_when_the_job_is_asked_to_stop(
     job = ray_job_of(tmp_path, monkeypatch, stop)
     wait = f"from cluster.ray.cluster import ray_session\nwith ray_session({str(tmp_path)!r}): pass"
     with pytest.raises(Preempted, match="before Ray was up"):
-        job.main([sys.executable, "-c", wait])
+        job.run([sys.executable, "-c", wait])
     assert job._driver.returncode == -9

@@ -171,7 +171,7 @@ def test_a_killed_head_ends_the_job_at_once_and_a_killed_worker_does_not(slurm_c
     killed_at = time.monotonic()
     slurm_cluster.wait_state(job, {"FAILED"}, 30)  # Ray's driver alone would notice after 60 s
     place.end(job, "FAILED", "1:0")
-    reason = "Ray's head has ended, so the job cannot go on. node n1: Ray ended by itself: gcs_server (exit code -9)"
+    reason = "Ray's head has ended, so the job cannot continue. node n1: Ray ended by itself: gcs_server (exit code -9)"
     assert (place.result()["status"], place.result()["message"]) == ("failed", reason), time.monotonic() - killed_at
     assert f"error: {reason}" in slurm_cluster.output(job)
     assert lines_of(place.run / "events.jsonl")[-1]["reason"] == reason
@@ -184,7 +184,7 @@ def test_a_killed_head_ends_the_job_at_once_and_a_killed_worker_does_not(slurm_c
     kill(slurm_cluster, "n2", "raylet/raylet")
     place.end(job, "COMPLETED", "0:0")
     output = slurm_cluster.output(job)
-    assert "[ray] node n2: Ray ended by itself: raylet (exit code -9); going on with 1 of 2 nodes" in output
+    assert "[ray] node n2: Ray ended by itself: raylet (exit code -9); continuing with 1 of 2 nodes" in output
     assert logged.isdisjoint(generated_ids(place.model)[before:])
     result = place.result()
     assert (result["status"], result["num_accepted"], result["is_complete"]) == ("done", NUM_INSTRUCTIONS, True)
