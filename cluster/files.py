@@ -13,6 +13,7 @@ from pathlib import Path
 from cluster.errors import InputError
 
 MIB, GIB = 2**20, 2**30
+TAIL_BYTES = 2**16
 
 
 def fsync_folder(folder: Path) -> None:
@@ -76,6 +77,17 @@ def read_jsonl(path: Path) -> list[dict]:
                 raise InputError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}.")
             rows.append(row)
     return rows
+
+
+def read_last_jsonl(path: Path) -> list[dict]:
+    """The rows in the last 64 KiB of a JSON-lines file, without incomplete ones. Empty if there is no file."""
+    if not path.is_file():
+        return []
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - TAIL_BYTES))
+        lines = file.read().split(b"\n")
+    return [json.loads(line) for line in lines[1 if size > TAIL_BYTES else 0 : -1] if line.strip()]
 
 
 def sha256_file(path: Path) -> str:

@@ -49,7 +49,7 @@ OnOption = Annotated[
 ]
 
 
-def read(path: Path, overrides: list[str] | None, run_dir: Path | None):
+def load_recipe(path: Path, overrides: list[str] | None, run_dir: Path | None):
     from launcher.recipe import load
 
     values = list(overrides or [])
@@ -66,7 +66,7 @@ def run(
     from launcher.stages import run_all
     from launcher.sweep import members_of, save_index
 
-    resolved = read(recipe, overrides, run_dir)
+    resolved = load_recipe(recipe, overrides, run_dir)
     if on == Place.slurm:
         commands.run_on_slurm(recipe, overrides or [], resolved)
         return
@@ -108,7 +108,7 @@ def plan(
     """Show what a recipe would do, and start nothing. `--on slurm` writes plan.json and a copy of the code."""
     from launcher.plan import print_plan
 
-    resolved = read(recipe, overrides, run_dir)
+    resolved = load_recipe(recipe, overrides, run_dir)
     if on == Place.slurm:
         commands.plan_on_slurm(recipe, overrides or [], resolved)
     else:
@@ -129,7 +129,7 @@ def inspect_tokens(
     """Show the rows that training sees: trained text in colour, the rest dim, with end tokens and document borders."""
     if recipe.is_dir():
         recipe, run_dir = RunDir(recipe).recipe, run_dir or recipe
-    resolved = read(recipe, overrides, run_dir)
+    resolved = load_recipe(recipe, overrides, run_dir)
     from trainer.runtime import quieten_libraries, set_accelerator_env
 
     set_accelerator_env()
@@ -145,7 +145,7 @@ commands.add_to(app)
 def _one_stage(stage: str, recipe: Path, overrides: list[str] | None, run_dir: Path | None) -> None:
     from launcher.stages import run_stage
 
-    run_stage(stage, read(recipe, overrides, run_dir))
+    run_stage(stage, load_recipe(recipe, overrides, run_dir))
 
 
 def main() -> None:

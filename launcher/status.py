@@ -13,12 +13,12 @@ from pathlib import Path
 import psutil
 
 from cluster.errors import InputError
+from cluster.files import read_last_jsonl
 from cluster.run.fence import claims
 from cluster.run.rundir import RunDir
 from launcher.done import is_done
 from launcher.recipe import Recipe, read_resolved, refuse_older_layout
 from launcher.slurm.client import QueuedJob, Slurm, SlurmError
-from launcher.slurm.stop_margin import last_rows
 from launcher.slurm.submitted import SubmittedJob, read_jobs
 from launcher.sweep import read_index
 
@@ -181,7 +181,7 @@ def fresh_result(run: RunDir, stage: str, job: SubmittedJob) -> dict:
 
 def last_progress(run: RunDir, stage: str) -> str:
     """The last step in the stage's metrics. Empty if there is none."""
-    rows = [row for row in last_rows(run.metrics) if row.get("stage") == stage and "step" in row]
+    rows = [row for row in read_last_jsonl(run.metrics) if row.get("stage") == stage and "step" in row]
     if not rows:
         return ""
     return f"step {rows[-1]['step']}" + (f", loss {rows[-1]['loss']:.4f}" if rows[-1].get("loss") is not None else "")

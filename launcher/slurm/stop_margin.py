@@ -1,9 +1,7 @@
 """How long before its time limit a job is asked to save and stop."""
 
-import json
-from pathlib import Path
-
 from cluster.errors import InputError
+from cluster.files import read_last_jsonl
 from cluster.run.manifest import MANIFEST
 from cluster.run.rundir import RunDir
 from launcher.slurm_config import JobConfig, seconds_of
@@ -14,7 +12,6 @@ SAVE_SECONDS = 90  # assumed for a first checkpoint; 300 s in all with the other
 STEP_SECONDS = 60  # assumed for a first step
 FLUSH_SECONDS = 30  # other stages write as they go, or start from the beginning
 LAST_STEPS = 100
-TAIL_BYTES = 65536
 
 
 def stop_margin_seconds(run: RunDir, stage: str) -> int:
@@ -41,19 +38,8 @@ def last_save_seconds(run: RunDir) -> float | None:
 
 
 def longest_step_seconds(run: RunDir) -> float | None:
-    seconds = [row["seconds"] for row in last_rows(run.metrics) if row.get("stage") == "train" and "step" in row]
+    seconds = [row["seconds"] for row in read_last_jsonl(run.metrics) if row.get("stage") == "train" and "step" in row]
     return max(seconds[-LAST_STEPS:], default=None)
-
-
-def last_rows(path: Path) -> list[dict]:
-    """The last rows of a JSON-lines file that may be long, without an incomplete row."""
-    if not path.is_file():
-        return []
-    with open(path, "rb") as file:
-        size = file.seek(0, 2)
-        file.seek(max(0, size - TAIL_BYTES))
-        lines = file.read().split(b"\n")
-    return [json.loads(line) for line in lines[1 if size > TAIL_BYTES else 0 : -1] if line.strip()]
 
 
 def check_time(stage: str, config: JobConfig, stop_margin: int) -> None:
