@@ -1,8 +1,8 @@
-"""Typed errors and the exit code each one ends a command with.
+"""Errors, and the exit codes of commands that end with them.
 
-TunesmithError            1   anything that went wrong while running
-├── InputError            2   the user's recipe, data or machine; the message names the place and the fix
-└── Preempted            75   stopped on request with everything saved; start the same command again to go on
+TunesmithError            1   something went wrong while running
+├── InputError            2   the user's recipe, data or machine is wrong; the message names the place and the fix
+└── Preempted            75   stopped on request with everything saved; the same command continues
 """
 
 EXIT_DONE = 0
@@ -12,7 +12,7 @@ EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h
 
 
 class TunesmithError(Exception):
-    """A failure with a message meant for the user."""
+    """A failure with a message for the user."""
 
     exit_code = EXIT_FAILED
 

@@ -1,4 +1,4 @@
-"""Where a model comes from, and the fingerprint that goes into the id of every request it answers."""
+"""Where a model comes from, and the fingerprint of its weights, which is part of the id of every request."""
 
 import hashlib
 from pathlib import Path
@@ -9,27 +9,28 @@ from cluster.files import sha256_file
 
 
 def locate_model(model: ModelConfig) -> ModelConfig:
-    """The model with an absolute path if it is a folder; a name on the hub stays as it is.
+    """The model with an absolute path if it is a folder. A name on the hub stays as it is.
 
-    Raises InputError for what looks like a folder (it exists, or starts with `.`, `/` or `~`) and holds no model.
+    A path is a folder if it exists or starts with `.`, `/` or `~`. Raises InputError if this folder holds no model.
     """
     folder = Path(model.path).expanduser()
     if not folder.exists() and not model.path.startswith((".", "/", "~")):
         if model.path.count("/") > 1:
             raise InputError(
-                f"model.path: {model.path} is no folder here, and a name on the hub has the form org/name. "
-                f"Looked in {Path.cwd()}."
+                f"model.path: {Path.cwd()} has no folder {model.path}, and a name on the hub has the form org/name."
             )
         return model
     if not folder.is_dir():
         raise InputError(f"model.path: there is no folder {folder.absolute()}. Check the path, or give org/name.")
     if not (folder / "config.json").is_file():
-        raise InputError(f"model.path: {folder.absolute()} holds no config.json, so it is not a model in HF's form.")
+        raise InputError(
+            f"model.path: {folder.absolute()} holds no config.json, so it is not a model in Hugging Face's format."
+        )
     return ModelConfig(path=str(folder.resolve()), revision=model.revision)
 
 
 def find_config(model: ModelConfig) -> Path | None:
-    """The model's config.json if it is on this machine: in its folder, or in the hub's cache. Asks nobody."""
+    """The model's config.json in its folder or in the hub's cache. None means that it is not on this machine."""
     located = locate_model(model)
     if Path(located.path).is_dir():
         return Path(located.path) / "config.json"
@@ -40,9 +41,9 @@ def find_config(model: ModelConfig) -> Path | None:
 
 
 def model_revision(model: ModelConfig) -> str:
-    """What tells this model's weights from any others: the commit on the hub, or a hash of a folder's files.
+    """The identity of the model's weights: the commit on the hub, or a hash of the folder's files.
 
-    Raises InputError if the hub cannot be asked and its cache does not hold the model.
+    Raises InputError if the hub is not reachable and its cache does not hold the model.
     """
     folder = Path(model.path)
     if folder.is_dir():
@@ -51,19 +52,19 @@ def model_revision(model: ModelConfig) -> str:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        # The one small file both resolves a branch to its commit and works offline from the cache.
+        # One small file is enough to resolve a branch to its commit, and offline it comes from the cache.
         snapshot = snapshot_download(model.path, revision=model.revision, allow_patterns=["config.json"])
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(
             f"model.path: cannot find {model.path} (revision {model.revision or 'main'}) on the hub: {reason} "
-            "Check the name, log in with `hf auth login` if it is gated, or give a folder."
+            "Check the name, log in with `hf auth login` if the model is gated, or give a folder."
         ) from error
     return Path(snapshot).name
 
 
 def fingerprint_folder(folder: Path) -> str:
-    """SHA-256 over the names and contents of a model's top-level JSON and safetensors files, 16 hex digits."""
+    """SHA-256 over names and contents of a model's top-level JSON and safetensors files: 16 hex digits."""
     digest = hashlib.sha256()
     for path in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")]):
         digest.update(f"{path.name}\0{sha256_file(path)}\n".encode())

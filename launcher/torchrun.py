@@ -24,7 +24,7 @@ from typing import Protocol
 import psutil
 
 from cluster.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED
-from cluster.processes.orphans import die_with_parent
+from cluster.processes.descendants import die_with_parent
 from cluster.processes.signals import StopRequest
 
 HANDLED_BY_TORCH = "SIGINT,SIGQUIT"  # not SIGTERM

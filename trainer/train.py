@@ -30,7 +30,7 @@ with without_collection():
     from cluster.errors import EXIT_DONE, EXIT_PREEMPTED, InputError, TunesmithError
     from cluster.files import write_json
     from cluster.log import stage_logger
-    from cluster.processes.orphans import die_with_parent
+    from cluster.processes.descendants import die_with_parent
     from cluster.processes.signals import StopRequest, ignore_stop_signals
     from cluster.run.fence import verify
     from cluster.run.rundir import RunDir, append_jsonl

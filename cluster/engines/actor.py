@@ -1,6 +1,6 @@
-"""The Ray actor around one engine: requests come in by `submit`, whatever has finished leaves by `collect`.
+"""The Ray actor of one engine: requests come in by `submit`, and completions leave by `collect`.
 
-Two calls instead of one per request: under load a single `collect` brings many completions, and none waits for another.
+Under load one `collect` returns many completions, which is cheaper than a call per request, and none waits for another.
 """
 
 import asyncio
@@ -15,10 +15,10 @@ from cluster.config import ModelConfig
 from cluster.engines.config import Completion, EngineConfig, EngineReport, GenerationRequest
 from cluster.engines.engine import EngineInfo
 from cluster.errors import TunesmithError
-from cluster.processes.reaper import start_reaper
-from cluster.ray.folder import keep_temporary_files_there
+from cluster.processes.descendants import start_reaper
+from cluster.ray.folder import use_ray_folder_for_temporary_files
 
-Answer = Completion | str  # a string is the engine's own error for this one request
+Answer = Completion | str  # a string is the engine's error for this request
 Finished = list[tuple[int, Answer]]
 
 CAUSE = re.compile(r"\b(\w*(?:Error|Exception): .+)")
@@ -28,19 +28,19 @@ MAX_CAUSE_CHARS = 400
 
 
 class EngineStartError(Exception):
-    """An engine did not start; the message is the cause in one line."""
+    """An engine did not start. The message is the cause in one line."""
 
 
 class EngineActor:
-    """One engine and the completions that wait to be collected."""
+    """One engine, and the completions that were not collected yet."""
 
     def __init__(self, config: EngineConfig, model: ModelConfig, num_gpus: int, adapters: tuple[str, ...]) -> None:
         start_reaper()
-        keep_temporary_files_there()
+        use_ray_folder_for_temporary_files()
         module, _, name = config.backend.partition(":")
         try:
             self._backend = getattr(importlib.import_module(module), name)(config, model, num_gpus, adapters)
-        except Exception as error:  # noqa: BLE001 - a backend may raise anything, and only its message travels well
+        except Exception as error:  # noqa: BLE001 - a backend may raise what the pool's process cannot unpickle
             raise EngineStartError(_root_cause(error)) from None
         self._finished: asyncio.Queue[tuple[int, Answer]] = asyncio.Queue()
         self._running: set[asyncio.Task] = set()
@@ -49,21 +49,21 @@ class EngineActor:
         return self._backend.describe()
 
     async def node(self) -> tuple[str, str]:
-        """Ray's id and the address of the node this runs on."""
+        """Ray's id and the address of this node."""
         return ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address()
 
     async def submit(self, chunk: list[tuple[int, GenerationRequest]]) -> None:
-        """Begin some requests. The keys are the pool's and come back with the completions."""
+        """Begin some requests. The pool's keys come back with the completions."""
         for key, request in chunk:
             task = asyncio.create_task(self._run(key, request))
             self._running.add(task)  # the event loop itself keeps only a weak reference
             task.add_done_callback(self._running.discard)
 
     async def collect(self, wait_seconds: float) -> tuple[Finished, EngineReport]:
-        """All completions since the last call, at least one, or none after `wait_seconds`; and how far the engine is.
+        """All completions since the last call, and the engine's report. Waits up to `wait_seconds` for a completion.
 
-        After the first it lingers for others: each call costs both sides more than a completion does, and the
-        engine has as much waiting as it decodes at once.
+        After the first it waits briefly for more, because a call costs both sides more than a completion. The engine
+        meanwhile has as many requests waiting as it decodes at once.
         """
         finished: Finished = []
         try:
@@ -81,13 +81,13 @@ class EngineActor:
             answer: Answer = await self._backend.generate(request)
         except TunesmithError as error:
             answer = str(error)
-        except Exception as error:  # noqa: BLE001 - an engine may raise anything, and its caller must hear of it
+        except Exception as error:  # noqa: BLE001 - whatever the engine raises, the caller must get it
             answer = f"{type(error).__name__}: {error}"
         self._finished.put_nowait((key, answer))
 
 
 def _root_cause(error: Exception) -> str:
-    """The error in one line. vLLM's core process leaves the cause in this worker's log and raises only "see above"."""
+    """The error in one line. That of vLLM's core process only refers to the log, which has the cause."""
     if "Engine core initialization failed" in str(error):
         for descriptor in (1, 2):
             log = Path(os.readlink(f"/proc/self/fd/{descriptor}"))

@@ -1,4 +1,4 @@
-"""What a user says about the engines, and the request and completion that pass through the pool."""
+"""The configuration of the engines, and the requests and completions of the pool."""
 
 from dataclasses import dataclass
 from typing import Any, Self
@@ -9,47 +9,66 @@ from cluster.config import StrictModel
 
 
 class EngineConfig(StrictModel):
-    """The vLLM engines of a pool. Results depend on none of these but the model, `dtype` and `max_model_len`."""
+    """The vLLM engines of a pool. Of these keys, results depend on `dtype` and `max_model_len` alone."""
 
-    num_replicas: int = Field(1, ge=1, description="engines, each with a whole copy of the model")
+    num_replicas: int = Field(1, ge=1, description="number of engines, each with a copy of the model")
     min_replicas: int | None = Field(
-        None, ge=1, description="engines there must be room for at the start, others join when there is; none: all"
+        None,
+        ge=1,
+        description="engines that must have their resources at the start; the others start later. None means all",
     )
     tensor_parallel_size: int = Field(1, ge=1, description="GPUs that share each layer of one engine")
-    pipeline_parallel_size: int = Field(1, ge=1, description="groups of layers of one engine, each on its own GPUs")
+    pipeline_parallel_size: int = Field(1, ge=1, description="groups of layers of one engine, each on GPUs of its own")
     cpus_per_engine: float = Field(1, gt=0, description="CPUs that Ray reserves for an engine")
-    gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="share of a GPU's memory for weights and cache")
-    kv_cache_gib: int = Field(1, ge=1, description="cache for keys and values on a machine without GPUs")
+    gpu_memory_utilization: float = Field(
+        0.9, gt=0, le=1, description="fraction of a GPU's memory for weights and the KV cache"
+    )
+    kv_cache_gib: int = Field(1, ge=1, description="KV cache of an engine on a machine without GPUs")
     dtype: str = Field(
-        "auto", description="number format of the weights; auto: as stored, and float32 on a machine without GPUs"
+        "auto", description="data type of the weights. auto means as stored, and float32 on a machine without GPUs"
     )
-    max_model_len: int | None = Field(None, ge=1, description="tokens of prompt and completion; none: the model's own")
-    max_num_seqs: int = Field(256, ge=1, description="sequences an engine decodes at once")
-    max_num_batched_tokens: int | None = Field(None, ge=1, description="tokens an engine computes in one step")
-    enforce_eager: bool = Field(False, description="no compilation: starts sooner, runs slower on GPUs")
-    enable_prefix_caching: bool = Field(True, description="keep keys and values of prompt beginnings seen before")
+    max_model_len: int | None = Field(
+        None, ge=1, description="tokens of prompt and completion together. None means what the model supports"
+    )
+    max_num_seqs: int = Field(256, ge=1, description="sequences that an engine decodes at once")
+    max_num_batched_tokens: int | None = Field(
+        None, ge=1, description="tokens that an engine computes in one step. None means vLLM's default"
+    )
+    enforce_eager: bool = Field(False, description="no compilation: the engine starts sooner, but is slower on GPUs")
+    enable_prefix_caching: bool = Field(
+        True, description="reuse keys and values of prompt prefixes that were computed before"
+    )
     max_lora_rank: int | None = Field(
-        None, ge=1, le=512, description="largest rank of the LoRA adapters served; none: what they need"
+        None,
+        ge=1,
+        le=512,
+        description="largest rank of the LoRA adapters. None means the largest among the adapters served",
     )
-    seed: int = Field(0, ge=0, description="seed of the engine; every request also carries its own")
-    chunk_size: int = Field(8, ge=1, description="requests that go to an engine in one message at most")
+    seed: int = Field(0, ge=0, description="seed of the engine. Requests have seeds of their own")
+    chunk_size: int = Field(8, ge=1, description="largest number of requests in one message to an engine")
     start_timeout_seconds: float = Field(
         600,
         gt=0,
-        description="an engine with its resources that is not up by then has failed; also how long to wait for "
-        "resources while no engine is up",
+        description="time limit of an engine that loads its model, and of the wait for resources while no engine is up",
     )
     stall_timeout_seconds: float = Field(
-        600, gt=0, description="an engine with requests that makes no token for so long is hung"
+        600,
+        gt=0,
+        description="an engine that has requests but generates no token for this long is hung, and is replaced",
     )
-    slow_window_seconds: float = Field(60, gt=0, description="over such windows the speeds of engines are compared")
+    slow_window_seconds: float = Field(
+        60, gt=0, description="length of the windows over which the speeds of engines are compared"
+    )
     slow_fraction: float = Field(
-        0.3, ge=0, lt=1, description="an engine below this part of its peers' median speed is slow: it gets less to do"
+        0.3,
+        ge=0,
+        lt=1,
+        description="an engine below this fraction of the others' median speed is slow, and gets fewer requests",
     )
-    max_restarts: int = Field(3, ge=0, description="restarts of an engine in a row with no finished request between")
-    max_request_deaths: int = Field(3, ge=2, description="engine deaths after which a request is set aside")
+    max_restarts: int = Field(3, ge=0, description="restarts of an engine in a row without a finished request")
+    max_request_deaths: int = Field(3, ge=2, description="engine deaths after which a request is quarantined")
     backend: str = Field(
-        "cluster.engines.engine:VLLMEngine", pattern=r"^[\w.]+:\w+$", description="the engine, module:Class"
+        "cluster.engines.engine:VLLMEngine", pattern=r"^[\w.]+:\w+$", description="class of the engine, module:Class"
     )
 
     @model_validator(mode="after")
@@ -60,31 +79,31 @@ class EngineConfig(StrictModel):
 
     @property
     def max_in_flight(self) -> int:
-        """Requests sent to one engine and not yet back: twice what it decodes at once, so that it never runs dry."""
+        """Unfinished requests on one engine: twice what it decodes at once, so that it never runs out of work."""
         return 2 * self.max_num_seqs
 
     @property
     def gpus_per_engine(self) -> int:
-        """GPUs of one engine on a cluster that has any."""
+        """GPUs of one engine, if the cluster has GPUs."""
         return self.tensor_parallel_size * self.pipeline_parallel_size
 
 
 @dataclass(frozen=True, slots=True)
 class EngineReport:
-    """How far an engine is. All but running and waiting are counts since it came up."""
+    """What an engine has done since it came up, and the sequences that it has now."""
 
-    num_tokens: int = 0  # generated, those of unfinished requests included
+    num_tokens: int = 0  # generated, also for unfinished requests
     num_running: int = 0  # sequences in the batch now
-    num_waiting: int = 0  # sequences that it has accepted and not begun
+    num_waiting: int = 0  # sequences that are accepted but not begun
     num_preemptions: int = 0  # sequences put back because the cache was full
     num_prefix_queries: int = 0  # prompt tokens looked up in the prefix cache
-    num_prefix_hits: int = 0  # of these, found
+    num_prefix_hits: int = 0  # of these, those found
 
 
 class StructuredOutput(StrictModel):
-    """A form that the engine makes every answer keep to. Exactly one of the three is set.
+    """A form that the engine enforces on every answer. Exactly one of the three is set.
 
-    An answer cut at max_tokens may end in the middle of the form; its finish_reason says so.
+    An answer that is cut at max_tokens may be incomplete; then its finish_reason is "length".
     """
 
     choice: tuple[str, ...] | None = Field(None, min_length=1, description="the answer is one of these")
@@ -93,9 +112,9 @@ class StructuredOutput(StrictModel):
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Self:
-        given = [name for name in type(self).model_fields if getattr(self, name) is not None]
-        if len(given) != 1:
-            raise ValueError(f"set exactly one of choice, regex, json_schema; set are: {', '.join(given) or 'none'}")
+        names = [name for name in type(self).model_fields if getattr(self, name) is not None]
+        if len(names) != 1:
+            raise ValueError(f"set exactly one of choice, regex, json_schema; set are: {', '.join(names) or 'none'}")
         return self
 
 
@@ -114,7 +133,7 @@ class Sampling(StrictModel):
     structured: StructuredOutput | None = None
 
 
-# Text, to which the tokenizer adds its special tokens | token ids | messages of a chat: {"role": ..., "content": ...}
+# text, to which the tokenizer adds its special tokens | token ids | messages of a chat: {"role": ..., "content": ...}
 Prompt = str | list[int] | list[dict[str, str]]
 
 
@@ -122,9 +141,9 @@ Prompt = str | list[int] | list[dict[str, str]]
 class GenerationRequest:
     """One prompt and how to continue it.
 
-    A chat is rendered by the model's own template, up to where the assistant speaks. adapter: the folder of a LoRA
-    adapter that the pool was started with. group: requests of one group begin with the same text, and an engine that
-    gets them together computes it once.
+    A chat is rendered by the model's chat template, up to the assistant's turn. `adapter` is the folder of a LoRA
+    adapter that the pool was started with. Requests of one `group` begin with the same text, which an engine that gets
+    them together computes once.
     """
 
     request_id: str
@@ -138,8 +157,8 @@ class GenerationRequest:
 class Sample:
     """One continuation.
 
-    finish_reason: "stop" (end of text or a stop string), "length" (cut at max_tokens), or, with an empty text,
-    "prompt_too_long" (the model cannot hold it) and "engine_died" (it took several engines down with it).
+    `finish_reason` is "stop" (end of text or a stop string) or "length" (cut at max_tokens). Without a text it is
+    "prompt_too_long" (longer than the model supports) or "engine_died" (several engines died with the request).
     """
 
     text: str
@@ -150,7 +169,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What became of a request. Every request gets one, with `sampling.n` samples in order."""
+    """The outcome of a request: `sampling.n` samples in order. Every request gets one."""
 
     request_id: str
     samples: tuple[Sample, ...]
@@ -183,6 +202,6 @@ class Completion:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """The completion that `dataclasses.asdict` made these values of, also when they went through JSON."""
+        """The inverse of `dataclasses.asdict`, also of values that went through JSON."""
         samples = tuple(Sample(**{**sample, "token_ids": tuple(sample["token_ids"])}) for sample in values["samples"])
         return cls(values["request_id"], samples, values["num_prompt_tokens"])

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
 
-from cluster.processes.orphans import die_with_parent
+from cluster.processes.descendants import die_with_parent
 
 IMPORTS = "cluster.engines.core_imports"
 

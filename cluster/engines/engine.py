@@ -1,10 +1,10 @@
-"""One vLLM engine. The pool runs it inside a Ray actor; nothing here knows about Ray.
+"""One vLLM engine. The pool runs it inside a Ray actor, but nothing here depends on Ray.
 
 A backend is any class with this constructor, `describe`, `generate` and `report`; `EngineConfig.backend` names it.
 
-What has been run: engines of one process, on CPUs, and vLLM itself with tensor_parallel_size=2 in two processes of one
-machine without GPUs ("mp" executor). Engines of several GPUs, on one node or over nodes ("ray" executor), are written
-to vLLM 0.32's sources and have not been run.
+Engines of one process on CPUs have been run, and vLLM with tensor_parallel_size=2 in two processes of one machine
+without GPUs ("mp" executor). Engines of several GPUs, on one node or over nodes ("ray" executor), follow vLLM 0.32's
+sources but have not been run.
 """
 
 import json
@@ -25,23 +25,23 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vllm/config/lora.py, MaxLoRARanks
-# vllm/lora/peft_helper.py refuses these, but only at an adapter's first request; the last it ignores.
+# vllm/lora/peft_helper.py refuses these, but only at an adapter's first request. It ignores the last one.
 UNSERVED_LORA = ("modules_to_save", "use_dora", "lora_bias", "layer_replication", "trainable_token_indices")
 
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """What an engine says of itself when it is up."""
+    """What an engine reports when it is up."""
 
     model: str
     max_model_len: int  # tokens of prompt and completion
 
 
 class VLLMEngine:
-    """vLLM's asynchronous engine with final outputs only."""
+    """vLLM's asynchronous engine, which gives final outputs only."""
 
     def __init__(self, config: EngineConfig, model: ModelConfig, num_gpus: int, adapters: tuple[str, ...] = ()) -> None:
-        """Load the model: half a minute on a CPU, minutes for a large one. `num_gpus` 0 means a CPU build of vLLM."""
+        """Load the model, which takes from seconds to minutes. `num_gpus` 0 means a CPU build of vLLM."""
         set_environment(config, model, num_gpus)
         is_forked = is_one_process(config, num_gpus)
         if is_forked:
@@ -74,14 +74,14 @@ class VLLMEngine:
             enforce_eager=config.enforce_eager,
             enable_prefix_caching=config.enable_prefix_caching,
             seed=config.seed,
-            # One backend for all forms, and compact JSON: a weak model left free to would put white space to the end.
+            # One backend for all forms. Compact JSON, because a weak model would write white space up to max_tokens.
             structured_outputs_config={"backend": "guidance", "disable_any_whitespace": True},
-            # Sampling is what the request says, never a file beside the weights; end tokens that only the model's
-            # generation_config.json names (Llama-3's <|eot_id|>) still end a text (vllm/v1/engine/input_processor.py).
+            # Sampling is that of the request, not of the model's generation_config.json. End tokens that only this
+            # file names (Llama-3's <|eot_id|>) still end a text (vllm/v1/engine/input_processor.py).
             generation_config="vllm",
             disable_log_stats=True,
-            # On a CPU a seeded request whose prompt is computed in parts kills the engine ("CPU Generator does not use
-            # offset", vLLM 0.32.0): there every prompt is computed at once.
+            # On a CPU a seeded request whose prompt is computed in chunks kills the engine ("CPU Generator does not use
+            # offset", vLLM 0.32.0).
             enable_chunked_prefill=num_gpus > 0,
             **optional,
             **lora_arguments(config, adapters, num_gpus),
@@ -95,7 +95,7 @@ class VLLMEngine:
         with core_process.forked_core() if is_forked else nullcontext():
             self._engine = AsyncLLM.from_engine_args(
                 arguments,
-                usage_context=UsageContext.LLM_CLASS,  # tokens a step as of the offline engine, not of a server
+                usage_context=UsageContext.LLM_CLASS,  # as many tokens in a step as the offline engine, not as a server
                 stat_loggers=[make_logger],
             )
         self._logger = loggers[0]
@@ -112,14 +112,14 @@ class VLLMEngine:
         return self._logger.report()
 
     async def generate(self, request: GenerationRequest) -> Completion:
-        """Continue one prompt. A prompt the model cannot hold comes back as "prompt_too_long".
+        """Continue one prompt. The completion of a prompt that is longer than the model supports is "prompt_too_long".
 
         Raises TunesmithError for a chat if the model has no chat template.
         """
         token_ids = prompt_ids(self._engine.get_tokenizer(), request.prompt)
         if len(token_ids) + 1 > self._engine.model_config.max_model_len:
             return Completion.failed(request, "prompt_too_long")
-        prompt = self._tokens_input(token_ids)  # a TokensPrompt would go through a thread of vLLM's, one by one
+        prompt = self._tokens_input(token_ids)  # TokensPrompts would pass one by one through a thread of vLLM
         final = None
         try:
             async for output in self._engine.generate(
@@ -130,7 +130,7 @@ class VLLMEngine:
             ):
                 final = output
         except self._engine_dead_error:
-            os._exit(1)  # the core process is gone: die too, so that the pool sees a death and not a bad request
+            os._exit(1)  # the core process is gone. The pool has to see a death, not a failed request
         samples = tuple(
             Sample(output.text, output.finish_reason, len(output.token_ids), tuple(output.token_ids))
             for output in sorted(final.outputs, key=lambda output: output.index)
@@ -139,7 +139,7 @@ class VLLMEngine:
 
 
 def prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt) -> list[int]:
-    """Token ids of a prompt in any form. Raises TunesmithError for a chat if the model has no template for it."""
+    """Token ids of a prompt in any form. Raises TunesmithError for a chat if the model has no chat template."""
     if isinstance(prompt, str):
         return tokenizer.encode(prompt)
     if not prompt or not isinstance(prompt[0], dict):
@@ -153,28 +153,28 @@ def prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt) -> list[int
 
 
 def lora_arguments(config: EngineConfig, adapters: tuple[str, ...], num_gpus: int) -> dict:
-    """vLLM's arguments for serving these adapters, all of them in one batch if it comes so."""
+    """vLLM's arguments for serving these adapters, if need be all in one batch."""
     if not adapters:
         return {}
     needed = config.max_lora_rank or max(adapter_rank(path) for path in adapters)
     rank = next(rank for rank in LORA_RANKS if rank >= needed)
-    # On a CPU a sequence without an adapter, in a batch with one that has, gets the weights in the last slot (index -1
-    # in vllm/lora/ops/torch_ops/lora_ops.py, 0.32.0): one slot more than there are adapters keeps that one zero.
+    # On a CPU, in a batch with adapters, a sequence without one gets the weights in the last slot (index -1 in
+    # vllm/lora/ops/torch_ops/lora_ops.py, 0.32.0). A slot more than there are adapters keeps these weights zero.
     num_slots = len(adapters) + (num_gpus == 0)
     return {"enable_lora": True, "max_loras": num_slots, "max_lora_rank": rank}
 
 
 def adapter_rank(path: str) -> int:
-    """Largest rank in a LoRA adapter. Raises InputError for a folder without one, or one that vLLM cannot serve."""
+    """The largest rank in a LoRA adapter. Raises InputError if there is no adapter or vLLM cannot serve it."""
     file = Path(path) / "adapter_config.json"
     if not file.is_file():
-        raise InputError(f"{path}: no adapter_config.json there. Name the folder of a LoRA adapter in peft's form.")
+        raise InputError(f"{path}: it has no adapter_config.json. Give the folder of a LoRA adapter in peft's format.")
     adapter = json.loads(file.read_text())
     unserved = [key for key in UNSERVED_LORA if adapter.get(key)]
     if adapter.get("peft_type") != "LORA" or unserved:
         raise InputError(
-            f"{path}: vLLM cannot serve this adapter beside its model (peft_type {adapter.get('peft_type')}"
-            f"{''.join(f', with {key}' for key in unserved)}). Merge it into the model and serve that."
+            f"{path}: vLLM cannot serve this adapter (peft_type {adapter.get('peft_type')}"
+            f"{''.join(f', with {key}' for key in unserved)}). Merge it into the model and serve the merged model."
         )
     rank = max(adapter["r"], *(adapter.get("rank_pattern") or {}).values(), 0)
     if rank > LORA_RANKS[-1]:
@@ -185,30 +185,30 @@ def adapter_rank(path: str) -> int:
 
 
 def check_adapters(config: EngineConfig, adapters: tuple[str, ...]) -> None:
-    """Raises InputError for an adapter that the engines could not serve."""
+    """Raise InputError for an adapter that the engines could not serve."""
     for path in adapters:
         rank = adapter_rank(path)
         if config.max_lora_rank is not None and rank > config.max_lora_rank:
             raise InputError(
-                f"{path}: its rank {rank} is more than engine.max_lora_rank={config.max_lora_rank}. Raise that, or "
-                "leave it out."
+                f"{path}: its rank {rank} is more than engine.max_lora_rank={config.max_lora_rank}. Raise it, or "
+                "remove it from the recipe."
             )
 
 
 def executor_backend(config: EngineConfig, num_gpus: int) -> str | None:
-    """What runs the ranks of one engine: on GPUs Ray, so that it may span nodes; on CPUs processes of this machine."""
+    """The executor of an engine of several ranks: Ray on GPUs, so that it may span nodes, else local processes."""
     if config.gpus_per_engine == 1:
         return None
     return "ray" if num_gpus else "mp"
 
 
 def weights_dtype(config: EngineConfig, num_gpus: int) -> str:
-    """The number format of the weights. Few CPUs compute in bfloat16: on the others it takes four times as long."""
+    """The data type of the weights. Few CPUs compute in bfloat16; on the others it takes four times as long."""
     return "float32" if config.dtype == "auto" and num_gpus == 0 else config.dtype
 
 
 def vllm_sampling(sampling: Sampling):
-    """vLLM's SamplingParams for ours."""
+    """vLLM's SamplingParams of our Sampling."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
@@ -227,9 +227,9 @@ def vllm_sampling(sampling: Sampling):
 
 
 def is_one_process(config: EngineConfig, num_gpus: int) -> bool:
-    """Whether the model computes in the scheduler's own process: one less to start, and no hand-over each step.
+    """Whether the model computes in the scheduler's process, which saves a process and a message in each step.
 
-    With more than one CPU, vLLM's worker process and its threads have all but one of them.
+    With more than one CPU, vLLM's worker process and its threads get all but one of them.
     """
     return num_gpus == 0 and _num_cpus(config) == 1 and config.gpus_per_engine == 1
 
@@ -239,7 +239,7 @@ def _num_cpus(config: EngineConfig) -> int:
 
 
 def set_environment(config: EngineConfig, model: ModelConfig, num_gpus: int) -> None:
-    """Set what vLLM reads from the environment. Nothing is reported anywhere; a local model needs no hub."""
+    """Set what vLLM reads from the environment: no usage reports, and no requests to the hub for a local model."""
     os.environ.update(VLLM_LOGGING_LEVEL="WARNING", VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1")
     if Path(model.path).is_dir():
         os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")

@@ -1,9 +1,9 @@
-"""Where the nodes of a job meet: over the run folder every node tells its address, and all read the head's.
+"""How the nodes of a job find each other: each writes its address into the run folder, and all read the head's.
 
-    own, head = meet(topology, run)         # head.address and head.port: where node 0 listens
+    own, head = meet(topology, run)  # node 0, the head, listens at head.address and head.port
 
-No node resolves another's name. Each finds its own address and publishes it, so a `127.0.1.1` in somebody's /etc/hosts
-cannot turn one job of N nodes into N jobs that wait for each other.
+No node resolves another's name. A `127.0.1.1` in a node's /etc/hosts would turn a job of N nodes into N jobs that wait
+for each other.
 """
 
 import contextlib
@@ -24,15 +24,15 @@ from cluster.files import write_json
 from cluster.nodes.topology import Topology
 from cluster.run.rundir import RunDir
 
-MEET_SECONDS = 300  # nodes of a job start within seconds, but NFS may show a new file a minute late
+MEET_SECONDS = 300  # nodes of a job start within seconds, but NFS may show a new file a minute later
 POLL_SECONDS = 0.2
-FIRST_PORT, NUM_PORTS = 20000, 10000  # below 32768, where Linux begins the ports that it hands out by itself
-NUM_PORT_TRIES = 16  # also the distance between jobs of adjacent ids, so that two jobs on a node try different ports
+FIRST_PORT, NUM_PORTS = 20000, 10000  # below 32768, the first port that Linux assigns by itself
+NUM_PORT_TRIES = 16  # also the distance between jobs with adjacent ids, so two jobs on a node try different ports
 
 
 @dataclass(frozen=True)
 class NodeAddress:
-    """What a node publishes. `port` is where the head (node 0) will listen; the others have None."""
+    """What a node publishes. `port` is where the head (node 0) will listen. None means another node."""
 
     host: str
     address: str
@@ -42,7 +42,7 @@ class NodeAddress:
 
 
 def local_addresses() -> dict[str, str]:
-    """IPv4 address -> interface, of the interfaces that are up, without loopback and link-local ones."""
+    """IPv4 address -> interface, for the interfaces that are up, without loopback and link-local addresses."""
     up = {name for name, stats in psutil.net_if_stats().items() if stats.isup}
     found = {}
     for name, addresses in psutil.net_if_addrs().items():
@@ -55,10 +55,10 @@ def local_addresses() -> dict[str, str]:
 
 
 def choose_address(local: Mapping[str, str], own_name_resolves_to: Iterable[str], interface: str | None) -> str:
-    """The one of this node's `local` addresses (address -> interface) by which the other nodes reach it.
+    """The address of this node, among `local` (address -> interface), at which the other nodes reach it.
 
-    That of `interface` if given, else the one that the node's own name resolves to, else the only one there is.
-    Raises InputError where none of these decides: a guess would hang the job.
+    It is the address of `interface` if that is set, else the one that the node's name resolves to, else the only one.
+    Otherwise raises InputError, because a wrong guess would hang the job.
     """
     listing = ", ".join(f"{name} {address}" for address, name in local.items()) or "none"
     if interface is not None:
@@ -72,7 +72,7 @@ def choose_address(local: Mapping[str, str], own_name_resolves_to: Iterable[str]
     if len(local) == 1:
         return next(iter(local))
     raise InputError(
-        f"cannot tell by which address the other nodes reach {socket.gethostname()} (it has: {listing}). "
+        f"it is not clear at which address the other nodes reach {socket.gethostname()} (it has: {listing}). "
         "Set GLOO_SOCKET_IFNAME to the name of the interface."
     )
 
@@ -80,19 +80,19 @@ def choose_address(local: Mapping[str, str], own_name_resolves_to: Iterable[str]
 def _resolve_own_name() -> list[str]:
     try:
         return socket.gethostbyname_ex(socket.gethostname())[2]
-    except OSError:  # a node without an entry for itself is common; then its interfaces have to decide
+    except OSError:  # a node without an entry for itself is common
         return []
 
 
 def own_address() -> tuple[str, str]:
-    """This node's address and the interface that has it. Honors GLOO_SOCKET_IFNAME."""
+    """This node's address and its interface. Honors GLOO_SOCKET_IFNAME."""
     local = local_addresses()
     address = choose_address(local, _resolve_own_name(), os.environ.get("GLOO_SOCKET_IFNAME"))
     return address, local[address]
 
 
 def free_port(job_id: str) -> int:
-    """A port on which this node can listen now, the first from a place that the job id decides."""
+    """A port on which this node can listen now: the first free one from a start that depends on the job id."""
     start = int(job_id) * NUM_PORT_TRIES
     for offset in range(NUM_PORT_TRIES):
         port = FIRST_PORT + (start + offset) % NUM_PORTS

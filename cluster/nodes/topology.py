@@ -1,6 +1,6 @@
-"""Which nodes a job has and which of them this one is, read from the environment alone.
+"""The nodes of a job and this node's rank among them, read from the environment.
 
-topology = read_topology(os.environ)    # the SLURM_* variables of one task per node; nothing: one local node
+topology = read_topology(os.environ)  # the SLURM_* variables of one task per node; without them one local node
 """
 
 import re
@@ -12,14 +12,14 @@ from pathlib import Path
 from cluster.errors import InputError
 from cluster.run.rundir import RunDir
 
-HOSTS = "TUNESMITH_HOSTS"  # a job's id and its nodes, for steps in an image, where there is no scontrol
+HOSTS_VARIABLE = "TUNESMITH_HOSTS"  # a job's id and its nodes, for steps in a container, which has no scontrol
 _HOST_LIST = re.compile(r"[A-Za-z0-9][A-Za-z0-9._,\[\]-]*")
 _HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 @dataclass(frozen=True)
 class Topology:
-    """The nodes of a job as one of them sees it. `job_id` is "local" outside Slurm."""
+    """The nodes of a job, and which of them this one is. `job_id` is "local" outside Slurm."""
 
     hosts: tuple[str, ...]
     node_rank: int
@@ -37,7 +37,7 @@ class Topology:
         return f"{self.job_id}-{self.restart_count}"
 
     def attempt_dir(self, run: RunDir) -> Path:
-        """Where the nodes of this attempt of this job leave files for each other."""
+        """Where the nodes of this attempt of the job leave files for each other."""
         return run.attempt_dir(self.job_id, self.restart_count)
 
 
@@ -50,12 +50,12 @@ def _integer(environ: Mapping[str, str], key: str, default: int | None = None) -
 
 def export_hosts(environ: MutableMapping[str, str], hosts: Iterable[str]) -> None:
     """Give the steps of this job its node names, in their environment."""
-    environ[HOSTS] = " ".join([environ["SLURM_JOB_ID"], *hosts])
+    environ[HOSTS_VARIABLE] = " ".join([environ["SLURM_JOB_ID"], *hosts])
 
 
 def _exported_hosts(environ: Mapping[str, str]) -> list[str]:
-    """The names from `export_hosts`, if this step is one of that job on all of its nodes."""
-    job_id, *hosts = environ.get(HOSTS, "").split() or [""]
+    """The names from `export_hosts`; none if this step belongs to another job or runs on some of its nodes."""
+    job_id, *hosts = environ.get(HOSTS_VARIABLE, "").split() or [""]
     on_all = environ.get("SLURM_STEP_NODELIST", environ["SLURM_JOB_NODELIST"]) == environ["SLURM_JOB_NODELIST"]
     return hosts if on_all and job_id == environ.get("SLURM_JOB_ID") else []
 
@@ -65,11 +65,11 @@ def read_topology(
     procs_per_node: int | None = None,
     expand: Callable[[str], list[str]] | None = None,
 ) -> Topology:
-    """The job's nodes, from the environment of one Slurm task per node; one local node where there is no job.
+    """The topology of a Slurm job with one task per node; outside Slurm one local node.
 
-    `expand` gives the names in a compressed list such as `gpu[01-03]`. Without a job it is not needed.
-    `procs_per_node` defaults to SLURM_GPUS_ON_NODE, and to 1 where the job has no GPUs.
-    Raises InputError for an environment that no such task has.
+    `expand` gives the names in a compressed list such as `gpu[01-03]`; a local node needs none. `procs_per_node`
+    defaults to SLURM_GPUS_ON_NODE, and to 1 if the job has no GPUs. Raises InputError if the environment is not that of
+    such a task.
     """
     procs = procs_per_node or _integer(environ, "SLURM_GPUS_ON_NODE", default=1)
     if procs < 1:
@@ -78,7 +78,7 @@ def read_topology(
         return Topology((socket.gethostname(),), 0, procs, "local", 0, 0)
     host_list = environ.get("SLURM_STEP_NODELIST", environ["SLURM_JOB_NODELIST"])
     if not _HOST_LIST.fullmatch(host_list):
-        raise InputError(f"the job's node list {host_list!r} is not one of Slurm's.")
+        raise InputError(f"the job's node list {host_list!r} has not the form of a Slurm node list.")
     hosts = tuple(_exported_hosts(environ) or expand(host_list))
     node_rank = _integer(environ, "SLURM_NODEID")
     if not all(_HOST.fullmatch(host) for host in hosts) or len(set(hosts)) != len(hosts) or node_rank >= len(hosts):

@@ -1,11 +1,11 @@
-"""The Ray that a stage runs on: the one RAY_ADDRESS names, or a private one of our own that ends with the stage.
+"""The Ray that a stage runs on: the one in RAY_ADDRESS, or a private one that ends with the stage.
 
     with ray_session(run.root):
         ...
 
-A driver that is started while its Ray still comes up is told by a file where that is: see launcher/job/ray_job.py.
-`ray job submit` sets RAY_ADDRESS for its driver, so a stage submitted there uses that cluster. No other cluster is
-ever looked for: guessing attaches to a neighbor's.
+A driver that starts before its Ray is up finds the address in a file: see launcher/job/ray_job.py. `ray job submit`
+sets RAY_ADDRESS for its driver, so a stage that is submitted there uses that cluster. No other cluster is searched for:
+it might be another user's.
 """
 
 import contextlib
@@ -20,27 +20,27 @@ from cluster.ray.folder import RAY_FOLDER, keep_logs, new_token, private_folder,
 from cluster.run.rundir import RunDir
 
 START_ATTEMPTS = 3
-ADDRESS_FILE = "TUNESMITH_RAY_ADDRESS_FILE"  # names the file that will have the address of our Ray, as JSON
+ADDRESS_FILE = "TUNESMITH_RAY_ADDRESS_FILE"  # the variable with the path of the file that will have the address
 
 
 @contextlib.contextmanager
 def ray_session(run_root: Path) -> Iterator[None]:
-    """Connect this process to Ray until the block ends.
+    """Connect this process to Ray until the block ends. Inside another session it does nothing.
 
-    A session inside another one is the outer one. A private Ray keeps its workers' logs in `run_root/logs/ray` if the
-    block fails. Raises InputError for an address that cannot be used, and TunesmithError if Ray does not start.
+    If the block fails, the logs of a private Ray are copied to the run folder. Raises InputError for an address that
+    cannot be used, and TunesmithError if Ray does not start.
     """
-    import ray  # not at the top: it takes a second that `--help` does not have
+    import ray  # takes a second, which `--help` must not
 
     if ray.is_initialized():
         yield
     else:
-        address = _address_of_our_own() or os.environ.get("RAY_ADDRESS")
+        address = _address_of_own_ray() or os.environ.get("RAY_ADDRESS")
         with _joined(address) if address else _private(run_root):
             yield
 
 
-def _address_of_our_own() -> str | None:
+def _address_of_own_ray() -> str | None:
     """The address in ADDRESS_FILE, as soon as it is there. If that Ray fails, its starter ends this process."""
     path = os.environ.get(ADDRESS_FILE)
     return None if path is None else await_json(Path(path), deadline=math.inf)
@@ -50,8 +50,8 @@ def _address_of_our_own() -> str | None:
 def _joined(address: str) -> Iterator[None]:
     if address == "auto" or address.startswith(("http://", "https://", "ray://")):
         raise InputError(
-            f"RAY_ADDRESS={address}: give the head's HOST:PORT (as `ray start --head` prints it), or start with "
-            "`ray job submit`, which sets it. Unset RAY_ADDRESS for a private Ray on this machine."
+            f"RAY_ADDRESS={address}: expected the head's HOST:PORT, as `ray start --head` prints it. "
+            "`ray job submit` sets it. Unset RAY_ADDRESS for a private Ray on this machine."
         )
     import ray
 
@@ -84,11 +84,11 @@ def _private(run_root: Path) -> Iterator[None]:
 
 
 def _start(folder: Path) -> None:
-    """Start a private Ray. It gives its own processes 30 seconds, which is too few under load: try more than once."""
+    """Start a private Ray. Under load, the 30 seconds that it gives its processes may be too few: try again."""
     import ray
     from ray._raylet import AuthenticationTokenLoader, Config
 
-    # Ray reads its settings and its token once per process; an earlier session here had others.
+    # Ray reads its settings and its token once per process, but an earlier session of this process had others.
     Config.initialize("")
     AuthenticationTokenLoader.instance().reset_cache()
     for attempt in range(START_ATTEMPTS):
@@ -102,7 +102,7 @@ def _start(folder: Path) -> None:
                 _temp_dir=str(folder / f"{RAY_FOLDER}{attempt}"),
             )
             return
-        except Exception as error:  # Ray raises a bare one when its processes are late
+        except Exception as error:  # Ray raises a bare Exception if its processes are late
             if "timed out during startup" not in str(error) or attempt + 1 == START_ATTEMPTS:
                 raise TunesmithError(
                     f"Ray did not start on this machine: {_last_line(error)} Check the load, free memory, /dev/shm and "
@@ -112,7 +112,7 @@ def _start(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _environment(values: dict[str, str]) -> Iterator[None]:
-    """Set environment variables, and put the old ones back."""
+    """Set environment variables, and restore the old ones after the block."""
     old = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:

@@ -1,10 +1,10 @@
-"""The folder of one Ray on one node: in the node's own /tmp, for nobody else's eyes, and gone at the end.
+"""The folder of one Ray on one node: in the node's own /tmp, private, and removed at the end.
 
     with private_folder(token) as folder:
         environment = {**os.environ, **ray_environment(folder)}
 
-Ray opens what it makes to everybody and keeps its sockets there, so its folders lie in one of ours (0700), beside the
-token (0600) without which nobody may talk to it.
+Ray makes its folders and sockets accessible to all users. So they lie in a folder of ours (0700), with the token
+(0600) that every client of this Ray needs.
 """
 
 import contextlib
@@ -25,9 +25,9 @@ FOLDER_PREFIX = "tunesmith-ray-"
 RAY_FOLDER = "r"
 LOGS = f"{RAY_FOLDER}?/session_2*/logs"
 KEPT_LOGS = ("start?.log", f"{LOGS}/worker-*", f"{LOGS}/raylet.*", f"{LOGS}/gcs_server.*")
-LEFTOVER_SECONDS = 600.0
-ENGINE_FILES = "VLLM_RPC_BASE_PATH"  # vLLM's name for where its sockets are
-MAX_SOCKET_FOLDER_CHARS = 45  # Ray appends about 60, and the kernel takes 107 for a socket's path
+STALE_SECONDS = 600.0
+ENGINE_FILES = "VLLM_RPC_BASE_PATH"  # the variable that says where vLLM puts its sockets
+MAX_SOCKET_FOLDER_CHARS = 45  # Ray appends about 60, and the kernel allows 107 for a socket's path
 
 
 def new_token() -> str:
@@ -36,18 +36,18 @@ def new_token() -> str:
 
 @contextlib.contextmanager
 def private_folder(token: str) -> Iterator[Path]:
-    """A new folder with the token in it, removed at the end. Folders of processes that were killed go as well."""
+    """A new folder with the token in it, removed at the end. Also removes the folders of processes that were killed."""
     parent = own_tmp()
     _remove_abandoned(parent)
     with contextlib.ExitStack() as stack:
         try:
             folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=parent))  # 0700
-            stack.callback(shutil.rmtree, folder, ignore_errors=True)  # a worker on its way out may still write there
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)  # a worker that ends may still write there
             stack.push(_write_token(folder, token))
         except OSError as error:
             raise InputError(
-                f"{parent} on {socket.gethostname()}: {error.strerror}. Ray's folder has to be there: make room, or "
-                "set TMPDIR to another folder that is this machine's own."
+                f"{parent} on {socket.gethostname()}: {error.strerror}. Ray needs a folder there. Free some space, or "
+                "set TMPDIR to another local folder."
             ) from error
         if len(str(folder)) > MAX_SOCKET_FOLDER_CHARS:
             raise InputError(f"TMPDIR is too long for Ray's sockets ({folder}). Set TMPDIR=/tmp.")
@@ -55,28 +55,28 @@ def private_folder(token: str) -> Iterator[Path]:
 
 
 def _write_token(folder: Path, token: str) -> TextIO:
-    """Write a token that only we can read. The open file holds a lock: the folder is in use while we live."""
+    """Write a token that only this user can read. The open file holds a lock, which marks the folder as in use."""
     descriptor = os.open(folder / "token.new", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     file = os.fdopen(descriptor, "w")
     file.write(token)
     file.flush()
-    os.rename(folder / "token.new", folder / "token")  # so no one ever sees a token without its lock
+    os.rename(folder / "token.new", folder / "token")  # so the token exists only with its lock
     return file
 
 
 def own_tmp() -> Path:
-    """TMPDIR or /tmp. Not Python's answer: with a full /tmp that would be some other folder, which nodes may share."""
+    """TMPDIR or /tmp. If /tmp is full, `tempfile.gettempdir` may choose a folder that nodes share."""
     return Path(os.environ.get("TMPDIR") or "/tmp")
 
 
 def _remove_abandoned(parent: Path) -> None:
-    """Remove the folders of sessions that were killed: nobody holds the lock on their token.
+    """Remove the folders of sessions that were killed.
 
-    Ray processes that outlive a session by seconds make its folder anew, without a token: age tells those.
+    Ray processes that outlive a session by seconds create its folder again without a token, which is stale with age.
     """
     for folder in parent.glob(f"{FOLDER_PREFIX}*"):
-        with contextlib.suppress(FileNotFoundError):  # another session may be removing it at this moment
+        with contextlib.suppress(FileNotFoundError):  # another session may remove it at this moment
             if folder.stat().st_uid == os.getuid() and _is_abandoned(folder):
                 shutil.rmtree(folder, ignore_errors=True)
 
@@ -84,7 +84,7 @@ def _remove_abandoned(parent: Path) -> None:
 def _is_abandoned(folder: Path) -> bool:
     token = folder / "token"
     if not token.exists():
-        return time.time() - folder.stat().st_mtime > LEFTOVER_SECONDS
+        return time.time() - folder.stat().st_mtime > STALE_SECONDS
     with open(token) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -94,32 +94,32 @@ def _is_abandoned(folder: Path) -> bool:
 
 
 def ray_environment(folder: Path) -> dict[str, str]:
-    """What head, nodes and drivers of a Ray must have in their environment, with the token of `folder`.
+    """The environment of the head, the nodes and the drivers of a Ray, with the token of `folder`.
 
-    The mode is said outright: Ray would turn tokens on for a head, and not for the other nodes, because of a token that
-    some earlier Ray left in the user's home.
+    The mode is explicit, because a token that an earlier Ray left in the user's home would turn tokens on for the head
+    but not for the other nodes.
     """
     return {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
-        "RAY_worker_niceness": "0",  # Ray's 15 would let any other process starve the engines
-        ENGINE_FILES: str(folder),  # a killed engine leaves its sockets
+        "RAY_worker_niceness": "0",  # with Ray's 15 any other process could starve the engines
+        ENGINE_FILES: str(folder),  # a killed engine does not remove its sockets
     }
 
 
-def keep_temporary_files_there() -> None:
-    """Let this process and those it starts keep temporary files in the folder of the Ray it is in, if that is ours.
+def use_ray_folder_for_temporary_files() -> None:
+    """Let this process and its children keep temporary files in the folder of their Ray, if the folder is ours.
 
-    An engine is killed at its end, as Ray does it, and removes nothing: elsewhere it would stay for good.
+    Ray kills an engine at its end, so the engine removes nothing. Elsewhere its files would stay forever.
     """
     if folder := os.environ.get(ENGINE_FILES):
         os.environ["TMPDIR"] = tempfile.tempdir = folder
 
 
 def keep_logs(folder: Path, destination: Path) -> None:
-    """Copy what Ray's processes said: a dead engine's last words are there and nowhere else."""
+    """Copy the logs of Ray's processes, which alone have the last messages of a dead engine."""
     for pattern in KEPT_LOGS:
         for log in folder.glob(pattern):
             if log.is_file() and log.stat().st_size:

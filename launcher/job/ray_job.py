@@ -27,7 +27,7 @@ from cluster.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, Preempted, Tu
 from cluster.files import write_json
 from cluster.log import stage_logger
 from cluster.nodes.rendezvous import read_json
-from cluster.processes.orphans import die_with_parent
+from cluster.processes.descendants import die_with_parent
 from cluster.processes.signals import StopRequest
 from cluster.ray.cluster import ADDRESS_FILE
 from cluster.ray.folder import new_token, private_folder, ray_environment

@@ -29,7 +29,7 @@ import psutil
 from cluster.errors import EXIT_DONE, EXIT_FAILED, TunesmithError
 from cluster.files import MIB, write_json
 from cluster.nodes.rendezvous import own_address
-from cluster.processes.orphans import adopt_orphans, die_with_parent, end_descendants
+from cluster.processes.descendants import adopt_orphans, die_with_parent, end_descendants
 from cluster.processes.signals import STOP_SIGNALS
 from cluster.ray.folder import RAY_FOLDER, keep_logs, private_folder, ray_environment
 from launcher.job.first_node import FirstNode

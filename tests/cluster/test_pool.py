@@ -176,7 +176,7 @@ def test_an_adapter_that_cannot_be_served_is_bad_input(tmp_path):
         (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(adapter))
         asyncio.run(EnginePool.start(config, model, (str(tmp_path / "adapter"),)).__aenter__())
 
-    with pytest.raises(InputError, match=r"no adapter_config\.json there"):
+    with pytest.raises(InputError, match=r"it has no adapter_config\.json"):
         asyncio.run(EnginePool.start(scripted(), model, (str(tmp_path),)).__aenter__())
     with pytest.raises(InputError, match=r"with modules_to_save\)\. Merge it into the model"):
         start(scripted(), peft_type="LORA", r=8, modules_to_save=["lm_head"])
@@ -190,7 +190,7 @@ def test_an_adapter_that_cannot_be_served_is_bad_input(tmp_path):
 
 def test_an_adapter_that_the_engines_do_not_have_is_bad_input(tmp_path):
     request = GenerationRequest("request", "prompt", SAMPLING, adapter="elsewhere")
-    with pytest.raises(InputError, match="names the adapter elsewhere, and the engines were started with none"):
+    with pytest.raises(InputError, match="names the adapter elsewhere, but the engines were started with none"):
         complete_all(scripted(), write_script(tmp_path / "model"), [request])
 
 

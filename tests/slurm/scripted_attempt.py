@@ -18,7 +18,7 @@ from pathlib import Path
 
 from cluster.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, TunesmithError
 from cluster.files import write_json
-from cluster.processes.orphans import die_with_parent
+from cluster.processes.descendants import die_with_parent
 from cluster.run.fence import own_token, verify
 from cluster.run.manifest import write_manifest
 from cluster.run.rundir import RunDir, append_jsonl

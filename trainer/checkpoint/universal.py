@@ -20,7 +20,7 @@ from pathlib import Path
 from cluster.errors import TunesmithError
 from cluster.files import sha256_file
 from cluster.log import stage_logger
-from cluster.processes.orphans import die_with_parent
+from cluster.processes.descendants import die_with_parent
 from cluster.run.manifest import MANIFEST, is_sealed, verify_manifest
 from trainer.checkpoint.commit import CONVERTED, explain_failed_write, seal
 
