@@ -1,4 +1,4 @@
-"""Set-up, as a new user meets it."""
+"""Set-up refuses with one sentence what it cannot do."""
 
 import os
 import subprocess
