@@ -235,7 +235,8 @@ def find_runs(folder: Path) -> list[tuple[Path, dict[str, object]]]:
     """Run folders below `folder`, with the values of a sweep. Raises InputError if there is no such folder."""
     if not folder.is_dir():
         raise InputError(
-            f"{folder}: there is no such folder. Runs are in the folder `runs`, or in that of `--run-dir`."
+            f"{folder}: there is no such folder. Runs are in `runs` unless `--run-dir` named another folder, which "
+            "`tunesmith list FOLDER` lists."
         )
     found: list[tuple[Path, dict[str, object]]] = []
     for place in sorted(path for path in folder.iterdir() if path.is_dir()):
