@@ -1,8 +1,8 @@
 """Slurm's commands, as the launcher and the jobs themselves call them.
 
-    slurm = Slurm()
-    job_id = slurm.submit(["sbatch", "--parsable", "script.sh"])
-    slurm.queue([job_id])[job_id].state
+    client = Slurm()
+    job_id = client.submit(["sbatch", "--parsable", "script.sh"])
+    client.queue([job_id])[job_id].state
 
 Every command has a deadline and runs in a clean environment. Every error is a `SlurmError`. It is a `SlurmNoAnswer` if
 nothing is known, and a `SlurmRefused` if Slurm said no. Imports nothing heavy: it is used inside jobs, also in images.
