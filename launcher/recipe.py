@@ -61,8 +61,8 @@ class Recipe(StrictModel):
 
     @model_validator(mode="after")
     def _export_is_possible(self) -> "Recipe":
-        if (why := form_refusal(self.train.tuning, self.export.form)) is not None:
-            raise ValueError(why)
+        if (reason := form_refusal(self.train.tuning, self.export.form)) is not None:
+            raise ValueError(reason)
         if self.export.checkpoint == "best" and not self.train.checkpoint.keep_best:
             raise ValueError(
                 "export.checkpoint=best, but train.checkpoint.keep_best=0 keeps only the newest checkpoints. "

@@ -38,8 +38,8 @@ def members_of(path: Path, overrides: list[str], recipe: Recipe) -> list[Member]
             member = load(path, [*overrides, *settings])
         except InputError as error:
             raise InputError(f"run {name} of the sweep: {error}") from error
-        place = {"name": f"{recipe.name}-{name}", "run_dir": recipe.run.sweep / name, "sweep": {}}
-        members.append(Member(name, dict(zip(keys, values, strict=True)), member.model_copy(update=place)))
+        changes = {"name": f"{recipe.name}-{name}", "run_dir": recipe.run.sweep / name, "sweep": {}}
+        members.append(Member(name, dict(zip(keys, values, strict=True)), member.model_copy(update=changes)))
     return members
 
 
