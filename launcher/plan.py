@@ -10,7 +10,7 @@ from cluster.errors import InputError
 from cluster.model_source import find_config, locate_model
 from launcher.recipe import Recipe
 from trainer.config.train import TrainConfig
-from trainer.memory import amount, check_heads, choose_stage, estimate, read_facts, usable_bytes
+from trainer.memory import check_heads, choose_stage, estimate, format_bytes, read_facts, usable_bytes
 
 
 def describe_stages(recipe: Recipe, place: str = " on this machine") -> list[tuple[str, str, str]]:
@@ -111,7 +111,7 @@ def print_memory(
         chosen = None if usable is None else choose_stage(facts, train, train.num_processes, usable)
     except InputError as error:
         refusal = error  # raised after the table, which shows by how much it does not fit
-    available = "usable memory unknown" if usable is None else f"{amount(usable)} usable"
+    available = "usable memory unknown" if usable is None else f"{format_bytes(usable)} usable"
     title = f"expected memory of each of {train.num_processes} ranks; {available}"
     table = Table(title=title, title_justify="left")
     offloads = {train.zero.offload_optimizer, train.zero.offload_parameters} != {"none"}
@@ -123,7 +123,7 @@ def print_memory(
         result = "chosen" if chosen is not None and chosen.stage == stage else "fits"
         if usable is None or found.total > usable:
             result = "" if usable is None else "too much"
-        table.add_row(str(stage), *map(amount, parts), result)
+        table.add_row(str(stage), *map(format_bytes, parts), result)
     console.print(table)
     if refusal is not None:
         raise refusal

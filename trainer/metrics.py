@@ -1,107 +1,118 @@
-"""One line a step on the terminal, one row a step in metrics.jsonl. Rank 0 writes both."""
+"""The figures of every step: a line in the log, a row in metrics.jsonl, and the trackers. Rank 0 writes all three."""
 
+import contextlib
+import hashlib
+import importlib
 import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
-import numpy as np
 import psutil
 import torch
+import torch.distributed as dist
+from deepspeed import DeepSpeedEngine
 
 from cluster.files import GIB
 from cluster.log import stage_logger
 from cluster.run.fence import Fence
 from cluster.run.rundir import RunDir, append_jsonl
 from trainer.checkpoint.state import TrainState
+from trainer.coordinator import AgreedStep
+from trainer.data.batches import Batches
 from trainer.flops import Utilization
-from trainer.trackers import Report
-from trainer.watchdog import LossWatch
+from trainer.job import TrainJob
+from trainer.loss_monitor import LossMonitor, describe_step
 
 log = stage_logger("train")
+Report = Callable[[int, dict[str, float]], None]  # takes a step and its figures
 
 
 @dataclass(frozen=True)
-class Step:
-    """A step that was started. On a GPU it may still be at work: reading a tensor of it waits for it."""
+class StepRecord:
+    """A step that was started. On a GPU it may still be running: reading one of its tensors waits for it."""
 
-    state: TrainState  # after it
+    step: AgreedStep
+    state: TrainState  # after the step
     loss_sum: torch.Tensor  # [], over all ranks
     grad_norm: torch.Tensor  # [], before clipping
     lr: float
-    num_labels: int  # over all ranks
-    lengths: np.ndarray  # tokens of each document [D], over all ranks
 
 
-class StepLine:
-    """Reports steps and keeps the running figures of this attempt.
+class StepLogger:
+    """Logs every step and keeps the figures of this attempt.
 
-    On a GPU (`is_lazy`) a step is told of when the next one was started, so that the GPU always has work waiting.
+    On a GPU (`is_lazy`) a step is logged after the next one was started, so that the GPU always has work in its queue.
     """
 
     def __init__(
-        self, run: RunDir, num_steps: int, first_step: int, is_writer: bool, is_lazy: bool, watch: LossWatch,
+        self, run: RunDir, num_steps: int, first_step: int, is_writer: bool, monitor: LossMonitor,
         utilization: Utilization, report: Report,
     ):  # fmt: skip
-        self.run, self.num_steps, self.first_step = run, num_steps, first_step
-        self.is_writer, self.is_lazy = is_writer, is_lazy
-        self.watch, self.utilization, self.report = watch, utilization, report
-        self.started = self.last = time.perf_counter()
+        self.run, self.num_steps, self.first_step, self.is_writer = run, num_steps, first_step, is_writer
+        self.monitor, self.utilization, self.report = monitor, utilization, report
+        self.is_lazy = torch.cuda.is_available()
+        self.started_at = self.last_logged_at = time.perf_counter()
         self.num_tokens = 0
         self.loss: float | None = None
         self.unsaved_losses: list[float] = []
-        self.pending: Step | None = None
+        self.pending: StepRecord | None = None
         self.fence = Fence(run.root)
 
     @property
     def tokens_per_second(self) -> float:
-        """Over all ranks, since the first step of this attempt; saving included."""
-        elapsed = time.perf_counter() - self.started
+        """Over all ranks, since the first step of this attempt. The time for saving counts."""
+        elapsed = time.perf_counter() - self.started_at
         return round(self.num_tokens / elapsed, 1) if self.num_tokens else 0.0
 
-    def step(self, step: Step) -> None:
-        """Take note of a step, and tell of the one before if that was not done yet."""
+    def log_step(
+        self, step: AgreedStep, state: TrainState, loss_sum: torch.Tensor, grad_norm: torch.Tensor, lr: float
+    ) -> None:
+        """Log a step; on a GPU, log the previous one. `state` is the state after the step."""
         self.flush()
-        self.pending = step
+        self.pending = StepRecord(step, state, loss_sum, grad_norm, lr)
         if not self.is_lazy:
             self.flush()
 
     def flush(self) -> None:
-        """Wait for the step at work and tell of it. Raises Diverged, on every rank, if its loss is no number."""
+        """Log the pending step, which waits until it has run. Raises Diverged, on every rank, if it is not finite."""
         if self.pending is None:
             return
-        step, self.pending = self.pending, None
-        loss, grad_norm = float(step.loss_sum) / step.num_labels, float(step.grad_norm)
+        record, self.pending = self.pending, None
+        self.loss, grad_norm = float(record.loss_sum) / record.step.num_labels, float(record.grad_norm)
         now = time.perf_counter()
-        seconds, self.last = now - self.last, now
-        self.num_tokens += int(step.lengths.sum())
-        self.loss = loss
+        seconds, self.last_logged_at = now - self.last_logged_at, now
+        self.num_tokens += record.step.num_tokens
         if self.is_writer:
-            self._tell(step, loss, grad_norm, seconds, now)
-        warning = self.watch.check(step.state.step, loss, grad_norm, step.lr)
+            self._write(record, self.loss, grad_norm, seconds)
+        warning = self.monitor.check(record.state.step, self.loss, grad_norm, record.lr)
         if warning and self.is_writer:
             log.warning(warning)
-        self.unsaved_losses.append(loss)
+        self.unsaved_losses.append(self.loss)
 
     def take_mean_loss(self) -> float | None:
-        """Mean loss of the steps since this was last asked for."""
+        """Mean loss of the steps since the last call, which may wait for the GPU. None means that there were none."""
+        self.flush()
         losses, self.unsaved_losses = self.unsaved_losses, []
         return sum(losses) / len(losses) if losses else None
 
-    def _tell(self, step: Step, loss: float, grad_norm: float, seconds: float, now: float) -> None:
+    def _write(self, record: StepRecord, loss: float, grad_norm: float, seconds: float) -> None:
         self.fence.check_throttled()
-        state = step.state
-        rate = float(step.lengths.sum()) / seconds
+        state, step = record.state, record.step
+        tokens_per_second = float(step.num_tokens) / seconds
         figures = {
-            "loss": loss, "lr": step.lr, "grad_norm": grad_norm, "tokens_per_second": round(rate, 1),
+            "loss": loss, "lr": record.lr, "grad_norm": grad_norm, "tokens_per_second": round(tokens_per_second, 1),
             "num_tokens": state.num_tokens, "seconds": round(seconds, 4), "memory_gib": round(memory_bytes() / GIB, 3),
         }  # fmt: skip
-        mfu = self.utilization.of_step(step.lengths, step.num_labels, seconds)
+        mfu = self.utilization.of_step(step.document_lengths, step.num_labels, seconds)
         if mfu is not None:
             figures["mfu"] = round(mfu, 4)
-        left = (now - self.started) / (state.step - self.first_step) * (self.num_steps - state.step)
+        seconds_per_step = (self.last_logged_at - self.started_at) / (state.step - self.first_step)
+        minutes_left, seconds_left = divmod(int(seconds_per_step * (self.num_steps - state.step)), 60)
         log.info(
-            f"step {state.step}/{self.num_steps} | loss {loss:.4f} | lr {step.lr:.2e} | "
-            f"grad norm {grad_norm:.3f} | {rate:,.0f} tok/s | {'' if mfu is None else f'MFU {mfu:.1%} | '}"
-            f"{figures['memory_gib']:.1f} GiB | {int(left) // 60}:{int(left) % 60:02d} left"
+            f"step {state.step}/{self.num_steps} | loss {loss:.4f} | lr {record.lr:.2e} | "
+            f"grad norm {grad_norm:.3f} | {tokens_per_second:,.0f} tok/s | {'' if mfu is None else f'MFU {mfu:.1%} | '}"
+            f"{figures['memory_gib']:.1f} GiB | {minutes_left}:{seconds_left:02d} left"
         )
         row = {"stage": "train", "step": state.step, **figures, "time": round(time.time(), 3)}
         if self.fence.token is not None:
@@ -110,8 +121,60 @@ class StepLine:
         self.report(state.step, figures)
 
 
+@contextlib.contextmanager
+def step_logging(
+    job: TrainJob, engine: DeepSpeedEngine, batches: Batches, tokenizer, first_step: int
+) -> Iterator[StepLogger]:
+    """The StepLogger of a training that starts after `first_step`, with the trackers of the recipe open."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    monitor = LossMonitor(job.config.watch, partial(describe_step, batches, tokenizer.decode))
+    utilization = Utilization(engine.module.lm, world_size)
+    trackers = job.config.report_to if rank == 0 else ()
+    with open_trackers(trackers, job.run, job.config.model_dump(mode="json")) as report:
+        yield StepLogger(job.run, batches.num_steps, first_step, rank == 0, monitor, utilization, report)
+
+
 def memory_bytes() -> int:
-    """The most that this rank has had allocated on its GPU; without one, what its process has resident now."""
+    """The peak of this rank's allocated GPU memory. Without a GPU, the resident memory of its process now."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return psutil.Process().memory_info().rss
+
+
+@contextlib.contextmanager
+def open_trackers(names: Sequence[str], run: RunDir, settings: dict) -> Iterator[Report]:
+    """A function that sends the figures of a step to every tracker in `names`.
+
+    A resumed run continues in its tracker too. The trackers' own libraries find the keys of their services.
+    """
+    with contextlib.ExitStack() as stack:
+        reports = [stack.enter_context(_open_tracker(name, run, settings)) for name in names]
+
+        def report(step: int, figures: dict[str, float]) -> None:
+            for send in reports:
+                send(step, {f"train/{key}": value for key, value in figures.items()})
+
+        yield report
+
+
+@contextlib.contextmanager
+def _open_tracker(name: str, run: RunDir, settings: dict) -> Iterator[Report]:
+    if name == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(str(run.tensorboard))
+        try:
+            yield lambda step, figures: [writer.add_scalar(key, value, step) for key, value in figures.items()]
+        finally:
+            writer.close()
+        return
+    library = importlib.import_module(name)  # wandb, or trackio, which has the same functions
+    folder = run.root.resolve()
+    options = {"id": hashlib.sha256(str(folder).encode()).hexdigest()[:16], "dir": str(folder)}
+    library.init(
+        project="tunesmith", name=folder.name, config=settings, resume="allow", **(options if name == "wandb" else {})
+    )
+    try:
+        yield lambda step, figures: library.log(figures, step=step)
+    finally:
+        library.finish()

@@ -1,4 +1,4 @@
-"""What a recipe leaves open (`auto`), settled once the ranks have met: the same for all of them, at every restart."""
+"""Replaces what a recipe leaves open (`auto`) once the ranks have met. Every rank and restart gets the same."""
 
 import json
 import os
@@ -14,36 +14,37 @@ from cluster.log import stage_logger
 from trainer.checkpoint.state import newest_checkpoint
 from trainer.config.train import TrainConfig
 from trainer.job import TrainJob
-from trainer.memory import MemoryEstimate, amount, check_heads, choose_stage, read_facts, usable_bytes
+from trainer.memory import MemoryEstimate, check_heads, choose_stage, format_bytes, read_facts, usable_bytes
 from trainer.model.attention import choose_attention
 from trainer.model.layers import uses_liger
 
 log = stage_logger("train")
 
 
-def settle(job: TrainJob) -> TrainJob:
-    """The job with its ZeRO stage chosen. A collective; raises InputError on every rank if the model does not fit.
+def resolve_auto(job: TrainJob) -> TrainJob:
+    """The job with its ZeRO stage and attention chosen. A collective.
 
-    A job that goes on keeps the stage of its checkpoints, whatever memory is free now.
+    A resumed job keeps the stage of its checkpoints, however much memory is free now. Raises InputError, on every rank,
+    if the model does not fit.
     """
-    check_ranks(job, dist.get_world_size())
+    check_num_ranks(job, dist.get_world_size())
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     usable: list[int] = [0] * dist.get_world_size()
     dist.all_gather_object(usable, usable_bytes(job.config, ranks_here))
-    answer: list[object] = [None]
+    outcome: list[TrainConfig | str | None] = [None]  # the config, or the message of an error
     if dist.get_rank() == 0:
         try:
-            answer = [_choose(job, dist.get_world_size(), min(usable))]
+            outcome = [_resolve_config(job, dist.get_world_size(), min(usable))]
         except InputError as error:
-            answer = [str(error)]
-    dist.broadcast_object_list(answer, src=0)
-    (chosen,) = answer
-    if isinstance(chosen, str):
-        raise InputError(chosen)
-    return replace(job, config=chosen)
+            outcome = [str(error)]
+    dist.broadcast_object_list(outcome, src=0)
+    (config,) = outcome
+    if isinstance(config, str):
+        raise InputError(config)
+    return replace(job, config=config)
 
 
-def _choose(job: TrainJob, world_size: int, usable: int) -> TrainConfig:
+def _resolve_config(job: TrainJob, world_size: int, usable: int) -> TrainConfig:
     file = job.run.zero
     config = job.config
     if config.zero_stage == "auto" and newest_checkpoint(job.run.checkpoints) is not None and file.is_file():
@@ -52,47 +53,48 @@ def _choose(job: TrainJob, world_size: int, usable: int) -> TrainConfig:
     facts = read_facts(job.model, config)
     check_heads(facts, config)
     chosen = choose_stage(facts, config, world_size, usable)
-    config = settled(config, chosen.stage, attention)
+    config = with_choices(config, chosen.stage, attention)
     write_json(file, {"zero_stage": chosen.stage, "world_size": world_size, "usable": usable, "bytes": asdict(chosen)})
     log.info(f"{describe(chosen, usable)}; attention: {config.attention}")
     return config
 
 
-def settled(config: TrainConfig, stage: int, attention: str) -> TrainConfig:
-    """The recipe with these choices. Raises InputError if they clash with the rest of it."""
+def with_choices(config: TrainConfig, stage: int, attention: str) -> TrainConfig:
+    """The config with these choices. Raises InputError if they clash with the rest of it."""
     try:
         return TrainConfig(**config.model_dump() | {"zero_stage": stage, "attention": attention})
     except ValidationError as error:
-        (complaint,) = error.errors()
-        raise InputError(f"train: {complaint['msg'].removeprefix('Value error, ')}") from error
+        (details,) = error.errors()
+        raise InputError(f"train: {details['msg'].removeprefix('Value error, ')}") from error
 
 
 def describe(chosen: MemoryEstimate, usable: int) -> str:
-    """One line: the stage, and what it is expected to take."""
+    """One line: the stage and its estimated memory, against `usable` bytes."""
     text = (
-        f"ZeRO-{chosen.stage}: about {amount(chosen.total)} a rank ({amount(chosen.states)} for weights, gradients and "
-        f"optimizer), {amount(usable)} usable"
+        f"ZeRO-{chosen.stage}: about {format_bytes(chosen.total)} per rank ({format_bytes(chosen.states)} for weights, "
+        f"gradients and optimizer), {format_bytes(usable)} usable"
     )
     return text if chosen.total <= usable else f"{text}: it may not fit"
 
 
-def check_ranks(job: TrainJob, world_size: int) -> None:
-    """Raise InputError for settings that this number of ranks does not allow."""
-    hpz = job.config.zero.hpz_partition_size
-    if world_size % hpz:
+def check_num_ranks(job: TrainJob, world_size: int) -> None:
+    """Raise InputError if a setting does not work with this number of ranks or on this node."""
+    partition_size = job.config.zero.hpz_partition_size
+    if world_size % partition_size:
         raise InputError(
-            f"train.zero.hpz_partition_size={hpz} does not divide {world_size} ranks. Set it to the ranks of a node."
+            f"train.zero.hpz_partition_size={partition_size} does not divide {world_size} ranks. "
+            "Set it to the number of ranks on a node."
         )
-    parts = job.config.sequence_parallel_size
-    if world_size % parts:
+    num_parts = job.config.sequence_parallel_size
+    if world_size % num_parts:
         raise InputError(
-            f"train.sequence_parallel_size={parts} does not divide {world_size} ranks. Change one of them."
+            f"train.sequence_parallel_size={num_parts} does not divide {world_size} ranks. Change one of them."
         )
-    uses_liger(job.config)  # raises if the recipe insists in vain
+    uses_liger(job.config)  # raises InputError if the recipe wants Liger and cannot have it
     if (folder := job.config.zero.nvme_path) is not None:
-        from deepspeed.ops.op_builder import AsyncIOBuilder  # DeepSpeed is dear to import, and few have such a disk
+        from deepspeed.ops.op_builder import AsyncIOBuilder  # slow to import, and few recipes use an NVMe disk
 
         if not Path(folder).is_dir():
-            raise InputError(f"train.zero.nvme_path: there is no folder {folder} on this node.")
+            raise InputError(f"train.zero.nvme_path: this node has no folder {folder}.")
         if not AsyncIOBuilder().is_compatible():
             raise InputError("train.zero.nvme_path: DeepSpeed needs libaio for it (apt install libaio-dev).")

@@ -1,10 +1,9 @@
-"""The loss on data that is never trained on: a share held out of the job's own, or a dataset beside it."""
+"""The loss on data that is never trained on: a held-out share of the training data, or a dataset of its own."""
 
 import math
 import time
 from collections.abc import Iterable
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -13,26 +12,28 @@ from deepspeed import DeepSpeedEngine
 from cluster.log import stage_logger
 from cluster.run.fence import verify
 from cluster.run.rundir import append_jsonl
+from trainer.checkpoint.state import TrainState
 from trainer.config.data import DataSource
+from trainer.coordinator import load_shared_tokens
 from trainer.data.batches import MicroBatch, collate, plan_rows, split_rows
 from trainer.data.mixture import document_hashes, held_out_documents
-from trainer.data.tokens import Tokens, load_tokens, prepare_tokens
+from trainer.data.tokens import Tokens
 from trainer.engine import model_inputs
 from trainer.job import TrainJob
+from trainer.watchdog import Watchdog
 
 log = stage_logger("train")
-KEY = "train.validation.path"
 
 
-def validate(engine: DeepSpeedEngine, batches: Iterable[MicroBatch]) -> float:
-    """Mean loss a label over all ranks' micro-batches. A collective: every rank needs as many of them.
+def validation_loss(engine: DeepSpeedEngine, micro_batches: Iterable[MicroBatch]) -> float:
+    """Mean loss per label over the micro-batches of all ranks. A collective: every rank needs the same number of them.
 
-    Without gradient, dropout or noise, so it draws no random numbers and changes nothing of the training.
+    Without gradient, dropout and noise. It draws no random numbers, so the training after it is the same.
     """
-    totals = torch.zeros(2, dtype=torch.float64, device=engine.device)  # sum of losses, labels
+    totals = torch.zeros(2, dtype=torch.float64, device=engine.device)  # sum of losses, number of labels
     engine.eval()
     with torch.no_grad():
-        for batch in batches:
+        for batch in micro_batches:
             totals[0] += engine(**model_inputs(engine, batch))
             totals[1] += batch.num_labels
     engine.train()
@@ -40,29 +41,40 @@ def validate(engine: DeepSpeedEngine, batches: Iterable[MicroBatch]) -> float:
     return float(totals[0] / totals[1])
 
 
-class Validation:
-    """When the loss is taken, of what, and where it is told. Every rank has one."""
+class Validator:
+    """Validates every `train.validation.every_steps` steps and after the last one; never if that section is missing."""
 
-    def __init__(self, job: TrainJob, tokens: Tokens, documents: list[int]):
-        """`documents` of `tokens` are validated on."""
-        self.job, self.tokens = job, tokens
-        self.num_documents = len(documents)
-        self.rows = plan_rows(tokens, job.config, documents)
-        self.last_loss: float | None = None
+    def __init__(self, job: TrainJob, tokenizer: object, tokens: Tokens, watchdog: Watchdog):
+        """A collective. `tokens`: the training data, from which the held-out documents are taken.
 
-    def at(self, engine: DeepSpeedEngine, step: int, is_last: bool) -> float | None:
-        """Validate and report if it is time after `step`, else return None. A collective."""
-        if not is_last and step % self.job.config.validation.every_steps:
+        Raises InputError if `train.validation.path` cannot be read or has no usable row.
+        """
+        self.job, self.config, self.watchdog = job, job.config.validation, watchdog
+        self.last_loss: float | None = None  # None means that nothing was validated yet
+        if self.config is None:
+            return
+        if self.config.path is None:
+            documents = held_out_documents(tokens, job.config, job.seed)
+        else:
+            source = DataSource(path=self.config.path)
+            tokens = load_shared_tokens(job, tokenizer, (source,), "train.validation.path")[0]
+            documents = document_hashes(tokens, job.seed).argsort(kind="stable")
+        documents = documents[: self.config.max_examples].tolist()
+        self.tokens, self.num_documents, self.rows = tokens, len(documents), plan_rows(tokens, job.config, documents)
+        if dist.get_rank() == 0:
+            log.info(
+                f"validation: {self.num_documents:,} documents, every {self.config.every_steps} steps and at the end"
+            )
+
+    def maybe_run(self, engine: DeepSpeedEngine, state: TrainState) -> float | None:
+        """The validation loss. None means that no validation is due after this step. A collective."""
+        if self.config is None or not (state.finished or state.step % self.config.every_steps == 0):
             return None
+        self.watchdog.set_location(f"step {state.step}, validating")
         started = time.perf_counter()
-        self.last_loss = validate(engine, self._micro_batches())
-        if dist.get_rank() != 0:
-            return self.last_loss
-        seconds = time.perf_counter() - started
-        log.info(f"step {step} | validation loss {self.last_loss:.4f} | {seconds:.1f} s")
-        row = {"stage": "validation", "step": step, "loss": self.last_loss, "num_documents": self.num_documents}
-        verify(self.job.run.root)
-        append_jsonl(self.job.run.metrics, {**row, "seconds": round(seconds, 3), "time": round(time.time(), 3)})
+        self.last_loss = validation_loss(engine, self._micro_batches())
+        if dist.get_rank() == 0:
+            self._write(state.step, self.last_loss, seconds=time.perf_counter() - started)
         return self.last_loss
 
     def _micro_batches(self) -> Iterable[MicroBatch]:
@@ -71,26 +83,8 @@ class Validation:
         num_passes = math.ceil(len(self.rows) / (size * world_size))
         return split_rows(self.rows[rank::world_size], size, num_passes, partial(collate, self.tokens))
 
-
-def make_validation(job: TrainJob, tokenizer: object, tokens: Tokens) -> Validation | None:
-    """What the recipe asks for, if anything. A collective: rank 0 encodes a dataset of its own, the others map it.
-
-    Raises InputError if that dataset cannot be read or none of it can be used.
-    """
-    config = job.config.validation
-    if config is None:
-        return None
-    if config.path is None:
-        documents = held_out_documents(tokens, job.config, job.seed)
-    else:
-        folder: list[str | None] = [None]
-        if dist.get_rank() == 0:
-            source = DataSource(path=config.path)
-            folder = [str(prepare_tokens(job.config, tokenizer, (source,), job.run.tokens, KEY))]
-        dist.broadcast_object_list(folder, src=0)
-        tokens = load_tokens(Path(str(folder[0])))
-        documents = document_hashes(tokens, job.seed).argsort(kind="stable")
-    validation = Validation(job, tokens, documents[: config.max_examples].tolist())
-    if dist.get_rank() == 0:
-        log.info(f"validation: {validation.num_documents:,} documents, every {config.every_steps} steps and at the end")
-    return validation
+    def _write(self, step: int, loss: float, seconds: float) -> None:
+        log.info(f"step {step} | validation loss {loss:.4f} | {seconds:.1f} s")
+        verify(self.job.run.root)
+        row = {"stage": "validation", "step": step, "loss": loss, "num_documents": self.num_documents}
+        append_jsonl(self.job.run.metrics, {**row, "seconds": round(seconds, 3), "time": round(time.time(), 3)})

@@ -13,7 +13,7 @@ from launcher.slurm.jobs import PlannedJob
 from launcher.slurm.submit import Prepared
 from launcher.slurm_config import JobConfig
 from trainer.config.train import TrainConfig
-from trainer.memory import USABLE_SHARE, usable_bytes
+from trainer.memory import USABLE_FRACTION, usable_bytes
 
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -75,7 +75,7 @@ def usable_on_a_node(train: TrainConfig, asked: JobConfig) -> int | None:
     if asked.gpus_per_node or asked.memory is None:
         return None
     number, unit = asked.memory.rstrip("KMGT"), asked.memory[-1]
-    return int(int(number) * _UNITS.get(unit, _UNITS["M"]) * USABLE_SHARE)  # one rank a node where there are no GPUs
+    return int(int(number) * _UNITS.get(unit, _UNITS["M"]) * USABLE_FRACTION)  # one rank a node where there are no GPUs
 
 
 def script_of(job: PlannedJob) -> str:

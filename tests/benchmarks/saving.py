@@ -22,7 +22,7 @@ from tests.benchmarks.training import ROOT, write_texts
 
 SIZES = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12}
 ROWS = {
-    "alone": "DeepSpeed's save_checkpoint alone", "ours": "our checkpoint, sealed", "load": "going on from it",
+    "alone": "DeepSpeed's save_checkpoint alone", "ours": "our checkpoint, committed", "load": "loading it",
     "held": "with local_dir: until training goes on", "sealed": "with local_dir: until sealed",
 }  # fmt: skip
 

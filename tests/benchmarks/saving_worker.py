@@ -16,21 +16,21 @@ from trainer.runtime import load_comm_kernel, quieten_libraries, set_accelerator
 
 set_accelerator_env()
 
-import deepspeed  # noqa: E402
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
+import deepspeed
+import torch
+import torch.distributed as dist
 
-from tests.benchmarks.peak import highest_bytes  # noqa: E402
-from trainer.checkpoint import checkpointer as checkpoint  # noqa: E402
-from trainer.checkpoint.checkpointer import Saver  # noqa: E402
-from trainer.checkpoint.state import TrainState, newest_checkpoint  # noqa: E402
-from trainer.config.train import CheckpointConfig  # noqa: E402
-from trainer.engine import make_engine, train_step  # noqa: E402
-from trainer.job import read_job  # noqa: E402
-from trainer.model.load import load_tokenizer  # noqa: E402
-from trainer.ranks import make_all_sum  # noqa: E402
-from trainer.resolve import settle  # noqa: E402
-from trainer.train import make_batches, shared_tokens  # noqa: E402
+from tests.benchmarks.peak import highest_bytes
+from trainer.checkpoint.checkpointer import Checkpointer, load_checkpoint
+from trainer.checkpoint.state import TrainState, newest_checkpoint
+from trainer.config.train import CheckpointConfig
+from trainer.coordinator import load_shared_tokens, make_all_sum
+from trainer.engine import make_engine, train_step
+from trainer.job import read_job
+from trainer.model.load import load_tokenizer
+from trainer.resolve import resolve_auto
+from trainer.train import make_batches
+from trainer.watchdog import Watchdog
 
 
 def timed(work: Callable[[], object]) -> tuple[float, int]:
@@ -49,29 +49,32 @@ def main() -> None:
     torch.set_num_threads(1)
     load_comm_kernel()
     deepspeed.init_distributed(dist_backend="gloo", timeout=datetime.timedelta(minutes=10))
-    job = settle(read_job(run))
+    job = resolve_auto(read_job(run))
     tokenizer, num_added = load_tokenizer(job.model, None)
-    tokens, job_hash = shared_tokens(job, tokenizer)
+    tokens, tokens_key = load_shared_tokens(job, tokenizer, job.sources)
+    job_hash = job.fingerprint(tokens_key)
     batches = make_batches(tokens, job, dist.get_rank(), dist.get_world_size())
     engine = make_engine(job, tokenizer, num_added, batches.grad_accum_steps, dist.get_world_size())
     train_step(engine, batches.micro_batches(0), 1000, 1e-4)
     found: dict[str, list] = {"alone": [], "ours": [], "held": [], "sealed": [], "load": []}
     state, all_sum = TrainState(0, 0, 0, 0, dist.get_world_size(), job_hash), make_all_sum(600)
-    with Saver(engine, job.run.checkpoints, CheckpointConfig(every_steps=1, keep_last=1), all_sum) as saver:
+    watchdog = Watchdog(600, dist.get_rank())
+    config = CheckpointConfig(every_steps=1, keep_last=1)
+    with Checkpointer(engine, job.run.checkpoints, config, all_sum, watchdog) as checkpointer:
         for number in range(1, num_rounds + 1):
             folder = run / "alone"
             found["alone"].append(timed(lambda folder=folder: engine.save_checkpoint(str(folder), save_latest=False)))
             dist.barrier()
             if dist.get_rank() == 0:
                 shutil.rmtree(folder)
-            found["ours"].append(timed(lambda number=number: saver.save(replace(state, step=number))))
+            found["ours"].append(timed(lambda number=number: checkpointer.save(replace(state, step=number))))
             last = newest_checkpoint(job.run.checkpoints)
-            found["load"].append(timed(lambda last=last: checkpoint.load(engine, last, job_hash, job.seed)))
+            found["load"].append(timed(lambda last=last: load_checkpoint(engine, last, job_hash, job.seed)))
     config = CheckpointConfig(every_steps=1, keep_last=1, local_dir=str(run / "local"))
-    with Saver(engine, job.run.checkpoints, config, all_sum) as saver:
+    with Checkpointer(engine, job.run.checkpoints, config, all_sum, watchdog) as checkpointer:
         for number in range(1, num_rounds + 1):
-            held = timed(lambda number=number: saver.save(replace(state, step=num_rounds + number)))
-            rest = timed(saver.finish)
+            held = timed(lambda number=number: checkpointer.save(replace(state, step=num_rounds + number)))
+            rest = timed(checkpointer.finish)
             found["held"].append(held)
             found["sealed"].append((held[0] + rest[0], max(held[1], rest[1])))
     if dist.get_rank() == 0:

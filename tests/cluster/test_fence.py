@@ -27,7 +27,7 @@ from cluster.run.fence import (
 from cluster.run.rundir import RunDir
 from generation.request_log import RequestLog
 from tests.generation.test_request_log import make_id
-from trainer.checkpoint.commit import partial_folder, put_in_place
+from trainer.checkpoint.commit import commit_checkpoint, partial_folder
 from trainer.checkpoint.state import complete_checkpoints
 from trainer.config.train import CheckpointConfig
 
@@ -113,17 +113,17 @@ def test_a_checkpoint_of_an_old_generation_is_never_put_in_place(tmp_path: Path,
     config = CheckpointConfig(keep_last=2)
     monkeypatch.setenv(TOKEN_VARIABLE, str(claim(tmp_path, "train", "1")))
     write_part(checkpoints, 1, "first")
-    put_in_place(checkpoints, 1, config)
+    commit_checkpoint(checkpoints, 1, config)
     write_part(checkpoints, 2, "first")
 
     monkeypatch.setenv(TOKEN_VARIABLE, str(claim(tmp_path, "train", "2")))
     write_part(checkpoints, 2, "second")  # both are being written, side by side
     monkeypatch.setenv(TOKEN_VARIABLE, "1")
     with pytest.raises(Superseded, match="job 2"):
-        put_in_place(checkpoints, 2, config)
+        commit_checkpoint(checkpoints, 2, config)
     assert [folder.name for folder in complete_checkpoints(checkpoints)] == ["step_000001"]
     monkeypatch.setenv(TOKEN_VARIABLE, "2")
-    put_in_place(checkpoints, 2, config)
+    commit_checkpoint(checkpoints, 2, config)
     assert (checkpoints / "step_000002" / "part").read_text() == "second"
 
 

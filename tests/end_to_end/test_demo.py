@@ -32,7 +32,7 @@ def test_the_demo_ends_well_after_a_kill_and_says_that_it_goes_on(demo):
 @pytest.mark.long
 def test_the_demo_ends_well_after_two_kills_and_one_ctrl_c(demo):
     assert [attempt.exit_code for attempt in demo.attempts] == [-9, -9, 75, 0]
-    assert "going on from" in demo.attempts[2].output
+    assert "resuming from" in demo.attempts[2].output
     assert "answers are there already" in demo.attempts[3].output
 
 

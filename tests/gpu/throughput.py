@@ -178,7 +178,7 @@ def measure(name: str, max_seq_len: int, num_steps: int, rows_a_step: int, say: 
         if number >= NUM_WARM_UP:
             rates.append(float(lengths.sum() / seconds))
             labels = sum(row.batch.num_labels for row in batch)
-            shares += [flops.of(lengths, labels) / seconds / peak] if peak else []
+            shares += [flops.count(lengths, labels) / seconds / peak] if peak else []
     return {
         "job": name, "device": torch.cuda.get_device_name() if on_gpu else "CPU", "attention": config.attention,
         "liger": uses_liger(config), "max_seq_len": max_seq_len, "rows_a_step": rows_a_step,

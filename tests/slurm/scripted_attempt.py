@@ -25,7 +25,7 @@ from cluster.run.rundir import RunDir, append_jsonl
 from launcher.job import attempt
 from launcher.recipe import load
 from launcher.slurm.container import python_module
-from trainer.checkpoint.commit import partial_folder, put_in_place, remove_partial
+from trainer.checkpoint.commit import commit_checkpoint, partial_folder, remove_unfinished
 from trainer.checkpoint.state import TrainState, is_trained, newest_checkpoint, read_state
 from trainer.config.train import CheckpointConfig
 from trainer.job import export_key
@@ -75,12 +75,12 @@ def rank(run: RunDir) -> int:
 
 
 def save(run: RunDir, step: int, text: str, finished: bool) -> None:
-    remove_partial(run.checkpoints)
+    remove_unfinished(run.checkpoints)
     partial = partial_folder(run.checkpoints, step)
     partial.mkdir(parents=True)
     (partial / "weights.txt").write_text(text)
     write_json(partial / "state.json", asdict(TrainState(step, step, step, step, 1, "job", finished)))
-    put_in_place(run.checkpoints, step, CheckpointConfig(keep_last=2))
+    commit_checkpoint(run.checkpoints, step, CheckpointConfig(keep_last=2))
 
 
 def export(run: RunDir) -> int:

@@ -59,7 +59,7 @@ def test_two_nodes_train_one_model_and_the_same_command_goes_on_after_a_notice(
     job = slurm_cluster.sbatch(*command, options=options, cwd=recipe.parent, env=ENV)
     slurm_cluster.wait_state(job, {"COMPLETED"}, 300)
     output = slurm_cluster.output(job)
-    assert f"going on from {result['checkpoint']}, step {stopped_at} of {NUM_STEPS}" in output
+    assert f"resuming from {result['checkpoint']}, step {stopped_at} of {NUM_STEPS}" in output
     assert "x 2 ranks" in output and f"; {NUM_STEPS} steps" in output
     steps = [row["step"] for row in read_rows(run / "metrics.jsonl") if row["stage"] == "train"]
     assert steps == list(range(1, NUM_STEPS + 1))

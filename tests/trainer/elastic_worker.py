@@ -10,11 +10,11 @@ from trainer.runtime import load_comm_kernel, quieten_libraries, set_accelerator
 
 set_accelerator_env()
 
-import deepspeed  # noqa: E402
-import torch  # noqa: E402
+import deepspeed
+import torch
 
-from trainer.job import read_job  # noqa: E402
-from trainer.train import train  # noqa: E402
+from trainer.job import read_job
+from trainer.train import train
 
 
 class StopAfter:

@@ -7,13 +7,13 @@ from trainer.runtime import load_comm_kernel, quieten_libraries, set_accelerator
 
 set_accelerator_env()
 
-import deepspeed  # noqa: E402
-import torch  # noqa: E402
-from deepspeed.runtime.sequence_parallel import parallel_state_sp  # noqa: E402
-from deepspeed.utils import groups  # noqa: E402
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: E402
+import deepspeed
+import torch
+from deepspeed.runtime.sequence_parallel import parallel_state_sp
+from deepspeed.utils import groups
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from tests.trainer.tools import train_here  # noqa: E402
+from tests.trainer.tools import train_here
 
 
 def forget_ulysses() -> None:

@@ -16,16 +16,17 @@ from trainer.runtime import load_comm_kernel, quieten_libraries, set_accelerator
 
 set_accelerator_env()
 
-import deepspeed  # noqa: E402
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from torch.profiler import profile  # noqa: E402
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch.profiler import profile
 
-from trainer.engine import make_engine  # noqa: E402
-from trainer.job import TrainJob, read_job  # noqa: E402
-from trainer.model.load import load_tokenizer  # noqa: E402
-from trainer.resolve import settle  # noqa: E402
-from trainer.train import make_batches, shared_tokens  # noqa: E402
+from trainer.coordinator import load_shared_tokens
+from trainer.engine import make_engine
+from trainer.job import TrainJob, read_job
+from trainer.model.load import load_tokenizer
+from trainer.resolve import resolve_auto
+from trainer.train import make_batches
 
 
 def live_bytes() -> int:
@@ -43,9 +44,9 @@ def live_bytes() -> int:
 
 def measure(job: TrainJob, with_peak: bool) -> dict[str, int]:
     before = live_bytes()
-    job = settle(job)
+    job = resolve_auto(job)
     tokenizer, num_added = load_tokenizer(job.model, None)
-    tokens, _ = shared_tokens(job, tokenizer)
+    tokens, _ = load_shared_tokens(job, tokenizer, job.sources)
     batches = make_batches(tokens, job, dist.get_rank(), dist.get_world_size())
     engine = make_engine(job, tokenizer, num_added, batches.grad_accum_steps, dist.get_world_size())
     micro_batches = batches.micro_batches(0)

@@ -17,7 +17,7 @@ from cluster.errors import InputError, TunesmithError
 from cluster.run.rundir import RunDir
 from tests.trainer.tools import IM_END, make_tokenizer, save_llama, trace, train_here, write_job
 from trainer import export
-from trainer.checkpoint import checkpointer as checkpoint
+from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.config.export import ExportConfig
 from trainer.export import ExportJob
 from trainer.job import read_job
@@ -37,14 +37,14 @@ def export_job(run: Path, **config: object) -> ExportJob:
 def train_and_keep(run: Path) -> torch.nn.Module:
     """Train; return the live model of the engine, as it was when the last checkpoint was saved."""
     kept = []
-    original = checkpoint.Saver.save
+    original = Checkpointer.save
 
-    def save(saver, *arguments):
-        kept.append(saver.engine.module.lm)
-        return original(saver, *arguments)
+    def save(checkpointer, *arguments):
+        kept.append(checkpointer.engine.module.lm)
+        return original(checkpointer, *arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint.Saver, "save", save)
+        patch.setattr(Checkpointer, "save", save)
         train_here(run)
     return kept[-1].eval()
 

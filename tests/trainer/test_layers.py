@@ -35,10 +35,10 @@ class Count(TorchDispatchMode):
 
 def load(run: Path, **settings: object) -> CausalLMWithLoss:
     from trainer.job import read_job
-    from trainer.resolve import settled
+    from trainer.resolve import with_choices
 
     job = read_job(run)
-    config = settled(job.config.model_copy(update=settings), stage=0, attention="sdpa")
+    config = with_choices(job.config.model_copy(update=settings), stage=0, attention="sdpa")
     torch.manual_seed(0)
     return CausalLMWithLoss(load_model(job.model, config, *load_tokenizer(job.model, None))).train()
 

@@ -25,7 +25,7 @@ from tests.trainer.tools import (
 from trainer.config.train import TrainConfig
 from trainer.config.zero import ZeroConfig
 from trainer.job import read_job
-from trainer.memory import RESERVED_BYTES, USABLE_SHARE, ModelFacts, choose_stage, estimate, read_facts
+from trainer.memory import RESERVED_BYTES, USABLE_FRACTION, ModelFacts, choose_stage, estimate, read_facts
 
 SMALL_BUCKETS = {"reduce_bucket_size": 100_000, "max_live_parameters": 200_000}
 MEASURED = {
@@ -130,9 +130,9 @@ def test_what_is_proposed_fits(usable: int, ranks: int, stage: int) -> None:
     assert estimate(FACTS, config, stage, ranks).states > usable
     proposal = message.partition("usable. ")[2]
     if not proposal.startswith("Set "):
-        assert proposal.startswith("Train on more ranks")
+        assert proposal.startswith("Use more ranks")
         return
-    values = dict(word.removeprefix("train.").split("=") for word in proposal[4:-1].split(", "))
+    values = dict(setting.removeprefix("train.").split("=") for setting in proposal[4:-1].split(", "))
     offload = {key.removeprefix("zero."): values.pop(key) for key in list(values) if key.startswith("zero.")}
     changed = config.model_dump() | values | {"zero": ZeroConfig(**offload)}
     changed["micro_batch_size"] = int(changed["micro_batch_size"])
@@ -155,10 +155,10 @@ def test_what_is_proposed_fits(usable: int, ranks: int, stage: int) -> None:
 )
 def test_facts_are_those_of_the_loaded_model(tmp_path: Path, tokenizer, tied: bool, settings: dict) -> None:
     from trainer.model.load import load_model, load_tokenizer
-    from trainer.resolve import settled
+    from trainer.resolve import with_choices
 
     job = read_job(write_job(tmp_path / "run", save_llama(tmp_path / "model", tokenizer, tied=tied), None, **settings))
-    config = settled(job.config, stage=0, attention="sdpa")
+    config = with_choices(job.config, stage=0, attention="sdpa")
     lm = load_model(job.model, config, *load_tokenizer(job.model, None))
     facts = read_facts(job.model, config)
     trained = sum(parameter.numel() for parameter in lm.parameters() if parameter.requires_grad)
@@ -170,9 +170,9 @@ def test_facts_are_those_of_the_loaded_model(tmp_path: Path, tokenizer, tied: bo
 def test_a_job_too_large_for_the_memory_is_refused_before_it_starts(
     one_rank: None, tmp_path: Path, chat_model: Path, chat_data: Path
 ) -> None:
-    tiny = RESERVED_BYTES / USABLE_SHARE / GIB + 1e-5
+    tiny = RESERVED_BYTES / USABLE_FRACTION / GIB + 1e-5
     run = write_job(tmp_path / "run", chat_model, chat_data, gpu_memory_gib=tiny, zero_stage=2)
-    with pytest.raises(InputError, match=r"train\.zero_stage=2 cannot hold this model: weights"):
+    with pytest.raises(InputError, match=r"train\.zero_stage=2 cannot hold this model: each rank needs .*weights"):
         train_here(run)
     assert not (run / "tokens").exists()
 
@@ -185,5 +185,5 @@ def test_a_job_that_goes_on_keeps_its_stage(one_rank: None, tmp_path: Path, chat
     choice = json.loads((run / "zero.json").read_text())
     assert choice["zero_stage"] == 0
     (run / "zero.json").write_text(json.dumps(choice | {"zero_stage": 2}))
-    with pytest.raises(InputError, match="made by other data, model or settings"):
+    with pytest.raises(InputError, match="saved with other data, another model or other settings"):
         train_here(run)  # it believes that it was 2, and not what it would choose now

@@ -126,7 +126,7 @@ def test_killed_training_goes_on_bit_for_bit(
     (half / "state.json").write_text("{")
     code, output = command("train", recipe, "--run-dir", run, cwd=tmp_path)
     assert code == EXIT_DONE, output
-    assert f"going on from {run}/checkpoints/step_{state.step:06d}, step {state.step} of {NUM_STEPS}" in output
+    assert f"resuming from {run}/checkpoints/step_{state.step:06d}, step {state.step} of {NUM_STEPS}" in output
     assert_same(run, undisturbed)
     assert not half.exists()
 
@@ -199,14 +199,14 @@ def test_every_file_of_a_checkpoint_is_checked_before_it_is_loaded(unfinished: P
 )
 def test_a_checkpoint_of_other_settings_is_refused(unfinished: Path, changes: dict) -> None:
     rewrite(unfinished, **changes)
-    with pytest.raises(InputError, match=r"step_000003: made by other data, model or settings.*--run-dir"):
+    with pytest.raises(InputError, match=r"step_000003: saved with other data, another .*--run-dir"):
         train_here(unfinished)
 
 
 def test_a_checkpoint_of_other_data_is_refused(unfinished: Path, tmp_path: Path) -> None:
     other = write_chats(tmp_path / "other.jsonl", chat_documents(36, seed=1))
     rewrite(unfinished, train={"data": [str(other)]})
-    with pytest.raises(InputError, match="made by other data"):
+    with pytest.raises(InputError, match="saved with other data"):
         train_here(unfinished)
 
 
@@ -217,13 +217,13 @@ def test_a_checkpoint_of_another_base_model_is_refused(unfinished: Path, tmp_pat
     tensors = {name: tensor + 1 for name, tensor in load_file(other / "model.safetensors").items()}
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
     rewrite(unfinished, model={"path": str(other)})
-    with pytest.raises(InputError, match="made by other data, model"):
+    with pytest.raises(InputError, match="saved with other data, another model"):
         train_here(unfinished)
 
 
 def test_rows_that_do_not_divide_among_the_ranks_that_go_on_are_refused(unfinished: Path) -> None:
     rewrite(unfinished, train={"micro_batch_size": 4})
-    with pytest.raises(InputError, match=r"global_batch_size=2 .* 4 x 1 ranks.*step_000003 was made by 1 ranks"):
+    with pytest.raises(InputError, match=r"global_batch_size=2 .* 4 x 1 ranks.*step_000003 was saved by 1 ranks"):
         train_here(unfinished)
 
 

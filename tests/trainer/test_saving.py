@@ -15,9 +15,9 @@ from cluster.errors import TunesmithError
 from cluster.run.manifest import verify_manifest
 from tests.trainer.test_watch import fake_tracker
 from tests.trainer.tools import DEADLINE_SECONDS, num_steps_shown, trace, train_here, write_job
-from trainer.checkpoint import checkpointer as checkpoint
+from trainer.checkpoint import checkpointer
 from trainer.checkpoint.state import complete_checkpoints, newest_checkpoint, read_state
-from trainer.watchdog import Diverged
+from trainer.loss_monitor import Diverged
 
 NUM_STEPS = 6
 
@@ -76,7 +76,7 @@ def test_training_goes_on_while_a_checkpoint_is_copied_and_the_next_save_waits(r
         shutil.copytree(source, target, dirs_exist_ok=True)
         shutil.rmtree(source)
 
-    monkeypatch.setattr(checkpoint, "copy_files", slow_copy)
+    monkeypatch.setattr(checkpointer, "move_files", slow_copy)
     answers = [train_here(by_way), train_here(direct)]
     assert kept_at_copy == [(2, []), (4, [2]), (6, [2, 4])]
     assert trace(by_way) == trace(direct)
@@ -93,14 +93,14 @@ def test_training_goes_on_while_a_checkpoint_is_copied_and_the_next_save_waits(r
 
 def test_a_copy_that_fails_ends_training_at_the_next_step(run, tmp_path, monkeypatch) -> None:
     folder = run(checkpoint={"every_steps": 2, "local_dir": str(tmp_path / "local")})
-    copy_files = checkpoint.copy_files
+    move_files = checkpointer.move_files
 
     def fail_on_the_second(source: Path, target: Path) -> None:
         if target.name.endswith("4"):
             raise OSError("the cable is out")
-        copy_files(source, target)
+        move_files(source, target)
 
-    monkeypatch.setattr(checkpoint, "copy_files", fail_on_the_second)
+    monkeypatch.setattr(checkpointer, "move_files", fail_on_the_second)
     with pytest.raises(TunesmithError, match=r"could not be copied from .*local to .*: OSError: the cable is out"):
         train_here(folder)
     assert num_steps_shown(folder) in (4, 5)  # the copy may fail before or after the next step began
@@ -148,7 +148,7 @@ def test_a_profile_and_a_tracker_are_there_when_asked_for(run, monkeypatch) -> N
 
 @given(st.integers(0, 10**9), st.integers(0, 10**6), st.integers(1, 64))
 def test_ranks_without_a_saved_random_state_get_seeds_that_can_be_made_again(seed: int, step: int, ranks: int) -> None:
-    seeds = [checkpoint.new_rank_seed(seed, step, rank) for rank in range(ranks)]
-    assert seeds == [checkpoint.new_rank_seed(seed, step, rank) for rank in range(ranks)]
-    assert len({*seeds, checkpoint.new_rank_seed(seed, step + 1, 0)}) == ranks + 1
+    seeds = [checkpointer.new_rank_seed(seed, step, rank) for rank in range(ranks)]
+    assert seeds == [checkpointer.new_rank_seed(seed, step, rank) for rank in range(ranks)]
+    assert len({*seeds, checkpointer.new_rank_seed(seed, step + 1, 0)}) == ranks + 1
     torch.manual_seed(seeds[-1])

@@ -1,4 +1,4 @@
-"""What looks after a run: bad losses, spikes, ranks that stand still, utilization, trackers, and lazy reading."""
+"""The loss monitor, the watchdog, MFU, trackers, and logging of a step after the next one was started."""
 
 import json
 import math
@@ -22,62 +22,63 @@ from cluster.run.rundir import RunDir
 from tests.trainer.tools import DEADLINE_SECONDS
 from trainer.checkpoint.state import TrainState
 from trainer.config.train import TrainConfig, WatchConfig
+from trainer.coordinator import AgreedStep
 from trainer.flops import ModelFlops, Utilization, model_flops, peak_flops
-from trainer.metrics import Step, StepLine
-from trainer.trackers import reporting
-from trainer.watchdog import Diverged, LossWatch, StallWatch
+from trainer.loss_monitor import Diverged, LossMonitor
+from trainer.metrics import StepLogger, open_trackers
+from trainer.watchdog import Watchdog
 
 FINITE = st.floats(-100, 100)
-NO_NUMBER = st.sampled_from([math.nan, math.inf, -math.inf])
+NOT_FINITE = st.sampled_from([math.nan, math.inf, -math.inf])
 
 
-@given(st.integers(0, 10**6), st.one_of(st.tuples(FINITE, NO_NUMBER), st.tuples(NO_NUMBER, FINITE)))
-def test_a_figure_that_is_no_number_ends_the_run_and_names_step_and_rows(step: int, figures: tuple) -> None:
-    watch = LossWatch(WatchConfig(), lambda step: f"the rows of {step}")
+@given(st.integers(0, 10**6), st.one_of(st.tuples(FINITE, NOT_FINITE), st.tuples(NOT_FINITE, FINITE)))
+def test_a_figure_that_is_not_finite_ends_the_run_and_names_step_and_data(step: int, figures: tuple) -> None:
+    monitor = LossMonitor(WatchConfig(), lambda step: f"the rows of {step}")
     with pytest.raises(Diverged, match=rf"step {step}: .*train\.learning_rate \(1\.00e-03.*the rows of {step}$"):
-        watch.check(step, *figures, lr=1e-3)
+        monitor.check(step, *figures, lr=1e-3)
 
 
 @given(st.integers(2, 30), st.floats(1, 10), st.integers(0, 100))
-def test_a_spike_is_told_when_the_window_is_full_and_not_before(window: int, std: float, seed: int) -> None:
+def test_a_jump_is_a_warning_once_the_window_is_full(window: int, num_std: float, seed: int) -> None:
     rng = random.Random(seed)
     losses = [2 + rng.random() for _ in range(window)]
-    limit = np.mean(losses) + std * max(np.std(losses, ddof=1), 0.01 * np.mean(losses))
+    limit = np.mean(losses) + num_std * max(np.std(losses, ddof=1), 0.01 * np.mean(losses))
 
     def check_after(losses: list[float], loss: float) -> str | None:
-        watch = LossWatch(WatchConfig(spike_window=window, spike_std=std), str)
-        watch.recent.extend(losses)
-        return watch.check(99, loss, 1.0, 1e-3)
+        monitor = LossMonitor(WatchConfig(spike_window=window, spike_std=num_std), str)
+        monitor.recent_losses.extend(losses)
+        return monitor.check(99, loss, 1.0, 1e-3)
 
     assert check_after(losses, limit - 1e-6) is None
     assert "step 99: the loss jumped" in check_after(losses, limit + 1e-6)
     assert check_after(losses[1:], 1e9) is None
 
 
-def test_a_rank_that_stands_still_tells_where_with_the_stacks_of_its_threads(tmp_path: Path) -> None:
-    with open(tmp_path / "told", "w+") as output, StallWatch(0.1, rank=3, output=output) as watch:
-        watch.at("step 7, saving")
+def test_a_rank_that_hangs_prints_its_location_and_stacks_once(tmp_path: Path) -> None:
+    with open(tmp_path / "output", "w+") as output, Watchdog(0.1, rank=3, output=output) as watchdog:
+        watchdog.set_location("step 7, saving")
 
-        def stand_still() -> None:
+        def hang() -> None:
             deadline = time.monotonic() + DEADLINE_SECONDS
-            while "in stand_still" not in (tmp_path / "told").read_text() and time.monotonic() < deadline:
+            while "in hang" not in (tmp_path / "output").read_text() and time.monotonic() < deadline:
                 time.sleep(0.01)
 
-        waiting = threading.Thread(target=stand_still)
-        waiting.start()
-        waiting.join()
-        told = (tmp_path / "told").read_text()
-        assert "[train] rank 3 has been at step 7, saving for" in told
-        assert "in stand_still" in told
+        hanging = threading.Thread(target=hang)
+        hanging.start()
+        hanging.join()
+        printed = (tmp_path / "output").read_text()
+        assert "[train] rank 3 has been at step 7, saving for" in printed
+        assert "in hang" in printed
         time.sleep(0.3)
-        assert (tmp_path / "told").read_text().count("rank 3") == 1, "once for each place"
+        assert (tmp_path / "output").read_text().count("rank 3") == 1, "once for each location"
 
 
-def test_a_rank_that_moves_on_is_left_alone(tmp_path: Path) -> None:
-    with open(tmp_path / "told", "w+") as output, StallWatch(60, rank=0, output=output) as watch:
+def test_a_rank_that_moves_on_prints_nothing(tmp_path: Path) -> None:
+    with open(tmp_path / "output", "w+") as output, Watchdog(60, rank=0, output=output) as watchdog:
         for step in range(100):
-            watch.at(f"step {step}")
-    assert (tmp_path / "told").read_text() == ""
+            watchdog.set_location(f"step {step}")
+    assert (tmp_path / "output").read_text() == ""
 
 
 def llama(**settings: int):
@@ -96,12 +97,10 @@ def llama_8b():
 
 
 @pytest.mark.parametrize(("length", "expected"), [(8192, 0.338), (1024, 0.301)])
-def test_utilization_of_an_8b_model_is_what_the_convention_gives(length: int, expected: float) -> None:
-    """6,500 tokens a second on one H100, all of them with a label."""
-    flops = model_flops(llama_8b())
-    assert flops.of(np.array([length]), length) / length * 6500 / peak_flops("NVIDIA H100 80GB HBM3") == pytest.approx(
-        expected, abs=5e-4
-    )
+def test_mfu_of_an_8b_model_follows_the_convention(length: int, expected: float) -> None:
+    """6,500 tokens per second on one H100, all with a label."""
+    flops_per_token = model_flops(llama_8b()).count(np.array([length]), length) / length
+    assert flops_per_token * 6500 / peak_flops("NVIDIA H100 80GB HBM3") == pytest.approx(expected, abs=5e-4)
 
 
 def test_frozen_weights_count_two_thirds_and_tied_ones_once() -> None:
@@ -122,16 +121,16 @@ def test_frozen_weights_count_two_thirds_and_tied_ones_once() -> None:
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=9), st.integers(0, 8))
-def test_packing_documents_costs_no_attention_and_a_whole_costs_more_than_its_parts(parts: list[int], at: int) -> None:
+def test_packing_adds_no_attention_and_one_document_costs_more_than_its_parts(parts: list[int], at: int) -> None:
     flops = ModelFlops(body=5.0, head=3.0, attention=2.0)
     at = min(at, len(parts))
-    apart = flops.of(np.array(parts), 3)
-    split = flops.of(np.array(parts[:at]), 1) + flops.of(np.array(parts[at:]), 2)
+    apart = flops.count(np.array(parts), 3)
+    split = flops.count(np.array(parts[:at]), 1) + flops.count(np.array(parts[at:]), 2)
     assert split == pytest.approx(apart)
-    assert flops.of(np.array([sum(parts)]), 3) >= apart
+    assert flops.count(np.array([sum(parts)]), 3) >= apart
 
 
-def test_without_a_known_gpu_there_is_no_utilization() -> None:
+def test_without_a_known_gpu_there_is_no_mfu() -> None:
     assert peak_flops("") is None
     assert peak_flops("NVIDIA H100 PCIe") < peak_flops("NVIDIA H100 80GB HBM3") == peak_flops("NVIDIA H200")
     if not torch.cuda.is_available():
@@ -148,11 +147,11 @@ def fake_tracker(name: str, calls: list) -> ModuleType:
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
-def test_figures_go_to_the_trackers_that_were_asked_for(tmp_path: Path, monkeypatch, name: str) -> None:
+def test_figures_go_to_the_trackers_of_the_recipe(tmp_path: Path, monkeypatch, name: str) -> None:
     calls: list = []
     monkeypatch.setitem(sys.modules, name, fake_tracker(name, calls))
     assert TrainConfig(report_to=[name]).report_to == (name,)
-    with reporting([name], RunDir(tmp_path), {"learning_rate": 1.0}) as report:
+    with open_trackers([name], RunDir(tmp_path), {"learning_rate": 1.0}) as report:
         report(3, {"loss": 2.0})
     (_, settings), logged, end = calls
     assert settings["config"] == {"learning_rate": 1.0}
@@ -168,35 +167,38 @@ def test_a_tracker_that_is_not_installed_is_refused_at_once(monkeypatch, name: s
         TrainConfig(report_to=[name])
 
 
-def test_a_stall_would_be_told_before_the_ranks_give_up() -> None:
+def test_a_hang_is_reported_before_the_process_group_times_out() -> None:
     assert TrainConfig().stall_timeout_seconds < TrainConfig().process_group_timeout_seconds
     assert TrainConfig(process_group_timeout_seconds=30).stall_timeout_seconds == 15
     with pytest.raises(ValidationError, match="would end the ranks first"):
         TrainConfig(process_group_timeout_seconds=30, watch={"stall_timeout_seconds": 30})
 
 
-def make_line(run: RunDir, is_lazy: bool, sent: list) -> StepLine:
-    watch = LossWatch(WatchConfig(), lambda step: f"rows of {step}")
+def make_logger(run: RunDir, is_lazy: bool, sent: list) -> StepLogger:
+    monitor = LossMonitor(WatchConfig(), lambda step: f"rows of {step}")
     report = lambda step, figures: sent.append((step, figures["loss"]))  # noqa: E731
-    return StepLine(run, 9, 0, True, is_lazy, watch, Utilization(torch.nn.Identity(), 1), report)
+    logger = StepLogger(run, 9, 0, True, monitor, Utilization(torch.nn.Identity(), 1), report)
+    logger.is_lazy = is_lazy
+    return logger
 
 
-def a_step(number: int, loss: float) -> Step:
+def log_step(logger: StepLogger, number: int, loss: float) -> None:
     state = TrainState(number, number, number * 10, number * 4, 1, "job")
-    return Step(state, torch.tensor(loss * 4), torch.tensor(1.0), 1e-3, 4, np.array([6, 4]))
+    step = AgreedStep([], num_rows=1, num_labels=4, document_lengths=np.array([6, 4]), should_stop=False)
+    logger.log_step(step, state, torch.tensor(loss * 4), torch.tensor(1.0), 1e-3)
 
 
 @pytest.mark.parametrize("is_lazy", [False, True])
-def test_steps_are_told_in_order_and_lazily_one_later(tmp_path: Path, capsys, is_lazy: bool) -> None:
+def test_steps_are_logged_in_order_and_lazily_one_later(tmp_path: Path, capsys, is_lazy: bool) -> None:
     sent: list = []
-    line = make_line(RunDir(tmp_path), is_lazy, sent)
+    logger = make_logger(RunDir(tmp_path), is_lazy, sent)
     for number in (1, 2, 3):
-        line.step(a_step(number, loss=float(number)))
+        log_step(logger, number, loss=float(number))
         assert len(sent) == number - is_lazy
-    line.flush()
+    logger.flush()
     assert sent == [(1, 1.0), (2, 2.0), (3, 3.0)]
-    assert line.take_mean_loss() == 2.0
-    assert line.take_mean_loss() is None
+    assert logger.take_mean_loss() == 2.0
+    assert logger.take_mean_loss() is None
     rows = [json.loads(text) for text in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert all(row["memory_gib"] > 0 for row in rows)
@@ -208,8 +210,8 @@ def test_steps_are_told_in_order_and_lazily_one_later(tmp_path: Path, capsys, is
 
 
 @pytest.mark.parametrize("is_lazy", [False, True])
-def test_a_bad_loss_is_told_as_that_of_its_own_step(tmp_path: Path, is_lazy: bool) -> None:
-    line = make_line(RunDir(tmp_path), is_lazy, [])
+def test_a_loss_that_is_not_finite_is_reported_for_its_own_step(tmp_path: Path, is_lazy: bool) -> None:
+    logger = make_logger(RunDir(tmp_path), is_lazy, [])
     with pytest.raises(Diverged, match=r"step 2: .* rows of 2"):
         for number, loss in enumerate((1.0, math.nan, 1.0), 1):
-            line.step(a_step(number, loss))
+            log_step(logger, number, loss)

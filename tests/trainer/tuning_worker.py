@@ -12,14 +12,14 @@ from trainer.runtime import load_comm_kernel, quieten_libraries, set_accelerator
 
 set_accelerator_env()
 
-import deepspeed  # noqa: E402
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
+import deepspeed
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
 
-from tests.trainer.tools import train_here  # noqa: E402
-from trainer import engine, train  # noqa: E402
-from trainer.job import read_job  # noqa: E402
+from tests.trainer.tools import train_here
+from trainer import engine, train
+from trainer.job import read_job
 
 partitioned_config, make_engine = engine.deepspeed_config, train.make_engine
 kept: list[deepspeed.DeepSpeedEngine] = []

@@ -1,13 +1,13 @@
-"""From a folder that is being filled to a checkpoint: copied, sealed, renamed. Loads neither torch nor DeepSpeed.
+"""From a folder that is being filled to a complete checkpoint: copy, commit, rename. Loads neither torch nor DeepSpeed.
 
-A kill at any instant leaves complete checkpoints and at most folders whose names begin with a dot.
+A kill at any instant leaves complete checkpoints, and at most folders whose names begin with a dot.
 """
 
 import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,63 +19,63 @@ from cluster.run.manifest import write_manifest
 from trainer.checkpoint.state import expired_checkpoints, step_folder
 from trainer.config.train import CheckpointConfig
 
-PARTIAL = ".saving_"  # a checkpoint being written
-REMOVED = ".removing_"  # one that is being removed
-FULL_DISK_BYTES = MIB  # if less than this is free after a failed write, the disk counts as full
+PARTIAL = ".saving_"  # prefix of a checkpoint that is being written
+REMOVED = ".removing_"  # prefix of a checkpoint that is being removed
+CONVERTED = "universal_"  # prefix of a checkpoint in the form that any number of ranks can load
+FULL_DISK_BYTES = MIB  # the disk counts as full if less than this is free after a failed write
 FULL_DISK_MESSAGES = ("No space left", "quota exceeded")
-CONVERTED = "universal_"  # a checkpoint in the form that any number of ranks can load
 
 
 def partial_folder(checkpoints: Path, step: int) -> Path:
-    """Where a checkpoint is written. Two claims never write to the same place, however late one of them is."""
+    """Where a checkpoint is written. Its name has the fencing token, so two attempts never write to the same folder."""
     token = own_token()
     owner = "" if token is None else f"g{token}_"
     return checkpoints / f"{PARTIAL}{owner}{step_folder(checkpoints, step).name}"
 
 
-def remove_partial(checkpoints: Path) -> None:
+def remove_unfinished(checkpoints: Path) -> None:
     """Remove what earlier attempts left unfinished."""
-    for leftover in (*checkpoints.glob(f"{PARTIAL}*"), *checkpoints.glob(f"{REMOVED}*")):
-        shutil.rmtree(leftover)
+    for stale in (*checkpoints.glob(f"{PARTIAL}*"), *checkpoints.glob(f"{REMOVED}*")):
+        shutil.rmtree(stale)
 
 
-def remove(folder: Path) -> None:
-    """Remove a checkpoint: under another name first, so that none is ever found with half of its files."""
-    doomed = folder.with_name(f"{REMOVED}{folder.name}")
-    shutil.rmtree(doomed, ignore_errors=True)
-    folder.rename(doomed)
-    shutil.rmtree(doomed)
+def remove_checkpoint(folder: Path) -> None:
+    """Remove a checkpoint. It is renamed first, so that nobody finds a checkpoint that lacks some of its files."""
+    trash = folder.with_name(f"{REMOVED}{folder.name}")
+    shutil.rmtree(trash, ignore_errors=True)
+    folder.rename(trash)
+    shutil.rmtree(trash)
 
 
-def seal(partial: Path, folder: Path, **fields: object) -> None:
-    """Write the manifest of `partial`, make all of it last, and rename it to `folder`.
+def commit_folder(partial: Path, folder: Path, **fields: object) -> None:
+    """Write the manifest of `partial` with `fields`, flush everything to the disk, and rename `partial` to `folder`.
 
-    Raises Superseded if a newer token owns the run by then.
+    Raises Superseded if a newer attempt owns the run by then.
     """
     files = sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file())
     write_manifest(partial, files, **fields)
     for path in (partial, *partial.rglob("*")):
-        fsync_folder(path)  # files as well: none of this may be lost once older checkpoints are removed
+        fsync_folder(path)  # of files too: older checkpoints are removed next, so nothing of this one may be lost
     verify(folder.parent.parent)
     if folder.exists():
-        remove(folder)
+        remove_checkpoint(folder)
     os.rename(partial, folder)
     fsync_folder(folder.parent)
 
 
-def put_in_place(checkpoints: Path, step: int, config: CheckpointConfig) -> None:
-    """Seal the checkpoint of `step`, then remove those that are no longer kept.
+def commit_checkpoint(checkpoints: Path, step: int, config: CheckpointConfig) -> None:
+    """Commit the checkpoint of `step`, then remove those that `config` no longer keeps.
 
-    Forms for another number of ranks go as well: the newest checkpoint is now one of this number.
+    Forms for another number of ranks are removed too, because the newest checkpoint is now one of this number.
     """
     with explain_failed_write(checkpoints.parent):
-        seal(partial_folder(checkpoints, step), step_folder(checkpoints, step), step=step)
-    for old in (*expired_checkpoints(checkpoints, config), *checkpoints.glob(f"{CONVERTED}*")):
-        remove(old)
+        commit_folder(partial_folder(checkpoints, step), step_folder(checkpoints, step), step=step)
+    for folder in (*expired_checkpoints(checkpoints, config), *checkpoints.glob(f"{CONVERTED}*")):
+        remove_checkpoint(folder)
 
 
-def copy_files(source: Path, target: Path) -> None:
-    """Copy one rank's part of a checkpoint beside those of the others, and remove it where it came from."""
+def move_files(source: Path, target: Path) -> None:
+    """Copy one rank's part of a checkpoint to the folder of all parts, and remove the original."""
     with explain_failed_write(target.parent):
         shutil.copytree(source, target, dirs_exist_ok=True)
     shutil.rmtree(source)
@@ -97,26 +97,27 @@ def explain_failed_write(path: Path) -> Iterator[None]:
             raise
 
 
-class Background:
-    """One thing at a time, done in a thread. What went wrong is kept until it is asked for."""
+class BackgroundTask:
+    """Runs one function at a time in a thread. `error` keeps the exception of the last one."""
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._work: Future | None = None
+        self._future: Future | None = None
 
-    def start(self, function, *arguments: object) -> None:
+    def start(self, function: Callable[..., None], *arguments: object) -> None:
+        """Wait for the previous function, then start this one."""
         self.wait()
-        self._work = self._thread.submit(function, *arguments)
+        self._future = self._thread.submit(function, *arguments)
 
     def wait(self) -> None:
-        if self._work is not None:
-            self._work.exception()
+        if self._future is not None:
+            self._future.exception()
 
     @property
     def is_done(self) -> bool:
-        return self._work is None or self._work.done()
+        return self._future is None or self._future.done()
 
     @property
     def error(self) -> BaseException | None:
-        """Why the work failed; None while it goes on, and if it did not."""
-        return self._work.exception() if self._work is not None and self._work.done() else None
+        """Why the function failed. None means that it has succeeded or still runs."""
+        return self._future.exception() if self._future is not None and self._future.done() else None

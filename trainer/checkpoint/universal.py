@@ -1,11 +1,10 @@
 """A checkpoint in the form that any number of ranks can load: DeepSpeed's universal checkpoints.
 
-checkpoints/universal_step_000200/      made when the number of ranks has changed, removed at the next save
+checkpoints/universal_step_000200/      written if the number of ranks has changed, removed at the next save
     zero/<parameter>/{fp32,exp_avg,exp_avg_sq}.pt
-    manifest.json                       size and SHA-256 of all files, and of the manifest of the checkpoint itself
+    manifest.json                       size and SHA-256 of all files, and the hash of the original's manifest
 
-DeepSpeed's own converter does it, in a process of its own: it works with several forked processes, which a rank with
-its threads and its GPU must not do.
+DeepSpeed's converter runs in a separate process, because it forks workers: a rank with threads and a GPU must not fork.
 
     python -m trainer.checkpoint.universal CHECKPOINT OUTPUT
 """
@@ -22,13 +21,13 @@ from cluster.files import sha256_file
 from cluster.log import stage_logger
 from cluster.processes.descendants import die_with_parent
 from cluster.run.manifest import MANIFEST, is_sealed, verify_manifest
-from trainer.checkpoint.commit import CONVERTED, explain_failed_write, seal
+from trainer.checkpoint.commit import CONVERTED, commit_folder, explain_failed_write
 
-# DeepSpeed refuses to convert ZeRO-1 and ZeRO-2 without this entry; it names layers split over tensor-parallel ranks.
 log = stage_logger("train")
+# DeepSpeed refuses to convert ZeRO-1 and ZeRO-2 without this entry, which names layers that tensor parallelism splits.
 CLIENT_STATE = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}
 MAX_WORKERS = 4  # each holds the optimizer state of one rank in memory
-OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def universal_folder(folder: Path) -> Path:
@@ -36,35 +35,36 @@ def universal_folder(folder: Path) -> Path:
 
 
 def convert(folder: Path) -> None:
-    """Make the universal form of a checkpoint that was verified, unless it is there already. For one rank alone.
+    """Write the universal form of a verified checkpoint, unless it exists. Only one rank may call this.
 
-    Raises InputError if what is there is corrupt or the disk is full, TunesmithError if DeepSpeed's converter fails.
+    Raises InputError if an existing form is corrupt or the disk is full, TunesmithError if DeepSpeed's converter fails.
     """
     target, source = universal_folder(folder), sha256_file(folder / MANIFEST)
     if is_sealed(target) and verify_manifest(target)["source"] == source:
         return
-    log.info(f"{folder}: made by another number of ranks, converting it for any number")
-    # A folder of its own around it, because the converter leaves a pointer file beside its output.
-    workshop = folder.with_name(f".converting_{folder.name}")
-    shutil.rmtree(workshop, ignore_errors=True)
-    workshop.mkdir()
+    log.info(f"{folder}: saved by another number of ranks; converting it to the form that any number can load")
+    # In a separate folder, because the converter also writes a pointer file next to its output.
+    workdir = folder.with_name(f".converting_{folder.name}")
+    shutil.rmtree(workdir, ignore_errors=True)
+    workdir.mkdir()
     try:
         with explain_failed_write(folder.parent.parent):
-            _run_converter(folder, workshop / target.name)
-            seal(workshop / target.name, target, source=source)
+            _run_converter(folder, workdir / target.name)
+            commit_folder(workdir / target.name, target, source=source)
     finally:
-        shutil.rmtree(workshop)
+        shutil.rmtree(workdir)
 
 
 def _run_converter(folder: Path, output: Path) -> None:
-    environ = {name: value for name, value in os.environ.items() if name not in OF_A_RANK}
+    environ = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
     environ |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-P", "-m", "trainer.checkpoint.universal", str(folder), str(output)]
-    answer = subprocess.run(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if answer.returncode != 0:
+    process = subprocess.run(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if process.returncode != 0:
         raise TunesmithError(
-            f"{folder}: DeepSpeed could not make it loadable by another number of ranks. Start with the number that "
-            f"made it, or remove it to go on from the one before. The converter ended with:\n{answer.stdout[-2000:]}"
+            f"{folder}: DeepSpeed could not convert this checkpoint for another number of ranks. Start with the number "
+            f"that saved it, or remove it to resume from the previous one. The converter ended with:\n"
+            f"{process.stdout[-2000:]}"
         )
 
 

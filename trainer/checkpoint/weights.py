@@ -1,4 +1,4 @@
-"""Write the weights of a live engine as safetensors, one by one: rank 0 holds a shard in memory, not the model."""
+"""Save the weights of a live engine as safetensors. Rank 0 gathers them one by one and holds one shard in memory."""
 
 import json
 import re
@@ -18,7 +18,7 @@ UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def save_weights(lm: nn.Module, folder: Path, max_shard_size: str) -> None:
-    """Save `lm` in Hugging Face form, or its adapter alone. A collective: every rank has to call it."""
+    """Save `lm` in Hugging Face form, or only its adapter. A collective: every rank has to call it."""
     if is_adapted(lm):
         trained = [parameter for parameter in lm.parameters() if parameter.requires_grad]
         with deepspeed.zero.GatheredParameters(trained, modifier_rank=None):
@@ -36,7 +36,7 @@ def save_weights(lm: nn.Module, folder: Path, max_shard_size: str) -> None:
 
 
 def _gathered(lm: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every parameter whole, one at a time, on the CPU; a tied weight once. Then the buffers that are saved."""
+    """Every parameter, gathered on rank 0's CPU, and then the saved buffers. A tied weight comes once."""
     for name, parameter in lm.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=None):
             yield name, parameter.detach().cpu().clone() if dist.get_rank() == 0 else parameter
@@ -47,7 +47,7 @@ def _gathered(lm: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 class ShardedWeights:
-    """Safetensors shards filled one after the other, with an index as transformers reads it."""
+    """Safetensors shards that are filled one after the other, with the index that transformers reads."""
 
     def __init__(self, folder: Path, max_shard_bytes: int):
         folder.mkdir(parents=True, exist_ok=True)
@@ -65,7 +65,7 @@ class ShardedWeights:
         self.total_bytes += num_bytes
 
     def close(self) -> None:
-        """Write what is left, and name the shards now that their number is known."""
+        """Write the last shard, and rename all shards now that their number is known."""
         self._flush()
         total = len(self.shards)
         names = [self._file_name(number, total) for number in range(1, total + 1)]

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from trainer.checkpoint.commit import Background, copy_files, partial_folder, put_in_place, remove_partial
+from trainer.checkpoint.commit import BackgroundTask, commit_checkpoint, move_files, partial_folder, remove_unfinished
 from trainer.config.train import CheckpointConfig
 
 CONFIG = CheckpointConfig(keep_last=2)
@@ -12,19 +12,19 @@ CONFIG = CheckpointConfig(keep_last=2)
 def main() -> None:
     checkpoints, local = Path(sys.argv[1]), Path(sys.argv[2])
     step = int(sys.argv[3])
-    background = Background()
+    background = BackgroundTask()
     while True:
         step += 1
         partial = partial_folder(checkpoints, step)
-        remove_partial(checkpoints)
+        remove_unfinished(checkpoints)
         partial.mkdir(parents=True)
         for rank in range(2):
             place = local / f"rank-{rank}" / partial.name
             (place / "weights").mkdir(parents=True, exist_ok=True)
             (place / f"part-{rank}").write_bytes(bytes([step % 256]) * 300_000)
             (place / "weights" / f"w-{rank}").write_bytes(bytes([rank]) * step)
-            background.start(copy_files, place, partial)
-        background.start(put_in_place, checkpoints, step, CONFIG)
+            background.start(move_files, place, partial)
+        background.start(commit_checkpoint, checkpoints, step, CONFIG)
         background.wait()
         assert background.error is None
         print(step, flush=True)

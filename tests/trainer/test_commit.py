@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from cluster.errors import InputError
 from cluster.run.manifest import verify_manifest, write_manifest
 from tests.conftest import SmallDisk
-from trainer.checkpoint.commit import Background, copy_files, partial_folder, put_in_place
+from trainer.checkpoint.commit import BackgroundTask, commit_checkpoint, move_files, partial_folder
 from trainer.checkpoint.state import (
     TrainState,
     complete_checkpoints,
@@ -33,7 +33,7 @@ def test_killed_at_any_instant_it_leaves_whole_checkpoints(tmp_path: Path) -> No
     checkpoints, local = tmp_path / "run" / "checkpoints", tmp_path / "local"
     rng, last_step = random.Random(0), 0
     for _ in range(NUM_KILLS):
-        argv = [sys.executable, "-m", "tests.trainer.sealing_worker", checkpoints, local, last_step]
+        argv = [sys.executable, "-m", "tests.trainer.commit_worker", checkpoints, local, last_step]
         with subprocess.Popen(list(map(str, argv)), stdout=subprocess.PIPE, text=True) as process:
             first = process.stdout.readline()
             time.sleep(rng.random() * 0.05)
@@ -83,7 +83,7 @@ def test_with_a_best_kept_the_newest_is_still_the_one_to_go_on_from(tmp_path: Pa
         partial = partial_folder(tmp_path, step)
         partial.mkdir()
         (partial / "state.json").write_text(json.dumps(asdict(TrainState(step, 0, 0, 0, 1, "job", train_loss=loss))))
-        put_in_place(tmp_path, step, config)
+        commit_checkpoint(tmp_path, step, config)
     assert [folder.name for folder in complete_checkpoints(tmp_path)] == ["step_000002", "step_000004"]
     assert newest_checkpoint(tmp_path).name == "step_000004"
 
@@ -98,9 +98,9 @@ def test_a_copy_that_meets_a_full_disk_says_so_and_leaves_its_source(tmp_path: P
     source, target = tmp_path / "local" / "part", small_disk.path / "checkpoints" / ".saving_step_000001"
     source.mkdir(parents=True)
     (source / "big").write_bytes(b"\0" * 200_000)
-    background = Background()
+    background = BackgroundTask()
     assert background.is_done
-    background.start(copy_files, source, target)
+    background.start(move_files, source, target)
     background.wait()
     assert background.is_done
     assert isinstance(background.error, InputError)
