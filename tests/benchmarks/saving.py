@@ -1,8 +1,8 @@
 """Time and memory of checkpoints and of export: `python -m tests.benchmarks.saving`, part of `make bench-training`.
 
-Two ranks under ZeRO-2 save a Llama in float32, turn by turn with DeepSpeed's `save_checkpoint` alone, which neither
-writes the weights in a form that others load, nor checks, nor brings anything safely to the disk. The export is
-measured beside reading the same weights with transformers and saving them again.
+Two ranks with ZeRO-2 save a Llama in float32, alternating with DeepSpeed's `save_checkpoint` alone, which writes no
+hashes and no weights that other libraries load, and does not flush to the disk. The export is compared with
+transformers, which reads the same weights and saves them again.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from tests.benchmarks.training import ROOT, write_texts
 SIZES = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12}
 ROWS = {
     "alone": "DeepSpeed's save_checkpoint alone", "ours": "our checkpoint, committed", "load": "loading it",
-    "held": "with local_dir: until training goes on", "sealed": "with local_dir: until sealed",
+    "held": "with local_dir: until training continues", "committed": "with local_dir: until committed",
 }  # fmt: skip
 
 
@@ -110,7 +110,7 @@ def main() -> None:
 
 def print_table(saved: dict[str, list], exported: dict[str, list], num_bytes: int) -> None:
     table = Table(title=f"a model of {num_bytes / 1e6:,.0f} MB in float32, two ranks, ZeRO-2", title_justify="left")
-    for column in ("what", "seconds", "of DeepSpeed's", "memory a rank, MB"):
+    for column in ("what", "seconds", "of DeepSpeed's", "memory per rank, MB"):
         table.add_column(column, justify="left" if column == "what" else "right")
     alone = statistics.median(seconds for seconds, _ in saved["alone"])
     for key, label in ROWS.items():

@@ -1,6 +1,6 @@
 """One rank of the benchmark of saving: `torchrun -m tests.benchmarks.saving_worker RUN ROUNDS`.
 
-Trains nothing but one step, so that the optimizer has its moments; then saves and loads. Rank 0 prints what it took.
+Trains one step, so that the optimizer has its moments, then saves and loads. Rank 0 prints the measurements.
 """
 
 import datetime
@@ -34,7 +34,7 @@ from trainer.watchdog import Watchdog
 
 
 def timed(work: Callable[[], object]) -> tuple[float, int]:
-    """Seconds until every rank is through, and by how many bytes this rank's memory rose at most."""
+    """Seconds until every rank is done, and the peak increase of this rank's memory in bytes."""
     dist.barrier()
     started = time.perf_counter()
     with highest_bytes() as highest:
@@ -56,7 +56,7 @@ def main() -> None:
     batches = make_batches(tokens, job, dist.get_rank(), dist.get_world_size())
     engine = make_engine(job, tokenizer, num_added, batches.grad_accum_steps, dist.get_world_size())
     train_step(engine, batches.micro_batches(0), 1000, 1e-4)
-    found: dict[str, list] = {"alone": [], "ours": [], "held": [], "sealed": [], "load": []}
+    found: dict[str, list] = {"alone": [], "ours": [], "held": [], "committed": [], "load": []}
     state, all_sum = TrainState(0, 0, 0, 0, dist.get_world_size(), job_hash), make_all_sum(600)
     watchdog = Watchdog(600, dist.get_rank())
     config = CheckpointConfig(every_steps=1, keep_last=1)
@@ -76,7 +76,7 @@ def main() -> None:
             held = timed(lambda number=number: checkpointer.save(replace(state, step=num_rounds + number)))
             rest = timed(checkpointer.finish)
             found["held"].append(held)
-            found["sealed"].append((held[0] + rest[0], max(held[1], rest[1])))
+            found["committed"].append((held[0] + rest[0], max(held[1], rest[1])))
     if dist.get_rank() == 0:
         print(json.dumps(found), flush=True)
     dist.destroy_process_group()

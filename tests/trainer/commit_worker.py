@@ -1,4 +1,4 @@
-"""Makes checkpoints of two ranks' files without end, in the background way: `python -m ... RUN LOCAL`. To be killed."""
+"""Commits checkpoints of two ranks by way of a local disk until it is killed: `python -m ... RUN LOCAL STEP`."""
 
 import sys
 from pathlib import Path

@@ -8,13 +8,13 @@ from hypothesis import settings
 
 from tests.trainer.tools import IM_END, IM_START, chat_documents, make_tokenizer, save_llama, write_chats
 
-settings.register_profile("untimed", deadline=None)  # a machine that is busy with other work is no failure
+settings.register_profile("untimed", deadline=None)  # a busy machine is not a failure
 settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
-    """Models of a few kilobytes gain nothing from threads, and lose a lot where others use the machine."""
+    """Threads do not speed up models of a few kilobytes, and slow them down a lot on a busy machine."""
     import torch
 
     torch.set_num_threads(1)

@@ -18,7 +18,7 @@ from trainer.train import train
 
 
 class StopAfter:
-    """Asked before every step, says so after `num_steps` of them."""
+    """Requests a stop after `num_steps` steps. `is_set` is read once before every step."""
 
     def __init__(self, num_steps: int):
         self.left = num_steps

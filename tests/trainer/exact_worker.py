@@ -17,7 +17,7 @@ from tests.trainer.tools import train_here
 
 
 def forget_ulysses() -> None:
-    """Undo what sequence parallelism did to this process, for the next job in it."""
+    """Undo what sequence parallelism changed in this process, before the next job runs in it."""
     parallel_state_sp._release_sequence_parallel_groups()
     groups.mpu = None
     if "sdpa" in ALL_ATTENTION_FUNCTIONS._local_mapping:

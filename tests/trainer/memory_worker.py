@@ -1,8 +1,8 @@
 """Measures what training takes: `torchrun -m tests.trainer.memory_worker RESULT.json [--peak] RUN...`.
 
-Every run folder is trained for two steps in this process group. `states`: bytes of all tensors alive after a backward
-pass of the second step, before the optimizer steps, less those that were there before the model. `peak`: the most that
-was allocated at a time during both steps, by the profiler's account of every allocation.
+Every run folder is trained for two steps in this process group. `states`: bytes of all tensors after a backward pass of
+the second step and before the optimizer step, less those that existed before the model. `peak`: the most bytes that
+were allocated at a time during both steps, by the profiler's record of every allocation.
 """
 
 import gc
@@ -30,7 +30,7 @@ from trainer.train import make_batches
 
 
 def live_bytes() -> int:
-    """Bytes of all storages that some tensor made since `gc.freeze` refers to, each counted once."""
+    """Bytes of all storages of the tensors that were created since `gc.freeze`. Each storage counts once."""
     gc.collect()
     storages = {}
     for found in gc.get_objects():
@@ -51,7 +51,7 @@ def measure(job: TrainJob, with_peak: bool) -> dict[str, int]:
     engine = make_engine(job, tokenizer, num_added, batches.grad_accum_steps, dist.get_world_size())
     micro_batches = batches.micro_batches(0)
     start = live_bytes() - before
-    # Watched from the first step on, so that no release is missed. Slow, by the profiler's reading of its own records.
+    # Profiled from the first step on, so that no release is missed. Reading the profiler's records is slow.
     with profile(profile_memory=True) if with_peak else nullcontext() as profiler:
         accumulate(engine, micro_batches)
         engine.step()
@@ -71,7 +71,7 @@ def measure(job: TrainJob, with_peak: bool) -> dict[str, int]:
 def accumulate(
     engine: deepspeed.DeepSpeedEngine, micro_batches: list, look: Callable[[], int] = lambda: 0
 ) -> list[int]:
-    """Forward and backward passes of all micro-batches, without the step. Returns what `look` says after each."""
+    """Forward and backward passes of all micro-batches, without the step. Returns the result of `look` after each."""
     seen = []
     for number, batch in enumerate(micro_batches, 1):
         engine.backward(engine(**batch.inputs) / 1000, scale_wrt_gas=False)
@@ -86,7 +86,7 @@ def main() -> None:
     torch.set_num_threads(1)
     load_comm_kernel()
     deepspeed.init_distributed(dist_backend="gloo")
-    gc.freeze()  # what the libraries made is of no interest, and long to look through
+    gc.freeze()  # `live_bytes` skips the objects of the libraries, which are many
     results = {}
     for run in [argument for argument in sys.argv[2:] if argument != "--peak"]:
         results[Path(run).name] = measure(read_job(Path(run)), "--peak" in sys.argv)

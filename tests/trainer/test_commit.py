@@ -1,4 +1,4 @@
-"""Checkpoints are whole or absent at every instant, the wanted ones stay, and no failed copy is silent."""
+"""Checkpoints are complete or absent at every instant, the right ones are kept, and a failed copy is reported."""
 
 import json
 import random
@@ -29,7 +29,7 @@ from trainer.config.train import CheckpointConfig, TrainConfig
 NUM_KILLS = 15
 
 
-def test_killed_at_any_instant_it_leaves_whole_checkpoints(tmp_path: Path) -> None:
+def test_a_kill_at_any_instant_leaves_complete_checkpoints(tmp_path: Path) -> None:
     checkpoints, local = tmp_path / "run" / "checkpoints", tmp_path / "local"
     rng, last_step = random.Random(0), 0
     for _ in range(NUM_KILLS):
@@ -39,10 +39,10 @@ def test_killed_at_any_instant_it_leaves_whole_checkpoints(tmp_path: Path) -> No
             time.sleep(rng.random() * 0.05)
             process.kill()
             lines = (first + process.stdout.read()).splitlines()
-        told = int(lines[-1])
+        printed = int(lines[-1])
         folders = complete_checkpoints(checkpoints)
         last_step = int(folders[-1].name.removeprefix("step_"))
-        assert last_step in (told, told + 1), "what was said to be complete is, and nothing that was not begun"
+        assert last_step in (printed, printed + 1), "the printed step is complete, and at most the next one"
         for folder in folders:
             names = {entry["name"] for entry in verify_manifest(folder)["files"]}
             assert names == {"part-0", "part-1", "weights/w-0", "weights/w-1"}
@@ -63,7 +63,7 @@ def add_checkpoint(checkpoints: Path, step: int, **losses: float | None) -> Path
     st.lists(st.one_of(st.none(), st.integers(1, 4)), min_size=1, max_size=8),
     st.integers(1, 4), st.integers(0, 4), st.sampled_from(["validation_loss", "train_loss"]),
 )  # fmt: skip
-def test_the_newest_and_the_best_stay(
+def test_the_newest_and_the_best_are_kept(
     tmp_path_factory, losses: list[int | None], last: int, best: int, by: str
 ) -> None:
     checkpoints = tmp_path_factory.mktemp("kept")
@@ -77,7 +77,7 @@ def test_the_newest_and_the_best_stay(
     assert set(kept) == set(range(1, len(losses) + 1)[-last:]) | {-step for _, step in rated[:best]}
 
 
-def test_with_a_best_kept_the_newest_is_still_the_one_to_go_on_from(tmp_path: Path) -> None:
+def test_training_resumes_from_the_newest_even_if_an_older_one_is_best(tmp_path: Path) -> None:
     config = CheckpointConfig(keep_last=1, keep_best=1, best="train_loss")
     for step, loss in enumerate((3.0, 1.0, 2.0, 2.5), 1):
         partial = partial_folder(tmp_path, step)
@@ -88,13 +88,15 @@ def test_with_a_best_kept_the_newest_is_still_the_one_to_go_on_from(tmp_path: Pa
     assert newest_checkpoint(tmp_path).name == "step_000004"
 
 
-def test_the_best_by_a_loss_that_nobody_measures_is_refused() -> None:
+def test_keeping_the_best_by_a_loss_that_is_not_measured_is_refused() -> None:
     with pytest.raises(ValidationError, match=r"train.validation is not set.*best=train_loss"):
         TrainConfig(checkpoint={"keep_best": 1})
     TrainConfig(checkpoint={"keep_best": 1, "best": "train_loss"})
 
 
-def test_a_copy_that_meets_a_full_disk_says_so_and_leaves_its_source(tmp_path: Path, small_disk: SmallDisk) -> None:
+def test_a_copy_to_a_full_disk_fails_with_the_reason_and_keeps_its_source(
+    tmp_path: Path, small_disk: SmallDisk
+) -> None:
     source, target = tmp_path / "local" / "part", small_disk.path / "checkpoints" / ".saving_step_000001"
     source.mkdir(parents=True)
     (source / "big").write_bytes(b"\0" * 200_000)

@@ -1,7 +1,7 @@
-"""Training goes on with another number of ranks, and ends where it would have ended undisturbed.
+"""Training resumes with another number of ranks, and ends where it would have ended without the change.
 
-This process, one rank, trains every job to its end. GROWING jobs are begun here, go on with two ranks and end with
-three; SHRINKING ones are begun by two ranks and end here.
+This process, one rank, trains every job to its end as the reference. GROWING jobs start here, resume with two ranks and
+end with three. SHRINKING jobs start with two ranks and end here.
 """
 
 import os
@@ -54,7 +54,7 @@ LONG = ("zero0", "lora-zero2", "lora-zero3", "bf16-zero1")
 
 def torchrun(num_ranks: int, runs: dict[Path, int], log: Path) -> str:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
-    command += ["-m", "tests.trainer.elastic_worker", *(str(word) for pair in runs.items() for word in pair)]
+    command += ["-m", "tests.trainer.elastic_worker", *(str(argument) for pair in runs.items() for argument in pair)]
     with open(log, "w") as output:
         code = subprocess.run(
             command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=output, stderr=subprocess.STDOUT,
@@ -65,15 +65,17 @@ def torchrun(num_ranks: int, runs: dict[Path, int], log: Path) -> str:
 
 
 def convert_all(root: Path, names: Iterable[str]) -> None:
-    """Two at a time, as each takes a process of its own."""
+    """Convert two at a time, because each conversion runs in its own process."""
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(convert, [newest_checkpoint(root / name / "moved" / "checkpoints") for name in names]))
 
 
 @pytest.fixture(scope="module")
 def root(request, tmp_path_factory, one_rank, chat_model: Path) -> Path:
-    """Run folders `<job>/whole` and `<job>/moved`, what was printed in `<number of ranks>.txt`, and `kept`: checkpoints
-    of two ranks, one of them converted."""
+    """Run folders `<job>/whole` and `<job>/moved`, the output in `<number of ranks>.txt`, and `kept`.
+
+    `kept` has checkpoints of two ranks, of which one is converted.
+    """
     root = tmp_path_factory.mktemp("elastic")
     data = write_chats(root / "chats.jsonl", chat_documents(60))
     jobs = chosen(request, JOBS, LONG)
@@ -95,7 +97,7 @@ def root(request, tmp_path_factory, one_rank, chat_model: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", names_of(JOBS, LONG))
-def test_other_ranks_end_where_the_same_ones_would_have(root: Path, name: str) -> None:
+def test_another_number_of_ranks_ends_with_the_same_figures(root: Path, name: str) -> None:
     tolerance = TOLERANCE["bf16" if name.startswith("bf16") else "fp32"]
     expected, found = trace(root / name / "whole"), trace(root / name / "moved")
     assert found.keys() == expected.keys()
@@ -108,14 +110,14 @@ def test_other_ranks_end_where_the_same_ones_would_have(root: Path, name: str) -
         assert error < tolerance, key
 
 
-def test_the_ranks_were_other_ones(root: Path) -> None:
+def test_the_number_of_ranks_changed(root: Path) -> None:
     end = len(trace(root / "zero3" / "whole"))
     for name, expected in {"zero3": [(2, 2 * MOVED_AFTER), (3, end)], "zero2": [(2, MOVED_AFTER), (1, end)]}.items():
         states = [read_state(folder) for folder in complete_checkpoints(root / name / "moved" / "checkpoints")]
         assert [(state.world_size, state.step) for state in states] == expected
 
 
-def test_a_checkpoint_is_converted_once_and_the_other_form_goes_with_the_next_save(root: Path) -> None:
+def test_a_checkpoint_is_converted_once_and_the_next_save_removes_the_converted_form(root: Path) -> None:
     assert (root / "2.txt").read_text().count("converting it") == 1, "of zero3 alone; zero1 has it already"
     assert "converting it" not in (root / "3.txt").read_text()
     assert len(list((root / "kept").glob(f"{CONVERTED}*"))) == 1
@@ -126,7 +128,7 @@ def test_a_checkpoint_is_converted_once_and_the_other_form_goes_with_the_next_sa
         assert {path.name.split("_")[0] for path in folders} == {"step"}
 
 
-def test_every_file_of_the_other_form_is_checked(root: Path) -> None:
+def test_every_file_of_the_converted_form_is_checked(root: Path) -> None:
     folder = newest_checkpoint(root / "kept")
     other = universal_folder(folder)
     files = [path for path in other.rglob("*") if path.is_file() and path.name != "manifest.json"]

@@ -1,7 +1,7 @@
-"""Training over several ranks gives what plain PyTorch gives in one process, for every ZeRO stage.
+"""Training on several ranks gives the results of plain PyTorch in one process, for every ZeRO stage.
 
-All jobs run in one torchrun of two ranks. The reference knows nothing of packing, accumulation or DeepSpeed: it feeds
-the documents of a step one by one, and divides the sum of their token losses by the number of their labels.
+All jobs run in one torchrun of two ranks. The reference has no packing, accumulation or DeepSpeed: it feeds the
+documents of a step one by one, and divides the sum of their token losses by the number of their labels.
 """
 
 import json
@@ -151,7 +151,7 @@ _references: dict[str, tuple] = {}
 
 
 def reference_of(run: Path) -> tuple[dict[int, tuple[float, float]], torch.nn.Module]:
-    """The reference of a job. Jobs that differ in nothing it depends on share one."""
+    """The reference of a job. Jobs with the same reference share it."""
     job = read_job(run)
     irrelevant = {
         "zero_stage", "zero", "activation_checkpointing", "precision", "sequence_parallel_size", "loss_chunk_tokens",
@@ -168,7 +168,7 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def assert_same_weights(run: Path, wanted: dict[str, torch.Tensor]) -> None:
-    """The newest checkpoint holds these tensors and no others."""
+    """The newest checkpoint holds exactly these tensors."""
     found = weights(run)
     assert found.keys() == wanted.keys()
     for key, tensor in found.items():
@@ -184,14 +184,14 @@ def assert_same_trace(run: Path, expected: dict[int, tuple[float, float]], toler
 
 
 @pytest.mark.parametrize("name", names_of({name: job for name, job in JOBS.items() if name not in BF16}, LONG))
-def test_two_ranks_train_as_plain_pytorch_does(trained: dict[str, Path], name: str) -> None:
+def test_two_ranks_train_like_plain_pytorch(trained: dict[str, Path], name: str) -> None:
     expected, lm = reference_of(trained[name])
     assert_same_trace(trained[name], expected, TOLERANCE)
     assert_same_weights(trained[name], dict(lm.named_parameters()))
 
 
-def test_the_jobs_have_what_makes_them_hard(trained: dict[str, Path]) -> None:
-    """Unequal labels per rank, micro-batches of padding alone, and clipping that clips."""
+def test_the_jobs_cover_the_hard_cases(trained: dict[str, Path]) -> None:
+    """Unequal numbers of labels per rank, micro-batches that are all padding, and gradients that are clipped."""
     for name in FULL.keys() & trained.keys():
         job = read_job(trained[name])
         (cache,) = job.run.tokens.iterdir()
@@ -204,8 +204,8 @@ def test_the_jobs_have_what_makes_them_hard(trained: dict[str, Path]) -> None:
 
 
 @pytest.mark.parametrize("name", HELD_OUT)
-def test_two_ranks_validate_as_plain_pytorch_does(trained: dict[str, Path], name: str) -> None:
-    """Labels are unequal over ranks and micro-batches, and one rank has a row less."""
+def test_two_ranks_validate_like_plain_pytorch(trained: dict[str, Path], name: str) -> None:
+    """The number of labels differs between ranks and micro-batches, and one rank has one row less."""
     _, lm = reference_of(trained[name])
     job = read_job(trained[name])
     (cache,) = job.run.tokens.iterdir()
@@ -233,7 +233,7 @@ def test_steps_counted_in_examples_take_as_many_passes_as_their_rows_need(traine
 
 @pytest.mark.parametrize("name", BF16)
 def test_bf16_stays_near_float32(trained: dict[str, Path], name: str) -> None:
-    """Weights are rounded to 8 bits; beyond that they may differ by a fifth of how far training moved them."""
+    """Weights are rounded to 8 bits. Beyond that they may differ by a fifth of what training changed."""
     expected, lm = reference_of(trained[name])
     assert_same_trace(trained[name], expected, 0.03)
     for key, start in load_file(read_job(trained[name]).model.path + "/model.safetensors").items():

@@ -1,4 +1,4 @@
-"""A disk that fills up ends a stage with one clear error, spoils nothing, and the same command goes on afterwards."""
+"""A full disk ends a stage with one clear error and damages nothing. The same command resumes afterwards."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from trainer.job import read_job
 
 @pytest.fixture(scope="module")
 def four_mib_model(tmp_path_factory, tokenizer) -> Path:
-    """A model whose checkpoints are some 16 MiB: weights twice, and two moments."""
+    """A model whose checkpoints have about 16 MiB: two copies of the weights, and two moments."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -51,7 +51,7 @@ def test_training_survives_a_full_disk(
     def tunesmith(*arguments: object) -> tuple[int, str]:
         return command(*arguments, "--run-dir", run, cwd=tmp_path)
 
-    small_disk.resize(36 * MIB)  # the first checkpoint, and half of the second beside it
+    small_disk.resize(36 * MIB)  # room for the first checkpoint and half of the second
     code, output = tunesmith("train", recipe)
     assert code == EXIT_BAD_INPUT, output
     assert one_error(output).startswith(f"error: {run}"), output
@@ -92,7 +92,7 @@ def test_export_survives_a_full_disk(
 
 
 def one_error(output: str) -> str:
-    """The line of `output` that is an error; there has to be one and no more."""
+    """The only line of `output` that is an error."""
     (line,) = [line for line in output.splitlines() if line.startswith("error:")]
     return line
 

@@ -1,4 +1,4 @@
-"""Documents packed into a row do not see each other, and a model for which that fails is not trained."""
+"""Packed documents do not see each other. A model for which this fails is not trained."""
 
 from pathlib import Path
 

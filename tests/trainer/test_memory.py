@@ -1,4 +1,4 @@
-"""What a job is expected to take is what it takes, and the stage that is chosen follows from it."""
+"""The memory estimate of a job matches its measured memory, and the chosen stage follows from the estimate."""
 
 import json
 import os
@@ -38,7 +38,7 @@ LONG = ("float32, ZeRO-1", "float32, ZeRO-3", "bf16, ZeRO-1", "loss in chunks")
 
 @pytest.fixture(scope="module")
 def measured(request, tmp_path_factory, tokenizer) -> dict[str, tuple[dict, Path]]:
-    """For every job: the bytes that its first rank of two was seen to take, and its run folder."""
+    """For every job: the measured bytes of the first of its two ranks, and its run folder."""
     root = tmp_path_factory.mktemp("memory")
     sizes = {"vocab_size": 2000, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4}
     model = save_llama(root / "model", tokenizer, tied=False, **sizes)
@@ -57,7 +57,7 @@ def measured(request, tmp_path_factory, tokenizer) -> dict[str, tuple[dict, Path
 
 
 @pytest.mark.parametrize("name", names_of(MEASURED, LONG))
-def test_the_estimate_is_what_is_taken(measured: dict, name: str) -> None:
+def test_the_estimate_matches_the_measurement(measured: dict, name: str) -> None:
     found, run = measured[name]
     job = read_job(run)
     expected = estimate(read_facts(job.model, job.config), job.config, job.config.zero_stage, world_size=2)
@@ -75,7 +75,7 @@ def config_of(**settings: object) -> TrainConfig:
     return TrainConfig(**{"micro_batch_size": 1, "global_batch_size": 128, "max_seq_len": 4096, **settings})
 
 
-def test_an_8b_model_takes_what_the_arithmetic_says() -> None:
+def test_the_estimate_of_an_8b_model_matches_the_arithmetic() -> None:
     """bf16 weights 16 GB; float32 masters and moments 96 GB; float32 gradients 32 GB, and 16 GB in bf16 on stage 1."""
     billion = 8.030261248
     for stage, states in ((1, 2 + 6 + 12 / 8), (2, 2 + 4 / 8 + 12 / 8), (3, 2 / 8 + 4 / 8 + 12 / 8)):
@@ -116,8 +116,8 @@ def test_auto_is_the_lowest_stage_that_fits(usable: int, ranks: int) -> None:
 
 
 @given(usable=st.integers(4 * GIB, 200 * GIB), ranks=st.sampled_from([1, 2, 8, 16]), stage=st.sampled_from([1, 2, 3]))
-def test_what_is_proposed_fits(usable: int, ranks: int, stage: int) -> None:
-    """A refusal ends with settings; with them the same machine is enough."""
+def test_the_proposed_settings_fit(usable: int, ranks: int, stage: int) -> None:
+    """An error ends with settings. With these the job fits into the same memory."""
     config = config_of(zero_stage=stage, micro_batch_size=4)
     try:
         chosen = choose_stage(FACTS, config, ranks, usable)
@@ -153,7 +153,7 @@ def test_what_is_proposed_fits(usable: int, ranks: int, stage: int) -> None:
         {"tuning": "prompt", "packing": False},
     ],
 )
-def test_facts_are_those_of_the_loaded_model(tmp_path: Path, tokenizer, tied: bool, settings: dict) -> None:
+def test_facts_equal_those_of_the_loaded_model(tmp_path: Path, tokenizer, tied: bool, settings: dict) -> None:
     from trainer.model.load import load_model, load_tokenizer
     from trainer.resolve import with_choices
 
@@ -177,8 +177,8 @@ def test_a_job_too_large_for_the_memory_is_refused_before_it_starts(
     assert not (run / "tokens").exists()
 
 
-def test_a_job_that_goes_on_keeps_its_stage(one_rank: None, tmp_path: Path, chat_model: Path, chat_data: Path) -> None:
-    """However much memory is free then: its checkpoints are those of that stage."""
+def test_a_resumed_job_keeps_its_stage(one_rank: None, tmp_path: Path, chat_model: Path, chat_data: Path) -> None:
+    """Its checkpoints are of that stage, so the memory that is free now does not matter."""
     settings = {"max_steps": 2, "checkpoint": {"every_steps": 1}, "precision": "fp32"}
     run = write_job(tmp_path / "run", chat_model, chat_data, **settings)
     train_here(run)

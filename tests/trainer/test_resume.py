@@ -1,4 +1,4 @@
-"""Killed or asked to stop, a training goes on where it was, bit for bit. By the command line, on two ranks."""
+"""A training that was killed or stopped resumes bit for bit. Through the command line, on two ranks."""
 
 import contextlib
 import itertools
@@ -62,8 +62,8 @@ def stop_at_step(recipe: Path, run: Path, step: int, stop) -> int:
         end_tree(process)
 
 
-def ask_again_and_again(process) -> None:
-    """Every rank, until it has ended: while it is saving, and while its interpreter ends."""
+def signal_until_ended(process) -> None:
+    """Signal every rank until it has ended, also while it saves and while its interpreter exits."""
     os.kill(process.pid, signal.SIGTERM)
     ranks = [child for child in psutil.Process(process.pid).children(recursive=True) if is_rank(child)]
     assert len(ranks) == SETTINGS["num_processes"]
@@ -103,10 +103,10 @@ def undisturbed(tmp_path_factory, chat_model: Path, chat_data: Path) -> Path:
 
 @pytest.mark.long
 @pytest.mark.parametrize("more", [{"local_dir": "local"}, {}])
-def test_killed_training_goes_on_bit_for_bit(
+def test_a_killed_training_resumes_bit_for_bit(
     tmp_path: Path, chat_model: Path, chat_data: Path, undisturbed, more: dict[str, str]
 ) -> None:
-    """Killed between two checkpoints, then at a random instant of a training that nearly always saves."""
+    """Killed between two checkpoints, then at a random instant of a training that saves after every step."""
     recipe, run = write_recipe(tmp_path, chat_model, chat_data), tmp_path / "run"
     stop_at_step(recipe, run, KILLED_AT, end_tree)
     local = {key: str(tmp_path / folder) for key, folder in more.items()}
@@ -131,17 +131,17 @@ def test_killed_training_goes_on_bit_for_bit(
     assert not half.exists()
 
 
-def test_killed_and_then_asked_to_stop_it_goes_on_bit_for_bit(
+def test_a_training_that_was_killed_and_then_stopped_resumes_bit_for_bit(
     tmp_path: Path, chat_model: Path, chat_data: Path, undisturbed
 ) -> None:
-    """Killed between two checkpoints; asked to stop, it saves the step at hand, which no checkpoint was due for."""
+    """Killed between two checkpoints. When stopped, it saves a step for which no checkpoint was due."""
     recipe, run = write_recipe(tmp_path, chat_model, chat_data), tmp_path / "run"
     stop_at_step(recipe, run, KILLED_AT, end_tree)
     killed_at = num_steps_shown(run)
     saved = read_state(newest_checkpoint(run / "checkpoints")).step
     assert saved <= killed_at < NUM_STEPS
     write_recipe(tmp_path, chat_model, chat_data, checkpoint={"every_steps": 1000})
-    code = stop_at_step(recipe, run, num_steps_shown(run) + 4, ask_again_and_again)
+    code = stop_at_step(recipe, run, num_steps_shown(run) + 4, signal_until_ended)
     output = (tmp_path / "output.txt").read_text()
     assert code == EXIT_PREEMPTED, output
     assert "The same command continues it" in output
@@ -157,7 +157,7 @@ def test_killed_and_then_asked_to_stop_it_goes_on_bit_for_bit(
 
 @pytest.fixture
 def unfinished(tmp_path: Path, one_rank, chat_model: Path, chat_data: Path) -> Path:
-    """A run folder of one rank whose training is not at its end."""
+    """A run folder of one rank whose training is not finished."""
     run = write_job(tmp_path / "run", chat_model, chat_data, checkpoint={"every_steps": 2}, global_batch_size=2)
 
     class StopsInTime:
@@ -221,13 +221,13 @@ def test_a_checkpoint_of_another_base_model_is_refused(unfinished: Path, tmp_pat
         train_here(unfinished)
 
 
-def test_rows_that_do_not_divide_among_the_ranks_that_go_on_are_refused(unfinished: Path) -> None:
+def test_a_batch_size_that_does_not_fit_the_new_number_of_ranks_is_refused(unfinished: Path) -> None:
     rewrite(unfinished, train={"micro_batch_size": 4})
     with pytest.raises(InputError, match=r"global_batch_size=2 .* 4 x 1 ranks.*step_000003 was saved by 1 ranks"):
         train_here(unfinished)
 
 
-def test_saving_more_often_is_no_other_job_and_older_checkpoints_are_removed(unfinished: Path) -> None:
+def test_saving_more_often_stays_the_same_job_and_older_checkpoints_are_removed(unfinished: Path) -> None:
     rewrite(unfinished, train={"checkpoint": {"every_steps": 1, "keep_last": 2}})
     last = train_here(unfinished)["step"]
     left = sorted(path.name for path in (unfinished / "checkpoints").glob("step_*"))
@@ -235,7 +235,7 @@ def test_saving_more_often_is_no_other_job_and_older_checkpoints_are_removed(unf
     assert not list((unfinished / "checkpoints").glob(".saving_*"))
 
 
-def test_when_deepspeed_loads_nothing_training_does_not_begin_anew(unfinished: Path, monkeypatch) -> None:
+def test_training_does_not_start_over_if_deepspeed_loads_nothing(unfinished: Path, monkeypatch) -> None:
     from deepspeed import DeepSpeedEngine
 
     monkeypatch.setattr(DeepSpeedEngine, "load_checkpoint", lambda *_, **__: (None, None))

@@ -1,4 +1,4 @@
-"""DeepSpeed's kernel for ranks on a CPU, after somebody was killed while compiling it."""
+"""DeepSpeed's kernel for ranks on a CPU, after a process was killed while compiling it."""
 
 import os
 import shutil
@@ -16,19 +16,19 @@ SCRIPT = "import os; from trainer import runtime; runtime.load_comm_kernel(); pr
 LOAD = [sys.executable, "-c", SCRIPT]
 
 
-def test_the_lock_of_a_killed_compilation_hangs_nobody(tmp_path: Path) -> None:
+def test_the_lock_of_a_killed_compilation_is_removed(tmp_path: Path) -> None:
     done = subprocess.run(LOAD, cwd=ROOT, check=True, timeout=400, capture_output=True, text=True)
-    compiled = Path(done.stdout.splitlines()[-1]) / NAME  # now, if nobody had yet
+    compiled = Path(done.stdout.splitlines()[-1]) / NAME  # by this call, if it was not compiled yet
     shutil.copytree(compiled, tmp_path / NAME)
     (tmp_path / NAME / LOCK).touch()
     environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path)}
     done = subprocess.run(LOAD, cwd=ROOT, env=environment, timeout=200, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == str(tmp_path), "the user's own folder is kept to"
+    assert done.stdout.splitlines()[-1] == str(tmp_path), "the user's folder is used"
     assert not (tmp_path / NAME / LOCK).exists()
 
 
-def test_every_environment_compiles_in_a_folder_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_environment_compiles_in_its_own_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     import deepspeed
 
     folders = []

@@ -1,4 +1,4 @@
-"""Saving as training does it, on one rank: by way of a local disk, after a bad loss, with traces and trackers."""
+"""Saving during training, on one rank: by way of a local disk, after a loss that is not finite, with a profile."""
 
 import json
 import shutil
@@ -38,7 +38,7 @@ def steps_kept(folder: Path) -> list[int]:
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
-def test_a_checkpoint_of_an_adapter_is_small_beside_its_base(
+def test_a_checkpoint_of_an_adapter_is_much_smaller_than_the_base(
     tmp_path: Path, one_rank, tokenizer, chat_data: Path, zero_stage: int
 ) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -60,7 +60,7 @@ def test_a_checkpoint_of_an_adapter_is_small_beside_its_base(
     assert trace(folder) == expected
 
 
-def test_training_goes_on_while_a_checkpoint_is_copied_and_the_next_save_waits(run, tmp_path, monkeypatch) -> None:
+def test_training_continues_while_a_checkpoint_is_copied_and_the_next_save_waits(run, tmp_path, monkeypatch) -> None:
     local = tmp_path / "local"
     by_way = run(checkpoint={"every_steps": 2, "local_dir": str(local), "keep_last": 9})
     direct = run("direct", checkpoint={"every_steps": 2, "keep_last": 9})
@@ -70,7 +70,7 @@ def test_training_goes_on_while_a_checkpoint_is_copied_and_the_next_save_waits(r
         saved = int(target.name[-6:])
         deadline = time.monotonic() + DEADLINE_SECONDS
         while num_steps_shown(by_way) < min(saved + 1, NUM_STEPS):
-            assert time.monotonic() < deadline, "training did not go on"
+            assert time.monotonic() < deadline, "training did not continue"
             time.sleep(0.01)
         kept_at_copy.append((saved, steps_kept(by_way)))
         shutil.copytree(source, target, dirs_exist_ok=True)
@@ -111,17 +111,19 @@ def test_a_copy_that_fails_ends_training_at_the_next_step(run, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("by_way", [False, True])
-def test_a_loss_that_is_no_number_ends_training_and_the_checkpoint_before_stays(run, tmp_path, by_way: bool) -> None:
+def test_a_loss_that_is_not_finite_ends_training_and_the_previous_checkpoint_stays(run, tmp_path, by_way: bool) -> None:
     local = {"local_dir": str(tmp_path / "local")} if by_way else {}
     folder = run(learning_rate=1e30, warmup_ratio=0, tuning="full", checkpoint={"every_steps": 1, **local})
-    with pytest.raises(Diverged, match=r"step 2: .* gradient norm (inf|nan).*documents \d+ \('<\|im_start\|>") as told:
+    with pytest.raises(
+        Diverged, match=r"step 2: .* gradient norm (inf|nan).*documents \d+ \('<\|im_start\|>"
+    ) as raised:
         train_here(folder)
-    assert "learning_rate (" in str(told.value)
+    assert "learning_rate (" in str(raised.value)
     assert steps_kept(folder) == [1]
     verify_manifest(newest_checkpoint(folder / "checkpoints"))
 
 
-def test_the_best_by_training_loss_stays(run) -> None:
+def test_the_best_by_training_loss_is_kept(run) -> None:
     settings = {"every_steps": 1, "keep_last": 1, "keep_best": 2, "best": "train_loss"}
     folder = run(checkpoint=settings, learning_rate=0.05)
     train_here(folder)
@@ -132,7 +134,7 @@ def test_the_best_by_training_loss_stays(run) -> None:
         assert read_state(kept).train_loss == losses[read_state(kept).step]
 
 
-def test_a_profile_and_a_tracker_are_there_when_asked_for(run, monkeypatch) -> None:
+def test_a_profile_is_written_and_a_tracker_gets_the_figures(run, monkeypatch) -> None:
     calls: list = []
     monkeypatch.setitem(sys.modules, "trackio", fake_tracker("trackio", calls))
     folder = run(profile={"start_step": 2, "num_steps": 2}, report_to=["trackio"])
@@ -147,7 +149,7 @@ def test_a_profile_and_a_tracker_are_there_when_asked_for(run, monkeypatch) -> N
 
 
 @given(st.integers(0, 10**9), st.integers(0, 10**6), st.integers(1, 64))
-def test_ranks_without_a_saved_random_state_get_seeds_that_can_be_made_again(seed: int, step: int, ranks: int) -> None:
+def test_ranks_without_a_saved_random_state_get_reproducible_seeds(seed: int, step: int, ranks: int) -> None:
     seeds = [checkpointer.new_rank_seed(seed, step, rank) for rank in range(ranks)]
     assert seeds == [checkpointer.new_rank_seed(seed, step, rank) for rank in range(ranks)]
     assert len({*seeds, checkpointer.new_rank_seed(seed, step + 1, 0)}) == ranks + 1

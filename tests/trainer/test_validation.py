@@ -1,4 +1,4 @@
-"""The loss on held-out data: that of a plain loop, reported when it is due, and without a trace in the training."""
+"""The loss on held-out data equals that of a plain loop, comes when it is due, and does not change the training."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ def validated(run: Path) -> dict[int, float]:
 
 
 def plain_loss(run: Path, tokens, documents: list[int]) -> float:
-    """Mean loss a label of `documents` one by one, under the trained weights of a run."""
+    """Mean loss per label of `documents`, computed one by one with the trained weights of a run."""
     job = read_job(run)
     tokenizer, num_added = load_tokenizer(job.model, None)
     lm = load_model(job.model, job.config, tokenizer, num_added)
@@ -62,7 +62,7 @@ def test_a_share_is_held_out_and_its_loss_is_exact(tmp_path: Path, chat_model: P
     assert losses[5] == pytest.approx(plain_loss(run, tokens, documents), rel=1e-5)
 
 
-def test_validating_changes_nothing_of_the_training(tmp_path: Path, chat_model: Path, chat_data: Path) -> None:
+def test_validation_does_not_change_the_training(tmp_path: Path, chat_model: Path, chat_data: Path) -> None:
     other = write_chats(tmp_path / "other.jsonl", chat_documents(7, seed=5))
     plain, watched = (
         write_job(tmp_path / name, chat_model, chat_data, **SETTINGS, **more)
@@ -80,7 +80,7 @@ def test_validating_changes_nothing_of_the_training(tmp_path: Path, chat_model: 
     assert read_job(plain).fingerprint("tokens") == read_job(watched).fingerprint("tokens")
 
 
-def test_what_cannot_be_validated_on_is_named_before_training(
+def test_an_unusable_validation_dataset_is_named_before_training(
     tmp_path: Path, chat_model: Path, chat_data: Path
 ) -> None:
     absent = write_job(tmp_path / "absent", chat_model, chat_data, validation={"path": str(tmp_path / "no.jsonl")})

@@ -1,4 +1,4 @@
-"""Which ZeRO settings go together, and that DeepSpeed takes what we hand it."""
+"""Which ZeRO settings can be combined, and that DeepSpeed accepts our configuration."""
 
 from pathlib import Path
 
@@ -45,7 +45,7 @@ from trainer.config.train import TrainConfig
         ({"sequence_parallel_size": 2, "zero_stage": 1, "packing": False}, "does not work with zero_stage=1 and bf16"),
     ],
 )
-def test_what_does_not_go_together_is_refused(settings: dict, complaint: str) -> None:
+def test_settings_that_cannot_be_combined_are_refused(settings: dict, complaint: str) -> None:
     with pytest.raises(ValidationError, match=r"(?s)" + complaint.replace(".", r"\.")):
         TrainConfig(**settings)
 
@@ -55,7 +55,7 @@ def test_what_does_not_go_together_is_refused(settings: dict, complaint: str) ->
     zero=st.sampled_from([{}, {"offload_optimizer": "cpu"}, {"offload_parameters": "cpu"}, {"reduce_bucket_size": 5}]),
     parts=st.sampled_from([1, 2]), recomputed=st.sampled_from(["none", "selective", "full"]),
 )  # fmt: skip
-def test_auto_offers_the_stages_that_could_be_written_out(
+def test_auto_offers_every_stage_that_a_recipe_may_set(
     precision: str, compiled: bool, zero: dict, parts: int, recomputed: str
 ) -> None:
     settings = {
@@ -75,13 +75,13 @@ def test_auto_offers_the_stages_that_could_be_written_out(
         assert offered == [stage for stage in range(4) if is_valid(stage)]
 
 
-def test_what_this_machine_cannot_do_is_refused(
+def test_settings_that_this_machine_does_not_support_are_refused(
     one_rank: None, tmp_path: Path, chat_model: Path, chat_data: Path
 ) -> None:
     for name, settings, complaint in (
         ("hpz", {"zero": {"hpz_partition_size": 2}, "precision": "bf16"}, "does not divide 1 ranks"),
         ("sequence", {"sequence_parallel_size": 2, "packing": False}, "does not divide 1 ranks"),
-        ("disk", {"zero": {"offload_optimizer": "nvme", "nvme_path": "/no/such"}}, "there is no folder /no/such"),
+        ("disk", {"zero": {"offload_optimizer": "nvme", "nvme_path": "/no/such"}}, "this node has no folder /no/such"),
     ):
         run = write_job(tmp_path / name, chat_model, chat_data, **settings)
         with pytest.raises(InputError, match=complaint):

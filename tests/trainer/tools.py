@@ -24,7 +24,7 @@ def names_of(jobs: Iterable[str], long: Container[str]) -> list:
 
 
 def chosen(request: pytest.FixtureRequest, jobs: dict[str, dict], long: Container[str]) -> dict[str, dict]:
-    """The jobs to train for the tests of a module that were selected: the long ones only where a test wants them."""
+    """The jobs that the selected tests of a module need. A job in `long` is left out if no selected test uses it."""
     items = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
     wanted = {item.callspec.params.get("name") for item in items}
     return {name: settings for name, settings in jobs.items() if name not in long or name in wanted}
@@ -47,7 +47,7 @@ def make_tokenizer(*special_tokens: str):
 
 
 def save_llama(folder: Path, tokenizer, tied: bool, **sizes: int) -> Path:
-    """A folder with a random float32 Llama of two layers, or as `sizes` say, and `tokenizer`."""
+    """A folder with a random float32 Llama and `tokenizer`. `sizes` changes the default of two small layers."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -84,7 +84,7 @@ def write_chats(path: Path, chats: Iterable[list[dict]]) -> Path:
 
 
 def write_job(run: Path, model: Path, data: Path | None, seed: int = 0, **train: object) -> Path:
-    """A run folder as the launcher leaves it for the ranks: `recipe.yaml` with the sections that they read."""
+    """A run folder as the launcher prepares it for the ranks: `recipe.yaml` with the sections that they read."""
     settings = {
         "data": [str(data)] if data else [], "max_seq_len": 128, "precision": "fp32", "learning_rate": 1e-3,
         "micro_batch_size": 2, "global_batch_size": 8, "batch_unit": "rows", "num_epochs": 1, **train,
@@ -105,13 +105,13 @@ def train_here(run: Path) -> dict:
 
 
 def trace(run: Path) -> dict[int, tuple[float, float]]:
-    """Step -> (loss, gradient norm). A step that was done twice counts as it was done last."""
+    """Step -> (loss, gradient norm). Of a step that was run twice, the last run counts."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return {row["step"]: (row["loss"], row["grad_norm"]) for row in rows if row["stage"] == "train"}
 
 
 def weights(run: Path) -> dict:
-    """The tensors of the newest checkpoint, or of its adapter."""
+    """The tensors of the newest checkpoint's weights or adapter."""
     from safetensors.torch import load_file
 
     from trainer.checkpoint.state import newest_checkpoint
@@ -123,13 +123,13 @@ def weights(run: Path) -> dict:
 
 
 def torchrun(num_ranks: int, folder: Path) -> list[str]:
-    """The beginning of a command that runs a module as so many ranks. What torch leaves is in `folder`, not in /tmp."""
+    """The start of a command that runs a module on `num_ranks` ranks. torch's logs go to `folder`, not to /tmp."""
     own = ["--standalone", f"--nproc-per-node={num_ranks}", f"--log-dir={folder}"]
     return [sys.executable, "-m", "torch.distributed.run", *own, "-m"]
 
 
 def start_command(*arguments: object, cwd: Path) -> subprocess.Popen:
-    """Start `tunesmith ...` as a user would, its output into `cwd`/output.txt."""
+    """Start `tunesmith ...` as a user would. Its output goes to `cwd`/output.txt."""
     environ = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "LOCAL_RANK"))}
     environ |= {"OMP_NUM_THREADS": "1", "TERM": "dumb"}
     command = [sys.executable, "-m", "launcher.cli", *map(str, arguments)]
@@ -139,7 +139,7 @@ def start_command(*arguments: object, cwd: Path) -> subprocess.Popen:
 
 
 def command(*arguments: object, cwd: Path) -> tuple[int, str]:
-    """Run `tunesmith ...` to its end. Returns its exit code, and what it and its ranks printed."""
+    """Run `tunesmith ...` to its end. Returns its exit code and its output, which includes that of the ranks."""
     process = start_command(*arguments, cwd=cwd)
     try:
         code = process.wait(DEADLINE_SECONDS)
@@ -149,7 +149,7 @@ def command(*arguments: object, cwd: Path) -> tuple[int, str]:
 
 
 def end_tree(process: subprocess.Popen) -> None:
-    """SIGKILL a command and all that it started."""
+    """SIGKILL a command and all processes that it started."""
     if process.poll() is not None:
         return
     tree = [*psutil.Process(process.pid).children(recursive=True), process]
@@ -164,11 +164,11 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen, what: s
     deadline = time.monotonic() + DEADLINE_SECONDS
     while not condition():
         assert process.poll() is None, f"the command ended before {what}"
-        assert time.monotonic() < deadline, f"waited in vain for {what}"
+        assert time.monotonic() < deadline, f"timed out waiting for {what}"
         time.sleep(0.01)
 
 
 def num_steps_shown(run: Path) -> int:
-    """How many whole lines metrics.jsonl has."""
+    """The number of complete lines in metrics.jsonl."""
     file = run / "metrics.jsonl"
     return file.read_text().count("\n") if file.is_file() else 0

@@ -1,7 +1,7 @@
-"""Trains several run folders in one process group, and notes which weights of the base moved.
+"""Trains several run folders in one process group, and records which weights of the base have changed.
 
-`torchrun -m tests.trainer.tuning_worker RUN...` leaves `untouched.json` in each run folder: how many frozen weights
-were compared with the base's file after training, and the names of those that differ.
+`torchrun -m tests.trainer.tuning_worker RUN...` writes `untouched.json` in each run folder: the number of frozen
+weights that were compared with the base's file after training, and the names of those that differ.
 """
 
 import json
@@ -26,7 +26,7 @@ kept: list[deepspeed.DeepSpeedEngine] = []
 
 
 def partition_everything(*arguments: object) -> dict:
-    """DeepSpeed keeps small weights whole under ZeRO-3, and those of a tiny model are all small."""
+    """With ZeRO-3 DeepSpeed does not split small weights, and all weights of a tiny model are small."""
     settings = partitioned_config(*arguments)
     settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     return settings
