@@ -7,6 +7,7 @@ without GPUs ("mp" executor). Engines of several GPUs, on one node or over nodes
 sources but have not been run.
 """
 
+import gc
 import json
 import os
 from contextlib import nullcontext
@@ -19,10 +20,10 @@ from cluster.config import ModelConfig
 from cluster.engines import core_process
 from cluster.engines.config import Completion, EngineConfig, EngineReport, GenerationRequest, Prompt, Sample, Sampling
 from cluster.errors import InputError, TunesmithError
-from cluster.imports import without_collection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+    from vllm import AsyncEngineArgs
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vllm/config/lora.py, MaxLoRARanks
 # vllm/lora/peft_helper.py refuses these, but only at an adapter's first request. It ignores the last one.
@@ -42,50 +43,18 @@ class VLLMEngine:
 
     def __init__(self, config: EngineConfig, model: ModelConfig, num_gpus: int, adapters: tuple[str, ...] = ()) -> None:
         """Load the model, which takes from seconds to minutes. `num_gpus` 0 means a CPU build of vLLM."""
-        set_environment(config, model, num_gpus)
+        set_environment(config, model, num_gpus)  # before vLLM is imported, which reads it
         is_forked = is_one_process(config, num_gpus)
         if is_forked:
             core_process.begin_import()
-        with without_collection():
-            from vllm import AsyncEngineArgs  # after the environment, which vLLM reads when imported
-            from vllm.inputs import tokens_input
-            from vllm.lora.request import LoRARequest
-            from vllm.usage.usage_lib import UsageContext
-            from vllm.v1.engine.async_llm import AsyncLLM
-            from vllm.v1.engine.exceptions import EngineDeadError
+        from vllm.inputs import tokens_input
+        from vllm.lora.request import LoRARequest
+        from vllm.usage.usage_lib import UsageContext
+        from vllm.v1.engine.async_llm import AsyncLLM
+        from vllm.v1.engine.exceptions import EngineDeadError
 
-            from cluster.engines.vllm_stats import ReportingLogger
+        from cluster.engines.vllm_stats import ReportingLogger
 
-        optional = {
-            name: value
-            for name in ("max_model_len", "max_num_batched_tokens")
-            if (value := getattr(config, name)) is not None
-        }
-        arguments = AsyncEngineArgs(
-            model=model.path,
-            revision=model.revision,
-            trust_remote_code=False,
-            tensor_parallel_size=config.tensor_parallel_size,
-            pipeline_parallel_size=config.pipeline_parallel_size,
-            distributed_executor_backend=executor_backend(config, num_gpus),
-            dtype=weights_dtype(config, num_gpus),
-            gpu_memory_utilization=config.gpu_memory_utilization,
-            max_num_seqs=config.max_num_seqs,
-            enforce_eager=config.enforce_eager,
-            enable_prefix_caching=config.enable_prefix_caching,
-            seed=config.seed,
-            # One backend for all forms. Compact JSON, because a weak model would write white space up to max_tokens.
-            structured_outputs_config={"backend": "guidance", "disable_any_whitespace": True},
-            # Sampling is that of the request, not of the model's generation_config.json. End tokens that only this
-            # file names (Llama-3's <|eot_id|>) still end a text (vllm/v1/engine/input_processor.py).
-            generation_config="vllm",
-            disable_log_stats=True,
-            # On a CPU a seeded request whose prompt is computed in chunks kills the engine ("CPU Generator does not use
-            # offset", vLLM 0.32.0).
-            enable_chunked_prefill=num_gpus > 0,
-            **optional,
-            **lora_arguments(config, adapters, num_gpus),
-        )
         loggers: list[ReportingLogger] = []
 
         def make_logger(vllm_config, engine_index: int) -> ReportingLogger:
@@ -94,7 +63,7 @@ class VLLMEngine:
 
         with core_process.forked_core() if is_forked else nullcontext():
             self._engine = AsyncLLM.from_engine_args(
-                arguments,
+                engine_arguments(config, model, num_gpus, adapters),
                 usage_context=UsageContext.LLM_CLASS,  # as many tokens in a step as the offline engine, not as a server
                 stat_loggers=[make_logger],
             )
@@ -104,6 +73,7 @@ class VLLMEngine:
         self._engine_dead_error = EngineDeadError
         self._numbers = count()
         self._model = model.path
+        gc.freeze()  # the garbage collector need not scan what the imports made, a million objects, again and again
 
     def describe(self) -> EngineInfo:
         return EngineInfo(self._model, self._engine.model_config.max_model_len)
@@ -136,6 +106,43 @@ class VLLMEngine:
             for output in sorted(final.outputs, key=lambda output: output.index)
         )
         return Completion(request.request_id, samples, len(token_ids))
+
+
+def engine_arguments(
+    config: EngineConfig, model: ModelConfig, num_gpus: int, adapters: tuple[str, ...]
+) -> "AsyncEngineArgs":
+    from vllm import AsyncEngineArgs
+
+    optional = {
+        name: value
+        for name in ("max_model_len", "max_num_batched_tokens")
+        if (value := getattr(config, name)) is not None
+    }
+    return AsyncEngineArgs(
+        model=model.path,
+        revision=model.revision,
+        trust_remote_code=False,
+        tensor_parallel_size=config.tensor_parallel_size,
+        pipeline_parallel_size=config.pipeline_parallel_size,
+        distributed_executor_backend=executor_backend(config, num_gpus),
+        dtype=weights_dtype(config, num_gpus),
+        gpu_memory_utilization=config.gpu_memory_utilization,
+        max_num_seqs=config.max_num_seqs,
+        enforce_eager=config.enforce_eager,
+        enable_prefix_caching=config.enable_prefix_caching,
+        seed=config.seed,
+        # One backend for all forms. Compact JSON, because a weak model would write white space up to max_tokens.
+        structured_outputs_config={"backend": "guidance", "disable_any_whitespace": True},
+        # Sampling is that of the request, not of the model's generation_config.json. End tokens that only this
+        # file names (Llama-3's <|eot_id|>) still end a text (vllm/v1/engine/input_processor.py).
+        generation_config="vllm",
+        disable_log_stats=True,
+        # On a CPU a seeded request whose prompt is computed in chunks kills the engine ("CPU Generator does not use
+        # offset", vLLM 0.32.0).
+        enable_chunked_prefill=num_gpus > 0,
+        **optional,
+        **lora_arguments(config, adapters, num_gpus),
+    )
 
 
 def prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt) -> list[int]:

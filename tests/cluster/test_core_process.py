@@ -1,4 +1,4 @@
-"""The process that computes, forked from one that has vLLM imported already."""
+"""The process that computes, forked from one that has imported vLLM already."""
 
 import os
 import subprocess
@@ -14,16 +14,16 @@ FORK = """
 import os, sys
 from cluster.engines import core_process
 
-def tell():
+def report():
     print("json" in sys.modules, os.environ.get("LATE"), os.environ.get("GONE"), flush=True)
 
 if __name__ == "__main__":
-    core_process.IMPORTS = "json"
+    core_process.IMPORTS = ["json"]
     os.environ["GONE"] = "there when the server started"
     core_process.begin_import()
     os.environ["LATE"] = "set afterwards"
     del os.environ["GONE"]
-    process = core_process.CoreContext().Process(target=tell, kwargs={}, name="EngineCore")
+    process = core_process.CoreContext().Process(target=report, kwargs={}, name="EngineCore")
     process.start()
     process.join()
     sys.exit(process.exitcode)
@@ -37,7 +37,7 @@ def wait():
     time.sleep(600)
 
 if __name__ == "__main__":
-    core_process.IMPORTS = "json"
+    core_process.IMPORTS = ["json"]
     core_process.begin_import()
     core_process.CoreContext().Process(target=wait, kwargs={}, name="EngineCore").start()
     time.sleep(600)
@@ -73,7 +73,7 @@ def test_what_is_forked_has_the_imports_and_the_environment_of_its_parent_as_it_
 
 
 def test_what_is_forked_is_killed_with_the_one_that_it_was_forked_from(tmp_path: Path) -> None:
-    """Ray kills the children of a process that it ends, and they may lose theirs so."""
+    """Ray kills the children of a process that it ends, but not their children."""
     (tmp_path / "script.py").write_text(ORPHAN)
     command = [sys.executable, tmp_path / "script.py"]
     environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
