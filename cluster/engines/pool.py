@@ -121,8 +121,9 @@ class EnginePool:
                     except EngineDeath as death:
                         num_quarantined = self._retire(engine, death)
                         num_useless = 0 if engine.num_finished + num_quarantined else num_useless + 1
+                        # Before any engine was up, another start would fail in the same way.
                         if not self._started.is_set() or num_useless > self._config.max_restarts:
-                            return death  # no engine has worked yet: it would fail again in the same way
+                            return death
                         for counts in (self.stats, stats):
                             counts.add_restart(death.is_hung)
             if num_useless > 1:
@@ -169,7 +170,7 @@ class EnginePool:
         wait_seconds = min(MAX_COLLECT_SECONDS, timeout / 2, self._config.slow_window_seconds / 2)
         while True:
             try:
-                async with asyncio.timeout(timeout):  # not wait_for, which loses a cancellation that meets an answer
+                async with asyncio.timeout(timeout):  # wait_for would lose a cancellation that comes with an answer
                     finished, report = await _result_of(engine.actor.collect.remote(wait_seconds))
             except TimeoutError:
                 raise EngineHung(f"it did not answer for engine.stall_timeout_seconds={timeout:g}") from None
