@@ -68,11 +68,11 @@ def run_script(folder: Path, text: str, *arguments: str) -> str:
     return done.stdout.strip()
 
 
-def test_what_is_forked_has_the_imports_and_the_environment_of_its_parent_as_it_is_now(tmp_path: Path) -> None:
+def test_a_forked_process_has_the_imports_and_the_current_environment_of_its_parent(tmp_path: Path) -> None:
     assert run_script(tmp_path, FORK) == "True set afterwards None"
 
 
-def test_what_is_forked_is_killed_with_the_one_that_it_was_forked_from(tmp_path: Path) -> None:
+def test_a_forked_process_is_killed_with_its_parent(tmp_path: Path) -> None:
     """Ray kills the children of a process that it ends, but not their children."""
     (tmp_path / "script.py").write_text(ORPHAN)
     command = [sys.executable, tmp_path / "script.py"]
@@ -85,8 +85,6 @@ def test_what_is_forked_is_killed_with_the_one_that_it_was_forked_from(tmp_path:
     assert not alive
 
 
-def test_an_engine_of_one_cpu_computes_in_a_process_forked_from_one_with_the_imports(
-    tmp_path: Path, tiny_model: Path
-) -> None:
+def test_an_engine_of_one_cpu_computes_in_a_forked_process(tmp_path: Path, tiny_model: Path) -> None:
     pytest.importorskip("vllm")
     assert "forked: 1 True" in run_script(tmp_path, ENGINE, str(tiny_model)).splitlines()

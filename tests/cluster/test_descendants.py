@@ -62,7 +62,7 @@ def test_descendants_end_with_it(how: str):
     assert not alive
 
 
-def test_a_descendant_whose_own_parent_ended_first_ends_with_it_too():
+def test_a_descendant_whose_parent_ended_first_ends_as_well():
     parent = subprocess.Popen([sys.executable, "-c", ORPHANED], stdout=subprocess.PIPE, text=True)
     orphan = psutil.Process(int(parent.stdout.readline()))
     parent.wait(60)

@@ -1,4 +1,4 @@
-"""Which request goes to which engine: the queue's laws, and the dispatcher on engines that only take notes."""
+"""Which request goes to which engine: properties of the queue, and the dispatcher on engines that only record."""
 
 import asyncio
 from types import SimpleNamespace
@@ -46,7 +46,7 @@ def test_each_request_leaves_once_and_in_the_order_of_its_group(groups: list[str
 
 
 @given(groups=st.lists(st.sampled_from("abcd"), min_size=1, max_size=60), chunk_size=st.integers(1, 8))
-def test_a_chunk_holds_a_second_group_only_where_the_first_has_no_more(groups: list[str], chunk_size: int):
+def test_a_chunk_holds_a_second_group_only_if_the_first_is_empty(groups: list[str], chunk_size: int):
     queue = GroupedQueue()
     for number, group in enumerate(groups):
         queue.append(pending(number, group))
@@ -58,7 +58,7 @@ def test_a_chunk_holds_a_second_group_only_where_the_first_has_no_more(groups: l
         assert not waiting.intersection(names[: names.index(names[-1])])
 
 
-def test_a_large_group_does_not_keep_a_small_one_waiting():
+def test_a_small_group_does_not_wait_for_a_large_one():
     queue = GroupedQueue()
     for number in range(1000):
         queue.append(pending(number, "large"))
@@ -103,32 +103,32 @@ def test_few_requests_are_spread_over_the_engines(num_requests: int):
     assert sum(held) == num_requests and max(held) - min(held) <= 1
 
 
-def test_an_engine_that_may_hold_half_as_many_gets_half_as_many():
+def test_an_engine_that_may_hold_half_as_many_requests_gets_half_as_many():
     dispatcher, engines, _ = dispatcher_of(EngineConfig(num_replicas=2, max_num_seqs=64, chunk_size=1))
     engines[1].max_in_flight //= 2
     dispatch(dispatcher, [pending(number) for number in range(90)])
     assert [len(engine.in_flight) for engine in engines] == [60, 30]
 
 
-def test_a_request_that_must_be_alone_empties_one_engine_and_not_the_others():
+def test_a_request_that_must_run_alone_drains_one_engine():
     config = EngineConfig(num_replicas=2, max_num_seqs=2, chunk_size=1)
     dispatcher, engines, _ = dispatcher_of(config)
     dispatch(dispatcher, [pending(number) for number in range(8)])
-    suspect = pending(99)
-    suspect.num_deaths = config.max_request_deaths - 1
+    suspected = pending(99)
+    suspected.num_deaths = config.max_request_deaths - 1
     engines[0].in_flight.popitem()
     engines[1].in_flight.popitem()
-    dispatch(dispatcher, [pending(number) for number in range(8, 20)], [suspect])
+    dispatch(dispatcher, [pending(number) for number in range(8, 20)], [suspected])
     assert sorted(len(engine.in_flight) for engine in engines) == [3, 4]
-    emptying = min(engines, key=lambda engine: len(engine.in_flight))
-    emptying.in_flight.clear()
+    draining = min(engines, key=lambda engine: len(engine.in_flight))
+    draining.in_flight.clear()
     dispatch(dispatcher, [])
-    assert list(emptying.in_flight.values()) == [suspect]
+    assert list(draining.in_flight.values()) == [suspected]
 
 
-def test_a_request_given_up_is_not_sent():
+def test_a_request_whose_caller_has_left_is_not_sent():
     dispatcher, _, sent = dispatcher_of(EngineConfig())
-    given_up = pending(0)
-    given_up.future = SimpleNamespace(done=lambda: True)
-    dispatch(dispatcher, [given_up, pending(1)])
+    abandoned = pending(0)
+    abandoned.future = SimpleNamespace(done=lambda: True)
+    dispatch(dispatcher, [abandoned, pending(1)])
     assert [name for chunk in sent[0] for name in chunk] == ["1"]

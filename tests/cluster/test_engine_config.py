@@ -1,4 +1,4 @@
-"""Requests, samplings and completions as they are written down and read back."""
+"""Requests, samplings and completions as they are written and read, and the settings of an engine."""
 
 import json
 import os
@@ -28,32 +28,32 @@ def test_a_completion_comes_back_from_json_as_it_was(samples: list[Sample], num_
     assert Completion.from_dict(json.loads(json.dumps(asdict(completion)))) == completion
 
 
-def test_a_completion_speaks_of_its_first_sample_and_counts_them_all():
+def test_a_completion_has_the_text_of_its_first_sample_and_the_tokens_of_all():
     completion = Completion("request", (Sample("one", "stop", 2, (5, 6)), Sample("two", "length", 3, (7, 8, 9))), 4)
     assert (completion.text, completion.finish_reason, completion.token_ids) == ("one", "stop", (5, 6))
     assert completion.num_completion_tokens == 5
 
 
-def test_a_request_that_failed_has_as_many_samples_as_it_asked_for():
+def test_a_failed_request_has_all_its_samples():
     failed = Completion.failed(GenerationRequest("request", "prompt", Sampling(n=3)), "engine_died")
     assert [sample.finish_reason for sample in failed.samples] == ["engine_died"] * 3
 
 
 @pytest.mark.parametrize(
-    ("fields", "given_ones"), [({}, "none"), ({"choice": ["a"], "regex": "a"}, "choice, regex"), ({"choice": []}, "")]
+    ("fields", "names"), [({}, "none"), ({"choice": ["a"], "regex": "a"}, "choice, regex"), ({"choice": []}, "")]
 )
-def test_a_form_is_exactly_one_of_three(fields: dict, given_ones: str):
-    with pytest.raises(ValidationError, match=f"set are: {given_ones}" if given_ones else "at least 1 item"):
+def test_structured_output_is_exactly_one_of_three(fields: dict, names: str):
+    with pytest.raises(ValidationError, match=f"set are: {names}" if names else "at least 1 item"):
         StructuredOutput(**fields)
 
 
-def test_more_engines_at_the_start_than_there_are_is_an_error():
+def test_min_replicas_above_num_replicas_is_an_error():
     with pytest.raises(ValidationError, match="min_replicas=3 is more than num_replicas=2"):
         EngineConfig(num_replicas=2, min_replicas=3)
 
 
 @given(rank=st.integers(1, 512))
-def test_vllm_is_told_the_least_of_its_ranks_that_holds_the_adapters(tmp_path_factory, rank: int):
+def test_the_lora_rank_is_the_smallest_of_vllms_that_holds_the_adapters(tmp_path_factory, rank: int):
     folder = tmp_path_factory.mktemp("adapter")
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": rank}))
     found = lora_arguments(EngineConfig(), (str(folder),), num_gpus=1)["max_lora_rank"]
@@ -63,7 +63,7 @@ def test_vllm_is_told_the_least_of_its_ranks_that_holds_the_adapters(tmp_path_fa
 @pytest.mark.parametrize(
     ("dtype", "num_gpus", "used"), [("auto", 0, "float32"), ("auto", 1, "auto"), ("bfloat16", 0, "bfloat16")]
 )
-def test_without_a_gpu_weights_are_float32_unless_the_recipe_says_otherwise(dtype, num_gpus, used):
+def test_without_a_gpu_weights_are_float32_unless_the_recipe_sets_it(dtype, num_gpus, used):
     assert weights_dtype(EngineConfig(dtype=dtype), num_gpus) == used
 
 

@@ -1,4 +1,4 @@
-"""Of all claims of a run only the newest may write, and what an older one still does harms nothing."""
+"""Only the newest attempt at a run may write, and an older one does no harm."""
 
 import json
 import os
@@ -40,7 +40,7 @@ for _ in range(20):
 """
 
 
-def test_processes_that_claim_at_once_get_different_numbers_without_a_gap(tmp_path: Path) -> None:
+def test_processes_that_claim_at_once_get_consecutive_tokens(tmp_path: Path) -> None:
     argv = [sys.executable, "-c", CLAIMER, str(tmp_path)]
     processes = [subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) for _ in range(3)]
     numbers = [int(line) for process in processes for line in process.communicate()[0].split()]
@@ -49,7 +49,7 @@ def test_processes_that_claim_at_once_get_different_numbers_without_a_gap(tmp_pa
     assert {each.job_id for each in claims(tmp_path)} == {"7"}
 
 
-def test_threads_too(tmp_path: Path) -> None:
+def test_threads_that_claim_at_once_get_consecutive_tokens(tmp_path: Path) -> None:
     numbers: list[int] = []
     threads = [threading.Thread(target=lambda: numbers.append(claim(tmp_path, "train", "7"))) for _ in range(8)]
     for thread in threads:
@@ -61,7 +61,7 @@ def test_threads_too(tmp_path: Path) -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(own=st.integers(1, 5), torn=st.sets(st.integers(1, 5)))
-def test_only_the_newest_passes_even_if_a_claim_was_never_written_to_its_end(tmp_path_factory, own, torn) -> None:
+def test_only_the_newest_passes_even_if_a_claim_is_incomplete(tmp_path_factory, own, torn) -> None:
     run = tmp_path_factory.mktemp("run")
     for number in range(1, 6):
         assert claim(run, "train", str(100 + number)) == number
@@ -78,7 +78,7 @@ def test_only_the_newest_passes_even_if_a_claim_was_never_written_to_its_end(tmp
     assert [each.token for each in claims(run)] == [1, 2, 3, 4, 5]
 
 
-def test_a_local_run_is_not_concerned_and_excludes_generations(tmp_path: Path, monkeypatch) -> None:
+def test_a_local_run_needs_no_token_and_excludes_processes_with_one(tmp_path: Path, monkeypatch) -> None:
     claim(tmp_path, "train", "7")
     monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
     assert own_token() is None
@@ -95,7 +95,7 @@ def test_a_local_run_is_not_concerned_and_excludes_generations(tmp_path: Path, m
                 pass
 
 
-def test_a_variable_that_is_no_number_is_told(monkeypatch) -> None:
+def test_a_variable_that_is_not_a_number_is_an_error(monkeypatch) -> None:
     monkeypatch.setenv(TOKEN_VARIABLE, "two")
     with pytest.raises(InputError, match=TOKEN_VARIABLE):
         own_token()
@@ -108,7 +108,7 @@ def write_part(checkpoints: Path, step: int, content: str) -> None:
     (partial / "state.json").write_text(json.dumps({"step": step}))
 
 
-def test_a_checkpoint_of_an_old_generation_is_never_put_in_place(tmp_path: Path, monkeypatch) -> None:
+def test_a_checkpoint_of_an_old_attempt_is_never_put_in_place(tmp_path: Path, monkeypatch) -> None:
     checkpoints = tmp_path / "checkpoints"
     config = CheckpointConfig(keep_last=2)
     monkeypatch.setenv(TOKEN_VARIABLE, str(claim(tmp_path, "train", "1")))
@@ -127,7 +127,7 @@ def test_a_checkpoint_of_an_old_generation_is_never_put_in_place(tmp_path: Path,
     assert (checkpoints / "step_000002" / "part").read_text() == "second"
 
 
-def test_the_request_log_of_an_old_generation_takes_nothing_and_disturbs_no_record(tmp_path: Path, monkeypatch) -> None:
+def test_the_request_log_of_an_old_attempt_is_closed_and_disturbs_no_record(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("cluster.run.fence.CHECK_SECONDS", 0.0)
     monkeypatch.setenv(TOKEN_VARIABLE, str(claim(tmp_path, "synthesize", "1")))
     old = RequestLog(tmp_path / "requests")
@@ -152,7 +152,7 @@ def test_the_request_log_of_an_old_generation_takes_nothing_and_disturbs_no_reco
 
 
 def test_a_check_is_cheap(tmp_path: Path) -> None:
-    """It stands before what is written a few times a second; here it takes some hundredths of a millisecond."""
+    """It precedes commits that happen several times a second."""
     for _ in range(50):
         claim(tmp_path, "train", "7")
     started = time.process_time()

@@ -1,4 +1,4 @@
-"""Hung, slow or well, by the reports of an engine and a clock that the test turns."""
+"""An engine is hung, slow or healthy, judged by its reports and a clock that the test sets."""
 
 import pytest
 
@@ -31,13 +31,13 @@ def observe(
     return health.observe(EngineReport(num_tokens, num_running=num_held), has_answers, num_held)
 
 
-def test_a_request_that_takes_long_is_no_stall_while_tokens_come(clock):
+def test_a_long_request_is_no_stall_while_tokens_come(clock):
     health = EngineHealth(CONFIG)
     for num_tokens in range(1, 100):
         observe(health, clock, 9, num_tokens)
 
 
-def test_requests_without_a_token_are_a_hang(clock):
+def test_an_engine_with_requests_and_no_tokens_is_hung(clock):
     health = EngineHealth(CONFIG)
     observe(health, clock, 5, 1)
     observe(health, clock, 9, 1)
@@ -45,7 +45,7 @@ def test_requests_without_a_token_are_a_hang(clock):
         observe(health, clock, 2, 1, num_held=3)
 
 
-def test_an_idle_engine_may_rest_and_its_time_runs_from_its_first_request(clock):
+def test_the_time_of_an_idle_engine_begins_with_its_first_request(clock):
     health = EngineHealth(CONFIG)
     observe(health, clock, 100, 0, num_held=0)
     clock.now += 100
@@ -68,7 +68,7 @@ def test_speed_is_per_sequence_and_second(clock):
     assert health.speed == pytest.approx(10)
 
 
-def test_a_window_with_a_rest_in_it_does_not_count(clock):
+def test_a_window_with_idle_time_does_not_count(clock):
     health = EngineHealth(CONFIG)
     observe(health, clock, 15, 100)
     observe(health, clock, 1, 100, num_held=0)
@@ -80,5 +80,5 @@ def test_a_window_with_a_rest_in_it_does_not_count(clock):
     ("speed", "peers", "expected"),
     [(2.0, [10.0, 8.0, 100.0], 0.2), (2.0, [None, 8.0], 0.25), (None, [8.0], 1), (2.0, [None], 1), (2.0, [], 1)],
 )
-def test_speed_among_peers(speed, peers, expected):
+def test_relative_speed(speed, peers, expected):
     assert relative_speed(speed, peers) == pytest.approx(expected)

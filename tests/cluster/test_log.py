@@ -1,4 +1,4 @@
-"""Lines of a stage: in one form, whole, and sparing a log file; on a terminal one of them renews itself."""
+"""The lines of a stage, and its progress on a terminal and in a log file."""
 
 import contextlib
 import io
@@ -9,7 +9,7 @@ from cluster import log as module
 from cluster.log import Progress, stage_logger
 
 
-def test_a_line_names_its_stage_once_wherever_stdout_is_by_then(capsys):
+def test_a_line_names_its_stage_and_goes_to_the_current_stdout(capsys):
     stage_logger("train").info("100%")
     assert capsys.readouterr().out == "[train] 100%\n"
     with contextlib.redirect_stdout(io.StringIO()) as other:
@@ -17,7 +17,7 @@ def test_a_line_names_its_stage_once_wherever_stdout_is_by_then(capsys):
     assert other.getvalue() == "[train] warning: step 3: loss 9.0\n" and not capsys.readouterr().out
 
 
-def test_off_a_terminal_updates_are_rare_and_lines_are_not(monkeypatch, capsys):
+def test_without_a_terminal_updates_are_throttled_and_lines_are_not(monkeypatch, capsys):
     now = 100.0
     monkeypatch.setattr(module.time, "monotonic", lambda: now)
     log = stage_logger("synthesize")
@@ -34,7 +34,7 @@ def test_off_a_terminal_updates_are_rare_and_lines_are_not(monkeypatch, capsys):
     assert lines == ["[synthesize] 1/9", "[synthesize] an engine died [restart 1]", "[synthesize] 3/9"]
 
 
-def test_on_a_terminal_updates_pass_and_lines_stay():
+def test_on_a_terminal_updates_are_transient_and_lines_stay():
     console = Console(file=io.StringIO(), force_terminal=True, width=60, markup=False, highlight=False, soft_wrap=True)
     log = stage_logger("synthesize")
     with Progress(log, console) as progress:

@@ -1,4 +1,4 @@
-"""A model's fingerprint follows what the folder holds, not where it lies."""
+"""A model's fingerprint depends on the contents of its folder, not on its path."""
 
 import shutil
 
@@ -35,7 +35,7 @@ def test_a_relative_folder_becomes_absolute_and_a_hub_name_stays(model, monkeypa
     assert locate_model(ModelConfig(path="org/name", revision="v1")) == ModelConfig(path="org/name", revision="v1")
 
 
-def test_a_model_the_hub_cannot_give_is_bad_input(tmp_path, monkeypatch):
+def test_a_model_that_the_hub_does_not_have_is_bad_input(tmp_path, monkeypatch):
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)

@@ -16,7 +16,7 @@ START_ATTEMPTS = 3  # Ray gives a node of its own 30 seconds, which is too few u
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory) -> dict:
-    """What came of the scenario: see node_scenario.py."""
+    """The result of the scenario in node_scenario.py."""
     folder = tmp_path_factory.mktemp("nodes")
     model = write_script(folder / "model", latency_ms=200)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}

@@ -1,4 +1,4 @@
-"""The pool's promises, on scripted engines in real Ray actors."""
+"""The pool on scripted engines in real Ray actors."""
 
 import asyncio
 import json
@@ -58,14 +58,14 @@ def test_each_caller_gets_its_own_answer_in_any_order(tmp_path):
     assert sorted(generated_ids(tmp_path / "model")) == sorted(request.request_id for request in requests)
 
 
-def test_an_engine_holds_no_more_requests_than_its_window(tmp_path):
+def test_an_engine_holds_at_most_max_in_flight_requests(tmp_path):
     model = write_script(tmp_path / "model", latency_ms=5)
     config = scripted(num_replicas=2, max_num_seqs=5)
     _, stats = complete_all(config, model, prompts(100))
     assert stats.max_in_flight == config.max_in_flight == 10
 
 
-def test_a_slow_request_holds_back_none_of_its_chunk(tmp_path):
+def test_a_slow_request_does_not_delay_its_chunk(tmp_path):
     model = write_script(tmp_path / "model", stall="prompt 3 ")
     requests = prompts(8)
 
@@ -88,7 +88,7 @@ def test_requests_of_a_dead_engine_are_answered_by_others(tmp_path):
     assert stats.num_quarantined == 0
 
 
-def test_a_request_that_kills_engines_is_set_aside_and_no_other(tmp_path):
+def test_only_a_request_that_kills_engines_is_quarantined(tmp_path):
     model = write_script(tmp_path / "model", poison="prompt 17 ")
     config = scripted(num_replicas=2, max_num_seqs=16)
     requests = prompts(100)
@@ -100,7 +100,7 @@ def test_a_request_that_kills_engines_is_set_aside_and_no_other(tmp_path):
     assert (stats.num_quarantined, stats.num_restarts) == (1, config.max_request_deaths)
 
 
-def test_an_engine_that_makes_nothing_is_replaced(tmp_path):
+def test_a_hung_engine_is_replaced(tmp_path):
     model = write_script(tmp_path / "model", stall="prompt 2 ")
     config = scripted(max_num_seqs=4, stall_timeout_seconds=1)
     completions, stats = complete_all(config, model, prompts(6))
@@ -110,14 +110,14 @@ def test_an_engine_that_makes_nothing_is_replaced(tmp_path):
     assert list(stats.quarantined) == ["request-2"] and "generated no token" in stats.quarantined["request-2"]
 
 
-def test_an_engine_that_makes_tokens_and_finishes_nothing_is_left_to_work(tmp_path):
+def test_an_engine_that_generates_tokens_but_finishes_nothing_is_not_hung(tmp_path):
     model = write_script(tmp_path / "model", dribble="prompt 0 ")  # three seconds
     completions, stats = complete_all(scripted(stall_timeout_seconds=1), model, prompts(1))
     assert completions[0].finish_reason == "stop"
     assert stats.num_restarts == 0
 
 
-def test_a_slow_engine_gets_less_to_do_and_lives(tmp_path):
+def test_a_slow_engine_gets_fewer_requests_and_stays(tmp_path):
     model = write_script(tmp_path / "model", ms_per_token=20, slow_ms_per_token=500)
     config = scripted(num_replicas=2, max_num_seqs=8, slow_window_seconds=1)
     seen = []
@@ -139,7 +139,7 @@ def test_a_slow_engine_gets_less_to_do_and_lives(tmp_path):
     assert slow.num_requests < fast.num_requests / 2
 
 
-def test_whatever_the_model_says_is_an_answer(tmp_path):
+def test_every_text_is_an_answer(tmp_path):
     said = {"prompt 0 ": "", "prompt 1 ": "\0\ufffd\u202e\n\n### ###", "prompt 2 ": "on and " * 1000}
     model = write_script(tmp_path / "model", say=said)
     completions, stats = complete_all(scripted(), model, prompts(4))
@@ -149,7 +149,7 @@ def test_whatever_the_model_says_is_an_answer(tmp_path):
     assert stats.num_requests == 4
 
 
-def test_as_many_samples_as_asked_for(tmp_path):
+def test_a_request_gets_all_its_samples(tmp_path):
     sampling = Sampling(n=3)
     requests = [GenerationRequest(f"request-{number}", f"prompt {number} ", sampling) for number in range(20)]
     completions, stats = complete_all(scripted(max_num_seqs=8), write_script(tmp_path / "model"), requests)
@@ -201,7 +201,7 @@ def test_a_prompt_too_long_is_an_outcome(tmp_path):
     assert (long.finish_reason, short.finish_reason) == ("prompt_too_long", "stop")
 
 
-def test_an_error_of_the_engine_reaches_the_one_caller(tmp_path):
+def test_an_error_of_the_engine_reaches_its_caller_only(tmp_path):
     model = write_script(tmp_path / "model", refuse="prompt 1 ")
 
     async def use(pool: EnginePool):
@@ -213,7 +213,7 @@ def test_an_error_of_the_engine_reaches_the_one_caller(tmp_path):
     assert first.finish_reason == last.finish_reason == "stop"
 
 
-def test_a_caller_that_gives_up_leaves_the_pool_working(tmp_path):
+def test_the_pool_works_on_when_a_caller_leaves(tmp_path):
     model = write_script(tmp_path / "model", stall="prompt 0 ")
     requests = prompts(5)
 
@@ -230,7 +230,7 @@ def test_a_caller_that_gives_up_leaves_the_pool_working(tmp_path):
 
 
 @pytest.mark.parametrize("num_turns", range(6))
-def test_closing_is_never_lost_when_it_meets_an_answer(tmp_path, num_turns):
+def test_a_cancellation_that_comes_with_an_answer_is_not_lost(tmp_path, num_turns):
     """Cancel the collecting task at each turn of the event loop around the moment an answer comes."""
 
     async def main():
@@ -262,7 +262,7 @@ def test_without_any_engine_the_start_fails_with_the_cause(tmp_path):
         complete_all(scripted(num_replicas=2), model, prompts(1))
 
 
-def test_when_the_last_engine_is_given_up_every_caller_hears_of_it(tmp_path):
+def test_every_caller_gets_the_error_when_the_last_engine_has_died(tmp_path):
     model = write_script(tmp_path / "model", poison="prompt")
 
     async def use(pool: EnginePool):
@@ -278,7 +278,7 @@ def test_too_few_nodes_after_waiting_for_them_is_bad_input(tmp_path):
         complete_all(config, write_script(tmp_path / "model"), [])
 
 
-def test_more_engines_than_there_is_room_for_start_where_fewer_will_do(tmp_path):
+def test_with_min_replicas_the_pool_starts_on_a_small_cluster(tmp_path):
     config = scripted(num_replicas=50, min_replicas=1, cpus_per_engine=1)
     completions, stats = complete_all(config, write_script(tmp_path / "model", latency_ms=20), prompts(50))
     assert_each_has_its_own_answer(prompts(50), completions)

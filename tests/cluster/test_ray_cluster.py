@@ -1,4 +1,4 @@
-"""Sessions on a private Ray and on one that is there already. Each runs in a process of its own."""
+"""Sessions on a private Ray and on a running one, each in a process of its own."""
 
 import json
 import os
@@ -80,7 +80,7 @@ def facts_of(process: subprocess.Popen) -> tuple[list[dict], str]:
     return [json.loads(line) for line in out.splitlines() if line.startswith("{")], error
 
 
-def test_a_private_ray_has_a_token_only_we_can_read_and_leaves_nothing(short_folder):
+def test_a_private_ray_has_a_private_token_and_leaves_nothing(short_folder):
     (inside, after), error = facts_of(session(short_folder))
     assert stat.S_IMODE(inside["token_mode"]) == 0o600, error
     assert stat.S_IMODE(inside["folder_mode"]) == 0o700
@@ -96,7 +96,7 @@ def test_a_session_that_fails_keeps_the_logs_of_its_workers(short_folder):
     assert list((short_folder / "run" / "logs" / "ray").glob("worker-*"))
 
 
-def test_the_folder_of_a_killed_session_is_removed_by_the_next_and_a_living_ones_is_not(short_folder):
+def test_the_next_session_removes_the_folder_of_a_killed_one_but_not_of_a_live_one(short_folder):
     killed, living = session(short_folder, "wait"), session(short_folder, "wait")
     folders = [Path(json.loads(process.stdout.readline())["folder"]) for process in (killed, living)]
     killed.kill()
@@ -113,7 +113,7 @@ def test_the_folder_of_a_killed_session_is_removed_by_the_next_and_a_living_ones
 
 
 @pytest.mark.parametrize("address", ["auto", "http://127.0.0.1:8265", "ray://127.0.0.1:10001"])
-def test_an_address_that_guesses_or_is_of_another_kind_is_bad_input(short_folder, address):
+def test_an_address_of_another_kind_is_bad_input(short_folder, address):
     _, error = facts_of(session(short_folder, RAY_ADDRESS=address))
     assert f"InputError: RAY_ADDRESS={address}: give the head's HOST:PORT" in error
 
@@ -127,7 +127,7 @@ def test_a_temporary_folder_too_long_for_sockets_is_bad_input(short_folder):
 
 
 @pytest.mark.parametrize(("num_late", "num_tried"), [(0, 1), (2, 3), (3, 3)])
-def test_a_ray_that_is_late_is_started_again_but_not_forever(short_folder, monkeypatch, num_late, num_tried):
+def test_a_ray_that_starts_slowly_is_tried_again_a_few_times(short_folder, monkeypatch, num_late, num_tried):
     folders = []
 
     def init(_temp_dir: str, **_: object) -> None:
@@ -142,7 +142,7 @@ def test_a_ray_that_is_late_is_started_again_but_not_forever(short_folder, monke
     assert len(folders) == len(set(folders)) == num_tried
 
 
-def test_a_ray_that_is_there_is_joined_and_not_stopped(short_folder):
+def test_a_running_ray_is_joined_and_not_stopped(short_folder):
     token = short_folder / "token"
     token.write_text("a-secret-of-this-test-only")
     token.chmod(0o600)

@@ -1,4 +1,4 @@
-"""Stop signals: noted by the process that they are meant for, and by it alone."""
+"""Stop signals are noted by the process that they are sent to, and by no other."""
 
 import asyncio
 import signal
@@ -35,7 +35,7 @@ def test_a_task_waits_for_a_signal() -> None:
         assert stop.names == ["SIGUSR2", "SIGTERM"]
 
 
-def test_while_there_is_nothing_to_save_a_signal_interrupts() -> None:
+def test_a_signal_interrupts_while_there_is_nothing_to_save() -> None:
     with StopRequest(interrupts=True) as stop:
         with pytest.raises(Preempted, match="SIGTERM came before the stage began"):
             signal.raise_signal(signal.SIGTERM)
@@ -43,7 +43,7 @@ def test_while_there_is_nothing_to_save_a_signal_interrupts() -> None:
         signal.raise_signal(signal.SIGTERM)
 
 
-def test_children_do_not_react_and_more_signals_change_nothing() -> None:
+def test_children_note_nothing_and_more_signals_change_nothing() -> None:
     script = """if True:
         import os, signal, time
         from cluster.processes.signals import STOP_SIGNALS, StopRequest, ignore_stop_signals

@@ -124,7 +124,7 @@ def test_a_prompt_of_token_ids_is_the_same_as_its_text(complete, reference):
     assert text.token_ids == ids.token_ids
 
 
-def test_a_seed_makes_sampling_repeat(complete):
+def test_sampling_repeats_with_the_seed(complete):
     def sample(seed: int, name: str) -> GenerationRequest:
         return GenerationRequest(name, PROMPTS[0], Sampling(temperature=1, max_tokens=12, seed=seed))
 
@@ -132,7 +132,7 @@ def test_a_seed_makes_sampling_repeat(complete):
     assert first.token_ids == again.token_ids != other.token_ids
 
 
-def test_a_prompt_too_long_is_an_outcome_and_no_error(complete):
+def test_a_prompt_that_is_too_long_is_no_error(complete):
     long_prompt = [5] * MAX_MODEL_LEN
     fits = [5] * (MAX_MODEL_LEN - 1)
     sampling = Sampling(temperature=0, max_tokens=4)
@@ -174,7 +174,7 @@ def test_a_chat_is_rendered_by_the_models_template(complete):
     assert (chat.token_ids, chat.num_prompt_tokens) == (text.token_ids, text.num_prompt_tokens)
 
 
-def test_a_chat_with_a_model_without_a_template_is_refused_with_the_fix(tiny_model):
+def test_a_chat_without_a_chat_template_is_an_error_with_the_fix(tiny_model):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
@@ -192,7 +192,7 @@ def test_several_samples_of_a_prompt_differ_and_repeat_with_the_seed(complete):
     assert first.num_completion_tokens == sum(len(sample.token_ids) for sample in first.samples)
 
 
-def test_an_answer_keeps_to_its_form(complete):
+def test_an_answer_has_its_structure(complete):
     schema = {
         "type": "object",
         "properties": {"kind": {"enum": ["good", "bad"]}, "sure": {"type": "boolean"}},
@@ -219,7 +219,7 @@ def test_an_answer_keeps_to_its_form(complete):
     assert all(each.text in "12345" and len(each.text) == 1 for each in numbers)
 
 
-def test_a_form_that_the_engine_cannot_read_is_the_one_callers_error(serving):
+def test_an_invalid_structure_is_an_error_of_its_caller_only(serving):
     bad = Sampling(max_tokens=4, structured=StructuredOutput(regex="[unclosed"))
     good = GenerationRequest("good", PROMPTS[0], Sampling(max_tokens=4))
 
@@ -302,7 +302,7 @@ def engine_actors() -> list[psutil.Process]:
 
 
 @pytest.mark.long
-def test_two_processes_that_share_each_layer_answer_as_one(ray_cluster, tiny_model, reference):
+def test_tensor_parallel_processes_answer_as_one_process(ray_cluster, tiny_model, reference):
     config = EngineConfig(
         tensor_parallel_size=2, max_num_seqs=4, max_model_len=MAX_MODEL_LEN, dtype="float32", enforce_eager=True
     )
