@@ -62,6 +62,18 @@ def write_json(path: Path, value: object) -> None:
     write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def append_jsonl(path: Path, row: dict) -> None:
+    """Append one JSON line in a single write, so that lines of several processes never mix."""
+    line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
+    with explain_full_disk(path):
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        try:
+            if os.write(descriptor, line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        finally:
+            os.close(descriptor)
+
+
 def read_jsonl(path: Path) -> list[dict]:
     """Read a JSON-lines file. Raises InputError naming the line that is not a JSON object."""
     rows = []

@@ -10,9 +10,10 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict
 
+from cluster.files import append_jsonl
 from cluster.log import Progress
 from cluster.run.fence import Fence
-from cluster.run.rundir import RunDir, append_jsonl
+from cluster.run.rundir import RunDir
 from generation.config import SynthesisConfig
 from generation.driver import Driver
 from generation.engine_events import STAGE, EngineEvents

@@ -16,13 +16,13 @@ from collections.abc import Coroutine, Mapping
 from cluster.config import ModelConfig
 from cluster.engines.config import EngineConfig
 from cluster.errors import InputError, Preempted, TunesmithError
-from cluster.files import write_json
+from cluster.files import append_jsonl, write_json
 from cluster.log import Progress, stage_logger
 from cluster.processes.signals import StopRequest
 from cluster.ray.cluster import ray_session
 from cluster.run.fence import Superseded, run_lock, verify
 from cluster.run.manifest import is_sealed, verify_manifest
-from cluster.run.rundir import RunDir, append_jsonl
+from cluster.run.rundir import RunDir
 from generation.config import BudgetConfig, SynthesisConfig
 from generation.driver import Driver
 from generation.engine_events import STAGE

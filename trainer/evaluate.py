@@ -20,14 +20,14 @@ from cluster.config import ModelConfig
 from cluster.engines.config import EngineConfig, GenerationRequest, Sampling
 from cluster.engines.pool import EnginePool
 from cluster.errors import InputError
-from cluster.files import read_jsonl, sha256_json, write_json
+from cluster.files import append_jsonl, read_jsonl, sha256_json, write_json
 from cluster.log import Progress, stage_logger
 from cluster.model_source import model_revision
 from cluster.processes.signals import interrupt_on_sigterm
 from cluster.ray.cluster import ray_session
 from cluster.run.fence import verify
 from cluster.run.manifest import is_sealed
-from cluster.run.rundir import RunDir, append_jsonl
+from cluster.run.rundir import RunDir
 from trainer.config.evaluate import EvaluateConfig
 from trainer.data.chat import user_turn
 from trainer.model.load import load_tokenizer

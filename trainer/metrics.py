@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 
-from cluster.files import GIB
+from cluster.files import GIB, append_jsonl
 from cluster.log import stage_logger
 from cluster.run.fence import Fence
-from cluster.run.rundir import RunDir, append_jsonl
+from cluster.run.rundir import RunDir
 from trainer.checkpoint.state import TrainState
 from trainer.coordinator import AgreedStep
 from trainer.data.batches import Batches

@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 
+from cluster.files import append_jsonl
 from cluster.log import stage_logger
 from cluster.run.fence import verify
-from cluster.run.rundir import append_jsonl
 from trainer.checkpoint.state import TrainState
 from trainer.config.data import DataSource
 from trainer.coordinator import load_shared_tokens

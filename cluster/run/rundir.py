@@ -4,14 +4,12 @@ run = RunDir(Path("runs/demo"))
 run.event("synthesize", "started", num_engines=1)
 """
 
-import errno
 import json
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.files import explain_full_disk
+from cluster.files import append_jsonl
 
 STAGES = ("synthesize", "train", "export", "evaluate")
 
@@ -84,15 +82,3 @@ class RunDir:
     def event(self, stage: str, event: str, **fields: object) -> None:
         """Append one line to `events.jsonl`."""
         append_jsonl(self.events, {"time": round(time.time(), 3), "stage": stage, "event": event, **fields})
-
-
-def append_jsonl(path: Path, row: dict) -> None:
-    """Append one JSON line in a single write, so that lines of several processes never mix."""
-    line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
-    with explain_full_disk(path):
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-        try:
-            if os.write(descriptor, line) < len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        finally:
-            os.close(descriptor)

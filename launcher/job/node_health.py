@@ -10,9 +10,9 @@ import time
 from pathlib import Path
 
 from cluster.errors import EXIT_PREEMPTED
-from cluster.files import read_jsonl
+from cluster.files import append_jsonl, read_jsonl
 from cluster.run import fence
-from cluster.run.rundir import RunDir, append_jsonl
+from cluster.run.rundir import RunDir
 from launcher.slurm.client import Slurm, SlurmError
 
 SUSPECT_FAILURES = 3

@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from cluster.errors import InputError, TunesmithError
-from cluster.files import exclusive_lock, write_atomic, write_json
-from cluster.run.rundir import STAGES, append_jsonl
+from cluster.files import append_jsonl, exclusive_lock, write_atomic, write_json
+from cluster.run.rundir import STAGES
 from launcher.done import is_done
 from launcher.recipe import Recipe
 from launcher.slurm import container

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.files import read_jsonl, write_json
+from cluster.files import append_jsonl, read_jsonl, write_json
 from cluster.run import fence
-from cluster.run.rundir import RunDir, append_jsonl
+from cluster.run.rundir import RunDir
 from launcher.done import progress_of
 from launcher.job import node_health, requeue
 from launcher.job.continuation import Attempt

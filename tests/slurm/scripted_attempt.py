@@ -17,11 +17,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 from cluster.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, TunesmithError
-from cluster.files import write_json
+from cluster.files import append_jsonl, write_json
 from cluster.processes.descendants import die_with_parent
 from cluster.run.fence import own_token, verify
 from cluster.run.manifest import write_manifest
-from cluster.run.rundir import RunDir, append_jsonl
+from cluster.run.rundir import RunDir
 from launcher.job import attempt
 from launcher.recipe import load
 from launcher.slurm.container import python_module
