@@ -12,12 +12,14 @@ from tests.slurm.machine import PROJECT
 CHECK = """
 import os, sys
 from pathlib import Path
+from cluster.processes.signals import StopRequest
 from cluster.run.rundir import RunDir
 from launcher.slurm.client import Slurm
 from launcher.job import attempt
 from launcher.job import preflight
+steps = attempt.Steps(StopRequest())
 def on_all_nodes(argv, limit_seconds):
-    return attempt.on_all_nodes([*argv, *sys.argv[2:]], limit_seconds)
+    return steps.run_on_all_nodes([*argv, *sys.argv[2:]], limit_seconds)
 try:
     hosts = tuple(Slurm().host_names(os.environ["SLURM_JOB_NODELIST"]))
     preflight.check_nodes(RunDir(Path(sys.argv[1])), os.environ["SLURM_JOB_ID"], hosts, on_all_nodes)
