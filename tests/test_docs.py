@@ -284,6 +284,18 @@ def test_identifiers_that_documents_name_are_in_the_code() -> None:
     assert not unknown
 
 
+def test_files_of_a_run_that_documents_name_are_in_the_code() -> None:
+    code = "\n".join(path.read_text() for path in tracked("*.py", "recipes/**.yaml"))
+    unknown = {
+        f"{named(document)}: {name}"
+        for document in DOCUMENTS
+        for span in code_of(document.read_text())
+        for name in re.findall(r"[a-z_]+\.jsonl?\b", span)
+        if name not in code and name not in ("qa.jsonl", "held_out.jsonl")
+    }
+    assert not unknown
+
+
 def test_the_reference_is_that_of_the_code() -> None:
     assert PAGE.read_text() == render(), "docs/reference.md is older than the code. Run `make reference`"
 
