@@ -1,16 +1,21 @@
 """The log of finished requests: append-only, checked, and how a run resumes without generating anything twice.
 
-requests/00000.log     a full segment: records in the order they were appended
-requests/00000.index   its index, which can always be made again from the segment
-requests/00001.log     the segment being written: no index yet, opening reads it from end to end
+requests/00000.log, 00001.log, ...   segments: records in the order they were appended; the last is being written
 
-One write appends a record. Opening cuts off what a crash left half-written at the end, and a damaged byte anywhere
-before the end is an error, because a log that cannot be trusted must not be built on: in the segment being written when
-the log is opened, in a full one when the record is read, for its bytes are not looked at before.
+A record is a header of 48 bytes (magic, id, payload length, payload CRC-32, CRC-32 of these) and a JSON payload. All
+numbers are little-endian. One write appends a record.
+
+Opening reads every record and checks it. A record that a crash left half-written at the end of the last segment is cut
+off. Any other damaged byte is an error, because a log that cannot be trusted must not be built on.
+
+There is no index beside the segments: a second file format would save MEASURED.
 """
 
 import os
+import struct
 import time
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -18,49 +23,45 @@ import msgspec
 from cluster.errors import InputError
 from cluster.files import MIB, explain_full_disk, fsync_folder
 from cluster.run.fence import Fence
-from generation.log_segments import (
-    ID_BYTES,
-    Records,
-    SegmentIndex,
-    key_of,
-    open_index,
-    pack_record,
-    read_payload,
-    scan_segment,
-    write_index,
-)
 
 SYNC_SECONDS = 1.0
-SEGMENT_BYTES = 64 * MIB  # read in a fraction of a second when a log is opened
+SEGMENT_BYTES = 64 * MIB  # a damaged byte costs at most so much, and opening holds one segment in memory
+MAX_SEGMENT_BYTES = 2**40  # a place is one integer, segment number * this + offset: it takes less than a pair
+ID_BYTES = 32  # SHA-256
+MAGIC = b"TSRQ"
+HEADER = struct.Struct("<4s32sIII")  # magic, id, payload bytes, payload CRC-32, CRC-32 of the bytes before it
+_NUM_CHECKED = HEADER.size - 4
 
 
 class RequestLog:
-    """Finished requests by id, which is a SHA-256 in hex. One process at a time; payloads and ids stay on disk.
+    """Finished requests by id, which is a SHA-256 in hex. One process at a time; payloads stay on disk.
 
-    num_dropped_bytes: cut off the end when opened. rebuilt: indexes that were missing or damaged and were made again.
+    num_dropped_bytes: length of the half-written record that opening cut off, 0 if there was none.
     """
 
     def __init__(self, path: Path, segment_bytes: int = SEGMENT_BYTES) -> None:
         """Open the log in the folder `path`, or make it.
 
-        segment_bytes: a segment that has grown to so many is full. Raises InputError naming the file and the byte at
-        which it is damaged, or the segment that is missing.
+        segment_bytes: a segment of this size is full. Raises InputError naming the file and the byte at which it is
+        damaged, or the segment that is missing.
         """
         self.path = path
-        self.num_dropped_bytes = 0
-        self.rebuilt: list[Path] = []
         self._segment_bytes = segment_bytes
+        self._places: dict[bytes, int] = {}  # id -> where its record begins; if an id is twice there, the newer one
         self._descriptor = -1
         self._fence = Fence(path.parent)
         self._fence.check()
         with explain_full_disk(path):
             path.mkdir(parents=True, exist_ok=True)
-            self._sealed = self._open_sealed()
-            self._open_active()
+            self._number = self._last_segment()  # of the segment being written
+            for number in range(self._number):
+                self._scan(number, may_be_torn=False)
+            self._size = self._scan(self._number, may_be_torn=True)
+            self.num_dropped_bytes = self._open_segment(self._number, self._size)
             if self._fence.token is not None:
-                # An earlier generation may not know yet that it is one: what it still appends must not come between
-                # the records of this one, so its segment is closed and this one has a segment of its own.
-                self._seal()
+                # An earlier attempt may not know yet that it is superseded. What it still appends must not come between
+                # the records of this one, so this one writes a segment of its own.
+                self._start_segment()
         self._last_sync = time.monotonic()
 
     def __enter__(self) -> "RequestLog":
@@ -70,52 +71,52 @@ class RequestLog:
         self.close()
 
     def __len__(self) -> int:
-        return len(self._places) + sum(len(index) for index in self._sealed)
+        return len(self._places)
 
     def __contains__(self, request_id: str) -> bool:
-        return self._find(_to_bytes(request_id)) is not None
+        return _to_bytes(request_id) in self._places
 
     def ids(self) -> set[str]:
         """Ids of all finished requests."""
-        sealed = (row.tobytes().hex() for index in self._sealed for row in index.ids)
-        return {*sealed, *(id_bytes.hex() for id_bytes in self._places)}
+        return {id_bytes.hex() for id_bytes in self._places}
 
     def get(self, request_id: str) -> dict | None:
-        """What was appended under this id, or None. Raises InputError if the record is damaged on the disk."""
+        """What was appended under this id. Raises InputError if the record has been damaged since the log was opened.
+
+        None means that nothing was.
+        """
         id_bytes = _to_bytes(request_id)
-        found = self._find(id_bytes)
-        if found is None:
+        place = self._places.get(id_bytes)
+        if place is None:
             return None
-        number, offset, num_bytes = found
-        if number == len(self._sealed):
-            return msgspec.json.decode(read_payload(self._descriptor, self._active, id_bytes, offset, num_bytes))
-        path = self._segment(number)
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            return msgspec.json.decode(read_payload(descriptor, path, id_bytes, offset, num_bytes))
-        finally:
-            os.close(descriptor)
+        number, offset = divmod(place, MAX_SEGMENT_BYTES)
+        with open(self._segment(number), "rb") as file:
+            file.seek(offset)
+            header = file.read(HEADER.size)
+            payload = file.read(HEADER.unpack(header)[2]) if len(header) == HEADER.size else b""
+        if header + payload != pack_record(id_bytes, payload):
+            raise _damaged(self._segment(number), offset)
+        return msgspec.json.decode(payload)
 
     def append(self, request_id: str, value: dict) -> None:
         """Add a finished request. It survives the process at once, and the machine about a second later.
 
         Raises ValueError for an id that is there already or is no SHA-256 in hex, and InputError if the disk is full;
-        the log then is as before the call. Raises Superseded if a newer generation owns the run; that is looked up
-        before every new segment and twice a second, not for every record.
+        the log then is as before the call. Raises Superseded if a newer attempt owns the run; that is checked before
+        every new segment and twice a second, not for every record.
         """
         self._fence.check_throttled()
         id_bytes = _to_bytes(request_id)
         if len(id_bytes) != ID_BYTES:
             raise ValueError(f"request id {request_id!r} is not a SHA-256 in lower-case hex")
-        if self._find(id_bytes) is not None:
+        if id_bytes in self._places:
             raise ValueError(f"request {request_id} is already in {self.path}")
-        payload = msgspec.json.encode(value)
-        record = pack_record(id_bytes, payload)
+        record = pack_record(id_bytes, msgspec.json.encode(value))
         with explain_full_disk(self.path):
             if self._size >= self._segment_bytes:
-                self._seal()
+                self._start_segment()
             self._write(record)
-            self._places[id_bytes] = (self._size, len(payload))
+            self._places[id_bytes] = self._number * MAX_SEGMENT_BYTES + self._size
             self._size += len(record)
             if time.monotonic() - self._last_sync >= SYNC_SECONDS:
                 self.sync()
@@ -138,78 +139,48 @@ class RequestLog:
     def _segment(self, number: int) -> Path:
         return self.path / f"{number:05d}.log"
 
-    def _find(self, id_bytes: bytes) -> tuple[int, int, int] | None:
-        """Number of the segment, offset of the record and length of its payload, or None; the newest segment first."""
-        if place := self._places.get(id_bytes):
-            return len(self._sealed), *place
-        if not self._sealed:
-            return None
-        key = key_of(id_bytes)
-        for number in range(len(self._sealed) - 1, -1, -1):
-            if place := self._sealed[number].find(id_bytes, key):
-                return number, *place
-        return None
+    def _last_segment(self) -> int:
+        """Number of the last segment, 0 if there is none. Raises InputError if one before it is missing."""
+        numbers = sorted(int(path.stem) for path in self.path.glob("[0-9]*.log")) or [0]
+        if missing := sorted(set(range(numbers[-1])).difference(numbers)):
+            path = self._segment(missing[0])
+            raise InputError(
+                f"{path}: missing, though it is a part of this log. Restore it; or put an empty file in its place "
+                f"with `touch {path}` and start again: only the requests it held are generated again."
+            )
+        return numbers[-1]
 
-    def _open_sealed(self) -> list[SegmentIndex]:
-        """Map the indexes of all full segments: those with an index, and all before the last."""
-        numbers = sorted(int(path.stem) for path in self.path.glob("[0-9]*.log"))
-        with_index = {int(path.stem) for path in self.path.glob("[0-9]*.index")}
-        num_segments = max([*numbers, *with_index], default=-1) + 1
-        for number in range(num_segments):
-            if number >= len(numbers) or numbers[number] != number:
-                path = self._segment(number)
-                raise InputError(
-                    f"{path}: missing, though it is a part of this log. Restore it; or put an empty file in its place "
-                    f"with `touch {path}` and start again: only the requests it held are generated anew."
-                )
-        num_sealed = num_segments if num_segments - 1 in with_index else max(num_segments - 1, 0)
-        return [self._open_index(number) for number in range(num_sealed)]
+    def _scan(self, number: int, may_be_torn: bool) -> int:
+        """Note where the records of a segment are. Returns their length in bytes."""
+        size = 0
+        if self._segment(number).is_file():
+            for id_bytes, offset, end in scan_segment(self._segment(number), may_be_torn):
+                self._places[id_bytes] = number * MAX_SEGMENT_BYTES + offset
+                size = end
+        return size
 
-    def _open_index(self, number: int) -> SegmentIndex:
-        """The index of a full segment, made again from the segment if it is missing or does not fit."""
-        segment, path = self._segment(number), self.path / f"{number:05d}.index"
-        index = open_index(path, segment.stat().st_size)
-        if index is not None:
-            return index
-        write_index(path, scan_segment(segment, may_be_torn=False))
-        self.rebuilt.append(path)
-        return open_index(path, segment.stat().st_size)
-
-    def _open_active(self) -> None:
-        """Begin to write the segment after the full ones; what it holds already is read, and its torn end cut off."""
-        path = self._segment(len(self._sealed))
-        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+    def _open_segment(self, number: int, size: int) -> int:
+        """Open a segment to append to it, and cut it to `size` bytes. Returns the number of bytes cut off."""
+        descriptor = os.open(self._segment(number), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         try:
             fsync_folder(self.path)
-            records = scan_segment(path, may_be_torn=True)
-            num_torn = os.fstat(descriptor).st_size - records.num_bytes
+            num_torn = os.fstat(descriptor).st_size - size
             if num_torn:
-                os.ftruncate(descriptor, records.num_bytes)
+                os.ftruncate(descriptor, size)
                 os.fsync(descriptor)
-        except (OSError, InputError):
+        except OSError:
             os.close(descriptor)
             raise
         if self._descriptor >= 0:
             os.close(self._descriptor)
-        self._descriptor, self._active = descriptor, path
-        self.num_dropped_bytes += num_torn
-        self._size = records.num_bytes
-        self._places = dict(zip(records.ids, zip(records.offsets, records.lengths, strict=True), strict=True))
+        self._descriptor, self._number, self._size = descriptor, number, size
+        return num_torn
 
-    def _seal(self) -> None:
-        """Put the full segment and its index on the disk, and begin the next. If that fails, nothing has changed."""
+    def _start_segment(self) -> None:
+        """Put the segment being written on the disk, and start the next. If that fails, nothing has changed."""
         self._fence.check()
         self.sync()
-        number = len(self._sealed)
-        path = self.path / f"{number:05d}.index"
-        offsets, lengths = zip(*self._places.values(), strict=True) if self._places else ((), ())
-        write_index(path, Records(list(self._places), offsets, lengths, self._size))
-        self._sealed.append(open_index(path, self._size))
-        try:
-            self._open_active()
-        except OSError:
-            self._sealed.pop()
-            raise
+        self._open_segment(self._number + 1, 0)
 
     def _write(self, record: bytes) -> None:
         """Write a whole record or nothing: a disk that fills up in the middle leaves no part of it."""
@@ -220,6 +191,48 @@ class RequestLog:
         except OSError:
             os.ftruncate(self._descriptor, self._size)
             raise
+
+
+def pack_record(id_bytes: bytes, payload: bytes) -> bytes:
+    """A whole record."""
+    start = HEADER.pack(MAGIC, id_bytes, len(payload), zlib.crc32(payload), 0)[:_NUM_CHECKED]
+    return b"".join((start, struct.pack("<I", zlib.crc32(start)), payload))
+
+
+def scan_segment(path: Path, may_be_torn: bool) -> Iterator[tuple[bytes, int, int]]:
+    """Id, first byte and end of every record of a segment, checked.
+
+    Only the segment that is being written may end in a torn record: fewer bytes than the record needs, a last record
+    whose payload does not match its CRC, or nothing but zeros up to the end (file systems leave those after a power
+    cut). The torn record is left out. Anything else that does not match its checksum is damage and raises InputError
+    naming the byte.
+    """
+    data = memoryview(path.read_bytes())
+    crc32, unpack = zlib.crc32, HEADER.unpack_from
+    offset, size = 0, len(data)
+    while offset + HEADER.size <= size:
+        magic, id_bytes, num_bytes, payload_crc, header_crc = unpack(data, offset)
+        if crc32(data[offset : offset + _NUM_CHECKED]) != header_crc or magic != MAGIC:
+            if may_be_torn and not bytes(data[offset:]).strip(b"\0"):
+                return
+            raise _damaged(path, offset)
+        start = offset + HEADER.size
+        end = start + num_bytes
+        if end > size or crc32(data[start:end]) != payload_crc:
+            if may_be_torn and end >= size:
+                return
+            raise _damaged(path, offset)
+        yield id_bytes, offset, end
+        offset = end
+    if offset < size and not may_be_torn:
+        raise _damaged(path, offset)
+
+
+def _damaged(path: Path, offset: int) -> InputError:
+    return InputError(
+        f"{path}: damaged at byte {offset}: the record there does not match its checksum. Restore the file, or keep "
+        f"what comes before with `truncate -s {offset} {path}` and start again: only the rest is generated again."
+    )
 
 
 def _to_bytes(request_id: str) -> bytes:

@@ -167,8 +167,6 @@ def open_sink(run: RunDir, config: SynthesisConfig, inputs_sha: str) -> tuple[Da
 def _report_resume(sink: DataSink, checkpoint: dict | None, request_log: RequestLog) -> None:
     if request_log.num_dropped_bytes:
         log.info(f"the last record of the request log was half-written: {request_log.num_dropped_bytes} bytes cut")
-    for path in request_log.rebuilt:
-        log.info(f"{path} was missing or damaged and was made again from the log")
     if len(request_log):
         rows = f"{sink.num_rows} rows and " if checkpoint else ""
         log.info(f"resuming: {rows}{len(request_log)} finished requests found, none will be generated again")

@@ -7,7 +7,7 @@ import pytest
 from datasets import load_from_disk
 
 from cluster.run.manifest import verify_manifest
-from generation.log_segments import scan_segment
+from generation.request_log import scan_segment
 from tests.end_to_end.conftest import CANARY, Demo
 
 pytestmark = pytest.mark.timeout(1200)
@@ -38,7 +38,7 @@ def test_the_demo_ends_well_after_two_kills_and_one_ctrl_c(demo):
 
 def test_no_finished_request_is_generated_again(demo):
     segments = sorted((demo.run_dir / "requests").glob("*.log"))
-    ids = [id_bytes for segment in segments for id_bytes in scan_segment(segment, may_be_torn=False).ids]
+    ids = [id_bytes for segment in segments for id_bytes, *_ in scan_segment(segment, may_be_torn=False)]
     assert ids and demo.attempts[1].num_logged_before > 0
     assert len(ids) == len(set(ids))
 
