@@ -1,4 +1,4 @@
-"""All that decides the data of a synthesis, found and checked before anything is started."""
+"""Everything that decides the data of a synthesis, found and checked before an engine starts."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -27,7 +27,7 @@ WITHOUT_SEEDS = ("magpie",)
 
 @dataclass(frozen=True)
 class Inputs:
-    """Read and checked. `identity` is all of it that decides the data, as JSON; `sha` its hash."""
+    """identity: everything that decides the data, as JSON; sha: its hash."""
 
     config: SynthesisConfig
     method: type[Method]
@@ -51,7 +51,7 @@ class Inputs:
 
 
 def load_inputs(config: SynthesisConfig, model: ModelConfig, engine: EngineConfig, seed: int) -> Inputs:
-    """Find and check seeds, prompts and models. `auto` means the writer's own where it brings some."""
+    """Find and check seeds, prompts and models. `auto` means those in the writer's folder, or else those packaged."""
     method = METHODS[config.method]
     models = resolve_models(config, method, model, engine)
     first = next(iter(models.values()))
@@ -105,10 +105,10 @@ def _fingerprint(path: Path) -> str:
     return fingerprint_folder(path) if path.is_dir() else sha256_file(path)
 
 
-def claim(run: RunDir, inputs: Inputs) -> None:
-    """Write down what the run's data is made from, or check that it is the same as before.
+def check_inputs(run: RunDir, inputs: Inputs) -> None:
+    """Record what the run's data is made from, or check that it is the same as in an earlier attempt.
 
-    Raises InputError naming what has changed since the data was begun.
+    Raises InputError naming what has changed.
     """
     path = run.data / "inputs.json"
     if not path.is_file():
@@ -121,6 +121,6 @@ def claim(run: RunDir, inputs: Inputs) -> None:
         listed = "; ".join(f"{key}: was {old.get(key)}, is {new.get(key)}" for key in changed[:5])
         raise InputError(
             f"{run.data} was made with other settings, seeds, prompts or another model ({listed}). Choose another "
-            "folder with `--run-dir`, or remove this one to make it anew; requests that are the same stay in the log "
+            "folder with `--run-dir`, or remove this one to start again. Requests that are the same stay in the log "
             "and are not generated again."
         )

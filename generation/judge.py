@@ -1,4 +1,4 @@
-"""A model that scores finished rows by a rubric: the filter that asks instead of counting."""
+"""A model scores finished rows by a rubric, and rows with low scores are rejected."""
 
 import asyncio
 from dataclasses import replace
@@ -16,24 +16,24 @@ PROMPTS = {"judge": ("instruction", "input", "output", "rubric")}
 
 
 def score_sampling(sampling: Sampling) -> Sampling:
-    """The same, with an answer that can only be a score."""
+    """The same sampling, with the output restricted to a score."""
     return sampling.model_copy(update={"structured": StructuredOutput(choice=SCORES)})
 
 
 def parse_score(response: GenerationResult) -> int | None:
-    """The score that was given; None if the judge was not answered for."""
+    """The score in a response. None means that the judge did not answer."""
     text = response.completion.text.strip()
     return int(text) if response.completion.finish_reason not in UNANSWERED and text in SCORES else None
 
 
 def not_judged(response: GenerationResult) -> Rejection:
-    """Nothing can be said of what a judge did not answer for, or answered in another way than it was asked to."""
+    """The rejection of a row that the judge gave no score for."""
     completion = response.completion
     return Rejection("not_judged", completion.text.strip() or completion.finish_reason)
 
 
 class Judge:
-    """Asks the judge about every row of an result."""
+    """Asks the judge to score every row of a result."""
 
     def __init__(self, config: JudgeConfig, prompt: Prompt, requester: Requester) -> None:
         self._config = config
@@ -42,7 +42,7 @@ class Judge:
         self._sampling = score_sampling(config.sampling)
 
     async def score(self, result: InstructionResult) -> InstructionResult:
-        """The result with the rows that score too low among the rejected."""
+        """The result, with rows of a low score moved to the rejected."""
         answers = await asyncio.gather(*(self._ask(record) for record in result.rows))
         rows, rejected = [], list(result.rejected)
         for record, response in zip(result.rows, answers, strict=True):

@@ -1,9 +1,9 @@
-"""What the driver and a synthesis method say to each other.
+"""The interface between the driver and a synthesis method.
 
-    propose(number)  -> items: drafts of instructions, and what could not even be parsed
-    finish(kept)     -> rows made of an instruction that passed the filters
+    propose(number)   -> drafts of instructions, and what could not be parsed
+    finish(accepted)  -> rows of an instruction that passed the filters
 
-A method only asks models and takes their texts apart. Order, filters, budgets and files are the driver's.
+A method sends requests to models and parses their answers. The driver does the rest: order, filters, budgets, files.
 """
 
 from collections.abc import Coroutine, Mapping, Sequence
@@ -23,11 +23,11 @@ from generation.templates import Prompt
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
-    """What one proposal brought, in order. `id_prefix` and an item's position make the id of what is kept of it."""
+    """The items of one proposal, in order. An accepted item's id is `id_prefix` and its position."""
 
     id_prefix: str
     items: tuple[Draft | RejectedRecord, ...]
-    response: GenerationResult | None = None  # none: the instructions are given
+    response: GenerationResult | None = None  # None means that the instructions are given, not generated
     parent_ids: tuple[str, ...] = ()
     seed_ids: tuple[str, ...] = ()
 
@@ -45,17 +45,17 @@ class AcceptedInstruction:
 
 @dataclass(frozen=True, slots=True)
 class InstructionResult:
-    """What became of a kept instruction."""
+    """What came of an accepted instruction."""
 
     rows: tuple[Record, ...] = ()
     rejected: tuple[RejectedRecord, ...] = ()
-    responses: tuple[GenerationResult, ...] = ()  # requests beside the proposal's own
-    is_classification: bool | None = None  # none: not asked
+    responses: tuple[GenerationResult, ...] = ()  # without the proposal's response
+    is_classification: bool | None = None  # None means that the model was not asked
 
 
 @dataclass(frozen=True, slots=True)
 class MethodInputs:
-    """What every method is made from."""
+    """What every method gets."""
 
     seeds: Sequence[SeedTask]
     prompts: Mapping[str, Prompt]
@@ -64,29 +64,29 @@ class MethodInputs:
     seed: int
 
     def draw(self, *what: object) -> Random:
-        """Random numbers that depend on the run's seed and on `what` they are for, and on nothing else."""
+        """Random numbers that depend only on the run's seed and on `what` they are for."""
         return Random(":".join(map(str, (self.seed, *what))))
 
 
 class Method(Protocol):
-    """A synthesis method. Made as `Method(config, inputs)`."""
+    """A synthesis method, constructed as `Method(config, inputs)`."""
 
     NAME: ClassVar[str]
-    PROMPTS: ClassVar[Mapping[str, tuple[str, ...]]]  # template -> the variables it gets
-    FORMS: ClassVar[Mapping[Role, str]]  # the roles it has, and how each is asked if the recipe does not say
+    PROMPTS: ClassVar[Mapping[str, tuple[str, ...]]]  # template -> its variables
+    FORMS: ClassVar[Mapping[Role, str]]  # its roles -> the form of requests if the recipe names none
 
-    num_wanted: int | None  # instructions to keep; none: as many as there are
-    max_proposals: int | None  # none: no limit
-    exhausted: str  # why it ends after `max_proposals`; empty: because everything is done
+    num_wanted: int | None  # instructions to accept; None means as many as there are
+    max_proposals: int | None  # None means no limit
+    exhausted: str  # why the run ends after `max_proposals`; empty means that everything is done
 
     def remembered(self) -> Sequence[tuple[str, Draft]]:
-        """Ids and drafts that the filters know before anything is proposed."""
+        """Ids and drafts that the filters remember before the first proposal."""
 
     def seed_rows(self) -> Sequence[Record]:
-        """Rows that are in the dataset before anything is generated."""
+        """Rows that come first in the dataset, before anything is generated."""
 
     def propose(self, number: int, visible: Sequence[Demonstration]) -> Coroutine[None, None, Proposal]:
-        """Begin proposal `number`. It may draw on what is `visible`, now: later it would be something else."""
+        """Start proposal `number`. Read `visible` before the first await: it changes afterwards."""
 
     async def finish(self, accepted: AcceptedInstruction) -> InstructionResult:
-        """Make the rows of a kept instruction."""
+        """Make the rows of an accepted instruction."""

@@ -1,7 +1,7 @@
-"""A row of a dataset and a row of its rejects: the columns, and how they are stored.
+"""Rows: their columns, and how rows of a dataset and of its rejects are made.
 
-Instruction, input and output are a view of `messages`: the user's text is the instruction, or the instruction, an
-empty line and the input; the assistant's text is the output.
+`messages` contains instruction, input and output: the user's turn is the instruction, followed by an empty line and the
+input if there is one, and the assistant's turn is the output.
 """
 
 import json
@@ -54,7 +54,7 @@ INSTRUCTION_SCHEMA = pa.schema(
         ("id", pa.string()),
         ("instruction", pa.string()),
         ("input", pa.string()),
-        ("is_classification", pa.bool_()),  # null: it was not asked, or not answered
+        ("is_classification", pa.bool_()),  # null if the model was not asked, or did not answer
         ("request_id", pa.string()),
         ("round", pa.int32()),
         ("parent_ids", pa.list_(pa.string())),
@@ -66,11 +66,11 @@ INSTRUCTION_SCHEMA = pa.schema(
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """What a row comes from, the same for all rows of one instruction.
+    """Where a row comes from; the same for all rows of one instruction.
 
-    task: id of the seed task or of the kept instruction; parent_ids: machine instructions among the demonstrations it
-    was drawn from, each the `task` of its own rows, or the rows of earlier rounds that it was evolved through, the
-    oldest first; seed_ids: the seed tasks among the demonstrations, or the one that it began as.
+    task: id of the seed task or of the accepted instruction. parent_ids: the accepted instructions among its
+    demonstrations, or the rows that it evolved from, the oldest first. seed_ids: the seed tasks among its
+    demonstrations, or the one that it evolved from.
     """
 
     method: str
@@ -83,7 +83,7 @@ class Origin:
 
 @dataclass(frozen=True, slots=True)
 class GenerationResult:
-    """Which request wrote a row."""
+    """A request and the completion that a model wrote for it."""
 
     request_id: str
     model: str
@@ -96,7 +96,7 @@ class GenerationResult:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A row of a dataset. The columns of a row that no model wrote are null where they speak of the model."""
+    """A row of a dataset. In a row that no model wrote, the columns about the model are null."""
 
     id: str
     messages: list[dict[str, str]]
@@ -121,19 +121,19 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class RejectedRecord:
-    """Something a model wrote that did not pass.
+    """Text of a model that did not pass a check.
 
-    stage: response, instruction, classification, instance, evolution, answer or row. source: the request it came from,
-    or what else names it.
+    stage: response, instruction, classification, instance, evolution, answer or row. source: the id of the request, or
+    of the row or proposal if there is no request.
     """
 
     stage: str
     rejection: Rejection
     source: str
-    position: int  # among what came of the same source
+    position: int  # among the items of the same source
     draft: Draft
     nearest: tuple[Neighbor, ...] = ()
-    task: str = ""  # the kept instruction whose rows it would have been among; none before that
+    task: str = ""  # id of the accepted instruction it belongs to; empty if it was rejected before
 
     def to_row(self) -> dict:
         return {
@@ -150,26 +150,26 @@ class RejectedRecord:
         }
 
 
-def draft_of(record: "Record") -> Draft:
-    """A finished row as row filters see it: the whole of the user's turn, and the assistant's."""
+def draft_of(record: Record) -> Draft:
+    """A finished row as the row filters see it: the user's whole turn as instruction, and the assistant's turn."""
     user, assistant = record.messages[-2:]
     return Draft(user["content"], "", assistant["content"], record.finish_reason or "stop")
 
 
 def user_turn(instruction: str, input_text: str) -> str:
-    """What the user says: the instruction, and below it the input if there is one."""
+    """The user's turn: the instruction, followed by an empty line and the input if there is one."""
     return f"{instruction}\n\n{input_text}" if input_text else instruction
 
 
 def make_messages(user: str, assistant: str) -> list[dict[str, str]]:
-    """One turn of a user and one of an assistant."""
+    """A user's turn and an assistant's."""
     return [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
 
 
 def human_record(
     origin: Origin, instruction: str, instance: Instance, position: int, user: str | None = None
 ) -> Record:
-    """The row of an instance that a person wrote. user: the user's turn; none: instruction and input."""
+    """The row of an instance that a person wrote. user: the user's turn; None means instruction and input."""
     user = user_turn(instruction, instance.input) if user is None else user
     return Record(
         id=sha256_json([origin.method, origin.task, position, instruction, instance.input, instance.output]),
@@ -194,7 +194,7 @@ def human_record(
 def machine_record(
     origin: Origin, response: GenerationResult, user: str, assistant: str, position: int = 0, sample: int = 0
 ) -> Record:
-    """The row at `position` of what a request wrote in sample `sample`. Token counts are the whole request's."""
+    """The row at `position` in a sample of a response. Token counts are those of the whole request."""
     return Record(
         id=sha256_json([response.request_id, origin.task, origin.round, position, sample]),
         messages=make_messages(user, assistant),

@@ -1,4 +1,4 @@
-"""The models of a run: who plays which role, and the engine pools that serve them."""
+"""The models of a run: which model has which role, and the engine pools that serve them."""
 
 import asyncio
 import contextlib
@@ -19,16 +19,16 @@ from generation.method import Method
 from generation.requester import ServedModel
 
 POLL_SECONDS = 0.5
-ROUNDING = 1e-6  # of sums of fractions of a CPU
+ROUNDING = 1e-6  # error of a sum of fractions of a CPU
 
 
 @dataclass(frozen=True)
 class RoleModel:
-    """A model in a role, found and checked, before any engine is started."""
+    """A model in a role, found and checked before an engine starts."""
 
-    name: str  # as the recipe has it
+    name: str  # as in the recipe
     source: ModelConfig  # with an absolute path if it is a folder
-    revision: str  # of the weights, adapter included
+    revision: str  # identifies the weights and the adapter
     form: str
     adapter: str | None
     engine: EngineConfig
@@ -37,9 +37,9 @@ class RoleModel:
 def resolve_models(
     config: SynthesisConfig, method: type[Method], model: ModelConfig, engine: EngineConfig
 ) -> dict[Role, RoleModel]:
-    """The model of each role that the method has, and of the judge if rows are judged.
+    """The model of each role of the method, and of the judge if rows are judged.
 
-    Raises InputError for a model or an adapter that is not there.
+    Raises InputError if a model or an adapter does not exist.
     """
     forms = dict(method.FORMS)
     if config.judge:
@@ -52,8 +52,8 @@ def resolve_models(
         revision = model_revision(source)
         adapter = None
         if chosen.adapter:
-            written_under = "writer" if chosen is config.models.writer else role
-            adapter = str(_locate_adapter(written_under, chosen.adapter))
+            recipe_role = "writer" if chosen is config.models.writer else role
+            adapter = str(_locate_adapter(recipe_role, chosen.adapter))
             revision += f"+{fingerprint_folder(Path(adapter))}"
         name = f"{named.path}+{chosen.adapter}" if chosen.adapter else named.path
         models[role] = RoleModel(name, source, revision, chosen.form or form, adapter, chosen.engine or engine)
@@ -64,23 +64,23 @@ def _locate_adapter(role: Role, path: str) -> Path:
     folder = Path(path).expanduser()
     if not (folder / "adapter_config.json").is_file():
         raise InputError(
-            f"synthesize.models.{role}.adapter: {folder.absolute()} holds no adapter_config.json, so it is not a PEFT "
-            "adapter. Give the folder that `tunesmith export` made with export.form=adapter."
+            f"synthesize.models.{role}.adapter: {folder.absolute()} has no adapter_config.json, so it is not a PEFT "
+            "adapter. Set the folder that `tunesmith export` wrote with export.form=adapter."
         )
     return folder.resolve()
 
 
 @contextlib.asynccontextmanager
 async def serving(models: Mapping[Role, RoleModel]) -> AsyncIterator[dict[Role, ServedModel]]:
-    """Start one pool for each model and engine setting; roles that agree in both share it.
+    """Start one pool for each pair of model and engine settings. Roles with the same pair share it.
 
-    Raises InputError if the cluster cannot hold all pools side by side, and what `EnginePool.start` raises.
+    Raises InputError if the cluster is too small for all pools at once, and what `EnginePool.start` raises.
     """
     adapters: dict[tuple[ModelConfig, EngineConfig], set[str]] = {}
     for role_model in models.values():
         adapters.setdefault((role_model.source, role_model.engine), set()).update(filter(None, [role_model.adapter]))
-    if len(adapters) > 1:  # a single pool sees for itself
-        await _wait_for_room([engine for _, engine in adapters])
+    if len(adapters) > 1:  # a single pool checks it itself
+        await _wait_for_resources([engine for _, engine in adapters])
     async with contextlib.AsyncExitStack() as stack:
         pools = {
             key: await stack.enter_async_context(EnginePool.start(key[1], key[0], tuple(sorted(folders))))
@@ -94,32 +94,32 @@ async def serving(models: Mapping[Role, RoleModel]) -> AsyncIterator[dict[Role, 
         }
 
 
-async def _wait_for_room(engines: Sequence[EngineConfig]) -> None:
-    """Wait until the cluster could hold all these pools at once: a pool of its own would wait for what others hold.
+async def _wait_for_resources(engines: Sequence[EngineConfig]) -> None:
+    """Wait until the cluster is large enough for all these pools at once. Otherwise each would wait for the others.
 
-    Raises InputError if it is too small: at once, or where a pool names min_replicas, as nodes may still be on their
-    way then, after its start_timeout_seconds.
+    Raises InputError if the cluster is too small. If a pool sets min_replicas, nodes may still join, so the error comes
+    only after its start_timeout_seconds.
     """
     deadline = time.monotonic() + max((each.start_timeout_seconds for each in engines if each.min_replicas), default=0)
-    while lack := _lack(engines, ray.cluster_resources()):
+    while shortage := _shortage(engines, ray.cluster_resources()):
         if time.monotonic() >= deadline:
             raise InputError(
-                f"the {len(engines)} models of this run are served side by side: {lack}. Give roles the same model, or "
-                "lower num_replicas or cpus_per_engine in `engine` or synthesize.models.<role>.engine."
+                f"the {len(engines)} models of this run are served at once: {shortage}. Use one model for more roles, "
+                "or lower num_replicas or cpus_per_engine in `engine` or synthesize.models.<role>.engine."
             )
         await asyncio.sleep(POLL_SECONDS)
 
 
-def _lack(engines: Sequence[EngineConfig], have: Mapping[str, float]) -> str:
-    """What pools need together and a cluster with these resources has not; empty if it is enough."""
+def _shortage(engines: Sequence[EngineConfig], have: Mapping[str, float]) -> str:
+    """What these pools need and a cluster with these resources lacks; empty if it is large enough."""
     replicas = [each.min_replicas or each.num_replicas for each in engines]
     needs = {
         "GPU": sum(n * each.gpus_per_engine for n, each in zip(replicas, engines, strict=True)) if "GPU" in have else 0,
         "CPU": sum(n * each.cpus_per_engine for n, each in zip(replicas, engines, strict=True)),
     }
-    lacks = [
-        f"their engines need {need:g} {name}s, and this Ray has {have.get(name, 0):g}"
+    shortages = [
+        f"their engines need {need:g} {name}s, and the Ray cluster has {have.get(name, 0):g}"
         for name, need in needs.items()
         if need > have.get(name, 0) + ROUNDING
     ]
-    return "; ".join(lacks)
+    return "; ".join(shortages)

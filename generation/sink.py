@@ -1,12 +1,12 @@
-"""The data of one synthesis: rows, rejects and instructions, and the checkpoint that an interrupted run goes on from.
+"""The data of one synthesis: rows, rejects and instructions, and the checkpoint from which an interrupted run resumes.
 
-run/data/synthesized/    the dataset; its manifest comes last and vouches for all three
+run/data/synthesized/    the dataset; its manifest is written last, so it proves that all three are complete
 run/data/rejected/       what did not pass, each with its reason
-run/data/instructions/   the instructions that were kept, with their nearest neighbors
-run/data/progress.json   until they are sealed: what of them the last checkpoint made durable
+run/data/instructions/   the accepted instructions, with their nearest neighbors
+run/data/progress.json   the last checkpoint, until the datasets are sealed
 
 A checkpoint is a single rename, that of progress.json. It names the full shards of each dataset and a file with the
-rows after them; whatever else lies in the folders came later and is removed when the sink is opened again.
+rows after them. Any other file in the folders is newer than the checkpoint: opening the sink again removes it.
 """
 
 import json
@@ -27,19 +27,19 @@ SCHEMAS = {"synthesized": SCHEMA, "rejected": REJECTED_SCHEMA, "instructions": I
 
 
 class DataSink:
-    """Where the results of a synthesis go, in their final order, and the counts of what went there.
+    """Writes the results of a synthesis in their final order, and counts them.
 
-    After an InputError about a full disk the sink is of no more use: `open` goes on from the last checkpoint.
+    After an InputError about a full disk the sink cannot be used any more: `open` resumes from the last checkpoint.
     """
 
     def __init__(self, run: RunDir, rows_per_shard: int, inputs_sha: str, progress: dict | None = None) -> None:
-        """Begin anew, or go on from the content of a progress.json. inputs_sha: hash of all that decides the data."""
+        """Start empty, or resume from the content of a progress.json. inputs_sha: hash of what decides the data."""
         self.num_rows_by_method: Counter[str] = Counter()
         self.rejected: Counter[str] = Counter()  # by reason
         self._run = run
         self._inputs_sha = inputs_sha
         self._number = 0  # of the last checkpoint
-        self._committed: dict[str, dict] = {}  # dataset -> its writer's state then
+        self._committed: dict[str, dict] = {}  # dataset -> its writer's state at the last checkpoint
         for leftover in run.data.glob(".progress.json.*.tmp"):
             leftover.unlink()
         if progress is None:
@@ -58,13 +58,13 @@ class DataSink:
 
     @classmethod
     def open(cls, run: RunDir, rows_per_shard: int, inputs_sha: str) -> "tuple[DataSink, dict | None]":
-        """The sink, and the caller's state of its last checkpoint, or None where there is none and it begins anew.
+        """The sink, and the caller's state in the last checkpoint. None means that there is no checkpoint.
 
-        Raises InputError if the data is sealed, or was begun from other inputs, or if its files are damaged.
+        Raises InputError if the data is sealed, if it was made from other inputs, or if its files are damaged.
         """
         path = run.data / "progress.json"
         if is_sealed(run.synthesized):
-            raise InputError(f"{run.data}: finished already. Remove it to make it anew.")
+            raise InputError(f"{run.data}: already finished. Remove it to start again.")
         if not path.is_file():
             return cls(run, rows_per_shard, inputs_sha), None
         try:
@@ -73,12 +73,12 @@ class DataSink:
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"{path}: damaged ({error}). Restore it, or remove {run.data} and start again: finished requests stay "
-                "in the log and are not generated anew."
+                "in the log and are not generated again."
             ) from error
         if found != inputs_sha:
             raise InputError(
-                f"{run.data} was begun with other settings, seeds, prompts or another model. Choose another folder "
-                "with `--run-dir`, or remove this one to make it anew; requests that are the same stay in the log and "
+                f"{run.data} was made with other settings, seeds, prompts or another model. Choose another folder "
+                "with `--run-dir`, or remove this one to start again. Requests that are the same stay in the log and "
                 "are not generated again."
             )
         return cls(run, rows_per_shard, inputs_sha, progress), state
@@ -100,13 +100,13 @@ class DataSink:
         self._rejected.add(record.to_row())
 
     def add_instruction(self, row: dict) -> None:
-        """Add an instruction that was kept; `row` has the columns of INSTRUCTION_SCHEMA."""
+        """Add an accepted instruction. `row` has the columns of INSTRUCTION_SCHEMA."""
         self._instructions.add(row)
 
     def checkpoint(self, state: dict) -> None:
-        """Make all that was added so far durable, together with the caller's state (JSON), in one step.
+        """Make everything added so far durable, together with the caller's state (JSON), in one step.
 
-        Killed at any instant, the next `open` finds this checkpoint or the one before.
+        If the process is killed at any moment, the next `open` finds this checkpoint or the one before.
         """
         verify(self._run.root)
         self._number += 1
@@ -128,7 +128,7 @@ class DataSink:
             writer.remove_old_tails()
 
     def iter_columns(self, name: str, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-        """These columns of what is committed in the dataset `name`, in order, mapped from the files."""
+        """These columns of the rows in the last checkpoint, in order, mapped from the files. name: the dataset."""
         if name not in self._committed:
             return
         for entry in state_files(self._committed[name]):
@@ -136,7 +136,7 @@ class DataSink:
                 yield batch.select(columns)
 
     def seal(self, **fields: object) -> None:
-        """Finish all three datasets, `synthesized` last; `fields` go into the manifest of each."""
+        """Seal all three datasets, `synthesized` last. `fields` go into the manifest of each."""
         verify(self._run.root)
         self._rejected.seal(**fields)
         self._instructions.seal(**fields)
@@ -146,7 +146,7 @@ class DataSink:
 
 
 def remove_progress(run: RunDir) -> None:
-    """Remove checkpoints. Of no effect on sealed data, where a kill between seal and removal leaves them."""
+    """Remove the last checkpoint. It may remain beside sealed data, if the process was killed after sealing."""
     (run.data / "progress.json").unlink(missing_ok=True)
     for name in SCHEMAS:
         for path in (run.data / name).glob("tail-*.arrow"):

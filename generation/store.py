@@ -1,10 +1,9 @@
-"""Datasets on disk: Arrow shards in the layout of `datasets.save_to_disk`, sealed by a manifest that comes last.
+"""Datasets on disk: Arrow shards in the layout of `datasets.save_to_disk`. A manifest, written last, seals them.
 
-While a dataset is being written, `data-NNNNN.arrow` are full shards and `tail-NNNNN.arrow` the rows after the last of
-them at a checkpoint. A shard's bytes are decided by its rows alone, not by when checkpoints or interruptions came.
+While a dataset is being written, `data-NNNNN.arrow` are full shards, and `tail-NNNNN.arrow` has the rows after them as
+of a checkpoint. A shard's bytes depend only on its rows, not on the times of checkpoints or interruptions.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,17 +12,17 @@ import pyarrow as pa
 from cluster.errors import InputError
 from cluster.files import sha256_json, write_atomic, write_json
 from cluster.run.fence import verify
-from cluster.run.manifest import MANIFEST, verify_manifest, write_manifest
+from cluster.run.manifest import MANIFEST, write_manifest
 
 
 class DatasetWriter:
-    """Writes the rows of one dataset in order, shard by shard. Until `seal`, the folder is unfinished work.
+    """Writes the rows of one dataset in order, shard by shard. The folder is unfinished until `seal`.
 
-    After an InputError about a full disk the writer is of no more use: `resume` one from the last state.
+    After an InputError about a full disk the writer cannot be used any more: `resume` from the last state.
     """
 
     def __init__(self, folder: Path, schema: pa.Schema, rows_per_shard: int, state: dict | None = None) -> None:
-        """Begin a dataset anew, or go on from `state` as `resume` says. What came later in `folder` is removed."""
+        """Start an empty dataset, or continue from `state` as `resume` does. Other files in `folder` are removed."""
         state = state or {"shards": [], "tail": None}
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
@@ -32,22 +31,22 @@ class DatasetWriter:
         self._rows_per_shard = rows_per_shard
         self._shards: list[dict] = list(state["shards"])  # name, rows and bytes of each
         self._tail: dict | None = state["tail"]  # likewise, as last saved
-        self._rows: list[dict] = []  # of the next shard, those not yet in columns
+        self._rows: list[dict] = []  # of the next shard, not yet in columns
         self._batches: list[pa.RecordBatch] = list(read_batches(folder / self._tail["name"])) if self._tail else []
-        self._num_tail_rows = self._tail["rows"] if self._tail else 0  # in both
+        self._num_tail_rows = self._tail["rows"] if self._tail else 0  # of the next shard, in rows and batches
         _remove_all_but(folder, {entry["name"] for entry in state_files(state)})
 
     @classmethod
     def resume(cls, folder: Path, schema: pa.Schema, rows_per_shard: int, state: dict) -> "DatasetWriter":
-        """Go on from what `state` said: rows that were added after it are gone, and so are the files they left.
+        """Continue from a `state`. Rows that were added after it, and their files, are removed.
 
-        Raises InputError if a shard or the tail of the state is missing, or not as long as it was.
+        Raises InputError if a shard or the tail of the state is missing or has another length.
         """
         check_state(folder, state, rows_per_shard)
         return cls(folder, schema, rows_per_shard, state)
 
     def add(self, row: dict) -> None:
-        """Append a row with every column of the schema; a full shard is written at once."""
+        """Append a row with every column of the schema. A shard is written as soon as it is full."""
         self._rows.append(row)
         self.num_rows += 1
         self._num_tail_rows += 1
@@ -55,9 +54,9 @@ class DatasetWriter:
             self._write_shard()
 
     def save_tail(self, number: int) -> None:
-        """Put the rows after the last full shard on the disk, in a new file of this number.
+        """Write the rows after the last full shard to a new file of this number.
 
-        The file of the tail before stays until `remove_old_tails`, for whoever still holds the state before.
+        The earlier tail stays until `remove_old_tails`, because the earlier state names it.
         """
         if self._tail and not self._rows and self._tail["rows"] == self._num_tail_rows:
             return  # nothing was added since
@@ -66,18 +65,18 @@ class DatasetWriter:
             self._tail = self._write(f"tail-{number:05d}.arrow", self._in_columns())
 
     def state(self) -> dict:
-        """All that `resume` needs, as JSON: names, rows and bytes of the shards, and of the tail as last saved."""
+        """What `resume` needs, as JSON: names, rows and bytes of the shards and of the tail that was saved last."""
         return {"shards": list(self._shards), "tail": self._tail}
 
     def remove_old_tails(self) -> None:
-        """Remove all tails but the one that was saved last."""
+        """Remove all tails except the one that was saved last."""
         current = self._tail["name"] if self._tail else None
         for path in self.folder.glob("tail-*.arrow"):
             if path.name != current:
                 path.unlink()
 
     def seal(self, **fields: object) -> dict:
-        """Write the rest, what `datasets` needs to open the folder, and then the manifest, which is returned."""
+        """Write the remaining rows, the files that `datasets` needs, and then the manifest. Returns the manifest."""
         if self._num_tail_rows or not self._shards:
             self._write_shard()
         names = [entry["name"] for entry in self._shards]
@@ -127,23 +126,23 @@ def state_files(state: dict) -> list[dict]:
 
 
 def state_rows(state: dict) -> int:
-    """Rows that a writer's state speaks of."""
+    """Number of rows in a writer's state."""
     return sum(entry["rows"] for entry in state_files(state))
 
 
 def check_state(folder: Path, state: dict, rows_per_shard: int) -> None:
-    """Raise InputError if the folder does not hold what a writer's state says it does."""
+    """Raise InputError if the files of a writer's state are missing or have another length."""
     for entry in state_files(state):
         path = folder / entry["name"]
         found = path.stat().st_size if path.is_file() else None
         if found != entry["bytes"]:
             what = "missing" if found is None else f"{found} bytes long, not {entry['bytes']}"
             raise InputError(
-                f"{path}: {what}, though the last checkpoint says that it was written. Restore it, or remove "
-                f"{folder.parent} and start again: finished requests stay in the log and are not generated anew."
+                f"{path}: {what}, though the last checkpoint names it. Restore it, or remove "
+                f"{folder.parent} and start again: finished requests stay in the log and are not generated again."
             )
     if any(entry["rows"] != rows_per_shard for entry in state["shards"]):
-        raise InputError(f"{folder}: its shards are not of {rows_per_shard} rows. Set rows_per_shard back to go on.")
+        raise InputError(f"{folder}: its shards do not have {rows_per_shard} rows. Set the old rows_per_shard.")
 
 
 def read_batches(path: Path) -> Iterator[pa.RecordBatch]:
@@ -152,22 +151,8 @@ def read_batches(path: Path) -> Iterator[pa.RecordBatch]:
         yield from stream
 
 
-def read_columns(folder: Path) -> Iterator[pa.RecordBatch]:
-    """All columns of a sealed dataset, in order of its rows, mapped from the files. Raises InputError if it is
-    unfinished or damaged."""
-    verify_manifest(folder)
-    for entry in json.loads((folder / "state.json").read_text())["_data_files"]:
-        yield from read_batches(folder / entry["filename"])
-
-
-def read_rows(folder: Path) -> Iterator[dict]:
-    """All rows of a sealed dataset, in order. Raises InputError if it is unfinished or damaged."""
-    for batch in read_columns(folder):
-        yield from batch.to_pylist()
-
-
 def _remove_all_but(folder: Path, names: set[str]) -> None:
-    """Remove what a writer leaves, the manifest first."""
+    """Remove the files of a writer, the manifest first."""
     for name in (MANIFEST, "state.json", "dataset_info.json"):
         (folder / name).unlink(missing_ok=True)
     for path in (*folder.glob("data-*.arrow"), *folder.glob("tail-*.arrow"), *folder.glob(".*.tmp")):
@@ -177,6 +162,6 @@ def _remove_all_but(folder: Path, names: set[str]) -> None:
 
 def _features(schema: pa.Schema) -> dict:
     """The columns as `datasets` describes them."""
-    from datasets import Features  # takes a second to import, and only a finished dataset needs it
+    from datasets import Features  # importing it takes a second, and only `seal` needs it
 
     return Features.from_arrow_schema(schema).to_dict()

@@ -26,7 +26,7 @@ from cluster.run.rundir import RunDir
 from generation.config import BudgetConfig, SynthesisConfig
 from generation.driver import Driver
 from generation.engine_events import STAGE
-from generation.inputs import Inputs, claim, load_inputs
+from generation.inputs import Inputs, check_inputs, load_inputs
 from generation.judge import Judge
 from generation.method import MethodInputs
 from generation.metrics import Reporter, list_counts
@@ -49,7 +49,7 @@ def run(config: SynthesisConfig, model: ModelConfig, engine: EngineConfig, run: 
     run.create()
     with run_lock(run.synthesis_lock), Progress(log) as progress:
         inputs = load_inputs(config, model, engine, seed)
-        claim(run, inputs)
+        check_inputs(run, inputs)
         if is_sealed(run.synthesized) and (done := _skip(inputs, run)):
             return done
         run.event(STAGE, "started", method=inputs.method.NAME, num_engines=inputs.num_engines, inputs_sha=inputs.sha)

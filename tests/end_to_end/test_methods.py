@@ -20,9 +20,9 @@ from generation.request_log import RequestLog
 from generation.requester import Requester, ServedModel
 from generation.sink import DataSink
 from generation.state import Timers
-from generation.store import read_rows
 from launcher.recipe import load
 from tests.end_to_end.conftest import ROOT
+from tests.generation.harness import read_rows
 from toy_world.world import recognise
 
 pytestmark = pytest.mark.timeout(900)
@@ -81,7 +81,7 @@ def test_a_recipe_makes_rows_that_say_where_they_come_from(made, method):
 
 @pytest.mark.parametrize("method", GROWING)
 def test_what_the_teacher_asks_are_mostly_tasks_of_its_world(made, method):
-    instructions = list(read_rows(made / method / "data" / "instructions"))
+    instructions = read_rows(made / method / "data" / "instructions")
     turns = [(row["instruction"], row["input"]) for row in instructions]
     known = [turn for turn in turns if recognise(*turn) or recognise(*turn[0].partition("\n\n")[::2])]
     assert len(known) > len(turns) / 2

@@ -6,8 +6,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from datasets import load_from_disk
+
 from cluster.config import ModelConfig
 from cluster.engines.config import Completion, GenerationRequest, Sample
+from cluster.run.manifest import verify_manifest
 from cluster.run.rundir import RunDir
 from generation.config import Role, SynthesisConfig
 from generation.driver import Driver
@@ -20,7 +23,6 @@ from generation.request_log import RequestLog
 from generation.requester import Requester, ServedModel
 from generation.seed_tasks import SeedTask
 from generation.state import Timers, from_json
-from generation.store import read_rows
 from generation.synthesize import open_sink
 from generation.templates import load_prompts
 from tests.fakes import continue_prompt
@@ -31,6 +33,12 @@ SEEDS = [
     SeedTask(f"seed-{i}", f"seed {i}", f"Seed instruction number {i} is about {word}.", (Instance("", word),), False)
     for i, word in enumerate("apples boats clouds drums eagles ferns goats hills inks jars".split())  # noqa: SIM905
 ]
+
+
+def read_rows(folder: Path) -> list[dict]:
+    """All rows of a sealed dataset, in order. Raises InputError if it is unfinished or damaged."""
+    verify_manifest(folder)
+    return load_from_disk(str(folder)).to_list()
 
 
 def prompt_text(request: GenerationRequest) -> str:
@@ -126,5 +134,5 @@ def drive(
         driver = Driver(method, config, sink, judge, timers)
         asyncio.run(driver.run(checkpoint))
         sink.seal()
-    columns = [list(read_rows(run.data / name)) for name in ("synthesized", "rejected", "instructions")]
+    columns = [read_rows(run.data / name) for name in ("synthesized", "rejected", "instructions")]
     return Made(*columns, driver, requester)

@@ -22,8 +22,8 @@ from generation.method import AcceptedInstruction, InstructionResult, Proposal
 from generation.records import Origin, Record, RejectedRecord, human_record
 from generation.requester import BudgetReached
 from generation.state import Timers
-from generation.store import read_rows
 from generation.synthesize import open_sink
+from tests.generation.harness import read_rows
 
 WORDS = "amber basil candle dune ember fjord glacier".split()  # noqa: SIM905
 
@@ -122,7 +122,7 @@ def drive(folder: Path, method: MadeUp, config: SynthesisConfig, checkpoints: in
 
 
 def data(folder: Path) -> list[list[dict]]:
-    return [list(read_rows(folder / "data" / name)) for name in ("synthesized", "rejected", "instructions")]
+    return [read_rows(folder / "data" / name) for name in ("synthesized", "rejected", "instructions")]
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from cluster.run.manifest import is_sealed, verify_manifest
 from cluster.run.rundir import RunDir
 from generation.config import BudgetConfig, SelfInstructConfig
 from generation.config.filters import ExactDuplicateConfig
-from generation.inputs import claim, load_inputs
+from generation.inputs import check_inputs, load_inputs
 from generation.request_log import RequestLog
 from generation.store import read_rows
 from tests.conftest import SmallDisk
@@ -199,10 +199,10 @@ def test_a_request_that_no_engine_answers_costs_its_own_rows_only(undisturbed, t
 
 
 @pytest.fixture
-def claimed(tmp_path) -> tuple[RunDir, ModelConfig]:
+def recorded(tmp_path) -> tuple[RunDir, ModelConfig]:
     model = write_script(tmp_path / "model")
     run = RunDir(tmp_path / "run")
-    claim(run, load_inputs(CONFIG, model, EngineConfig(), seed=1))
+    check_inputs(run, load_inputs(CONFIG, model, EngineConfig(), seed=1))
     return run, model
 
 
@@ -214,27 +214,27 @@ def claimed(tmp_path) -> tuple[RunDir, ModelConfig]:
         ({"row_filters": ()}, "synthesize.row_filters"),
     ],
 )
-def test_another_recipe_is_refused_and_what_changed_is_named(claimed, fields, said):
-    run, model = claimed
+def test_another_recipe_is_refused_and_what_changed_is_named(recorded, fields, said):
+    run, model = recorded
     changed = CONFIG.model_copy(update=fields)
     with pytest.raises(InputError, match="made with other settings") as caught:
-        claim(run, load_inputs(changed, model, EngineConfig(), seed=1))
+        check_inputs(run, load_inputs(changed, model, EngineConfig(), seed=1))
     assert said in str(caught.value)
-    claim(run, load_inputs(CONFIG, model, EngineConfig(), seed=1))
+    check_inputs(run, load_inputs(CONFIG, model, EngineConfig(), seed=1))
 
 
-def test_another_seed_model_or_prompt_is_refused(claimed, tmp_path):
-    run, model = claimed
+def test_another_seed_model_or_prompt_is_refused(recorded, tmp_path):
+    run, model = recorded
     with pytest.raises(InputError, match="seed: was 1, is 2"):
-        claim(run, load_inputs(CONFIG, model, EngineConfig(), seed=2))
+        check_inputs(run, load_inputs(CONFIG, model, EngineConfig(), seed=2))
     (Path(model.path) / "config.json").write_text('{"model_type": "another"}')
     with pytest.raises(InputError, match=r"models\.writer\.revision"):
-        claim(run, load_inputs(CONFIG, model, EngineConfig(), seed=1))
+        check_inputs(run, load_inputs(CONFIG, model, EngineConfig(), seed=1))
 
 
-def test_what_does_not_decide_the_data_may_change(claimed):
-    run, model = claimed
+def test_what_does_not_decide_the_data_may_change(recorded):
+    run, model = recorded
     changed = CONFIG.model_copy(update={"budget": BudgetConfig(max_rows=7), "checkpoint_seconds": 1.0})
-    claim(run, load_inputs(changed, model, EngineConfig(num_replicas=3), seed=1))
+    check_inputs(run, load_inputs(changed, model, EngineConfig(num_replicas=3), seed=1))
     with pytest.raises(InputError, match="max_model_len: was None, is 9"):
-        claim(run, load_inputs(changed, model, EngineConfig(max_model_len=9), seed=1))
+        check_inputs(run, load_inputs(changed, model, EngineConfig(max_model_len=9), seed=1))

@@ -81,7 +81,7 @@ def test_pools_that_do_not_fit_side_by_side_are_an_error_at_once(models, seeds, 
     engine = scripted(cpus_per_engine=0.6 * ray.cluster_resources()["CPU"])
     roles = {"writer": {"path": str(models["answerer"])}, "judge": {"path": str(models["judge"])}}
     config = RejectionSamplingConfig(seeds=seeds, models=roles)
-    with pytest.raises(InputError, match=r"the 2 models of this run are served side by side: their engines need"):
+    with pytest.raises(InputError, match=r"the 2 models of this run are served at once: their engines need"):
         run(config, ModelConfig(path=str(models["writer"])), engine, RunDir(tmp_path / "run"), 0)
     assert not (models["answerer"] / "first").exists()  # no engine was started
 
@@ -89,7 +89,7 @@ def test_pools_that_do_not_fit_side_by_side_are_an_error_at_once(models, seeds, 
 @pytest.mark.parametrize(
     ("role", "fields", "message"),
     [
-        ("writer", {"adapter": "nowhere"}, r"synthesize\.models\.writer\.adapter: .*nowhere holds no adapter_config"),
+        ("writer", {"adapter": "nowhere"}, r"synthesize\.models\.writer\.adapter: .*nowhere has no adapter_config"),
         ("answerer", {"adapter": "nowhere"}, r"synthesize\.models\.answerer\.adapter"),
         ("writer", {"path": "./nowhere"}, r"there is no folder .*nowhere"),
     ],
