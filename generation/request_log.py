@@ -8,7 +8,9 @@ numbers are little-endian. One write appends a record.
 Opening reads every record and checks it. A record that a crash left half-written at the end of the last segment is cut
 off. Any other damaged byte is an error, because a log that cannot be trusted must not be built on.
 
-There is no index beside the segments: a second file format would save MEASURED.
+There is no index beside the segments. A million requests (1 GB) open in 2.2 s and take 162 MiB of memory; an index that
+was mapped from files opened them in 0.4 s, at the price of a second file format that has to agree with the first. It
+would save two seconds of a restart that starts engines for longer. `tests/benchmarks/storage.py` measures it.
 """
 
 import os

@@ -83,7 +83,7 @@ def fill_log(path: Path, count: int) -> float:
 
 
 def open_log(path: Path) -> tuple[float, float]:
-    """Seconds to open a log, and MiB of memory that it then takes, the pages of its indexes included."""
+    """Seconds to open a log, and MiB of memory that it then takes."""
     process = psutil.Process()
     before = process.memory_info().rss
     started = time.perf_counter()
