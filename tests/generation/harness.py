@@ -1,4 +1,4 @@
-"""A method driven to its end without Ray: real driver, filters, log and files; the pool is a coroutine."""
+"""Runs a method without Ray: driver, filters, log and files are real, the pool is a coroutine."""
 
 import asyncio
 import random
@@ -42,7 +42,7 @@ def read_rows(folder: Path) -> list[dict]:
 
 
 def prompt_text(request: GenerationRequest) -> str:
-    """The prompt, or what the user says in a chat."""
+    """The prompt, or the user's turn of a chat."""
     return request.prompt if isinstance(request.prompt, str) else request.prompt[-1]["content"]
 
 
@@ -82,7 +82,7 @@ class CoroutinePool:
 
 @dataclass(frozen=True)
 class Made:
-    """What a run left in its folder, and the parts that made it."""
+    """The data of a run, and the objects that made it."""
 
     rows: list[dict]
     rejected: list[dict]
@@ -112,7 +112,7 @@ def drive(
     source: ModelConfig | None = None,
     models: Mapping[Role, ServedModel] | None = None,
 ) -> Made:
-    """Run a method to its end, or to the pool's error. models: who plays some roles instead of the one model."""
+    """Run a method until it ends or the pool fails. models: the models of some roles, instead of the default one."""
     run = RunDir(folder).create()
     method_type = METHODS[config.method]
     prompts = load_prompts(PROMPT_FOLDER / config.method, method_type.PROMPTS)

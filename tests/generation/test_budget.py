@@ -1,4 +1,4 @@
-"""Hard budgets: what they cut, what they say, and how a higher one goes on, through the whole of a method."""
+"""Budgets: where they stop a method, what they report, and how a run continues with a higher one."""
 
 import json
 
@@ -23,13 +23,13 @@ def unlimited(tmp_path_factory) -> Made:
 
 
 def go_on(folder, pool: CoroutinePool, config: SelfInstructConfig) -> Made:
-    """As the stage does with a dataset that a budget cut off."""
+    """Open a sealed dataset again, as the stage does after a budget was raised."""
     (folder / "data" / "synthesized" / "manifest.json").unlink(missing_ok=True)
     return drive(folder, pool, config)
 
 
 @pytest.mark.parametrize("timing", [1, 2])
-def test_tokens_are_spent_up_to_the_limit_and_a_higher_one_goes_on(unlimited, tmp_path, timing):
+def test_tokens_are_spent_up_to_the_limit_and_a_higher_limit_continues(unlimited, tmp_path, timing):
     total = unlimited.requester.num_completion_tokens
     pool = CoroutinePool(timing)
     made = drive(tmp_path, pool, with_budget(max_completion_tokens=total // 2))
@@ -45,7 +45,7 @@ def test_tokens_are_spent_up_to_the_limit_and_a_higher_one_goes_on(unlimited, tm
     assert (finished.driver.stopped_because, finished.driver.spent_budget) == ("", None)
 
 
-def test_rows_of_instructions_in_flight_when_the_tokens_are_spent_are_there(tmp_path, unlimited):
+def test_instructions_in_flight_when_the_tokens_are_spent_are_finished(tmp_path, unlimited):
     made = drive(tmp_path, CoroutinePool(3), with_budget(max_completion_tokens=2000))
     assert len(made.instructions) == made.driver.state.num_accepted - made.driver.num_unfinished
     rows = {row["id"]: row for row in unlimited.rows}
@@ -75,8 +75,8 @@ def test_tokens_of_a_budget_smaller_than_one_answer(tmp_path):
     assert made.requester.num_generated == 1
 
 
-def test_minutes(unlimited, tmp_path, monkeypatch):
-    """A clock that goes on a second with every request."""
+def test_max_minutes_stops_the_run(unlimited, tmp_path, monkeypatch):
+    """The clock advances a second with every request."""
     pool = CoroutinePool(0)
     monkeypatch.setattr(generation.requester.time, "monotonic", lambda: float(len(pool.requests)))
     made = drive(tmp_path, pool, with_budget(max_minutes=1))
@@ -88,7 +88,7 @@ def test_minutes(unlimited, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("max_rows", [1, 12, 23])
 def test_rows_are_cut_at_the_same_place_whatever_was_checkpointed_before(unlimited, tmp_path, max_rows):
-    """Also when a run that had gone further is cut by a lower limit."""
+    """Also if the limit is lowered after a checkpoint with more rows."""
     config = with_budget(max_rows=max_rows)
     with pytest.raises(ExceptionGroup):
         drive(tmp_path / "further", CoroutinePool(3, max_requests=80), CONFIG)
@@ -112,7 +112,7 @@ def test_a_budget_that_is_not_reached_changes_nothing(unlimited, tmp_path):
 
 
 def test_speculative_requests_that_the_budget_refuses_do_not_make_a_complete_dataset_incomplete(unlimited, tmp_path):
-    """The limit is met exactly when all is there: only proposals beyond the goal are refused."""
+    """The limit equals what the dataset needs, so only proposals beyond the goal are refused."""
     needed = unlimited.driver.committed.num_completion_tokens
     for limit in (needed, needed + 1):
         made = drive(tmp_path / str(limit), CoroutinePool(2), with_budget(max_completion_tokens=limit))
@@ -120,7 +120,7 @@ def test_speculative_requests_that_the_budget_refuses_do_not_make_a_complete_dat
         assert (made.driver.stopped_because == "") == (made.driver.spent_budget is None)
 
 
-def test_what_to_type_to_go_on():
+def test_the_hint_names_a_higher_limit():
     said = budget_hint({"spent_budget": "max_rows"}, BudgetConfig(max_rows=2_000_000))
     assert "synthesize.budget.max_rows=4000000," in said
     assert "synthesize.budget.max_rows=null" in said

@@ -1,4 +1,4 @@
-"""The driver's laws, on a made-up method: the same data whatever the timing, and wherever it is killed."""
+"""With a made-up method, the driver makes the same data whatever the timing, and wherever it is killed."""
 
 import asyncio
 import tempfile
@@ -29,12 +29,12 @@ WORDS = "amber basil candle dune ember fjord glacier".split()  # noqa: SIM905
 
 
 class Killed(Exception):
-    """Stands for the end of the process: nothing after it is saved."""
+    """Simulates the death of the process: nothing after it is saved."""
 
 
 @dataclass
 class MadeUp:
-    """Proposals of 0 to 4 drafts, some broken, some alike; 0 to 3 rows of each instruction that is kept.
+    """Proposals of 0 to 4 drafts, some broken, some alike; 0 to 3 rows of each accepted instruction.
 
     All of it follows from the proposal's number and what it may see, and comes after a random number of turns.
     """
@@ -100,7 +100,7 @@ def row(task: str, position: int, text: str) -> Record:
 
 
 class EagerDriver(Driver):
-    """Saves progress after the proposals that a random draw says, instead of by the clock."""
+    """Saves checkpoints after randomly drawn proposals instead of by the clock."""
 
     checkpoints = Random(0)
 
@@ -127,12 +127,12 @@ def data(folder: Path) -> list[list[dict]]:
 
 @pytest.fixture
 def folders(tmp_path_factory) -> Callable[[], Path]:
-    """Makes a fresh folder each time it is called."""
+    """Every call makes an empty folder."""
     return lambda: Path(tempfile.mkdtemp(dir=tmp_path_factory.getbasetemp()))
 
 
 def config_of(max_concurrent_proposals: int = 4, **fields: object) -> SynthesisConfig:
-    """Both kinds of filters remember: rows with a text that was there before are rejected."""
+    """Both kinds of filters reject what resembles earlier data."""
     filters = {
         "instruction_filters": (NoveltyConfig(),),
         "row_filters": (ExactDuplicateConfig(fields=("instruction",)),),
@@ -149,7 +149,7 @@ laws = settings(max_examples=10, deadline=None, suppress_health_check=[HealthChe
 seeds = st.integers(0, 10**6)
 
 
-def test_something_is_kept_and_something_of_every_kind_rejected(folders):
+def test_drafts_are_accepted_and_rejected_at_every_stage(folders):
     folder = folders()
     drive(folder, MadeUp(1, 0), config_of())
     rows, rejected, instructions = data(folder)
@@ -193,8 +193,8 @@ def test_killed_at_any_points_and_resumed_from_any_checkpoints_the_data_is_the_s
     assert data(killed) == data(whole)
 
 
-def test_after_a_resume_both_kinds_of_filters_know_what_was_there(folders):
-    """The law above in one case that is known to bring up rows and instructions of before the kill again."""
+def test_after_a_resume_both_kinds_of_filters_remember_committed_data(folders):
+    """One case of the test above, known to repeat rows and instructions of before the kill."""
     whole, killed = folders(), folders()
     drive(whole, MadeUp(3, 0, num_wanted=80), config_of())
     with pytest.raises(ExceptionGroup):
@@ -222,7 +222,7 @@ def test_a_proposal_sees_what_was_accepted_up_to_max_concurrent_proposals_before
 
 
 @pytest.mark.parametrize("max_open", [1, 3])
-def test_never_more_open_instructions_than_allowed(folders, monkeypatch, max_open):
+def test_never_more_pending_instructions_than_allowed(folders, monkeypatch, max_open):
     whole, bounded = folders(), folders()
     free = MadeUp(5, 0)
     drive(whole, free, config_of(max_concurrent_proposals=9))
@@ -254,7 +254,7 @@ def test_max_rows_cuts_at_the_same_place_whatever_the_timing(folders, data_seed,
 
 @laws
 @given(seeds, seeds, st.integers(0, 60))
-def test_what_a_spent_budget_cuts_off_comes_later_and_whole(folders, data_seed, timing, num_steps):
+def test_instructions_that_a_budget_cuts_off_are_left_out_whole(folders, data_seed, timing, num_steps):
     whole, cut = folders(), folders()
     drive(whole, MadeUp(data_seed, 0), config_of())
     driver = drive(cut, MadeUp(data_seed, timing, num_steps_to_spend=num_steps), config_of(), checkpoints=timing)
@@ -269,7 +269,7 @@ def test_what_a_spent_budget_cuts_off_comes_later_and_whole(folders, data_seed, 
     assert places == sorted(places)  # gaps, and what is there is in order
 
 
-def test_rows_of_seeds_count_for_the_budget(folders):
+def test_seed_rows_count_for_the_budget(folders):
     folder = folders()
     method = MadeUp(1, 0)
     driver = drive(folder, method, config_of(budget=BudgetConfig(max_rows=2)))

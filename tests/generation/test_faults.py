@@ -1,4 +1,4 @@
-"""Faults on purpose, and after each the same bytes as undisturbed, with every id once."""
+"""After every injected fault the data has the same bytes as without, and every id once."""
 
 import contextlib
 import os
@@ -17,10 +17,9 @@ from generation.config import BudgetConfig, SelfInstructConfig
 from generation.config.filters import ExactDuplicateConfig
 from generation.inputs import check_inputs, load_inputs
 from generation.request_log import RequestLog
-from generation.store import read_rows
 from tests.conftest import SmallDisk
 from tests.fakes import write_script
-from tests.generation.harness import CoroutinePool, Made, drive, prompt_text
+from tests.generation.harness import CoroutinePool, Made, drive, prompt_text, read_rows
 
 CONFIG = SelfInstructConfig(
     num_instructions=15,
@@ -34,7 +33,7 @@ KIB = 2**10
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file of the data, which is all sealed, and in which no id is there twice."""
+    """SHA-256 of every file of the sealed data. Also checks that no id occurs twice."""
     for name in ("synthesized", "rejected", "instructions"):
         verify_manifest(folder / "data" / name)
         counts = Counter(row["id"] for row in read_rows(folder / "data" / name))
@@ -51,11 +50,11 @@ def undisturbed(tmp_path_factory) -> tuple[dict[str, str], Made]:
 
 
 class Dead(BaseException):
-    """This process is no more."""
+    """Simulates the death of the process."""
 
 
 class Mortal:
-    """Counts the calls that leave something on the disk, and dies at one of them: nothing reaches the disk after it.
+    """Counts the calls that change the disk, and dies at one of them: no later call reaches the disk.
 
     A write dies when half of it is done.
     """
@@ -83,7 +82,7 @@ def logged(folder: Path) -> set[str]:
 
 
 def dies(folder: Path, dies_at: int | None, timing: int) -> int:
-    """Drive until death; returns the calls that were counted."""
+    """Drive until death. Returns the number of counted calls."""
     with pytest.MonkeyPatch.context() as patch:
         mortal = Mortal(patch, dies_at)
         with contextlib.suppress(Dead, BaseExceptionGroup):
@@ -95,8 +94,8 @@ NUM_POINTS = 24
 
 
 @pytest.mark.parametrize("part", range(NUM_POINTS))
-def test_killed_at_any_durable_call_it_goes_on_to_the_same_bytes(undisturbed, tmp_path, num_durable_calls, part):
-    """Spread over the run, and the last ten, which are those of the seal."""
+def test_killed_at_any_durable_call_it_makes_the_same_bytes(undisturbed, tmp_path, num_durable_calls, part):
+    """Calls spread over the run, and its last ten, which seal the data."""
     last = part - (NUM_POINTS - 10)
     dies_at = num_durable_calls - 9 + last if last >= 0 else 1 + num_durable_calls * part // (NUM_POINTS - 10)
     dies(tmp_path, dies_at, timing=0)
@@ -113,7 +112,7 @@ def num_durable_calls(tmp_path_factory) -> int:
     return dies(tmp_path_factory.mktemp("counted"), None, timing=0)
 
 
-def test_killed_again_and_again(undisturbed, tmp_path, num_durable_calls):
+def test_killed_repeatedly_it_makes_the_same_data(undisturbed, tmp_path, num_durable_calls):
     for number, dies_at in enumerate((num_durable_calls // 4, 3, num_durable_calls // 6, 17, num_durable_calls // 4)):
         dies(tmp_path, dies_at, timing=number)
     assert not is_sealed(tmp_path / "data" / "synthesized")
@@ -135,8 +134,8 @@ def test_a_torn_last_record_is_generated_again(undisturbed, tmp_path):
 
 
 @pytest.mark.parametrize("num_kib", [16, 64, 120])
-def test_a_full_disk_is_named_and_the_same_command_goes_on(undisturbed, small_disk: SmallDisk, num_kib):
-    """Full in the log, in a shard or in a checkpoint; then there is room again."""
+def test_a_full_disk_is_named_and_the_same_command_continues(undisturbed, small_disk: SmallDisk, num_kib):
+    """The disk fills up in the log, in a shard or in a checkpoint; afterwards there is space again."""
     small_disk.resize(num_kib * KIB)
     folder = small_disk.path / "run"
     with pytest.raises((InputError, ExceptionGroup)) as caught:
@@ -157,7 +156,7 @@ def first(error: BaseException) -> BaseException:
 
 
 def strange(request: GenerationRequest) -> str | tuple[str, str]:
-    """Mostly as always; of eight answers one is garbage, one empty, one endless."""
+    """Of eight answers one is garbage, one is empty and one is endless; the others are as usual."""
     kind = int(request.request_id[:8], 16) % 8
     if kind == 0:
         return "\x00\ufffd ]]>{{%s}} \u202e 999999999. \n\n3.\n-1.\nExample 99\nOutput:\nOutput:\n\n"
@@ -168,7 +167,7 @@ def strange(request: GenerationRequest) -> str | tuple[str, str]:
     return CoroutinePool.scripted(request)
 
 
-def test_garbage_empty_and_endless_answers_are_rejected_with_a_reason_and_the_rest_is_kept(tmp_path):
+def test_garbage_empty_and_endless_answers_are_rejected_and_the_rest_is_accepted(tmp_path):
     config = CONFIG.model_copy(update={"num_instructions": 40})
     made = drive(tmp_path / "one", CoroutinePool(0, answer=strange), config)
     assert len(made.instructions) == 40

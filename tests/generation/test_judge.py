@@ -1,4 +1,4 @@
-"""The filter that asks: finished rows are scored by a model, and those that score too low are rejects."""
+"""A model scores finished rows, and rows with low scores are rejected."""
 
 import shutil
 
@@ -21,7 +21,7 @@ def is_judge(request: GenerationRequest) -> bool:
 
 
 def judging(score_of: dict[str, str | tuple[str, str]], default: str = "5") -> CoroutinePool:
-    """Every answer repeats what was asked; the judge scores by a piece of text in what it reads."""
+    """Every answer repeats its question. The judge scores by a text that occurs in the row."""
 
     def answer(request: GenerationRequest) -> str | tuple[str, str]:
         text = prompt_text(request)
@@ -61,7 +61,7 @@ def test_the_lowest_score_that_passes_is_a_setting(tmp_path, min_score, num_rows
     ("answer", "detail"),
     [(("", "prompt_too_long"), "prompt_too_long"), (("", "engine_died"), "engine_died"), (" great \n", "great")],
 )
-def test_a_row_that_was_not_scored_is_no_good_one(tmp_path, answer, detail):
+def test_a_row_without_a_score_is_rejected(tmp_path, answer, detail):
     made = drive(tmp_path, judging({"about boats": answer}), config(min_score=1))
     assert [(row["reason"], row["detail"], row["task"]) for row in made.rejected] == [
         ("not_judged", detail, "seed-1-0")
@@ -69,7 +69,7 @@ def test_a_row_that_was_not_scored_is_no_good_one(tmp_path, answer, detail):
     assert len(made.rows) == len(SEEDS) - 1
 
 
-def test_the_engine_is_asked_for_one_of_five_scores(tmp_path):
+def test_the_engine_may_write_only_a_score(tmp_path):
     pool = judging({})
     seeds = [SeedTask("a", "a", "Rhyme on this.", SEEDS[0].instances, False)]
     made = drive(tmp_path, pool, config(), seeds=seeds)
@@ -82,7 +82,7 @@ def test_the_engine_is_asked_for_one_of_five_scores(tmp_path):
         assert part in turn["content"]
 
 
-def test_what_the_judge_is_asked_counts(tmp_path):
+def test_requests_to_the_judge_are_counted(tmp_path):
     plain = drive(tmp_path / "plain", judging({}), AnswerOnlyConfig())
     judged = drive(tmp_path / "judged", judging({}), config())
     (num_plain, tokens_plain), (num_judged, tokens_judged) = tally(plain.driver), tally(judged.driver)

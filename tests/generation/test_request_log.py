@@ -28,7 +28,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def write_log(path: Path, values: list[dict], segment_bytes: int = 10_000) -> list[tuple[Path, int, int]]:
-    """A new log with these values, by number; returns the segment of each record, and where it begins and ends."""
+    """Write a new log with these values. Returns segment, first byte and end of each record."""
     shutil.rmtree(path, ignore_errors=True)
     places = []
     with RequestLog(path, segment_bytes) as log:
@@ -50,7 +50,7 @@ def assert_holds(log: RequestLog, values: list[dict]) -> None:
 
 @quick
 @given(values=values, segment_bytes=segment_sizes)
-def test_what_was_appended_is_there_after_opening_again(folder, values, segment_bytes):
+def test_a_reopened_log_has_everything_that_was_appended(folder, values, segment_bytes):
     write_log(folder / "log", values[:-1], segment_bytes)
     for expected in (values[:-1], values):
         with RequestLog(folder / "log", segment_bytes) as log:
@@ -72,7 +72,7 @@ def test_after_a_full_segment_the_next_is_written(tmp_path):
 
 @quick
 @given(values=values, segment_bytes=segment_sizes, data=st.data())
-def test_cut_anywhere_it_loses_only_the_record_that_was_cut(folder, values, segment_bytes, data):
+def test_a_truncated_log_loses_only_the_truncated_record(folder, values, segment_bytes, data):
     path = folder / "log"
     places = write_log(path, values, segment_bytes)
     last = places[-1][0]
@@ -91,7 +91,7 @@ def test_cut_anywhere_it_loses_only_the_record_that_was_cut(folder, values, segm
 
 @quick
 @given(values=values, segment_bytes=segment_sizes, data=st.data())
-def test_a_changed_byte_is_never_a_wrong_value(folder, values, segment_bytes, data):
+def test_a_changed_byte_is_an_error_and_never_a_wrong_value(folder, values, segment_bytes, data):
     path = folder / "log"
     places = write_log(path, values, segment_bytes)
     file = data.draw(st.sampled_from(sorted(file for file in path.iterdir() if file.stat().st_size)), label="file")
@@ -112,7 +112,7 @@ def test_a_changed_byte_is_never_a_wrong_value(folder, values, segment_bytes, da
         assert file.read_bytes() == content  # and nothing was cut off
 
 
-def test_a_record_that_is_damaged_while_the_log_is_open_is_no_value(tmp_path):
+def test_a_record_that_is_damaged_while_the_log_is_open_is_an_error(tmp_path):
     ((segment, _, _),) = write_log(tmp_path / "log", [{"n": 1}])
     with RequestLog(tmp_path / "log") as log:
         for spoil in (lambda: segment.write_bytes(segment.read_bytes()[:-2] + b"2}"), lambda: os.truncate(segment, 9)):
@@ -121,7 +121,7 @@ def test_a_record_that_is_damaged_while_the_log_is_open_is_no_value(tmp_path):
                 log.get(make_id(0))
 
 
-def test_a_full_segment_that_was_cut_is_not_taken_for_a_torn_one(tmp_path):
+def test_a_truncated_full_segment_is_damaged_not_torn(tmp_path):
     path, values = tmp_path / "log", [{"n": number} for number in range(9)]
     places = write_log(path, values, segment_bytes=150)
     segment, start, end = places[1]
@@ -137,7 +137,7 @@ def test_a_full_segment_that_was_cut_is_not_taken_for_a_torn_one(tmp_path):
         assert_holds(log, values)
 
 
-def test_a_missing_segment_is_named_and_an_empty_one_in_its_place_is_enough(tmp_path):
+def test_a_missing_segment_is_named_and_an_empty_file_replaces_it(tmp_path):
     path = tmp_path / "log"
     write_log(path, [{"n": number} for number in range(3)], segment_bytes=1)
     (path / "00001.log").unlink()
@@ -167,7 +167,7 @@ def test_an_id_is_appended_once(tmp_path, segment_bytes):
 
 
 @pytest.mark.parametrize("request_id", ["", "seed", "ab" * 31, "AB" * 32, " " + "ab" * 31 + "a", "ab" * 33])
-def test_an_id_that_is_no_hash_is_refused(tmp_path, request_id):
+def test_an_id_that_is_no_hash_is_an_error(tmp_path, request_id):
     with RequestLog(tmp_path / "log") as log:
         with pytest.raises(ValueError, match="not a SHA-256"):
             log.append(request_id, {})
@@ -176,7 +176,7 @@ def test_an_id_that_is_no_hash_is_refused(tmp_path, request_id):
 
 
 def write_until_full(room: int):
-    """An `os.write` with so many bytes of room on the disk."""
+    """An `os.write` for a disk with `room` free bytes."""
     real_write = os.write
 
     def write(descriptor: int, data: bytes) -> int:

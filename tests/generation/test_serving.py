@@ -1,4 +1,4 @@
-"""Several models in one run: each role on its own pool, or on a shared one, on a real Ray with scripted engines."""
+"""Several models in one run, on a real Ray with scripted engines: each role has its own pool or shares one."""
 
 import asyncio
 import json
@@ -22,7 +22,7 @@ GIVEN = [{"instruction": f"Name river {number}.", "input": "", "output": ""} for
 
 @pytest.fixture
 def models(tmp_path) -> dict[str, Path]:
-    """Three models, each of which can do one job only."""
+    """Three models, each of which can do only one task."""
     jobs = {
         "writer": {"#Given Prompt#": "Name a long river."},
         "answerer": {"river": "The Elbe."},
@@ -46,7 +46,7 @@ def make_adapter(folder: Path) -> Path:
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_each_role_is_played_by_its_own_model(models, seeds, tmp_path):
+def test_each_role_has_its_own_model(models, seeds, tmp_path):
     roles = {role: {"path": str(path)} for role, path in models.items()}
     roles["judge"]["engine"] = scripted(num_replicas=2)
     config = EvolInstructConfig(seeds=seeds, models=roles, num_rounds=1, operations=("deepen",))
@@ -59,7 +59,7 @@ def test_each_role_is_played_by_its_own_model(models, seeds, tmp_path):
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_roles_that_agree_in_model_and_engine_share_a_pool(models, tmp_path):
+def test_roles_with_the_same_model_and_engine_share_a_pool(models, tmp_path):
     adapter = make_adapter(tmp_path / "adapter")
     same = {"path": str(models["writer"])}
     config = EvolInstructConfig(models={"writer": same, "answerer": {**same, "adapter": str(adapter)}, "judge": same})
@@ -76,8 +76,8 @@ def test_roles_that_agree_in_model_and_engine_share_a_pool(models, tmp_path):
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_pools_that_do_not_fit_side_by_side_are_an_error_at_once(models, seeds, tmp_path):
-    """Each alone would fit, and the second would wait ten minutes for what the first holds."""
+def test_pools_that_do_not_fit_at_once_are_an_error(models, seeds, tmp_path):
+    """Each fits alone. Without the check the second would wait ten minutes for the resources of the first."""
     engine = scripted(cpus_per_engine=0.6 * ray.cluster_resources()["CPU"])
     roles = {"writer": {"path": str(models["answerer"])}, "judge": {"path": str(models["judge"])}}
     config = RejectionSamplingConfig(seeds=seeds, models=roles)
@@ -94,7 +94,7 @@ def test_pools_that_do_not_fit_side_by_side_are_an_error_at_once(models, seeds, 
         ("writer", {"path": "./nowhere"}, r"there is no folder .*nowhere"),
     ],
 )
-def test_a_model_or_an_adapter_that_is_not_there_is_named_before_anything_starts(models, role, fields, message):
+def test_a_missing_model_or_adapter_is_named_before_an_engine_starts(models, role, fields, message):
     config = AnswerOnlyConfig(models={role: fields})
     with pytest.raises(InputError, match=message):
         resolve_models(config, METHODS["answer_only"], ModelConfig(path=str(models["writer"])), scripted())

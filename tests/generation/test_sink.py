@@ -1,4 +1,4 @@
-"""The data of a synthesis is the same bytes whatever ended the process, and at whichever of its writes to the disk."""
+"""The data of a synthesis is the same bytes after a kill at any write to the disk."""
 
 import json
 import os
@@ -15,8 +15,8 @@ from cluster.run.rundir import RunDir
 from generation.filters import Draft, Instance, Rejection
 from generation.records import INSTRUCTION_SCHEMA, Origin, RejectedRecord, human_record
 from generation.sink import SCHEMAS, DataSink, remove_progress
-from generation.store import read_rows
 from tests.conftest import SmallDisk
+from tests.generation.harness import read_rows
 
 NUM_STEPS = 8
 CHECKPOINTS = (2, 3, 5)  # steps done
@@ -38,13 +38,13 @@ def add_step(sink: DataSink, step: int) -> None:
 
 
 def open_sink(run: RunDir) -> tuple[DataSink, int]:
-    """The sink and the steps that it holds."""
+    """The sink, and the number of steps whose results it has."""
     sink, state = DataSink.open(run, ROWS_PER_SHARD, "sha")
     return sink, state["done"] if state else 0
 
 
 def work(run: RunDir, until: int = NUM_STEPS) -> None:
-    """Do what is left to do, as the stage would."""
+    """Do the remaining steps, as the stage would."""
     if is_sealed(run.synthesized):
         remove_progress(run)
         return
@@ -58,7 +58,7 @@ def work(run: RunDir, until: int = NUM_STEPS) -> None:
 
 
 def die_at_call(run: RunDir, number: int) -> bool:
-    """Work in a child that dies just before its so-and-so-manieth durable call; true if it came to its end before."""
+    """Work in a child process that dies before durable call `number`. Returns whether it finished before that."""
     child = os.fork()
     if child == 0:
         num_left, real_unlink = number, os.unlink
@@ -110,7 +110,7 @@ def test_all_three_datasets_are_sealed_and_nothing_else_is_left(undisturbed):
         listed = {*(entry["name"] for entry in manifest["files"]), "manifest.json"}
         assert {path.name for path in (undisturbed.data / name).iterdir()} == listed
     assert {path.name for path in undisturbed.data.iterdir()} == set(num_rows)
-    rows = list(read_rows(undisturbed.data / "instructions"))
+    rows = read_rows(undisturbed.data / "instructions")
     assert [row["id"] for row in rows] == ["i-0", "i-2", "i-4", "i-6"]
     assert rows[0]["is_classification"] is None and rows[0]["nearest"] == [{"id": "seed", "score": 0.5}]
     assert datasets.load_from_disk(str(undisturbed.data / "instructions")).features.arrow_schema == INSTRUCTION_SCHEMA
@@ -118,12 +118,12 @@ def test_all_three_datasets_are_sealed_and_nothing_else_is_left(undisturbed):
 
 @pytest.fixture
 def quick_sync(monkeypatch) -> None:
-    """What a process wrote outlives it without a sync, which would only cost time."""
+    """Syncs only take time here: what a process wrote survives its death without them."""
     monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
 @pytest.mark.usefixtures("quick_sync")
-def test_killed_before_any_write_to_the_disk_it_goes_on_from_the_last_checkpoint(undisturbed, tmp_path):
+def test_killed_before_any_write_it_resumes_from_the_last_checkpoint(undisturbed, tmp_path):
     all_ids = {name: [row["id"] for row in read_rows(undisturbed.data / name)] for name in SCHEMAS}
     found = set()
     for number in range(1, 1000):
@@ -145,7 +145,7 @@ def test_killed_before_any_write_to_the_disk_it_goes_on_from_the_last_checkpoint
 
 
 @pytest.mark.usefixtures("quick_sync")
-def test_killed_again_and_again_it_comes_to_the_same_end(undisturbed, tmp_path):
+def test_killed_repeatedly_it_makes_the_same_data(undisturbed, tmp_path):
     run = RunDir(tmp_path)
     numbers = iter(range(1, 1000))
     while not die_at_call(run, next(numbers)):
@@ -154,7 +154,7 @@ def test_killed_again_and_again_it_comes_to_the_same_end(undisturbed, tmp_path):
     assert contents(run) == contents(undisturbed)
 
 
-def test_nothing_is_named_before_it_is_on_the_disk(monkeypatch, tmp_path):
+def test_files_are_on_the_disk_before_the_checkpoint_names_them(monkeypatch, tmp_path):
     synced: set[tuple[int, int]] = set()  # inode and size
     real_fsync, real_replace = os.fsync, os.replace
 
@@ -174,7 +174,7 @@ def test_nothing_is_named_before_it_is_on_the_disk(monkeypatch, tmp_path):
     assert is_sealed(tmp_path / "data" / "synthesized") and synced
 
 
-def test_what_is_committed_is_read_in_columns_and_no_more_than_that(tmp_path):
+def test_only_committed_rows_are_read_as_columns(tmp_path):
     sink, _ = DataSink.open(RunDir(tmp_path), ROWS_PER_SHARD, "sha")
     assert list(sink.iter_columns("instructions", ["id"])) == []
     for step in range(8):
@@ -191,7 +191,7 @@ def test_what_is_committed_is_read_in_columns_and_no_more_than_that(tmp_path):
     assert first.to_pylist() == [{"id": f"i-{step}", "seed_ids": ["seed"]} for step in (0, 2, 4)]
 
 
-def test_all_counts_and_the_callers_state_come_back(tmp_path):
+def test_a_resumed_sink_has_all_counts_and_the_callers_state(tmp_path):
     work(RunDir(tmp_path), until=7)
     sink, state = DataSink.open(RunDir(tmp_path), ROWS_PER_SHARD, "sha")
     assert state == {"done": 5}
@@ -200,7 +200,7 @@ def test_all_counts_and_the_callers_state_come_back(tmp_path):
     assert sink.rejected == {"too_short": 1, "not_novel": 1}
 
 
-def test_a_checkpoint_leaves_one_tail_at_most_of_each_dataset(tmp_path):
+def test_a_checkpoint_leaves_at_most_one_tail_of_each_dataset(tmp_path):
     work(RunDir(tmp_path), until=7)
     progress = json.loads((tmp_path / "data" / "progress.json").read_text())
     tails = {name: state["tail"]["name"] for name, state in progress["datasets"].items() if state["tail"]}
@@ -208,17 +208,17 @@ def test_a_checkpoint_leaves_one_tail_at_most_of_each_dataset(tmp_path):
     assert found == tails != {}
 
 
-def test_data_of_other_inputs_is_not_gone_on_with(tmp_path):
+def test_data_made_from_other_inputs_is_refused(tmp_path):
     work(RunDir(tmp_path), until=7)
     before = contents(RunDir(tmp_path))
-    with pytest.raises(InputError, match=r"begun with other settings.*--run-dir.*remove this one"):
+    with pytest.raises(InputError, match=r"made with other settings.*--run-dir.*remove this one"):
         DataSink.open(RunDir(tmp_path), ROWS_PER_SHARD, "other")
     assert contents(RunDir(tmp_path)) == before
 
 
-def test_sealed_data_is_not_begun_anew(undisturbed):
+def test_sealed_data_is_not_made_again(undisturbed):
     before = contents(undisturbed)
-    with pytest.raises(InputError, match="finished already"):
+    with pytest.raises(InputError, match="already finished"):
         DataSink.open(undisturbed, ROWS_PER_SHARD, "sha")
     assert contents(undisturbed) == before
 
@@ -238,7 +238,7 @@ def test_a_missing_shard_of_the_checkpoint_is_named(tmp_path):
         DataSink.open(RunDir(tmp_path), ROWS_PER_SHARD, "sha")
 
 
-def test_beginning_anew_forgets_the_checkpoint(undisturbed, tmp_path):
+def test_a_new_sink_removes_the_old_checkpoint(undisturbed, tmp_path):
     run = RunDir(tmp_path)
     work(run, until=7)
     DataSink(run, ROWS_PER_SHARD, "other")
@@ -247,8 +247,8 @@ def test_beginning_anew_forgets_the_checkpoint(undisturbed, tmp_path):
     assert contents(run) == contents(undisturbed)
 
 
-def test_a_full_disk_spoils_no_checkpoint(undisturbed, small_disk: SmallDisk):
-    """However little room is left: the error names the place, and with more it goes on from the last checkpoint."""
+def test_a_full_disk_damages_no_checkpoint(undisturbed, small_disk: SmallDisk):
+    """The error names the folder, and with more space the work resumes from the last checkpoint."""
     page = os.sysconf("SC_PAGESIZE")
     small_disk.resize(2**20)
     run = RunDir(small_disk.path / "run")

@@ -1,4 +1,4 @@
-"""A sealed dataset opens with `datasets` as it is, and holds the same bytes however it was interrupted."""
+"""A sealed dataset opens with `datasets`, and has the same bytes wherever writing it was interrupted."""
 
 import json
 
@@ -11,7 +11,8 @@ from cluster.errors import InputError
 from cluster.run.manifest import is_sealed, verify_manifest
 from generation.filters import Draft, Instance, Neighbor, Rejection
 from generation.records import INSTRUCTION_SCHEMA, REJECTED_SCHEMA, SCHEMA, Origin, RejectedRecord, human_record
-from generation.store import DatasetWriter, read_rows
+from generation.store import DatasetWriter
+from tests.generation.harness import read_rows
 
 
 def record(number: int) -> dict:
@@ -37,7 +38,7 @@ def test_datasets_opens_what_was_written_in_order(tmp_path, num_rows, rows_per_s
     assert dataset.column_names == SCHEMA.names
     expected = [{**row, "seed_ids": list(row["seed_ids"]), "parent_ids": list(row["parent_ids"])} for row in rows]
     assert dataset.to_list() == expected
-    assert list(read_rows(tmp_path)) == expected
+    assert read_rows(tmp_path) == expected
     assert len(list(tmp_path.glob("data-*.arrow"))) == max(1, -(-num_rows // rows_per_shard))
 
 
@@ -52,7 +53,7 @@ def test_rejects_open_in_the_same_way(tmp_path):
     assert (row["reason"], row["nearest"]) == ("not_novel", [{"id": "a", "score": 0.8}])
 
 
-def test_beginning_again_leaves_nothing_of_an_interrupted_attempt(tmp_path):
+def test_a_new_writer_removes_the_files_of_an_interrupted_one(tmp_path):
     rows = [record(number) for number in range(10)]
     undisturbed = write(tmp_path / "undisturbed", rows, 3)
     interrupted = DatasetWriter(tmp_path / "again", SCHEMA, 2)
@@ -64,7 +65,7 @@ def test_beginning_again_leaves_nothing_of_an_interrupted_attempt(tmp_path):
     assert names == sorted(path.name for path in (tmp_path / "undisturbed").iterdir())
 
 
-def test_beginning_again_breaks_the_old_seal_first(tmp_path):
+def test_a_new_writer_removes_the_old_manifest_first(tmp_path):
     write(tmp_path, [record(0)], 1)
     DatasetWriter(tmp_path, SCHEMA, 1)
     with pytest.raises(InputError, match="unfinished"):
@@ -78,7 +79,7 @@ def test_a_damaged_shard_is_named(tmp_path):
     data[len(data) // 2] ^= 1
     shard.write_bytes(data)
     with pytest.raises(InputError, match=r"data-00000\.arrow: corrupt"):
-        next(read_rows(tmp_path))
+        read_rows(tmp_path)
 
 
 # -- going on after an interruption
@@ -99,8 +100,8 @@ instruction_rows = st.fixed_dictionaries(
 
 
 def seal_instructions(folder, rows: list[dict], rows_per_shard: int, checkpoints: list[tuple[int, int]]) -> list[dict]:
-    """Write rows in several attempts: each goes on from the last checkpoint, makes one of its own after so many rows,
-    and is lost after some more. Returns the files of the manifest, which hold the rows' bytes."""
+    """Write rows in several attempts. Each resumes from the last checkpoint, makes one after some rows, and is lost
+    after some more. Returns the files of the manifest."""
     writer, state, num_saved = DatasetWriter(folder, INSTRUCTION_SCHEMA, rows_per_shard), None, 0
     for number, (num_until_saved, num_lost) in enumerate(checkpoints):
         if state:
@@ -137,7 +138,7 @@ def test_the_bytes_are_the_same_wherever_it_was_interrupted(tmp_path_factory, ro
     interrupted = seal_instructions(folder, rows, rows_per_shard, checkpoints)
     undisturbed = seal_instructions(tmp_path_factory.mktemp("undisturbed"), rows, rows_per_shard, [])
     assert interrupted == undisturbed
-    assert list(read_rows(folder)) == rows
+    assert read_rows(folder) == rows
 
 
 def interrupted_state(folder, num_rows: int = 8) -> dict:
@@ -176,7 +177,7 @@ def test_a_tail_that_did_not_grow_is_not_written_again(tmp_path):
 
 @pytest.mark.parametrize("name", ["data-00000.arrow", "data-00001.arrow", "tail-00001.arrow"])
 @pytest.mark.parametrize("cut", [True, False])
-def test_going_on_without_a_file_of_the_state_is_refused(tmp_path, name, cut):
+def test_resuming_without_a_file_of_the_state_is_an_error(tmp_path, name, cut):
     state = interrupted_state(tmp_path)
     if cut:
         (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-8])
@@ -186,12 +187,12 @@ def test_going_on_without_a_file_of_the_state_is_refused(tmp_path, name, cut):
         DatasetWriter.resume(tmp_path, SCHEMA, 3, state)
 
 
-def test_going_on_with_shards_of_another_size_is_refused(tmp_path):
-    with pytest.raises(InputError, match="not of 4 rows"):
+def test_resuming_with_another_shard_size_is_an_error(tmp_path):
+    with pytest.raises(InputError, match="do not have 4 rows"):
         DatasetWriter.resume(tmp_path, SCHEMA, 4, interrupted_state(tmp_path))
 
 
-def test_a_row_without_all_columns_is_refused(tmp_path):
+def test_a_row_without_all_columns_is_an_error(tmp_path):
     writer = DatasetWriter(tmp_path, SCHEMA, 1)
     with pytest.raises(KeyError, match="license"):
         writer.add({key: value for key, value in record(0).items() if key != "license"})

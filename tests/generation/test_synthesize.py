@@ -1,4 +1,4 @@
-"""The whole stage with real Ray and scripted engines: the same bytes however it is disturbed, and nothing twice."""
+"""The whole stage with real Ray and scripted engines: the same bytes after any disturbance, and no request twice."""
 
 import io
 import json
@@ -37,7 +37,7 @@ NUM_INSTRUCTIONS = 120
 
 
 def contents(run_root: Path) -> dict[str, str]:
-    """SHA-256 of every file of the data, which is all sealed."""
+    """SHA-256 of every file of the sealed data."""
     for name in ("synthesized", "rejected", "instructions"):
         verify_manifest(run_root / "data" / name)
     files = [path for path in (run_root / "data").rglob("*") if path.is_file()]
@@ -46,7 +46,7 @@ def contents(run_root: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """A folder with the model's name in it: the name is in the rows, so every run of a module uses the same."""
+    """The folder of the model. Its path is in the rows, so every run of this module uses the same."""
     return tmp_path_factory.mktemp("place")
 
 
@@ -59,7 +59,7 @@ def model(place) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(place):
-    """The data of one engine that nobody disturbs, its result, and how many requests it took."""
+    """Data, result and run folder of one engine without disturbance."""
     write_script(place / "model", latency_ms=10)
     result = synthesize(place / "model", place / "undisturbed", NUM_INSTRUCTIONS, scripted(max_num_seqs=8))
     return contents(place / "undisturbed"), result, place / "undisturbed"
@@ -100,7 +100,7 @@ def events(run_root: Path) -> list[dict]:
 
 
 @pytest.mark.parametrize(("fault", "num_hung"), [("poison", 0), ("stall", 2)])
-def test_a_prompt_that_ends_or_hangs_every_engine_costs_its_own_rows_only(
+def test_a_prompt_that_kills_or_hangs_every_engine_costs_only_its_own_rows(
     undisturbed, model, tmp_path, capsys, fault, num_hung
 ):
     whole = load_from_disk(str(undisturbed[2] / "data" / "synthesized"))
@@ -119,7 +119,7 @@ def test_a_prompt_that_ends_or_hangs_every_engine_costs_its_own_rows_only(
     assert "is set aside: every engine that had it died" in capsys.readouterr().out
 
 
-def test_a_budget_seals_what_is_there_and_a_higher_one_goes_on_to_the_same_bytes(undisturbed, model, tmp_path, capsys):
+def test_a_spent_budget_seals_the_data_and_a_higher_one_makes_the_same_bytes(undisturbed, model, tmp_path, capsys):
     limit = undisturbed[1]["num_completion_tokens"] // 2
     budget = BudgetConfig(max_completion_tokens=limit)
     engine = scripted(max_num_seqs=8)
@@ -138,7 +138,7 @@ def test_a_budget_seals_what_is_there_and_a_higher_one_goes_on_to_the_same_bytes
     assert set(asked).isdisjoint(generated_ids(model)[len(asked) :])
 
 
-def test_progress_metrics_and_summary_say_how_fast_and_how_long(undisturbed, model, tmp_path, capsys, monkeypatch):
+def test_progress_metrics_and_summary_report_speed_and_time_left(undisturbed, model, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(generation.metrics, "ROW_SECONDS", 0.0)
     monkeypatch.setattr(cluster.log, "MIN_SECONDS_BETWEEN_UPDATES", 0.0)
     write_script(model, latency_ms=200)
@@ -171,14 +171,14 @@ def start_driver(model: Path, run_root: Path, num_replicas: int) -> subprocess.P
 
 
 def wait_for_requests(model: Path, num: int, driver: subprocess.Popen) -> None:
-    """Wait until the engines have finished `num` requests since the model was made."""
+    """Wait until the engines have finished `num` requests of this model."""
     while len(generated_ids(model)) < num:
         assert driver.poll() is None, driver.stdout.read()
         time.sleep(0.002)
 
 
 def logged_ids(run_root: Path, scratch: Path) -> set[str]:
-    """Ids in a copy of the log, so that reading it repairs nothing."""
+    """Ids in a copy of the log, because opening the log would repair it."""
     shutil.copytree(run_root / "requests", scratch, dirs_exist_ok=True)
     with RequestLog(scratch) as log:
         return log.ids()
@@ -211,7 +211,7 @@ def test_killed_at_any_point_the_bytes_are_the_same_and_no_logged_request_is_gen
     "signals",
     [pytest.param([signal.SIGTERM], marks=pytest.mark.long), [signal.SIGINT, signal.SIGINT, signal.SIGTERM]],
 )
-def test_a_signal_ends_it_as_preempted_and_more_signals_break_nothing(undisturbed, model, tmp_path, signals):
+def test_a_signal_preempts_the_stage_and_more_signals_change_nothing(undisturbed, model, tmp_path, signals):
     write_script(model, latency_ms=60)
     driver = start_driver(model, tmp_path / "run", 1)
     wait_for_requests(model, 25, driver)
@@ -226,7 +226,7 @@ def test_a_signal_ends_it_as_preempted_and_more_signals_break_nothing(undisturbe
     assert contents(tmp_path / "run") == undisturbed[0]
 
 
-def test_a_finished_run_is_skipped_and_says_so(undisturbed, model, capsys):
+def test_a_finished_run_is_skipped_with_a_message(undisturbed, model, capsys):
     _, result, run_root = undisturbed
     times = {path: path.stat().st_mtime_ns for path in (run_root / "data").rglob("*")}
     again = synthesize(model, run_root, NUM_INSTRUCTIONS, scripted())
@@ -236,7 +236,7 @@ def test_a_finished_run_is_skipped_and_says_so(undisturbed, model, capsys):
     assert {path: path.stat().st_mtime_ns for path in (run_root / "data").rglob("*")} == times
 
 
-def test_finished_data_of_other_settings_is_not_taken_for_it(undisturbed, model):
+def test_finished_data_of_other_settings_is_refused(undisturbed, model):
     with pytest.raises(InputError, match="made with other settings"):
         synthesize(model, undisturbed[2], NUM_INSTRUCTIONS + 1, scripted())
 
@@ -270,7 +270,7 @@ def test_a_run_folder_in_use_is_refused(model, tmp_path):
         driver.communicate()
 
 
-def test_stopping_short_is_said_clearly(model, tmp_path, capsys):
+def test_an_incomplete_dataset_is_reported(model, tmp_path, capsys):
     config = SelfInstructConfig(num_instructions=1000, max_requests=2)
     result = run(config, ModelConfig(path=str(model)), scripted(), RunDir(tmp_path / "run"), 0)
     assert (result["is_complete"], result["stopped_because"]) == (False, "max_requests=2 reached")
@@ -278,7 +278,7 @@ def test_stopping_short_is_said_clearly(model, tmp_path, capsys):
     assert "INCOMPLETE (max_requests=2 reached)" in capsys.readouterr().out
 
 
-def test_keeping_nothing_is_a_failure_with_the_reasons(model, tmp_path):
+def test_no_row_is_a_failure_with_the_reasons(model, tmp_path):
     config = SelfInstructConfig(instruction_filters=(LengthConfig(min_words=100),), max_empty_requests=3)
     with pytest.raises(TunesmithError, match=r"no row was made from 21 generated instructions: .*too_short"):
         run(config, ModelConfig(path=str(model)), scripted(), RunDir(tmp_path / "run"), 0)

@@ -23,10 +23,10 @@ from cluster.run import fence
 from cluster.run.manifest import verify_manifest
 from cluster.run.rundir import RunDir
 from generation.request_log import RequestLog
-from generation.store import read_rows
 from launcher.done import is_done
 from launcher.recipe import load
 from tests.fakes import write_script
+from tests.generation.harness import read_rows
 from tests.slurm.bed import SlurmBed
 from tests.slurm.chained import SCRIPTED, ChainedRun, make_scripted, write_recipe
 from tests.slurm.faults import FAULTS, Strike

@@ -12,7 +12,7 @@ import yaml
 from cluster.run.fence import claims
 from cluster.run.manifest import verify_manifest
 from generation.request_log import RequestLog
-from generation.store import read_rows
+from tests.generation.harness import read_rows
 from tests.slurm.bed import SlurmBed
 from tests.slurm.machine import PROJECT
 from tests.slurm.test_bed import processes_of

@@ -18,8 +18,8 @@ import yaml
 
 from cluster.run.manifest import verify_manifest
 from generation.request_log import RequestLog
-from generation.store import read_rows
 from tests.fakes import generated_ids, write_script
+from tests.generation.harness import read_rows
 from tests.slurm.bed import FINAL_STATES, SlurmBed
 from tests.slurm.machine import PROJECT
 from tests.slurm.test_bed import processes_of
