@@ -23,7 +23,7 @@ from cluster.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, TunesmithError
 from cluster.nodes.topology import export_hosts
 from cluster.processes.signals import StopRequest
 from launcher.slurm.client import Slurm
-from launcher.slurm.container import of_job, python_module, step_options
+from launcher.slurm.container import job_container, python_module, step_options
 
 POLL_SECONDS = 0.2
 EXIT_OVERDUE = 124  # as timeout(1) has it
@@ -140,7 +140,7 @@ def main(argv: list[str]) -> int:
         from launcher.job.continuation import open_attempt
 
         hosts = tuple(Slurm().host_names(os.environ["SLURM_JOB_NODELIST"]))
-        if of_job() is not None:
+        if job_container() is not None:
             export_hosts(os.environ, hosts)
         attempt = open_attempt(stage, recipe, hosts)
         if attempt is None:

@@ -99,8 +99,7 @@ def resume(run: RunFolder) -> None:
 
             run_all(recipe)
             continue
-        start = next(word.partition("=")[2] for word in jobs[-1].argv if word.startswith("--chdir="))
-        _submit_all([recipe], Path(start), place.code)
+        _submit_all([recipe], Path(jobs[-1].option("chdir")), place.code)
 
 
 def run_on_slurm(path: Path, overrides: list[str], recipe: "Recipe") -> None:
@@ -116,7 +115,7 @@ def run_on_slurm(path: Path, overrides: list[str], recipe: "Recipe") -> None:
 
 
 def _submit_all(recipes: list["Recipe"], folder: Path, code: Path) -> None:
-    """Check all of them, then submit them one by one."""
+    """Check all recipes, then submit them one by one."""
     import shlex
 
     from launcher.done import resume_point
@@ -142,8 +141,8 @@ def _submit_all(recipes: list["Recipe"], folder: Path, code: Path) -> None:
             continue
         ids = submit(prepared, slurm, lambda argv: typer.echo(f"$ {shlex.join(argv)}"))
         typer.echo(f"$ scontrol release {ids[prepared.jobs[0].stage]}")
-        words = ", ".join(f"{stage} {job_id}" for stage, job_id in ids.items())
-        typer.echo(f"{run.root}: submitted {words}")
+        listed = ", ".join(f"{stage} {job_id}" for stage, job_id in ids.items())
+        typer.echo(f"{run.root}: submitted {listed}")
 
 
 def plan_on_slurm(path: Path, overrides: list[str], recipe: "Recipe") -> None:

@@ -1,7 +1,7 @@
 """What srun needs to run a step inside an image.
 
-The launcher leaves the settings in the run folder, and the job's script finds them by the file that
-TUNESMITH_CONTAINER names: the script of a job knows it at once, without the slow reading of a recipe.
+The launcher writes the settings into the run folder. The variable TUNESMITH_CONTAINER of a job names the file, so the
+supervisor has them at once, without reading the recipe, which is slow.
 """
 
 import json
@@ -20,7 +20,7 @@ ENVIRONMENT = "TUNESMITH_CONTAINER"
 
 @dataclass(frozen=True)
 class Container:
-    """An image and what is seen inside it. `mounts` are outside:inside."""
+    """An image and the folders that are mounted in it. `mounts` are OUTSIDE:INSIDE."""
 
     runtime: str
     image: str
@@ -28,32 +28,32 @@ class Container:
     python: str
 
     def srun_options(self) -> list[str]:
-        """pyxis adds these options to srun; apptainer is a command of the step instead."""
+        """Options that pyxis adds to srun. apptainer needs none: it is a command of the step."""
         if self.runtime != "pyxis":
             return []
         return [f"--container-image={self.image}", f"--container-mounts={','.join(self.mounts)}"]
 
     def command(self) -> list[str]:
-        """What goes before `-m module`: Python, and the command that enters the image."""
+        """The command line before `-m module`: Python, and for apptainer the command that enters the image."""
         if self.runtime == "pyxis":
             return [self.python]
-        binds = [word for mount in self.mounts for word in ("--bind", mount)]
+        binds = [argument for mount in self.mounts for argument in ("--bind", mount)]
         return ["apptainer", "exec", *binds, self.image, self.python]
 
     def dump(self) -> str:
         return json.dumps(asdict(self), indent=2) + "\n"
 
 
-def configured(config: "ContainerConfig", folders: tuple[Path, ...]) -> Container:
-    """The container of a recipe, with folders that are the same inside.
+def make_container(config: "ContainerConfig", folders: tuple[Path, ...]) -> Container:
+    """The container of a recipe, in which `folders` have the same paths as outside.
 
-    /tmp is among them: the steps of a node meet there, as Ray's driver does its raylet.
+    /tmp is mounted as well: Ray's driver and its raylet, steps of the same node, communicate there.
     """
     own = tuple(f"{folder}:{folder}" for folder in dict.fromkeys((*folders, Path("/tmp"))))
     return Container(config.runtime, config.image, (*own, *config.mounts), config.python)
 
 
-def of_job(environ: Mapping[str, str] = os.environ) -> Container | None:
+def job_container(environ: Mapping[str, str] = os.environ) -> Container | None:
     """The container of the job that this process belongs to, or None."""
     if not (path := environ.get(ENVIRONMENT)):
         return None
@@ -62,15 +62,15 @@ def of_job(environ: Mapping[str, str] = os.environ) -> Container | None:
 
 
 def step_options() -> list[str]:
-    """What srun needs for a step of this job inside its container, if it has one."""
-    inside = of_job()
+    """Options of srun for a step of this job inside its container, if it has one."""
+    inside = job_container()
     return inside.srun_options() if inside else []
 
 
 def python_module(module: str, *arguments: str) -> list[str]:
     """The command line of one of our modules, inside the job's container if it has one.
 
-    -P: a folder of the same name in the working directory is not ours.
+    With -P Python imports nothing from the working directory, where a folder may have the same name.
     """
-    inside = of_job()
+    inside = job_container()
     return [*(inside.command() if inside else [sys.executable]), "-P", "-m", module, *arguments]

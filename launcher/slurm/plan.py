@@ -1,6 +1,7 @@
-"""What the chain of a recipe would be, and where each job's size comes from, for people."""
+"""The jobs of a recipe before they are submitted, for people."""
 
 import shlex
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -23,17 +24,17 @@ def print_slurm_plan(prepared: Prepared, path: Path, console: Console) -> None:
     planned = on_the_cluster(prepared.submission.recipe)
     console.print(job_table(prepared, planned, path))
     if any(job.stage == "train" for job in prepared.jobs):
-        asked = planned.slurm.of("train")
-        print_memory(planned, console, lambda train: usable_on_a_node(train, asked))
-    say = _plain(console)
-    say(f"Jobs start in {prepared.submission.folder} and run the code in {prepared.submission.snapshot}.")
+        job = planned.slurm.of("train")
+        print_memory(planned, console, lambda train: usable_on_a_node(train, job))
+    print_line = partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    print_line(f"Jobs start in {prepared.submission.folder} and run the code in {prepared.submission.snapshot}.")
     for job in prepared.jobs:
-        say(f"\n{job.stage}: {script_of(job)}")
-        say(job.shell_line())
+        print_line(f"\n{job.stage}: {script_of(job)}")
+        print_line(job.shell_line())
     if prepared.jobs:
-        say(f"\nscontrol release ${prepared.jobs[0].stage}")
-    say(f"\nThe same is in {prepared.submission.recipe.run.plan}. Nothing was submitted.")
-    say(f"To submit it: tunesmith run {shlex.quote(str(path))} --on slurm")
+        print_line(f"\nscontrol release ${prepared.jobs[0].stage}")
+    print_line(f"\nThe same is in {prepared.submission.recipe.run.plan}. Nothing was submitted.")
+    print_line(f"To submit it: tunesmith run {shlex.quote(str(path))} --on slurm")
 
 
 def on_the_cluster(recipe: Recipe) -> Recipe:
@@ -59,31 +60,24 @@ def job_table(prepared: Prepared, planned: Recipe, path: Path) -> Table:
 def asked_for(config: JobConfig) -> str:
     """`4 nodes x 8 GPUs, 32 CPUs a task, 6:00:00`."""
     nodes, gpus = config.nodes or 1, config.gpus_per_node or 0
-    words = [f"{nodes} node{'s' if nodes > 1 else ''}" + (f" x {gpus} GPU{'s' if gpus > 1 else ''}" if gpus else "")]
-    words += [f"{config.cpus_per_task} CPUs a task"] if config.cpus_per_task else []
-    words += [f"{config.memory} a node"] if config.memory else []
-    words += [config.time] if config.time else []
-    words += [f"partition {config.partition}"] if config.partition else []
-    words += ["whole nodes"] if config.exclusive else []
-    return ", ".join([*words, *config.options])
+    parts = [f"{nodes} node{'s' if nodes > 1 else ''}" + (f" x {gpus} GPU{'s' if gpus > 1 else ''}" if gpus else "")]
+    parts += [f"{config.cpus_per_task} CPUs a task"] if config.cpus_per_task else []
+    parts += [f"{config.memory} a node"] if config.memory else []
+    parts += [config.time] if config.time else []
+    parts += [f"partition {config.partition}"] if config.partition else []
+    parts += ["whole nodes"] if config.exclusive else []
+    return ", ".join([*parts, *config.options])
 
 
-def usable_on_a_node(train: TrainConfig, asked: JobConfig) -> int | None:
-    """Bytes that a rank may use on the cluster; None where neither the recipe nor what it asks for tells."""
+def usable_on_a_node(train: TrainConfig, job: JobConfig) -> int | None:
+    """Bytes that a rank may use on the cluster. None if neither the recipe nor the memory of the job says how many."""
     if train.gpu_memory_gib is not None:
         return usable_bytes(train, 1)
-    if asked.gpus_per_node or asked.memory is None:
+    if job.gpus_per_node or job.memory is None:
         return None
-    number, unit = asked.memory.rstrip("KMGT"), asked.memory[-1]
+    number, unit = job.memory.rstrip("KMGT"), job.memory[-1]
     return int(int(number) * _UNITS.get(unit, _UNITS["M"]) * USABLE_FRACTION)  # one rank a node where there are no GPUs
 
 
 def script_of(job: PlannedJob) -> str:
     return job.arguments[-2]
-
-
-def _plain(console: Console):
-    def say(text: str) -> None:
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-    return say

@@ -54,7 +54,7 @@ def take_snapshot(folder: Path, project: Path = PROJECT) -> Path:
             partial.chmod(0o755)
             os.rename(partial, snapshot)
         except OSError:
-            if not snapshot.is_dir():  # else another launcher was faster; the same hash is the same code
+            if not snapshot.is_dir():  # else another process has made it; the same hash is the same code
                 raise
         finally:
             shutil.rmtree(partial, ignore_errors=True)

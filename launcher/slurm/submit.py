@@ -197,7 +197,7 @@ def prepare_run_folder(prepared: Prepared) -> None:
         Path(job.log).parent.mkdir(parents=True, exist_ok=True)
     if recipe.slurm.container is not None:
         folders = (recipe.run.root, prepared.submission.folder)
-        settings = container.configured(recipe.slurm.container, folders)
+        settings = container.make_container(recipe.slurm.container, folders)
         write_atomic(recipe.run.container, settings.dump())
 
 

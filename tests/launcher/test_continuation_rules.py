@@ -33,6 +33,7 @@ class JobSlurm(Slurm):
     shown: list[str] = field(default_factory=list)
     commands: list[list[str]] = field(default_factory=list)
     refuse: tuple[str, ...] = ()
+    no_answer: tuple[str, ...] = ()
 
     def call(self, argv: Sequence[str]) -> str:
         if "show" in argv:
@@ -43,6 +44,8 @@ class JobSlurm(Slurm):
         self.commands.append(list(argv))
         if argv[1] in self.refuse:
             raise SlurmRefused(f"{argv[0]}: refused")
+        if argv[1] in self.no_answer:
+            raise SlurmNoAnswer(f"{argv[0]} gave no answer")
         return ""
 
 
@@ -71,6 +74,12 @@ def test_a_job_that_still_runs_is_requeued_and_starts_soon(tmp_path: Path, shown
     requeue.requeue(RunDir(tmp_path), JOB, slurm)
     assert slurm.commands == [["scontrol", "requeue", "7"], CHANGE]
     assert events(RunDir(tmp_path)) == ["requeued"]
+
+
+def test_a_job_whose_requeueing_was_not_answered_is_requeued_once(tmp_path: Path) -> None:
+    slurm = JobSlurm(shown=[RUNNING, "JobState=COMPLETING Reason=None Restarts=1"], no_answer=("requeue",))
+    requeue.requeue(RunDir(tmp_path), JOB, slurm)
+    assert slurm.commands == [["scontrol", "requeue", "7"], CHANGE]
 
 
 def test_a_job_that_slurm_has_requeued_itself_is_not_requeued_again(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from cluster.errors import InputError
 from cluster.files import write_json
-from launcher.slurm.container import Container, configured, of_job
+from launcher.slurm.container import Container, job_container, make_container
 from launcher.slurm.jobs import plan_jobs
 from launcher.slurm.snapshot import code_files, take_snapshot
 from launcher.slurm.stop_margin import stop_margin_seconds
@@ -171,7 +171,7 @@ def test_containers_are_options_of_srun_or_a_command_of_the_step(tmp_path: Path)
     recipe = recipe_of(tmp_path, slurm)
     [word] = [word for word in plan_jobs(submission_of(recipe))[0].arguments if word.startswith("--export=")]
     assert word.endswith(f",TUNESMITH_CONTAINER={tmp_path}/run/container.json")
-    pyxis = configured(recipe.slurm.container, (Path("/run"), Path("/work"), Path("/run")))
+    pyxis = make_container(recipe.slurm.container, (Path("/run"), Path("/work"), Path("/run")))
     mounts = ["/run:/run", "/work:/work", "/tmp:/tmp", "/data:/data:ro"]
     assert pyxis.srun_options() == ["--container-image=org/image:1", f"--container-mounts={','.join(mounts)}"]
     assert pyxis.command() == ["/venv/bin/python"]
@@ -179,8 +179,8 @@ def test_containers_are_options_of_srun_or_a_command_of_the_step(tmp_path: Path)
     assert apptainer.srun_options() == []
     assert apptainer.command() == ["apptainer", "exec", "--bind", "/run:/run", "/images/a.sif", "python3"]
     (tmp_path / "container.json").write_text(pyxis.dump())
-    assert of_job({"TUNESMITH_CONTAINER": str(tmp_path / "container.json")}) == pyxis
-    assert of_job({}) is None
+    assert job_container({"TUNESMITH_CONTAINER": str(tmp_path / "container.json")}) == pyxis
+    assert job_container({}) is None
 
 
 def test_steps_get_the_whole_environment_and_the_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -128,12 +128,12 @@ def test_the_scripts_differ_in_what_they_ask_for_and_in_the_stage() -> None:
     common = set()
     for stage in ("synthesize", "train", "export", "evaluate"):
         text = (SCRIPTS / f"{stage}.sbatch").read_text()
-        _, begin, rest = text.partition("# A job that Slurm starts again by itself")
+        _, begin, rest = text.partition("# `tunesmith run --on slurm` submits with --requeue")
         assert begin and f"#SBATCH --job-name=tunesmith-{stage}\n" in text
         common.add(rest.replace(f"launcher.job.attempt {stage} ", "launcher.job.attempt STAGE "))
         assert ("#SBATCH --no-kill\n" in text) == (stage in ("synthesize", "evaluate"))
     (shared,) = common
-    for line in ("#SBATCH --no-requeue", "#SBATCH --open-mode=append", "#SBATCH --signal=B:USR2@300", "exec "):
+    for line in ("#SBATCH --no-requeue", "#SBATCH --open-mode=append", "#SBATCH --signal=B:USR2@300", "run_attempt "):
         assert f"\n{line}" in shared
 
 
