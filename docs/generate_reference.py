@@ -1,5 +1,6 @@
 """Write docs/reference.md from the command line's help texts and the recipe's field descriptions: `make reference`."""
 
+import json
 import types
 from collections.abc import Iterator
 from enum import Enum
@@ -205,9 +206,11 @@ def default_text(field: FieldInfo) -> str | None:
 
 
 def yaml_text(value: object) -> str:
-    if isinstance(value, BaseModel):
-        value = value.model_dump(mode="json", exclude_none=True)
-    text = yaml.safe_dump(plain(value), default_flow_style=True, width=10_000, allow_unicode=True)
+    """The value on one line. JSON, which is YAML too, if it has line breaks, which YAML would write as such."""
+    value = plain(value)
+    if "\\n" in (as_json := json.dumps(value, ensure_ascii=False)):
+        return as_json
+    text = yaml.safe_dump(value, default_flow_style=True, width=10_000, allow_unicode=True, sort_keys=False)
     return text.removesuffix("\n").removesuffix("\n...")
 
 
