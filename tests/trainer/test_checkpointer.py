@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from cluster.errors import TunesmithError
 from cluster.run.manifest import verify_manifest
-from tests.trainer.test_watch import fake_tracker
+from tests.trainer.test_metrics import fake_tracker
 from tests.trainer.tools import DEADLINE_SECONDS, num_steps_shown, trace, train_here, write_job
 from trainer.checkpoint import checkpointer
 from trainer.checkpoint.state import complete_checkpoints, newest_checkpoint, read_state
