@@ -1,4 +1,4 @@
-# What the scripts of the stages share. They set $project, then:
+# What the scripts of the stages share. They set $project, and $shown to what `scontrol show job` shows. Then:
 #
 #     source "$project/slurm/attempt.sh"
 #     run_attempt launcher.job.attempt STAGE RECIPE [key=value ...]
@@ -30,7 +30,7 @@ run_attempt() {
     wait "$supervisor"
     code=$?
     if [ "$code" -eq 75 ] || [ "$code" -gt 128 ]; then
-        if scontrol show job "$SLURM_JOB_ID" | grep -q "Requeue=1"; then
+        if [[ $shown == *Requeue=1* ]]; then # as it was at the start: slurmctld may not answer now
             trap '' USR2 TERM
             "$python" -P -m launcher.job.requeue "$@" || code=1
         fi

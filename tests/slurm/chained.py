@@ -19,6 +19,7 @@ POLL_SECONDS = 0.2
 # An sbatch script that runs a stage without torch; see scripted_attempt.py.
 SCRIPTED = f"""#SBATCH --open-mode=append
 project={PROJECT}
+shown=$(scontrol show job "$SLURM_JOB_ID")
 export TUNESMITH_PYTHON={sys.executable}
 source {PROJECT}/slurm/attempt.sh
 run_attempt tests.slurm.scripted_attempt "$1" "$PWD/$2" run_dir=$PWD/run "${{@:3}}" """
