@@ -53,7 +53,7 @@ def train(recipe: Recipe, run: RunDir) -> None:
         return
     require_compiler()
     if recipe.train.tuning == "qlora":
-        from trainer.model.quantization import require_four_bits
+        from trainer.model.load import require_four_bits
 
         require_four_bits()
     model_revision(locate_model(recipe.model))  # raises for a missing model before any process is started

@@ -12,7 +12,7 @@ from trainer.config.train import TrainConfig
 from trainer.config.zero import ZeroConfig
 from trainer.data.batches import MicroBatch
 from trainer.job import TrainJob
-from trainer.model.attention import document_bounds
+from trainer.model.attention import flash_attention_kwargs
 from trainer.model.load import CausalLMWithLoss, load_model
 from trainer.model.loss import loss_settings
 from trainer.model.sequence import loss_factor, use_ulysses
@@ -54,7 +54,7 @@ def model_inputs(engine: deepspeed.DeepSpeedEngine, batch: MicroBatch) -> dict[s
     inputs: dict = dict(batch.inputs)
     attention = engine.module.lm.config._attn_implementation
     if attention.startswith("flash") and len(batch.input_ids) == 1 and engine.sequence_parallel_size == 1:
-        inputs |= document_bounds(batch)
+        inputs |= flash_attention_kwargs(batch)
     if engine.device.type == "cpu":
         return inputs
     return {

@@ -36,7 +36,7 @@ from trainer.config.train import TrainConfig
 from trainer.config.tuning import form_refusal
 from trainer.data.chat import end_of_turn_ids
 from trainer.job import export_key
-from trainer.model.adapter_base import RECORD
+from trainer.model.adapter_base import BASE_FILE
 from trainer.model.adapters import CONFIG_FILE, WEIGHTS_FILE
 from trainer.model.load import DTYPES, load_tokenizer
 from trainer.model.tuning import load_adapter
@@ -137,7 +137,7 @@ def write_form(job: ExportJob, source: Path, tokenizer: PreTrainedTokenizerFast,
     adapted = _load_adapted(job.model, source / "weights", tokenizer)
     expected = logits_of(adapted, tokenizer)
     if job.config.form == "adapter":
-        for file in (CONFIG_FILE, WEIGHTS_FILE, RECORD):
+        for file in (CONFIG_FILE, WEIGHTS_FILE, BASE_FILE):
             shutil.copy2(source / "weights" / file, folder / file)
     else:
         save_whole(adapted.merge_and_unload().to(dtype), job, tokenizer, folder)

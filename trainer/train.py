@@ -42,7 +42,7 @@ from trainer.job import TrainJob, read_job
 from trainer.logit_checks import check_logits
 from trainer.metrics import StepLogger, step_logging
 from trainer.model.load import load_tokenizer
-from trainer.model.sequence import SplitBatches
+from trainer.model.sequence import SequenceParallelBatches
 from trainer.profiler import Profiler
 from trainer.resolve import resolve_auto
 from trainer.validation import Validator
@@ -94,7 +94,7 @@ def train(job: TrainJob, stop: StopRequest) -> dict:
 def make_batches(tokens: Tokens, job: TrainJob, rank: int, world_size: int) -> Batches:
     """The batches of this rank. Raises InputError if the batch size does not fit the number of ranks."""
     try:
-        kind = Batches if job.config.sequence_parallel_size == 1 else SplitBatches
+        kind = Batches if job.config.sequence_parallel_size == 1 else SequenceParallelBatches
         batches = kind(tokens, job.config, job.seed, rank, world_size)
     except ValueError as error:
         hint = ""

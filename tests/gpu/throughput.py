@@ -28,8 +28,8 @@ from cluster.config import ModelConfig
 from trainer.config.train import TrainConfig
 from trainer.data.batches import MicroBatch, best_fit_decreasing
 from trainer.flops import model_flops, peak_flops
-from trainer.model.attention import choose_attention, document_bounds
-from trainer.model.layers import fit_layers, uses_liger
+from trainer.model.attention import choose_attention, flash_attention_kwargs
+from trainer.model.layers import configure_layers, uses_liger
 from trainer.model.load import DTYPES, CausalLMWithLoss
 from trainer.model.loss import loss_settings
 from trainer.model.tuning import adapt, is_decayed
@@ -101,7 +101,7 @@ def make_module(job: Job, config: TrainConfig, device: torch.device) -> CausalLM
             settings, dtype=DTYPES[config.precision], attn_implementation=config.attention
         )
     lm.config.use_cache = False
-    fit_layers(lm, config)
+    configure_layers(lm, config)
     with tempfile.TemporaryDirectory() as nowhere, torch.device(device):
         adapted = adapt(lm, ModelConfig(path=nowhere), config, [])
     return CausalLMWithLoss(adapted, loss_settings(config)).to(device).train()
@@ -139,7 +139,7 @@ def step(module: CausalLMWithLoss, optimizer: MasterAdamW, batch: list[Row], dev
     for row in batch:
         inputs: dict = dict(row.batch.inputs)
         if module.lm.config._attn_implementation.startswith("flash"):
-            inputs |= document_bounds(row.batch)
+            inputs |= flash_attention_kwargs(row.batch)
         on_device = {
             name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
             for name, value in inputs.items()

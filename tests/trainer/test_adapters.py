@@ -155,14 +155,14 @@ def test_what_is_no_bottleneck_adapter_is_refused(tmp_path: Path, chat_model: Pa
     with pytest.raises(InputError, match=r"no adapter_config\.json"):
         load_adapters(base, tmp_path)
     save_adapter(adapted(chat_model, 1, tuning="lora"), tmp_path / "lora")
-    with pytest.raises(InputError, match=r"peft's kind"):
+    with pytest.raises(InputError, match=r"adapter of peft"):
         load_adapters(base, tmp_path / "lora")
     save_adapter(adapted(chat_model, 1, tuning="adapter"), tmp_path / "half")
     file = tmp_path / "half" / "adapter_model.safetensors"
     tensors = load_file(file)
     tensors.pop(next(iter(tensors)))
     save_file(tensors, file)
-    with pytest.raises(InputError, match=r"has 15 tensors where 16 belong"):
+    with pytest.raises(InputError, match=r"found 15 tensors, expected 16"):
         load_adapters(base, tmp_path / "half")
 
 

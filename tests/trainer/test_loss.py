@@ -116,7 +116,7 @@ def test_noise_is_bounded_by_the_document_and_only_there_in_training() -> None:
     embedding, width = nn.Embedding(10, 64), 64
     noise = EmbeddingNoise(embedding, alpha=5.0)
     positions = torch.tensor([[*range(100), *range(25), *range(3)], [*range(128)]])
-    noise.follow(positions)
+    noise.set_documents(positions)
     ids = torch.zeros_like(positions)
     embedding.requires_grad_(False)
     plain = embedding.eval()(ids)

@@ -14,7 +14,7 @@ from trainer.config.train import TrainConfig
 from trainer.data.batches import Batches
 from trainer.data.chat import IGNORE
 from trainer.memory import check_heads
-from trainer.model.sequence import SplitBatches
+from trainer.model.sequence import SequenceParallelBatches
 from trainer.resolve import with_choices
 
 
@@ -22,7 +22,7 @@ from trainer.resolve import with_choices
 def test_stretches_make_up_the_rows(plan: Plan, num_groups: int, num_parts: int) -> None:
     config = plan.config.model_copy(update={"sequence_parallel_size": num_parts})
     world_size = num_groups * num_parts
-    split = [SplitBatches(plan.tokens, config, plan.seed, rank, world_size) for rank in range(world_size)]
+    split = [SequenceParallelBatches(plan.tokens, config, plan.seed, rank, world_size) for rank in range(world_size)]
     for group in range(num_groups):
         whole = Batches(plan.tokens, config, plan.seed, group, num_groups)
         members = split[group * num_parts : (group + 1) * num_parts]

@@ -95,7 +95,7 @@ def test_qlora_without_its_library_is_refused(monkeypatch: pytest.MonkeyPatch) -
 
     import torch
 
-    from trainer.model.quantization import require_four_bits
+    from trainer.model.load import require_four_bits
 
     if importlib.util.find_spec("bitsandbytes") is not None:
         pytest.skip("bitsandbytes is installed")

@@ -1,7 +1,7 @@
 """Bottleneck adapters (Houlsby et al. 2019, arXiv 1902.00751), which peft does not have.
 
-In each layer two small networks are added, one after attention and one after the feed-forward, each on the output of
-the sub-layer's last projection, before the residual connection adds it (section 2.1, figure 2). The base stays frozen.
+Each layer gets two small networks, one after attention and one after the feed-forward. They process the output of the
+sub-layer's last projection, before the residual connection (section 2.1, figure 2). The base stays frozen.
 
     base = AutoModelForCausalLM.from_pretrained("org/base")
     lm = load_adapters(base, Path("runs/my-run/export"))
@@ -20,11 +20,11 @@ from cluster.errors import InputError
 from cluster.files import write_json
 from trainer.model.adapter_base import check_base
 
-KIND = "BOTTLENECK"  # where peft's configs have the name of their method
+PEFT_TYPE = "BOTTLENECK"  # in the config file, where peft has the name of a method of its own
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-# The last projection of each sub-layer, as Llama, Mistral, Qwen2, Qwen3, Gemma and Phi-3 name it.
-SUBLAYER_ENDS = ("self_attn.o_proj", "mlp.down_proj")
-INIT_STD = 1e-2  # section 3.6: a Gaussian cut off at two standard deviations, so that all starts near the identity
+# The last projection of each sub-layer, by its name in Llama, Mistral, Qwen2, Qwen3, Gemma and Phi-3.
+LAST_PROJECTIONS = ("self_attn.o_proj", "mlp.down_proj")
+INIT_STD = 1e-2  # of a Gaussian truncated at two standard deviations (section 3.6): starts near the identity
 
 
 class Bottleneck(nn.Module):
@@ -43,8 +43,8 @@ class Bottleneck(nn.Module):
         return x + self.up(ACT2FN[self.activation](self.down(x)))
 
 
-class Adapted(nn.Module):
-    """A projection of the base with a bottleneck on its output."""
+class LinearWithBottleneck(nn.Module):
+    """A projection of the base with a bottleneck after it."""
 
     def __init__(self, base_layer: nn.Linear, bottleneck: Bottleneck):
         super().__init__()
@@ -56,35 +56,36 @@ class Adapted(nn.Module):
 
 
 def add_adapters(lm: PreTrainedModel, bottleneck_size: int, activation: str) -> PreTrainedModel:
-    """Freeze `lm` and put adapters into it, in place.
+    """Freeze `lm` and add adapters to it, in place.
 
-    Raises InputError if its layers have not the parts that are known here.
+    Raises InputError if its layers do not have the projections named in LAST_PROJECTIONS.
     """
-    ends = [
-        name for name, module in lm.named_modules() if name.endswith(SUBLAYER_ENDS) and isinstance(module, nn.Linear)
+    projections = [
+        name for name, module in lm.named_modules() if name.endswith(LAST_PROJECTIONS) and isinstance(module, nn.Linear)
     ]
-    num_wanted = len(SUBLAYER_ENDS) * lm.config.get_text_config().num_hidden_layers
-    if len(ends) != num_wanted:
+    num_expected = len(LAST_PROJECTIONS) * lm.config.get_text_config().num_hidden_layers
+    if len(projections) != num_expected:
         raise InputError(
-            f"train.tuning=adapter: {type(lm).__name__} has {len(ends)} of the {num_wanted} projections "
-            f"({' and '.join(SUBLAYER_ENDS)} in each layer) that adapters go after. Set train.tuning=lora."
+            f"train.tuning=adapter does not work with {type(lm).__name__}, which has {len(projections)} of the "
+            f"{num_expected} projections that adapters follow ({' and '.join(LAST_PROJECTIONS)} in each layer). "
+            "Set train.tuning=lora."
         )
     lm.requires_grad_(False)
-    for name in ends:
+    for name in projections:
         parent, _, attribute = name.rpartition(".")
         layer = lm.get_submodule(name)
         bottleneck = Bottleneck(layer.out_features, bottleneck_size, activation)
         bottleneck.to(device=layer.weight.device, dtype=layer.weight.dtype)
-        setattr(lm.get_submodule(parent), attribute, Adapted(layer, bottleneck))
+        setattr(lm.get_submodule(parent), attribute, LinearWithBottleneck(layer, bottleneck))
     return lm
 
 
 def has_adapters(lm: nn.Module) -> bool:
-    return any(isinstance(module, Adapted) for module in lm.modules())
+    return any(isinstance(module, LinearWithBottleneck) for module in lm.modules())
 
 
 def save_adapters(lm: PreTrainedModel, folder: Path) -> None:
-    """Write the adapters of `lm`, whose weights have to be whole in this process, and what they are."""
+    """Write the adapters of `lm` and their config. Their weights must not be partitioned."""
     bottlenecks = {name: module for name, module in lm.named_modules() if isinstance(module, Bottleneck)}
     first = next(iter(bottlenecks.values()))
     folder.mkdir(parents=True, exist_ok=True)
@@ -97,7 +98,7 @@ def save_adapters(lm: PreTrainedModel, folder: Path) -> None:
     write_json(
         folder / CONFIG_FILE,
         {
-            "peft_type": KIND,
+            "peft_type": PEFT_TYPE,
             "bottleneck_size": first.down.out_features,
             "activation": first.activation,
             "base_model_name_or_path": lm.name_or_path,
@@ -106,30 +107,30 @@ def save_adapters(lm: PreTrainedModel, folder: Path) -> None:
 
 
 def is_bottleneck(folder: Path) -> bool:
-    """Whether the adapter in `folder` is one of these rather than one of peft's."""
+    """Whether the adapter in `folder` is a bottleneck adapter, and not one of peft's."""
     file = folder / CONFIG_FILE
     if not file.is_file():
-        raise InputError(f"{folder}: no {CONFIG_FILE}, so there is no adapter. Give the folder of one.")
-    return json.loads(file.read_text()).get("peft_type") == KIND
+        raise InputError(f"{folder}: there is no {CONFIG_FILE}. Choose the folder of an adapter.")
+    return json.loads(file.read_text()).get("peft_type") == PEFT_TYPE
 
 
 def load_adapters(base: PreTrainedModel, folder: Path, revision: str | None = None) -> PreTrainedModel:
-    """Put the adapters saved in `folder` into `base`, in place.
+    """Add the adapters saved in `folder` to `base`, in place.
 
-    revision: of `base`, if it is from the hub and not its main branch.
+    revision: of `base` if it comes from the hub. None means its main branch.
 
-    Raises InputError if they belong to another model, or the folder holds something else.
+    Raises InputError if the adapters belong to another model, or if the folder holds something else.
     """
     if not is_bottleneck(folder):
-        raise InputError(f"{folder}: not bottleneck adapters but peft's kind. Load it with peft.PeftModel.")
+        raise InputError(f"{folder}: this is an adapter of peft. Load it with peft.PeftModel.")
     check_base(base, revision, folder)
     config = json.loads((folder / CONFIG_FILE).read_text())
     lm = add_adapters(base, config["bottleneck_size"], config["activation"])
     tensors = load_file(folder / WEIGHTS_FILE)
-    wanted = {name for name, parameter in lm.named_parameters() if parameter.requires_grad}
-    if tensors.keys() != wanted:
+    expected = {name for name, parameter in lm.named_parameters() if parameter.requires_grad}
+    if tensors.keys() != expected:
         raise InputError(
-            f"{folder / WEIGHTS_FILE}: has {len(tensors)} tensors where {len(wanted)} belong. Export again."
+            f"{folder / WEIGHTS_FILE}: found {len(tensors)} tensors, expected {len(expected)}. Export again."
         )
-    lm.load_state_dict(tensors, strict=False)  # strict would ask for the base's weights as well
+    lm.load_state_dict(tensors, strict=False)  # strict would require the base's weights too
     return lm

@@ -1,4 +1,4 @@
-"""Which attention a job uses, what it has to be told of packed rows, and our own for packed rows without a GPU."""
+"""Which attention implementation a job uses, its arguments for packed rows, and one for packed rows on a CPU."""
 
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -17,19 +17,21 @@ if TYPE_CHECKING:
     from trainer.data.batches import MicroBatch
 
 BY_DOCUMENT = "sdpa_by_document"
-HOPPER = 9  # compute capability; the kernels of flash attention 3 are for it alone
+HOPPER = 9  # compute capability (major) of the only GPUs that have the kernels of flash attention 3
 
 
 def choose_attention(config: TrainConfig) -> str:
-    """The recipe's attention, or for `auto` the fastest that this machine has.
+    """The recipe's attention. For `auto`, the fastest one that this machine has.
 
-    Flash attention needs 16 bits, and a packed row to itself. Next comes flex attention for packed rows, whose mask
-    takes no memory; on CPUs PyTorch's own, a document at a time; and PyTorch's own as it is for all others.
-    `check_isolation` tries what was chosen before the first step.
+    Flash attention needs 16 bits and, if rows are packed, micro-batches of one row. Second is flex attention for packed
+    rows, because its mask takes no memory. On CPUs packed rows get SDPA one document at a time. Everything else gets
+    SDPA. `check_isolation` tests the choice before the first step.
+
+    Raises InputError for flex attention on a CPU.
     """
     if config.attention == "flex_attention" and not torch.cuda.is_available():
         raise InputError(
-            "train.attention=flex_attention: PyTorch has no backward pass of it on CPUs. Set auto or sdpa."
+            "train.attention=flex_attention does not work on CPUs, where it has no backward pass. Set auto or sdpa."
         )
     if config.attention != "auto":
         return config.attention
@@ -44,21 +46,21 @@ def choose_attention(config: TrainConfig) -> str:
     return "flex_attention" if config.packing and config.sequence_parallel_size == 1 else "sdpa"
 
 
-def bounds_of(position_ids: torch.Tensor) -> torch.Tensor:
-    """Where documents begin and the last one ends, int32 [documents + 1], in rows [B, S] laid end to end."""
-    positions = position_ids.reshape(-1)  # every row begins with a document, so none spans two
+def cumulative_lengths(position_ids: torch.Tensor) -> torch.Tensor:
+    """`cu_seq_lens` of the documents in rows [B, S] that are joined end to end. int32 [documents + 1]"""
+    positions = position_ids.reshape(-1)  # a document starts at the start of every row, so no document spans two
     starts = (positions == 0).nonzero().flatten()
     return torch.cat([starts, starts.new_tensor([len(positions)])]).to(torch.int32)
 
 
-def document_bounds(batch: "MicroBatch") -> dict[str, torch.Tensor | int]:
-    """What transformers' FlashAttentionKwargs want for a micro-batch of one packed row, as a batch on the CPU has it.
+def flash_attention_kwargs(batch: "MicroBatch") -> dict[str, torch.Tensor | int]:
+    """transformers' FlashAttentionKwargs for a micro-batch of one packed row that is still on the CPU.
 
-    Without them every layer looks for the documents in `position_ids` on the GPU, and waits for the answer.
+    Without them every layer would look for the documents in `position_ids` on the GPU, and wait for the result.
     """
-    bounds = bounds_of(batch.position_ids)
-    longest = int(bounds.diff().max())
-    return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
+    lengths = cumulative_lengths(batch.position_ids)
+    longest = int(lengths.diff().max())
+    return {"cu_seq_lens_q": lengths, "cu_seq_lens_k": lengths, "max_length_q": longest, "max_length_k": longest}
 
 
 def attend_by_document(
@@ -73,14 +75,14 @@ def attend_by_document(
     cu_seq_lens_q: torch.Tensor | None = None,
     **_: object,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention of every document by itself: the work is that of its length squared, not of the row's.
+    """Causal attention, one document at a time: its cost grows with the square of a document's length, not of a row's.
 
-    query [B, H, S, D], key and value [B, H or fewer, S, D]; cu_seq_lens_q [documents + 1] counts through all rows, and
-    without it every row is one document. Returns [B, S, H, D]. Raises ValueError for masks and caches.
+    query [B, H, S, D], key and value [B, H or fewer, S, D]. cu_seq_lens_q [documents + 1] counts tokens through all
+    rows; None means that every row is one document. Returns [B, S, H, D]. Raises ValueError for masks and caches.
     """
     num_rows, _, width, _ = query.shape
     if attention_mask is not None or key.shape[2] != width:
-        raise ValueError(f"{BY_DOCUMENT} knows no masks and no caches: it is for training on packed rows.")
+        raise ValueError(f"{BY_DOCUMENT} supports neither masks nor caches: it is for training on packed rows.")
     groups = module.num_key_value_groups
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     bounds = range(0, num_rows * width + 1, width) if cu_seq_lens_q is None else cu_seq_lens_q.tolist()
@@ -88,7 +90,7 @@ def attend_by_document(
     for begin, end in pairwise(bounds):
         row, start = divmod(begin, width)
         part = slice(start, start + end - begin)
-        mask = _band(end - begin, sliding_window, query.device)
+        mask = _sliding_window_mask(end - begin, sliding_window, query.device)
         rows[row].append(
             F.scaled_dot_product_attention(
                 *(states[row : row + 1, :, part] for states in (query, key, value)),
@@ -99,13 +101,13 @@ def attend_by_document(
     return joined.transpose(1, 2).contiguous(), None
 
 
-def _band(length: int, window: int | None, device: torch.device) -> torch.Tensor | None:
-    """The mask [length, length] of a sliding window, or None where the document is no longer than the window."""
+def _sliding_window_mask(length: int, window: int | None, device: torch.device) -> torch.Tensor | None:
+    """The mask [length, length] of a sliding window. None means that the document is no longer than the window."""
     if window is None or length <= window:
         return None
-    places = torch.arange(length, device=device)
-    distance = places[:, None] - places[None, :]
+    positions = torch.arange(length, device=device)
+    distance = positions[:, None] - positions[None, :]
     return (distance >= 0) & (distance < window)
 
 
-AttentionInterface.register(BY_DOCUMENT, attend_by_document)  # transformers makes no mask for a name it has none for
+AttentionInterface.register(BY_DOCUMENT, attend_by_document)  # transformers makes no mask for an unknown name

@@ -1,4 +1,4 @@
-"""How the decoder layers of a loaded model compute: fused kernels, what is kept for the backward pass, compilation."""
+"""How the decoder layers of a model compute: fused kernels, activation checkpointing, compilation."""
 
 import functools
 import importlib.util
@@ -11,8 +11,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from cluster.errors import InputError
 from trainer.config.train import TrainConfig
 
-# What a layer spends its time on: its outputs are kept, everything else is cheap to make again.
-DEAR = {
+# The expensive operations of a layer. `selective` saves their outputs and recomputes everything else.
+SAVED_OPS = {
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
     torch.ops.aten.bmm.default,
@@ -24,45 +24,46 @@ DEAR = {
 }
 
 
-def fit_layers(lm: nn.Module, config: TrainConfig) -> None:
-    """Set up the layers as the recipe says. For a model as transformers loaded it, before adapters go in."""
+def configure_layers(lm: nn.Module, config: TrainConfig) -> None:
+    """Set up the layers of a model from transformers as the recipe says. Call it before adapters are added."""
     if uses_liger(config):
         use_liger(lm)
     if config.activation_checkpointing != "none":
-        # Without reentrance, so that frozen weights and ZeRO-3's hooks work.
-        how: dict = {"use_reentrant": False}
+        options: dict = {"use_reentrant": False}  # reentrant checkpoints break frozen weights and ZeRO-3's hooks
         if config.activation_checkpointing == "selective":
-            how["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep_what_is_dear)
-        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
+            options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, selective_policy)
+        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
     if config.compile:
         for layer in decoder_layers(lm):
-            layer.compile(dynamic=True)  # rows differ in length
+            layer.compile(dynamic=True)  # row lengths vary
 
 
 def decoder_layers(lm: nn.Module) -> list[nn.Module]:
-    """Raises InputError for a model whose layers transformers does not mark."""
+    """The decoder layers of a model. Raises InputError if transformers does not mark them as such."""
     layers = [module for module in lm.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
-        raise InputError(f"train.compile: {type(lm).__name__} has no marked decoder layers. Set train.compile=false.")
+        raise InputError(
+            f"train.compile: {type(lm).__name__} has no marked decoder layers to compile. Set train.compile=false."
+        )
     return layers
 
 
-def _keep_what_is_dear(context: object, op: object, *args: object, **kwargs: object) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in DEAR else CheckpointPolicy.PREFER_RECOMPUTE
+def selective_policy(context: object, op: object, *args: object, **kwargs: object) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in SAVED_OPS else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def uses_liger(config: TrainConfig) -> bool:
-    """Whether Liger's kernels go in. Raises InputError if the recipe insists and they cannot run here."""
+    """Whether to use Liger's kernels. Raises InputError for liger=true on a machine that cannot run them."""
     installed = importlib.util.find_spec("liger_kernel") is not None
     on_gpu = torch.cuda.is_available()
     if config.liger is True and not (installed and on_gpu):
-        lacking = "the package is not installed: pip install liger-kernel" if not installed else "there is no GPU here"
-        raise InputError(f"train.liger=true, and {lacking}. Or set train.liger=auto.")
+        reason = "this machine has no GPU" if installed else "the package liger-kernel is not installed"
+        raise InputError(f"train.liger=true does not work, because {reason}. Set train.liger=auto.")
     return config.liger is not False and installed and on_gpu
 
 
 def use_liger(lm: nn.Module) -> None:
-    """Replace RMSNorm, rotary embeddings and SwiGLU by Liger's; the loss stays ours. Written for GPUs, not run yet."""
+    """Replace RMSNorm, rotary embedding and SwiGLU by Liger's kernels, and leave the loss. Not tested on a GPU yet."""
     from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
     _apply_liger_kernel_to_instance(

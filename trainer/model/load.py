@@ -1,18 +1,25 @@
-"""Load a causal language model, wrap it with adapters if asked, and give it the loss that training needs."""
+"""Load a tokenizer and a causal language model, set up for training, and wrap the model with its loss."""
+
+import importlib.util
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedTokenizerFast,
+)
 
 from cluster.config import ModelConfig
 from cluster.errors import InputError
 from trainer.config.train import TrainConfig
 from trainer.config.tuning import METHODS
 from trainer.data.chat import set_chat_template
-from trainer.model.attention import BY_DOCUMENT, bounds_of, choose_attention
-from trainer.model.layers import fit_layers
+from trainer.model.attention import BY_DOCUMENT, choose_attention, cumulative_lengths
+from trainer.model.layers import configure_layers
 from trainer.model.loss import PLAIN_LOSS, EmbeddingNoise, LossSettings, chunked_loss
-from trainer.model.quantization import four_bits, require_four_bits
 from trainer.model.tuning import adapt, base_of, has_virtual_tokens, with_virtual_tokens
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -21,8 +28,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 class CausalLMWithLoss(nn.Module):
     """A causal LM whose forward pass returns the summed cross-entropy of the labelled positions.
 
-    The head runs on labelled positions alone, so logits of prompts are never made. Submodules are called as modules, so
-    that the hooks by which ZeRO-3 gathers parameters fire.
+    The head runs only on labelled positions, so logits of prompts are never computed. Submodules are called as modules,
+    because ZeRO-3 gathers parameters in their hooks.
     """
 
     def __init__(self, lm: nn.Module, settings: LossSettings = PLAIN_LOSS):
@@ -38,48 +45,52 @@ class CausalLMWithLoss(nn.Module):
         labels: torch.Tensor,
         labelled: torch.Tensor,
         return_logits: bool = False,
-        **bounds: torch.Tensor | int,
+        **flash_kwargs: torch.Tensor | int,
     ) -> torch.Tensor:
-        """Arguments [B, S]; returns a float32 scalar: the sum over the L positions whose label is not IGNORE.
+        """The summed loss of the L positions whose label is not IGNORE, a float32 scalar. The first three are [B, S].
 
-        `labelled` [L] counts those positions through all rows. With `return_logits`, their logits [L, V] instead.
-        `bounds` is what flash attention gets to know of documents.
+        labelled: [L], the indices of these positions through all rows.
+        return_logits: return their logits [L, V] instead.
+        flash_kwargs: see `flash_attention_kwargs`.
         """
         if self.noise is not None:
-            self.noise.follow(position_ids)
+            self.noise.set_documents(position_ids)
         factor = 1.0
         if not len(labelled):
-            # Padding alone, when rows run out. Every parameter still takes part, so that ranks stay in step.
+            # Only padding, because rows ran out. Every parameter still takes part, so that ranks stay synchronized.
             labelled, factor = labelled.new_zeros(1), 0.0
-        hidden = self._hidden(input_ids, position_ids, bounds).flatten(0, 1)[labelled]  # [L, D]
+        hidden = self._hidden(input_ids, position_ids, flash_kwargs).flatten(0, 1)[labelled]  # [L, D]
         head = base_of(self.lm).get_output_embeddings()
         if return_logits:
             return head(hidden).float()
         return chunked_loss(head, hidden, labels.flatten()[labelled].clamp(min=0), self.settings) * factor
 
-    def _hidden(self, input_ids: torch.Tensor, position_ids: torch.Tensor, bounds: dict) -> torch.Tensor:
-        """What the head gets, without the virtual tokens of prompt and prefix tuning. [B, S, D]"""
+    def _hidden(self, input_ids: torch.Tensor, position_ids: torch.Tensor, flash_kwargs: dict) -> torch.Tensor:
+        """The last hidden states without those of virtual tokens. [B, S, D]"""
         if self.lm.config._attn_implementation == BY_DOCUMENT:
-            bounds = {"cu_seq_lens_q": bounds_of(position_ids)}
+            flash_kwargs = {"cu_seq_lens_q": cumulative_lengths(position_ids)}
         if has_virtual_tokens(self.lm):
             inputs = with_virtual_tokens(self.lm, input_ids)
         else:
-            # No attention mask and no cache: with either, transformers stops isolating packed documents.
-            inputs = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False, **bounds}
+            # No attention mask and no cache: with either of them, transformers does not isolate packed documents.
+            inputs = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False, **flash_kwargs}
         decoder = base_of(self.lm).get_decoder()
         return decoder(**inputs).last_hidden_state[:, -input_ids.shape[1] :]
 
 
 def load_tokenizer(model: ModelConfig, template_file: str | None) -> tuple[PreTrainedTokenizerFast, int]:
-    """The tokenizer with its chat template, and how many tokens had to be added for it."""
+    """The tokenizer with a chat template, and the number of tokens that the template added to it.
+
+    Raises InputError if the tokenizer is not a fast one, or has more tokens than the model's embedding has rows.
+    """
     tokenizer = AutoTokenizer.from_pretrained(model.path, revision=model.revision, trust_remote_code=False)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise InputError(f"model.path: {model.path} has no fast tokenizer; the assistant mask needs character offsets.")
+        raise InputError(f"model.path: {model.path} has no fast tokenizer. The loss mask needs its character offsets.")
     settings = AutoConfig.from_pretrained(model.path, revision=model.revision, trust_remote_code=False)
     if len(tokenizer) > (vocab_size := settings.get_text_config().vocab_size):
         raise InputError(
             f"model.path: the tokenizer of {model.path} has {len(tokenizer)} tokens, its embedding {vocab_size} rows. "
-            "Resize the embedding, or give the tokenizer that the model was trained with."
+            "Resize the embedding, or use the tokenizer that the model was trained with."
         )
     return tokenizer, set_chat_template(tokenizer, template_file)
 
@@ -87,16 +98,16 @@ def load_tokenizer(model: ModelConfig, template_file: str | None) -> tuple[PreTr
 def load_model(
     model: ModelConfig, config: TrainConfig, tokenizer: PreTrainedTokenizerFast, num_added: int
 ) -> nn.Module:
-    """The model in the precision of the recipe, with embeddings for added tokens and with adapters.
+    """The model in the recipe's precision, with embeddings for added tokens and with the adapters of its tuning method.
 
-    Under ZeRO-3 an `HfDeepSpeedConfig` must be alive, so that weights are partitioned as they are read.
-    Raises InputError if added tokens could not be trained: a model must learn to write the one that ends its turn.
+    With ZeRO-3 an `HfDeepSpeedConfig` must exist during the call, so that weights are partitioned as they are read.
+    Raises InputError if added tokens could not be trained: the model must learn to write the one that ends its turn.
     """
     if num_added and config.zero_stage not in METHODS[config.tuning].new_token_stages:
         raise InputError(
-            f"{model.path}: its vocabulary lacks {num_added} tokens of the chat template, which tuning={config.tuning} "
-            f"with zero_stage={config.zero_stage} cannot train. Set train.tuning=full, or lora with a lower "
-            "train.zero_stage, or a train.chat_template made of tokens that the model has."
+            f"{model.path}: the vocabulary lacks {num_added} tokens of the chat template, which tuning={config.tuning} "
+            f"with zero_stage={config.zero_stage} cannot train. Set train.tuning=full, or tuning=lora with a lower "
+            "train.zero_stage, or a train.chat_template that uses only tokens of the model."
         )
     lm = AutoModelForCausalLM.from_pretrained(
         model.path,
@@ -105,23 +116,43 @@ def load_model(
         attn_implementation=choose_attention(config),
         use_safetensors=True,
         trust_remote_code=False,
-        **_in_four_bits(config),
+        **_quantization(config),
     )
     if lm.config._attn_implementation == BY_DOCUMENT and not lm._supports_sdpa:
-        raise InputError(f"{type(lm).__name__} has an attention of its own. Set train.attention=eager.")
+        raise InputError(f"{type(lm).__name__} does not support sdpa. Set train.attention=eager.")
     if len(tokenizer) > lm.get_input_embeddings().num_embeddings:
         lm.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64, mean_resizing=True)
     lm.config.use_cache = config.tuning == "prefix"
-    fit_layers(lm, config)
+    configure_layers(lm, config)
     return adapt(lm, model, config, list(range(len(tokenizer) - num_added, len(tokenizer))))
 
 
-def _in_four_bits(config: TrainConfig) -> dict[str, object]:
-    """How QLoRA reads its base: in 4 bits, straight onto this rank's GPU. Raises InputError where that cannot be."""
+def _quantization(config: TrainConfig) -> dict[str, object]:
+    """For QLoRA (Dettmers et al. 2023, arXiv 2305.14314): the arguments that load a base in 4 bits onto this GPU.
+
+    NF4 with double quantization, as in section 3 of the paper. Not tested on a GPU yet.
+    """
     if config.tuning != "qlora":
         return {}
     require_four_bits()
-    return {
-        "quantization_config": four_bits(DTYPES[config.precision]),
-        "device_map": {"": torch.cuda.current_device()},
-    }
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=DTYPES[config.precision],
+    )
+    return {"quantization_config": settings, "device_map": {"": torch.cuda.current_device()}}
+
+
+def require_four_bits() -> None:
+    """Raise InputError if this machine cannot hold a model in 4 bits."""
+    if not torch.cuda.is_available():
+        raise InputError(
+            "train.tuning=qlora needs an NVIDIA GPU, because bitsandbytes computes with 4-bit weights only there. "
+            "Set train.tuning=lora."
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise InputError(
+            "train.tuning=qlora needs bitsandbytes, which is not installed. "
+            "Install it (`uv pip install bitsandbytes`), or set train.tuning=lora."
+        )

@@ -1,7 +1,8 @@
 """Rows too long for one GPU: Ulysses sequence parallelism (Jacobs et al. 2023, arXiv 2309.14509) through DeepSpeed.
 
-`sequence_parallel_size` neighbouring ranks take the same rows, and each a stretch of every row. Inside attention they
-exchange: each gets all positions of its share of the heads. Everything else in a decoder is per position.
+A group of `sequence_parallel_size` neighbouring ranks shares its rows: each rank has one part of every row. For
+attention the ranks exchange data, so that each has all positions of a part of the heads. All other parts of a decoder
+work on each position separately.
 """
 
 from dataclasses import replace
@@ -17,8 +18,8 @@ from trainer.data.chat import IGNORE
 from trainer.data.tokens import Tokens
 
 
-class SplitBatches(Batches):
-    """Rows as `Batches` lays them out, of which every rank of a sequence-parallel group gets its own stretch."""
+class SequenceParallelBatches(Batches):
+    """The rows of `Batches`, of which every rank of a sequence-parallel group gets its own part."""
 
     def __init__(self, tokens: Tokens, config: TrainConfig, seed: int, rank: int, world_size: int):
         self.num_parts = config.sequence_parallel_size
@@ -26,31 +27,31 @@ class SplitBatches(Batches):
         super().__init__(tokens, config, seed, rank // self.num_parts, world_size // self.num_parts)
 
     def collate(self, rows: list[list[int]]) -> MicroBatch:
-        """Positions [part * S / num_parts, (part + 1) * S / num_parts) of the rows; labels are shifted beforehand.
+        """Positions [part * S / num_parts, (part + 1) * S / num_parts) of the rows, whose labels are shifted already.
 
-        Padded at the right without labels, to equal stretches, and to `micro_batch_size` rows, as Ulysses wants.
+        Padded without labels to parts of equal length and to `micro_batch_size` rows, as Ulysses requires.
         """
         whole = super().collate(rows)
         num_rows, num_tokens = whole.input_ids.shape
         length = -(-num_tokens // self.num_parts)
-        margin = (0, length * self.num_parts - num_tokens, 0, self.config.micro_batch_size - num_rows)
-        stretch = slice(self.part * length, (self.part + 1) * length)
+        padding = (0, length * self.num_parts - num_tokens, 0, self.config.micro_batch_size - num_rows)
+        columns = slice(self.part * length, (self.part + 1) * length)
 
-        def share(tensor: torch.Tensor, filler: int) -> torch.Tensor:
-            return F.pad(tensor, margin, value=filler)[:, stretch].contiguous()
+        def part_of(tensor: torch.Tensor, fill_value: int) -> torch.Tensor:
+            return F.pad(tensor, padding, value=fill_value)[:, columns].contiguous()
 
         return replace(
             whole,
-            input_ids=share(whole.input_ids, 0),
-            position_ids=share(whole.position_ids, 0),
-            labels=share(whole.labels, IGNORE),
+            input_ids=part_of(whole.input_ids, 0),
+            position_ids=part_of(whole.position_ids, 0),
+            labels=part_of(whole.labels, IGNORE),
         )
 
 
 def use_ulysses(lm: nn.Module, config: TrainConfig) -> ModuleType | None:
-    """Put the exchange around the model's attention. A collective; returns the groups for `deepspeed.initialize`.
+    """Replace the model's attention by Ulysses'. Returns the process groups for `deepspeed.initialize`. A collective.
 
-    It holds for this process to its end, and for every model in it.
+    None means that the job has no sequence parallelism. The replacement is for all models of the process until it ends.
     """
     if config.sequence_parallel_size == 1:
         return None
@@ -66,9 +67,9 @@ def use_ulysses(lm: nn.Module, config: TrainConfig) -> ModuleType | None:
 
 
 def loss_factor(stage: int, world_size: int, sequence_parallel_size: int) -> float:
-    """What a rank's summed loss is multiplied by, so that DeepSpeed's division leaves the plain sum over all ranks.
+    """The factor of a rank's summed loss that undoes DeepSpeed's division, so that gradients are summed over ranks.
 
-    Without sequence parallelism it divides by the number of ranks. With it, ZeRO-3 still does, while the lower stages
-    divide by the number of groups that have different rows.
+    DeepSpeed divides by the number of ranks. With sequence parallelism, stages below 3 divide by the number of groups
+    instead.
     """
     return world_size if stage == 3 else world_size / sequence_parallel_size

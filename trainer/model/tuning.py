@@ -1,6 +1,6 @@
-"""The ways of tuning a part of a model: adapters put around or into it, saved, and loaded again.
+"""Tuning methods that train an adapter: how the adapter is added to a model, saved, and loaded again.
 
-All but bottleneck adapters are peft's; what the recipe may combine is in trainer/config/tuning.py.
+Bottleneck adapters are in adapters.py, all other methods in peft. trainer/config/tuning.py has their combinations.
 """
 
 import copy
@@ -30,18 +30,18 @@ from trainer.model.adapters import WEIGHTS_FILE, add_adapters, has_adapters, is_
 
 
 def adapt(lm: PreTrainedModel, model: ModelConfig, config: TrainConfig, added_token_ids: list[int]) -> nn.Module:
-    """`lm` with what the recipe tunes: itself, a PeftModel around it, or itself with bottleneck adapters.
+    """`lm` with the adapter of the recipe: a PeftModel around it, or `lm` itself with bottleneck adapters.
 
-    Raises InputError if the model has not the layers that are to be tuned.
+    With tuning=full it is returned as it is. Raises InputError if the model lacks the layers that the recipe names.
     """
     if config.tuning == "full":
         return lm
-    lm.base_revision = model.revision  # for the record of the base that is saved with the adapter
+    lm.base_revision = model.revision  # saved with the adapter
     if config.tuning == "adapter":
         return add_adapters(lm, config.adapter.bottleneck_size, config.adapter.activation)
     try:
         return get_peft_model(lm, _peft_config(lm, model, config, added_token_ids), revision=model.revision)
-    except ValueError as error:  # peft's word for layers that are not there
+    except ValueError as error:  # peft did not find the layers
         section = "lora" if config.tuning == "qlora" else config.tuning
         raise InputError(f"train.{section}: {error} ({type(lm).__name__})") from error
 
@@ -87,13 +87,13 @@ def _lora(lm: PreTrainedModel, config: TrainConfig, added_token_ids: list[int]) 
 
 
 def _vocabulary_layers(lm: nn.Module) -> list[str]:
-    """Names of the input embedding and the head. Where they are not tied, rows of both have to be trained."""
+    """Names of the input embedding and the head. If they are not tied, rows of both have to be trained."""
     layers = (lm.get_input_embeddings(), lm.get_output_embeddings())
     return [name.rpartition(".")[2] for name, module in lm.named_modules() if module in layers]
 
 
 def base_of(lm: nn.Module) -> PreTrainedModel:
-    """The model as transformers made it, or with bottleneck adapters in it."""
+    """The model of transformers, without the PeftModel around it."""
     return lm.get_base_model() if isinstance(lm, PeftModel) else lm
 
 
@@ -102,9 +102,9 @@ def has_virtual_tokens(lm: nn.Module) -> bool:
 
 
 def with_virtual_tokens(lm: PeftModel, input_ids: torch.Tensor) -> dict[str, object]:
-    """What the decoder gets for input_ids [B, S] when N virtual tokens are tuned.
+    """The decoder's inputs for input_ids [B, S] with N virtual tokens in front.
 
-    prefix: keys and values of N positions as attention cache. prompt: embeddings [B, N + S, H].
+    Prefix tuning: their keys and values as attention cache. Prompt tuning: embeddings [B, N + S, H].
     """
     virtual = lm.get_prompt(batch_size=len(input_ids))
     if lm.active_peft_config.peft_type == "PREFIX_TUNING":
@@ -114,31 +114,31 @@ def with_virtual_tokens(lm: PeftModel, input_ids: torch.Tensor) -> dict[str, obj
 
 
 def is_decayed(name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay applies: to matrices, and not to norms, biases or the factors of IA3, which rest at 1."""
-    shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 keeps the shape of what it has partitioned
+    """Whether weight decay applies: to matrices, but not to norms, biases or the vectors of IA3, which start at 1."""
+    shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 keeps the shape of a partitioned weight
     return len(shape) >= 2 and ".ia3_l." not in name
 
 
 def is_adapted(lm: nn.Module) -> bool:
-    """Whether a part was added to be tuned, rather than the model itself."""
+    """Whether the model has an adapter."""
     return isinstance(lm, PeftModel) or has_adapters(lm)
 
 
 def save_adapter(lm: nn.Module, folder: Path) -> None:
-    """Write what was tuned, and which base it belongs to. Trained weights have to be whole in this process."""
+    """Write the adapter of `lm` and its base's fingerprint. The adapter's weights must not be partitioned."""
     if not isinstance(lm, PeftModel):
         save_adapters(lm, folder)
     elif has_virtual_tokens(lm):
         _save_virtual_tokens(lm, folder)
     else:
-        # Rows of added tokens are in the adapter as it is; whole embeddings would make it many times larger.
+        # The adapter already has the rows of added tokens; whole embeddings would make it many times larger.
         lm.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
     base = base_of(lm)
     record_base(base, base.base_revision, folder)
 
 
 def _save_virtual_tokens(lm: PeftModel, folder: Path) -> None:
-    """As peft does, except that it would run the prompt's module, which under ZeRO-3 waits for the other ranks."""
+    """Like peft's save_pretrained, which however calls the prompt's module, and with ZeRO-3 waits for other ranks."""
     config = copy.deepcopy(lm.active_peft_config)
     config.inference_mode = True
     config.save_pretrained(folder)
@@ -149,10 +149,10 @@ def _save_virtual_tokens(lm: PeftModel, folder: Path) -> None:
 def load_adapter(
     base: PreTrainedModel, folder: Path, revision: str | None = None, vocabulary_size: int = 0
 ) -> nn.Module:
-    """`base` with the adapter of `folder`, of whatever kind, for use.
+    """`base` in evaluation mode with the adapter of `folder`, which may be of any method.
 
-    revision: of `base`, if it is from the hub and not its main branch.
-    vocabulary_size: of the tokenizer, where the adapter trained tokens that the base lacks.
+    revision: of `base` if it comes from the hub. None means its main branch.
+    vocabulary_size: of the tokenizer, if the adapter trained tokens that the base lacks.
     Raises InputError if the adapter was trained on another base.
     """
     check_base(base, revision, folder)
