@@ -1,10 +1,11 @@
-"""A checkpoint to a folder that transformers, peft and vLLM load: weights, tokenizer, template, settings, card.
+"""Export of a checkpoint to a folder that transformers, peft and vLLM load: weights, tokenizer, template, model card.
 
-Needs no DeepSpeed: every checkpoint holds the weights, or the adapter, in Hugging Face form. The folder is built beside
-its place, loaded again, compared with the trained weights on logits, and only then renamed into place.
+DeepSpeed is not needed, because every checkpoint has the weights, or the adapter, in Hugging Face's format. The folder
+is written under a temporary name and loaded again. It is renamed to its final name only if its logits are those of the
+trained weights.
 
-Decoder layers stay on the disk until they are needed, so that a fully tuned model of any size takes the memory of its
-embeddings, one layer and one shard. A model with an adapter is held once, in float32, to be merged.
+Decoder layers stay on disk until they are needed. So a fully tuned model of any size takes the memory of its embeddings,
+one layer and one shard. A model with an adapter is held in memory once, in float32, to be merged.
 """
 
 import json
@@ -44,7 +45,7 @@ from trainer.model.tuning import load_adapter
 log = stage_logger("export")
 CARD_TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 CHECK_TEXT = "The quick brown fox jumps over the lazy dog. 1 2 3"
-# float32 has to come back as it was; rounding weights to bf16 moves logits by up to a few percent of the largest.
+# Of the largest logit. fp32 must be unchanged; weights rounded to bf16 change logits by up to a few percent.
 LOGIT_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
 
 
@@ -58,19 +59,19 @@ class ExportJob:
 
 
 def run(job: ExportJob) -> dict:
-    """Export the newest or best checkpoint of a run. Returns the result. Does nothing if the same is there already.
+    """Export the newest or best checkpoint of a run. Returns the result. An export that exists is not made again.
 
-    Raises InputError if there is no complete checkpoint, TunesmithError if the export does not load back equal.
+    Raises InputError if there is no complete checkpoint, and TunesmithError if the exported logits differ.
     """
-    source = chosen(job)
+    source = choose_checkpoint(job)
     if job.config.checkpoint == "newest" and not read_state(source).finished:
-        log.info(f"{source} is not the end of its training; exporting it as it is")
+        log.info(f"{source} is not the last checkpoint of its training. It is exported anyway")
     verify_manifest(source, below="weights")
     key = export_key(source, job.config, job.name)
     result = job.run.read_result("export") or {}
-    is_there = is_sealed(job.run.export) and verify_manifest(job.run.export).get("key") == key
-    if not is_there or result.get("status") != "done":
-        result = _build(job, source, key)
+    exists = is_sealed(job.run.export) and verify_manifest(job.run.export).get("key") == key
+    if not exists or result.get("status") != "done":
+        result = write_export(job, source, key)
     if job.config.to is not None:
         result["uploaded_to"] = upload(job.run.export, job.config.to, job.config.hub_token)
     verify(job.run.root)
@@ -79,33 +80,34 @@ def run(job: ExportJob) -> dict:
     return result
 
 
-def chosen(job: ExportJob) -> Path:
-    """The checkpoint that the recipe wants. Raises InputError if there is none."""
+def choose_checkpoint(job: ExportJob) -> Path:
+    """The checkpoint that the recipe selects. Raises InputError if there is none."""
     source = newest_checkpoint(job.run.checkpoints)
     if source is None:
-        raise InputError(f"{job.run.checkpoints}: no complete checkpoint. Run `tunesmith train` first.")
+        raise InputError(f"{job.run.checkpoints}: there is no complete checkpoint. Run `tunesmith train` first.")
     if job.config.checkpoint == "newest":
         return source
     metric = job.train.checkpoint.best
     if not (folders := best_checkpoints(job.run.checkpoints, metric)):
         raise InputError(
-            f"{job.run.checkpoints}: no checkpoint has a {metric}, so none is best. Set export.checkpoint=newest, or "
-            "train with train.validation, or with train.checkpoint.best=train_loss."
+            f"{job.run.checkpoints}: no checkpoint has a {metric}, so there is no best one. Set "
+            "export.checkpoint=newest, or train with train.validation or with train.checkpoint.best=train_loss."
         )
     log.info(f"{folders[0]} has the lowest {metric}: {getattr(read_state(folders[0]), metric):.4f}")
     return folders[0]
 
 
-def _build(job: ExportJob, source: Path, key: str) -> dict:
+def write_export(job: ExportJob, source: Path, key: str) -> dict:
+    """Write the export of the checkpoint `source`, check it, and replace an older one. Returns the result."""
     verify(job.run.root)
-    for leftover in job.run.root.glob(f".{job.run.export.name}.partial*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    for stale in job.run.root.glob(f".{job.run.export.name}.partial*"):
+        shutil.rmtree(stale, ignore_errors=True)
     partial = job.run.export.with_name(f".{job.run.export.name}.partial{own_token() or ''}")
     tokenizer, _ = load_tokenizer(job.model, job.train.chat_template)
     with explain_failed_write(job.run.root):
-        expected = write_form(job, source, tokenizer, partial)
-        error = check_form(job, expected, tokenizer, partial)
-        card(job, source, error).save(partial / "README.md")
+        expected = write_model(job, source, tokenizer, partial)
+        error = check_logits(job, expected, tokenizer, partial)
+        model_card(job, source, error).save(partial / "README.md")
         files = sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file())
         write_manifest(partial, files, key=key, checkpoint=source.name)
         verify(job.run.root)
@@ -118,10 +120,10 @@ def _build(job: ExportJob, source: Path, key: str) -> dict:
     }  # fmt: skip
 
 
-def write_form(job: ExportJob, source: Path, tokenizer: PreTrainedTokenizerFast, folder: Path) -> torch.Tensor:
-    """Write the weights in the form that was asked for, and everything that goes with them.
+def write_model(job: ExportJob, source: Path, tokenizer: PreTrainedTokenizerFast, folder: Path) -> torch.Tensor:
+    """Write the tokenizer and the weights into `folder`, merged or as an adapter.
 
-    Returns the logits that the trained model gives on the text of the check.
+    Returns the logits of the trained model for CHECK_TEXT. [1, S, V]
     """
     if (why := form_refusal(job.train.tuning, job.config.form)) is not None:
         raise InputError(f"{why}.")
@@ -132,7 +134,7 @@ def write_form(job: ExportJob, source: Path, tokenizer: PreTrainedTokenizerFast,
         with layers_on_disk(source / "weights", torch.float32) as trained:
             expected = logits_of(trained, tokenizer)
         with layers_on_disk(source / "weights", dtype) as trained:
-            save_whole(trained, job, tokenizer, folder)
+            save_merged(trained, job, tokenizer, folder)
         return expected
     adapted = _load_adapted(job.model, source / "weights", tokenizer)
     expected = logits_of(adapted, tokenizer)
@@ -140,35 +142,40 @@ def write_form(job: ExportJob, source: Path, tokenizer: PreTrainedTokenizerFast,
         for file in (CONFIG_FILE, WEIGHTS_FILE, BASE_FILE):
             shutil.copy2(source / "weights" / file, folder / file)
     else:
-        save_whole(adapted.merge_and_unload().to(dtype), job, tokenizer, folder)
+        save_merged(adapted.merge_and_unload().to(dtype), job, tokenizer, folder)
     return expected
 
 
 @contextmanager
 def layers_on_disk(folder: Path, dtype: torch.dtype) -> Iterator[PreTrainedModel]:
-    """A model whose decoder layers are read from its files whenever they are used, as `dtype`."""
+    """A model of `dtype` that reads each decoder layer from its files when the layer is used."""
     with torch.device("meta"):
         shape = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
     layers = [name for name, module in shape.named_modules() if isinstance(module, GradientCheckpointingLayer)]
     inside = tuple(f"{name}." for name in layers)
     others = {name.rpartition(".")[0] for name in shape.state_dict() if not name.startswith(inside)}
-    places = dict.fromkeys(sorted(others), "cpu") | dict.fromkeys(layers, "disk")
-    with tempfile.TemporaryDirectory(prefix="tunesmith-") as spare:  # for weights that are not in the files as they are
+    device_map = dict.fromkeys(sorted(others), "cpu") | dict.fromkeys(layers, "disk")
+    with tempfile.TemporaryDirectory(prefix="tunesmith-") as spare:  # for weights that have another form in the files
         yield AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, device_map=places, offload_folder=spare
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            device_map=device_map,
+            offload_folder=spare,
         ).eval()
 
 
 def _load_adapted(model: ModelConfig, adapter: Path, tokenizer: PreTrainedTokenizerFast) -> torch.nn.Module:
-    """The base with an adapter, in float32: what bf16 holds is the same there, and merging rounds once."""
+    """The base with an adapter, in float32, which represents bf16 exactly, so that merging rounds only once."""
     base = AutoModelForCausalLM.from_pretrained(
         model.path, revision=model.revision, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
     )
     return load_adapter(base.eval(), adapter, model.revision, len(tokenizer))
 
 
-def save_whole(lm: PreTrainedModel, job: ExportJob, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write a whole model a shard at a time."""
+def save_merged(lm: PreTrainedModel, job: ExportJob, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write a whole model, one shard at a time."""
     ends = sorted(end_of_turn_ids(tokenizer)) if job.train.objective == "chat" else [tokenizer.eos_token_id]
     lm.generation_config = GenerationConfig(
         bos_token_id=lm.generation_config.bos_token_id, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id
@@ -185,10 +192,10 @@ def logits_of(lm: torch.nn.Module, tokenizer: PreTrainedTokenizerFast) -> torch.
         return lm(input_ids=ids).logits
 
 
-def check_form(job: ExportJob, expected: torch.Tensor, tokenizer: PreTrainedTokenizerFast, folder: Path) -> float:
-    """Load `folder` as a user would and compare its logits with the trained model's, both in float32.
+def check_logits(job: ExportJob, expected: torch.Tensor, tokenizer: PreTrainedTokenizerFast, folder: Path) -> float:
+    """Load `folder` as a user would, and compare its logits with those of the trained model, both in float32.
 
-    Returns the largest difference as a share of the largest logit; raises TunesmithError beyond the tolerance.
+    Returns the largest difference as a fraction of the largest logit. Raises TunesmithError if it exceeds the tolerance.
     """
     if job.config.form == "adapter":
         found = logits_of(_load_adapted(job.model, folder, tokenizer), tokenizer)
@@ -200,13 +207,13 @@ def check_form(job: ExportJob, expected: torch.Tensor, tokenizer: PreTrainedToke
     if not error <= LOGIT_TOLERANCE["fp32" if lossless else "bf16"]:
         raise TunesmithError(
             f"{folder}: the exported model gives other logits than the trained one (by {error:.2%} of the largest). "
-            "Nothing was put in place; the checkpoint is untouched."
+            "No export was written, and the checkpoint is unchanged."
         )
     return error
 
 
-def card(job: ExportJob, source: Path, error: float) -> ModelCard:
-    """The model card: what the model was made of, from the results of the run."""
+def model_card(job: ExportJob, source: Path, error: float) -> ModelCard:
+    """The model card: base, data and training, from the recipe and the results of the run."""
     state = read_state(source)
     synthesis = job.run.result("synthesize")
     return ModelCard.from_template(
@@ -230,7 +237,10 @@ def card(job: ExportJob, source: Path, error: float) -> ModelCard:
 
 
 def upload(folder: Path, target: str, secret: SecretRef | None) -> str:
-    """Upload an export to `hub:<org>/<name>`, private at first. Without `secret` the library looks for a token."""
+    """Upload an export to `hub:<org>/<name>`, a private repository. Returns its address.
+
+    secret: None means that huggingface_hub finds the token. Raises InputError if `target` or `secret` is wrong.
+    """
     scheme, _, repo_id = target.partition(":")
     if scheme != "hub" or repo_id.count("/") != 1:
         raise InputError(f"export.to: {target!r} is not hub:<org>/<name>.")

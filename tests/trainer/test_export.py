@@ -242,7 +242,7 @@ def test_an_export_that_does_not_load_back_equal_is_not_put_in_place(runs, monke
     run, _ = runs["full"]
     export.run(export_job(run))
     before = (run / "export" / "manifest.json").read_text()
-    original = export.write_form
+    original = export.write_model
 
     def save_wrong(*arguments) -> torch.Tensor:
         expected = original(*arguments)
@@ -250,7 +250,7 @@ def test_an_export_that_does_not_load_back_equal_is_not_put_in_place(runs, monke
         save_file({name: tensor * 1.1 for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
         return expected
 
-    monkeypatch.setattr(export, "write_form", save_wrong)
+    monkeypatch.setattr(export, "write_model", save_wrong)
     with pytest.raises(TunesmithError, match="other logits than the trained one"):
         export.run(export_job(run, max_shard_size="3GB"))
     assert (run / "export" / "manifest.json").read_text() == before

@@ -112,9 +112,9 @@ def test_attention_by_document_is_that_under_a_mask(rows: list[list[int]], windo
 def test_attention_by_document_refuses_masks_and_caches() -> None:
     states = [torch.zeros(1, 2, 4, 8) for _ in range(3)]
     module = SimpleNamespace(num_key_value_groups=1)
-    with pytest.raises(ValueError, match="no masks and no caches"):
+    with pytest.raises(ValueError, match="neither masks nor caches"):
         attend_by_document(module, *states, torch.ones(1, 1, 4, 4))
-    with pytest.raises(ValueError, match="no masks and no caches"):
+    with pytest.raises(ValueError, match="neither masks nor caches"):
         attend_by_document(module, states[0][:, :, :1], *states[1:], None)
 
 
