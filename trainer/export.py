@@ -4,8 +4,8 @@ DeepSpeed is not needed, because every checkpoint has the weights, or the adapte
 is written under a temporary name and loaded again. It is renamed to its final name only if its logits are those of the
 trained weights.
 
-Decoder layers stay on disk until they are needed. So a fully tuned model of any size takes the memory of its embeddings,
-one layer and one shard. A model with an adapter is held in memory once, in float32, to be merged.
+Decoder layers stay on disk until they are needed. So a fully tuned model of any size takes the memory of its
+embeddings, one layer and one shard. A model with an adapter is held in memory once, in float32, to be merged.
 """
 
 import json
@@ -195,7 +195,7 @@ def logits_of(lm: torch.nn.Module, tokenizer: PreTrainedTokenizerFast) -> torch.
 def check_logits(job: ExportJob, expected: torch.Tensor, tokenizer: PreTrainedTokenizerFast, folder: Path) -> float:
     """Load `folder` as a user would, and compare its logits with those of the trained model, both in float32.
 
-    Returns the largest difference as a fraction of the largest logit. Raises TunesmithError if it exceeds the tolerance.
+    Returns the largest difference as a fraction of the largest logit. Raises TunesmithError above the tolerance.
     """
     if job.config.form == "adapter":
         found = logits_of(_load_adapted(job.model, folder, tokenizer), tokenizer)

@@ -189,7 +189,7 @@ def test_a_model_with_other_layers_is_refused_by_name() -> None:
     config = AutoConfig.for_model(
         "gpt2", n_layer=2, n_embd=32, n_head=2, vocab_size=100, bos_token_id=0, eos_token_id=0
     )
-    with pytest.raises(InputError, match=r"train\.tuning=adapter does not work with GPT2LMHeadModel, which has 0 of the 4.*train\.tuning=lora"):
+    with pytest.raises(InputError, match=r"not work with GPT2LMHeadModel, which has 0 of the 4.*train\.tuning=lora"):
         add_adapters(AutoModelForCausalLM.from_config(config), 8, "gelu")
 
 

@@ -117,14 +117,14 @@ def empty_folder(folder: Path) -> Path:
     ("make", "complaint"),
     [
         (lambda folder: folder / "absent.jsonl", r"train\.data: .*absent\.jsonl does not exist"),
-        (file_of("empty.jsonl", ""), r"empty\.jsonl: the dataset is empty"),
-        (file_of("other.jsonl", '{"prompt": "a"}\n'), r"other\.jsonl: no column `messages` \(found: prompt\)"),
+        (file_of("empty.jsonl", ""), r"empty\.jsonl: the dataset has no rows"),
+        (file_of("other.jsonl", '{"prompt": "a"}\n'), r"other\.jsonl: the columns \(prompt\) fit no format"),
         (broken_json, r"chats\.jsonl:4: not JSON"),
-        (file_of("data.csv", "a,b\n"), r"data\.csv: unknown kind of file"),
-        (file_of("bad.parquet", "not parquet"), r"bad\.parquet: cannot be read as parquet"),
-        (empty_folder, r"nothing: not a dataset folder"),
+        (file_of("data.csv", "a,b\n"), r"data\.csv: the type of the file is unknown"),
+        (file_of("bad.parquet", "not parquet"), r"bad\.parquet: the file cannot be read as parquet"),
+        (empty_folder, r"nothing: this is no dataset folder"),
         (flipped_byte, r"sealed/data-00000-of-00001\.arrow: corrupt"),
-        (cut_shard, r"saved: cannot be read as a dataset folder"),
+        (cut_shard, r"saved: the dataset folder cannot be read"),
     ],
 )
 def test_a_dataset_that_cannot_be_read_is_named(chatml, tmp_path: Path, make, complaint: str) -> None:
@@ -222,5 +222,5 @@ def test_splits_have_to_be_told_apart(tmp_path: Path) -> None:
 
     part = Dataset.from_list([{"messages": CHATS[0]}])
     DatasetDict(train=part, test=part).save_to_disk(tmp_path / "splits")
-    with pytest.raises(InputError, match=r"splits: (holds several splits|not a dataset folder)"):
+    with pytest.raises(InputError, match=r"splits: (there are several splits|this is no dataset folder)"):
         open_source(DataSource(path=str(tmp_path / "splits")), "chat")

@@ -183,7 +183,7 @@ def test_an_end_token_that_swallows_the_space_after_it_is_still_trained() -> Non
 def test_an_answer_with_an_end_token_within_is_left_out() -> None:
     """It would teach the model to stop there and to go on."""
     for name, end in (("chatml", "<|im_end|>"), ("chatml", END), ("headers", "<|eot_id|>"), ("zephyr", END)):
-        with pytest.raises(Unmaskable, match="an end token within"):
+        with pytest.raises(Unmaskable, match="contains an end token"):
             encode(TOKENIZERS[name], conversation(None, [("a", f"fig{end}pear")]))
         assert encode(TOKENIZERS[name], conversation(None, [(f"fig{end}pear", "a")])).input_ids.size
 
@@ -196,18 +196,22 @@ def with_template(template: str, *special_tokens: str) -> PreTrainedTokenizerFas
 
 def test_a_template_without_a_generation_prompt_is_an_error_where_it_opens_the_turn_with_words() -> None:
     unprompted = CHATML.replace("{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}", "")
-    with pytest.raises(InputError, match=r"no generation prompt, yet opens an assistant's turn with '<\|im_start"):
+    with pytest.raises(InputError, match=r"no generation prompt, but starts an assistant's turn with '<\|im_start"):
         encode(with_template(unprompted, "<|im_start|>", "<|im_end|>"), conversation(None, [("a", "b")]))
 
 
 def test_a_generation_prompt_that_turns_do_not_begin_with_is_an_error() -> None:
     thinking = CHATML.replace("assistant\\n' }}{%- endif %}", "assistant\\n<think>' }}{%- endif %}")
-    with pytest.raises(InputError, match=r"generation prompt .*think.* is not how it opens an assistant's turn"):
+    with pytest.raises(
+        InputError, match=r"starts an assistant's turn with other text than its generation prompt .*think"
+    ):
         encode(with_template(thinking, "<|im_start|>", "<|im_end|>"), conversation(None, [("a", "b")]))
 
 
 def test_a_template_that_fails_on_a_plain_exchange_is_an_error() -> None:
-    with pytest.raises(InputError, match="the chat template refuses it: no, a plain exchange"):
+    with pytest.raises(
+        InputError, match="the chat template refuses the conversation: no \(for a simple conversation\)"
+    ):
         encode(with_template("{{ raise_exception('no') }}"), conversation(None, [("a", "b")]))
 
 
@@ -218,7 +222,9 @@ def test_a_tokenizer_without_a_pad_token_is_enough_and_one_without_an_end_is_not
     assert trained_text(tokenizer, encode(tokenizer, conversation(None, rounds))) == "pear" + END
     endless = FAMILIES["zephyr"].tokenizer()
     endless.eos_token = endless.pad_token = None
-    with pytest.raises(InputError, match=r"a plain exchange|no special token, and the tokenizer has no eos token"):
+    with pytest.raises(
+        InputError, match=r"a simple conversation|without a special token, and the tokenizer has no eos token"
+    ):
         encode(endless, conversation(None, rounds))
     own_end = FAMILIES["chatml"].tokenizer()
     own_end.eos_token = own_end.pad_token = None

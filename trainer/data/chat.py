@@ -1,7 +1,7 @@
-"""Conversations to tokens and labels: only what the assistant says, and its end of turn, is trained.
+"""Conversations to tokens and labels. Only the assistant's messages and their end-of-turn tokens get labels.
 
-The mask is not read off the template's markers, and nothing is searched for in the text: each assistant turn is the
-difference between two renderings, one that stops before it and one that stops after it.
+The mask does not depend on a template's markers, and nothing is searched for in the text. Each assistant turn is the
+difference between two renderings of the conversation, one that stops before the turn and one that stops after it.
 """
 
 from collections.abc import Sequence
@@ -16,21 +16,21 @@ from cluster.errors import InputError
 
 CHATML_TEMPLATE = Path(__file__).with_name("chatml.jinja")
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
-IGNORE = -100  # the label that cross-entropy passes over
-TOO_LONG = "nothing to train within max_seq_len"
+IGNORE = -100  # the label that cross-entropy ignores
+TOO_LONG = "no label within max_seq_len"
 PROBE = ({"role": "user", "content": "fig"}, {"role": "assistant", "content": "plum"})
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """One document. `labels[t]` is the token that position t has to predict, or IGNORE; both have shape [T]."""
+    """One document of T tokens. `labels[t]` is the token that position t has to predict, or IGNORE."""
 
     input_ids: np.ndarray  # int32 [T]
     labels: np.ndarray  # int32 [T]
 
 
 class Unmaskable(Exception):
-    """This conversation cannot be masked right; the message is the reason under which it is counted."""
+    """A conversation cannot be masked correctly. The message is the reason under which the row is counted."""
 
 
 def user_turn(instruction: str, input_text: str | None) -> str:
@@ -39,11 +39,14 @@ def user_turn(instruction: str, input_text: str | None) -> str:
 
 
 def set_chat_template(tokenizer: PreTrainedTokenizerFast, template_file: str | None) -> int:
-    """Give `tokenizer` the template of the recipe, else its own, else ChatML. Returns how many tokens were added."""
+    """Set the recipe's template, or ChatML if `tokenizer` has none of its own. Returns the number of added tokens.
+
+    Raises InputError if the file does not exist.
+    """
     if template_file is not None:
         path = Path(template_file)
         if not path.is_file():
-            raise InputError(f"train.chat_template: {path} does not exist. Give the path of a Jinja file.")
+            raise InputError(f"train.chat_template: {path} does not exist. Set it to the path of a Jinja file.")
         tokenizer.chat_template = path.read_text()
         return 0
     if tokenizer.chat_template:
@@ -54,33 +57,37 @@ def set_chat_template(tokenizer: PreTrainedTokenizerFast, template_file: str | N
 
 
 def check_template(tokenizer: PreTrainedTokenizerFast) -> None:
-    """Raise InputError if the template opens an assistant's turn with text that would be trained as if it were said.
+    """Raise InputError if the start of an assistant's turn is not the generation prompt.
 
-    What comes before an assistant's words is told by the generation prompt, so the two have to agree.
+    An assistant's message is what follows the generation prompt. If a turn starts with other text, that text would be
+    trained as part of the message.
     """
-    unasked, asked = _probe(tokenizer, PROBE[:1]), _probe(tokenizer, PROBE[:1], add_generation_prompt=True)
+    question, prompt = _probe(tokenizer, PROBE[:1]), _probe(tokenizer, PROBE[:1], add_generation_prompt=True)
     answered = _probe(tokenizer, PROBE)
-    if not answered.startswith(asked):
+    if not answered.startswith(prompt):
         raise InputError(
-            f"the chat template's generation prompt ({asked[-40:]!r}) is not how it opens an assistant's turn, so what "
-            "is trained would differ from what is asked for later. Give another one by train.chat_template."
+            "the chat template starts an assistant's turn with other text than its generation prompt "
+            f"({prompt[-40:]!r}), so training would differ from later use. Set another train.chat_template."
         )
-    opening = answered[len(asked) :].partition(PROBE[1]["content"])[0]
-    if asked == unasked and opening.strip():
+    opening = answered[len(prompt) :].partition(PROBE[1]["content"])[0]
+    if prompt == question and opening.strip():
         raise InputError(
-            f"the chat template has no generation prompt, yet opens an assistant's turn with {opening.strip()!r}, "
-            "which would be trained. Write it under `add_generation_prompt` too, or give another train.chat_template."
+            f"the chat template has no generation prompt, but starts an assistant's turn with {opening.strip()!r}, "
+            "which would be trained. Write it under `add_generation_prompt` too, or set another train.chat_template."
         )
 
 
 def end_of_turn_ids(tokenizer: PreTrainedTokenizerFast) -> set[int]:
-    """Ids of the tokens that may end an assistant turn: eos, and the special token the template closes a turn with."""
+    """Ids of the tokens that may end an assistant turn: eos, and the special token with which the template ends a turn.
+
+    Raises InputError if the template ends a turn without a special token.
+    """
     last = tokenizer(_probe(tokenizer, PROBE).rstrip(), add_special_tokens=False)["input_ids"][-1]
     if last not in set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder):
         eos = "" if tokenizer.eos_token_id is not None else ", and the tokenizer has no eos token"
         raise InputError(
-            f"the chat template closes an assistant turn with no special token{eos}, so the model could not learn to "
-            "stop. Give another one by train.chat_template."
+            f"the chat template ends an assistant turn without a special token{eos}, so the model could not learn to "
+            "stop. Set another train.chat_template."
         )
     return {last} | ({tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set())
 
@@ -94,10 +101,10 @@ def encode_chat(
 ) -> Encoded:
     """Tokens and labels of one conversation, cut at `max_seq_len` tokens.
 
-    If it is not finished, as an answer that was cut off when it was written, its last turn gets no end.
-    Raises Unmaskable if the template refuses the conversation or rewrites earlier turns, a token straddles the border
-    of an assistant turn, the end of a turn would not be trained or comes within it, or nothing of an assistant turn is
-    left after the cut.
+    is_finished: False means that the last answer was cut off when it was generated. It then gets no end-of-turn token.
+
+    Raises Unmaskable if the template refuses the conversation or rewrites earlier turns, if a token crosses the border
+    of an assistant turn, if an end-of-turn token is missing or is inside a message, or if the cut leaves no label.
     """
     check_messages(messages)
     text = _render(tokenizer, messages)
@@ -106,7 +113,7 @@ def encode_chat(
         raise Unmaskable("no assistant turn")
     ends = tokenizer.convert_ids_to_tokens(sorted(terminators))
     if any(end in messages[turn]["content"] for turn in answers for end in ends):
-        raise Unmaskable("an assistant turn has an end token within")
+        raise Unmaskable("an assistant turn contains an end token")
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids = np.asarray(encoding["input_ids"], dtype=np.int32)
     starts, stops = np.asarray(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2).T
@@ -115,11 +122,13 @@ def encode_chat(
     for turn in answers:
         begin, end = _assistant_span(tokenizer, messages, turn, text)
         overlapping = (starts < end) & (stops > begin)
-        inside = overlapping & (starts >= begin) & ((stops <= end) | closing)  # some end tokens swallow the space after
+        inside = (
+            overlapping & (starts >= begin) & ((stops <= end) | closing)
+        )  # some end tokens include the space after them
         if (inside != overlapping).any():
-            raise Unmaskable("a token straddles the border of an assistant turn")
+            raise Unmaskable("a token crosses the border of an assistant turn")
         if not inside.any() or not closing[np.flatnonzero(inside)[-1]]:
-            raise Unmaskable("the end of an assistant turn would not be trained")
+            raise Unmaskable("an assistant turn has no end token")
         trained |= inside
     if not is_finished and answers[-1] == len(messages) - 1:
         without_end = int(np.flatnonzero(trained)[-1])
@@ -128,26 +137,26 @@ def encode_chat(
 
 
 def encode_text(ids: Sequence[int], end_id: int, max_seq_len: int) -> Encoded:
-    """Tokens and labels of plain text: every token is trained, and the end too unless the text had to be cut."""
+    """Tokens and labels of plain text. Every token gets a label, and so does the end if the text is not cut."""
     whole = np.asarray([*ids, end_id], dtype=np.int32)[:max_seq_len]
     return _shifted(whole, np.ones(len(whole), dtype=bool))
 
 
 def check_messages(messages: object) -> None:
-    """Raise Unmaskable unless `messages` is a list of {role, content} with texts for both."""
+    """Raise Unmaskable if `messages` is not a list of {role, content} with text in both, or starts with an answer."""
     if not isinstance(messages, list | tuple) or not messages:
         raise Unmaskable("`messages` is not a list of turns")
     for message in messages:
         if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
             raise Unmaskable("a turn has no role or no text")
     if messages[0]["role"] == "assistant":
-        raise Unmaskable("the assistant opens the conversation")
+        raise Unmaskable("the assistant starts the conversation")
 
 
 def _assistant_span(
     tokenizer: PreTrainedTokenizerFast, messages: Sequence[dict], turn: int, text: str
 ) -> tuple[int, int]:
-    """Character range of an assistant turn in the rendered `text`, its end-of-turn token included."""
+    """Character range of an assistant turn in the rendered `text`, including its end-of-turn token."""
     before = _render(tokenizer, messages[:turn], add_generation_prompt=True)
     through = _render(tokenizer, messages[: turn + 1])
     if not (text.startswith(through) and through.startswith(before)):
@@ -156,11 +165,11 @@ def _assistant_span(
 
 
 def _probe(tokenizer: PreTrainedTokenizerFast, messages: Sequence[dict], add_generation_prompt: bool = False) -> str:
-    """A plain exchange in the template. Raises InputError if even that fails."""
+    """A simple conversation as the template renders it. Raises InputError if the template refuses it."""
     try:
         return _render(tokenizer, messages, add_generation_prompt)
     except Unmaskable as error:
-        raise InputError(f"{error}, a plain exchange. Give another one by train.chat_template.") from error
+        raise InputError(f"{error} (for a simple conversation). Set another train.chat_template.") from error
 
 
 def _render(tokenizer: PreTrainedTokenizerFast, messages: Sequence[dict], add_generation_prompt: bool = False) -> str:
@@ -169,7 +178,7 @@ def _render(tokenizer: PreTrainedTokenizerFast, messages: Sequence[dict], add_ge
             list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
         )
     except TemplateError as error:
-        raise Unmaskable(f"the chat template refuses it: {error}") from error
+        raise Unmaskable(f"the chat template refuses the conversation: {error}") from error
 
 
 def _shifted(ids: np.ndarray, trained: np.ndarray) -> Encoded:

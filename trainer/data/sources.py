@@ -1,4 +1,4 @@
-"""Datasets of several shapes, opened and read as conversations, or as plain texts.
+"""Datasets in several formats, opened and read as conversations or as plain texts.
 
 dataset, format = open_source(DataSource(path="alpaca_data.json"), "chat")
 messages = format.messages(dataset[0])        # [{"role": "user", ...}, {"role": "assistant", ...}]
@@ -19,7 +19,7 @@ from trainer.config.data import DataSource
 from trainer.data.chat import Unmaskable, user_turn
 
 LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
-# Who speaks in ShareGPT's files and those made after them. What was written by any model is the assistant's.
+# Speaker in ShareGPT's files and in files of the same format -> role. Every model is the assistant.
 SPEAKERS = {
     "human": "user", "user": "user", "system": "system",
     "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
@@ -29,15 +29,15 @@ SPEAKERS = {
 
 @dataclass(frozen=True)
 class Format:
-    """A shape of rows: the columns it needs, those it reads if they are there, and how a row becomes messages."""
+    """A format of rows: required columns, optional columns, and how a row becomes messages."""
 
     name: str
-    needed: tuple[str, ...]
+    required: tuple[str, ...]
     optional: tuple[str, ...]
-    messages: Callable[[dict], object]  # raises Unmaskable; its answer may still be malformed
+    messages: Callable[[dict], object]  # raises Unmaskable; the messages may still be malformed
 
 
-def _own(row: dict) -> object:
+def _messages(row: dict) -> object:
     return row["messages"]
 
 
@@ -69,9 +69,9 @@ def _sharegpt(row: dict) -> list[dict]:
     return messages
 
 
-# Told by their columns in this order; `finish_reason` says of our own rows whether the answer came to its end.
+# The first format whose required columns exist is used. `finish_reason` of synthesized rows: whether the answer ended.
 CHAT_FORMATS = (
-    Format("messages", ("messages",), ("finish_reason",), _own),
+    Format("messages", ("messages",), ("finish_reason",), _messages),
     Format("sharegpt", ("conversations",), (), _sharegpt),
     Format("alpaca", ("instruction", "output"), ("input",), _alpaca),
 )
@@ -80,28 +80,30 @@ FORMATS = {form.name: form for form in (*CHAT_FORMATS, TEXT_FORMAT)}
 
 
 def open_source(source: DataSource, objective: str, key: str = "train.data") -> tuple[Dataset, Format]:
-    """Open a source; its columns get the names that its format gives them.
+    """Open a source, with its columns renamed to those of its format. `key` is the recipe's, for errors.
 
-    Raises InputError if it is missing, corrupt, empty, or has not the columns of its format or of any.
+    Raises InputError if the source is missing, corrupt or empty, or lacks the columns of its format, or of any format.
     """
     path = Path(source.path)
     dataset = _open(path, key)
     if dataset.num_rows == 0:
-        raise InputError(f"{path}: the dataset is empty. Give one with rows.")
+        raise InputError(f"{path}: the dataset has no rows. Choose another one.")
     found = dataset.column_names
     if absent := [theirs for theirs in source.columns.values() if theirs not in found]:
-        raise InputError(f"train.data: {path} has no column `{absent[0]}`, which `columns` names ({_listed(found)}).")
+        raise InputError(
+            f"train.data: {path} has no column `{absent[0]}`, which `columns` names. It has {', '.join(found)}."
+        )
     named = {theirs: ours for ours, theirs in source.columns.items()}
     if clashing := [ours for theirs, ours in named.items() if ours in found and ours != theirs and ours not in named]:
         dataset = dataset.remove_columns(clashing)
     dataset = dataset.rename_columns({theirs: ours for theirs, ours in named.items() if theirs != ours})
     form = _format_of(source, objective, dataset.column_names)
-    if missing := [column for column in form.needed if column not in dataset.column_names]:
+    if missing := [column for column in form.required if column not in dataset.column_names]:
         raise InputError(
-            f"{path}: no column `{missing[0]}` (found: {', '.join(found)}), which the format {form.name} needs. "
-            "Say what it is called here by `columns`, or give another `format`."
+            f"{path}: there is no column `{missing[0]}`, which the format {form.name} requires. It has "
+            f"{', '.join(found)}. Name the column in train.data's `columns`, or set another `format`."
         )
-    kept = [column for column in (*form.needed, *form.optional) if column in dataset.column_names]
+    kept = [column for column in (*form.required, *form.optional) if column in dataset.column_names]
     return dataset.select_columns(kept), form
 
 
@@ -111,31 +113,29 @@ def _format_of(source: DataSource, objective: str, columns: list[str]) -> Format
     if objective == "text":
         return TEXT_FORMAT
     for form in CHAT_FORMATS:
-        if all(column in columns for column in form.needed):
+        if all(column in columns for column in form.required):
             return form
     raise InputError(
-        f"{source.path}: no column `messages` (found: {', '.join(columns)}), nor those of another format: "
-        "`conversations`, or `instruction` and `output`. Say by train.data's `columns` what they are called here; for "
-        "plain text set train.objective=text and name the column `text`."
+        f"{source.path}: the columns ({', '.join(columns)}) fit no format. A format needs `messages`, or "
+        "`conversations`, or `instruction` and `output`. Name the columns in train.data's `columns`, or for plain text "
+        "set train.objective=text and name the column `text`."
     )
-
-
-def _listed(columns: list[str]) -> str:
-    return f"found: {', '.join(columns)}"
 
 
 def _open(path: Path, key: str) -> Dataset:
     if not path.exists():
-        raise InputError(f"{key}: {path} does not exist. Give a dataset folder or a .jsonl, .parquet or .arrow file.")
+        raise InputError(
+            f"{key}: {path} does not exist. Set a dataset folder or a .jsonl, .json, .parquet or .arrow file."
+        )
     if not path.is_dir():
         return _open_file(path)
     if is_sealed(path):
         verify_manifest(path)
     elif not (path / "state.json").is_file():
-        raise InputError(f"{path}: not a dataset folder (no manifest.json and no state.json). Give one, or a file.")
+        raise InputError(f"{path}: this is no dataset folder, because it has neither manifest.json nor state.json.")
     dataset = _open_folder(path)
     if not isinstance(dataset, Dataset):
-        raise InputError(f"{path}: holds several splits ({', '.join(dataset)}). Give the folder of one of them.")
+        raise InputError(f"{path}: there are several splits ({', '.join(dataset)}). Choose the folder of one of them.")
     return dataset
 
 
@@ -144,23 +144,23 @@ def _open_folder(path: Path) -> Dataset | DatasetDict:
         return load_from_disk(str(path))
     except (OSError, ValueError, KeyError) as error:  # ArrowInvalid and JSONDecodeError are ValueErrors
         reason = str(error).splitlines()[0]
-        raise InputError(f"{path}: cannot be read as a dataset folder ({reason}). Fix or replace it.") from error
+        raise InputError(f"{path}: the dataset folder cannot be read ({reason}). Fix or replace it.") from error
 
 
 def _open_file(path: Path) -> Dataset:
     loader = LOADERS.get(path.suffix)
     if loader is None:
-        raise InputError(f"{path}: unknown kind of file. Known: {', '.join(LOADERS)}, or a dataset folder.")
+        raise InputError(f"{path}: the type of the file is unknown. Use {', '.join(LOADERS)}, or a dataset folder.")
     if path.stat().st_size == 0:
-        raise InputError(f"{path}: the dataset is empty. Give one with rows.")
+        raise InputError(f"{path}: the dataset has no rows. Choose another one.")
     try:
-        # It takes a pattern, and would look for other files where a folder's name has brackets.
+        # load_dataset takes a pattern: brackets in a folder's name would match other files.
         return load_dataset(loader, data_files=glob.escape(str(path.absolute())), split="train")
     except Exception as error:
         if path.suffix == ".jsonl":
             with contextlib.suppress(UnicodeDecodeError):
-                read_jsonl(path)  # names the line that is broken
+                read_jsonl(path)  # its error names the line
         cause = error.__cause__ or error
         raise InputError(
-            f"{path}: cannot be read as {loader} ({str(cause).splitlines()[0]}). Fix or replace it."
+            f"{path}: the file cannot be read as {loader} ({str(cause).splitlines()[0]}). Fix or replace it."
         ) from error

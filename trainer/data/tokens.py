@@ -1,4 +1,4 @@
-"""Sources to token arrays on disk, once, by rank 0; every rank then maps the same files.
+"""Sources to token arrays on disk. Rank 0 writes them once, and every rank maps the files into memory.
 
 tokens = load_tokens(prepare_tokens(config, tokenizer, sources, cache_folder))
 tokens.input_ids[tokens.offsets[d]:tokens.offsets[d + 1]]     # document d
@@ -38,25 +38,25 @@ if TYPE_CHECKING:
 
     from trainer.data.sources import Format
 
-ENCODING = 2  # changes when the same rows would give other tokens or labels, so that older caches are not used
+ENCODING = 2  # increment it if the same rows give other tokens or labels, so that older caches are not used
 
 
 @dataclass(frozen=True)
 class SourceFacts:
-    """What became of one source."""
+    """How many rows of one source were encoded, and why others were dropped."""
 
     path: str
     format: str
     num_documents: int
-    dropped: dict[str, int]  # reason -> rows left out
+    dropped: dict[str, int]  # reason -> number of rows
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """All documents of a job end to end, source by source. `offsets` [D + 1] says where each begins."""
+    """All documents of a job, joined end to end, source by source. Document d starts at `offsets[d]`."""
 
-    input_ids: np.ndarray  # int32 [N], as labels a memory map
-    labels: np.ndarray  # int32 [N]
+    input_ids: np.ndarray  # int32 [N], a memory map
+    labels: np.ndarray  # int32 [N], a memory map
     offsets: np.ndarray  # int64 [D + 1]
     sources: tuple[SourceFacts, ...]
 
@@ -70,12 +70,12 @@ class Tokens:
 
     @cached_property
     def trained_lengths(self) -> np.ndarray:
-        """Labels of every document."""
+        """Number of labels of every document. int64 [D]"""
         return np.add.reduceat(self.labels != IGNORE, self.offsets[:-1], dtype=np.int64)
 
     @property
     def dropped(self) -> dict[str, int]:
-        """Reason -> rows left out, over all sources."""
+        """Reason -> number of dropped rows, over all sources."""
         total: Counter[str] = Counter()
         for source in self.sources:
             total.update(source.dropped)
@@ -83,7 +83,7 @@ class Tokens:
 
     @property
     def num_trained(self) -> int:
-        """Tokens with a label."""
+        """Number of tokens with a label."""
         return int((self.labels != IGNORE).sum())
 
     def span(self, document: int) -> slice:
@@ -91,7 +91,7 @@ class Tokens:
 
 
 def cache_key(config: TrainConfig, tokenizer: PreTrainedTokenizerFast, sources: Sequence[DataSource]) -> str:
-    """What the tokens depend on: data and how it is read, tokenizer, template and cut."""
+    """A hash of everything that the tokens depend on: data, its columns, tokenizer, chat template, max_seq_len."""
     facts = []
     for source in sources:
         path = Path(source.path)
@@ -114,10 +114,10 @@ def prepare_tokens(
     cache_folder: Path,
     key: str = "train.data",
 ) -> Path:
-    """Encode every row of `sources` into a folder below `cache_folder`, unless it is there. Returns that folder.
+    """Encode every row of `sources` into a folder below `cache_folder`, unless it exists. Returns that folder.
 
-    Rows that cannot be masked right are left out and counted by reason. Raises InputError, which names `key` of
-    the recipe, if a source cannot be read or none of it is left.
+    Rows that cannot be masked correctly are dropped and counted by reason. Raises InputError, which names the recipe's
+    `key`, if a source cannot be read or none of its rows is left.
     """
     from trainer.data.sources import (
         open_source,  # imports datasets: a second that only the rank that encodes has to spend
@@ -155,18 +155,18 @@ def prepare_tokens(
 
 
 def refuse_untrainable(source: SourceFacts, max_seq_len: int, key: str) -> None:
-    """Raise InputError if no row of a source is left."""
+    """Raise InputError if no row of a source could be encoded."""
     if source.num_documents:
         return
     reasons = ", ".join(f"{reason}: {count}" for reason, count in Counter(source.dropped).most_common())
-    fix = "Give another dataset, or another train.chat_template."
+    fix = "Use another dataset, or another train.chat_template."
     if set(source.dropped) == {TOO_LONG}:
-        fix = f"Its prompts alone fill {max_seq_len} tokens: raise train.max_seq_len."
-    raise InputError(f"{key}: no row of {source.path} can be trained ({reasons}). {fix}")
+        fix = f"Its prompts alone fill {max_seq_len} tokens. Raise train.max_seq_len."
+    raise InputError(f"{key}: no row of {source.path} can be trained on ({reasons}). {fix}")
 
 
 def load_tokens(folder: Path) -> Tokens:
-    """Map what `prepare_tokens` wrote."""
+    """Map the files that `prepare_tokens` wrote."""
     facts = json.loads((folder / "tokens.json").read_text())
     return Tokens(
         np.memmap(folder / "input_ids.bin", dtype=np.int32, mode="r"),
@@ -202,7 +202,7 @@ def _encode_texts(
 ) -> Iterator[Encoded]:
     if tokenizer.eos_token_id is None:
         raise InputError(
-            "train.objective=text: the tokenizer has no eos token, so no text would ever end. Give it one."
+            "train.objective=text needs a tokenizer with an eos token, so that a text can end. Use another model."
         )
     for batch in dataset.iter(batch_size=1000):
         texts = [text for text in batch["text"] if isinstance(text, str) and text]
@@ -212,4 +212,4 @@ def _encode_texts(
             if ids:
                 yield encode_text(ids, tokenizer.eos_token_id, config.max_seq_len)
             else:
-                dropped["no text"] += 1  # such as spaces, where the tokenizer drops them
+                dropped["no text"] += 1  # such as spaces that the tokenizer drops
