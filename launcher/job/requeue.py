@@ -85,7 +85,8 @@ def verify_own_claim(run: RunDir, job: SubmittedJob) -> None:
 def record_cancelled(run: RunDir, job: SubmittedJob) -> None:
     event(run, job, "cancelled")
     result = run.read_result(job.stage) or {"status": "preempted"}
-    write_json(run.result(job.stage), result | {"cancelled": True})
+    if result["status"] != "done":
+        write_json(run.result(job.stage), result | {"cancelled": True})
 
 
 def event(run: RunDir, job: SubmittedJob, name: str, **fields: object) -> None:
