@@ -110,7 +110,7 @@ def check_inputs(run: RunDir, inputs: Inputs) -> None:
 
     Raises InputError naming what has changed.
     """
-    path = run.data / "inputs.json"
+    path = run.inputs
     if not path.is_file():
         run.data.mkdir(parents=True, exist_ok=True)
         write_json(path, inputs.identity)

@@ -43,7 +43,7 @@ class DataSink:
         for leftover in run.data.glob(".progress.json.*.tmp"):
             leftover.unlink()
         if progress is None:
-            remove_progress(run)
+            remove_checkpoint(run)
             writers = {name: DatasetWriter(run.data / name, SCHEMAS[name], rows_per_shard) for name in SCHEMAS}
         else:
             self._number, self._committed = progress["checkpoint"], progress["datasets"]
@@ -62,7 +62,7 @@ class DataSink:
 
         Raises InputError if the data is sealed, if it was made from other inputs, or if its files are damaged.
         """
-        path = run.data / "progress.json"
+        path = run.progress
         if is_sealed(run.synthesized):
             raise InputError(f"{run.data}: already finished. Remove it to start again.")
         if not path.is_file():
@@ -122,7 +122,7 @@ class DataSink:
             "state": state,
         }
         verify(self._run.root)
-        write_atomic(self._run.data / "progress.json", json.dumps(progress, ensure_ascii=False))
+        write_atomic(self._run.progress, json.dumps(progress, ensure_ascii=False))
         self._committed = datasets
         for writer in self._writers.values():
             writer.remove_old_tails()
@@ -142,12 +142,12 @@ class DataSink:
         self._instructions.seal(**fields)
         verify(self._run.root)
         self._rows.seal(**fields)
-        remove_progress(self._run)
+        remove_checkpoint(self._run)
 
 
-def remove_progress(run: RunDir) -> None:
+def remove_checkpoint(run: RunDir) -> None:
     """Remove the last checkpoint. It may remain beside sealed data, if the process was killed after sealing."""
-    (run.data / "progress.json").unlink(missing_ok=True)
+    run.progress.unlink(missing_ok=True)
     for name in SCHEMAS:
         for path in (run.data / name).glob("tail-*.arrow"):
             path.unlink()

@@ -33,7 +33,7 @@ from generation.metrics import Reporter, list_counts
 from generation.request_log import RequestLog
 from generation.requester import Requester
 from generation.serving import serving
-from generation.sink import DataSink, remove_progress
+from generation.sink import DataSink, remove_checkpoint
 from generation.state import Timers, from_json
 
 log = stage_logger(STAGE)
@@ -77,8 +77,8 @@ def run(config: SynthesisConfig, model: ModelConfig, engine: EngineConfig, run: 
 
 def _skip(inputs: Inputs, run: RunDir) -> dict | None:
     """The result of a finished dataset. None means that a budget cut the dataset short and has been raised since."""
-    for name in ("rejected", "instructions"):
-        verify_manifest(run.data / name)
+    verify_manifest(run.rejected)
+    verify_manifest(run.instructions)
     manifest = verify_manifest(run.synthesized)
     counts, budget = manifest["counts"], inputs.config.budget.model_dump()
     if spent := counts["spent_budget"]:
@@ -86,9 +86,9 @@ def _skip(inputs: Inputs, run: RunDir) -> dict | None:
         if new is None or new > old:
             log.info(f"{manifest['rows']} rows were made before {counts['stopped_because']}; continuing")
             (run.synthesized / "manifest.json").unlink()
-            remove_progress(run)
+            remove_checkpoint(run)
             return None
-    remove_progress(run)
+    remove_checkpoint(run)
     log.info(f"already done: {manifest['rows']} rows in {run.synthesized}, skipped")
     if hint := budget_hint(counts, inputs.config.budget):
         log.info(f"INCOMPLETE ({counts['stopped_because']}). {hint}")
@@ -160,7 +160,7 @@ def open_sink(run: RunDir, config: SynthesisConfig, inputs_sha: str) -> tuple[Da
     limit = config.budget.max_rows
     if checkpoint is None or limit is None or sink.num_rows < limit:
         return sink, checkpoint
-    remove_progress(run)
+    remove_checkpoint(run)
     return DataSink.open(run, config.rows_per_shard, inputs_sha)
 
 

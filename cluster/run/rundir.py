@@ -33,6 +33,10 @@ class RunDir:
 
     data = _path("data")
     synthesized = _path("data/synthesized")
+    rejected = _path("data/rejected")
+    instructions = _path("data/instructions")
+    progress = _path("data/progress.json")  # the last checkpoint of a synthesis
+    inputs = _path("data/inputs.json")  # what the data is made from
     requests = _path("requests")  # the log of finished requests
 
     tokens = _path("tokens")  # datasets as token ids

@@ -37,7 +37,7 @@ def test_tokens_are_spent_up_to_the_limit_and_a_higher_limit_continues(unlimited
     longest = 200  # words of the longest answer here
     assert total // 2 <= made.requester.num_completion_tokens <= total // 2 + longest
     with RequestLog(tmp_path / "requests") as log:
-        assert log.ids() == {request.request_id for request in pool.requests}  # all that was asked is saved
+        assert log.ids() == {request.request_id for request in pool.requests}  # every request is saved
     again = CoroutinePool(timing + 10)
     finished = go_on(tmp_path, again, with_budget(max_completion_tokens=10 * total))
     assert {r.request_id for r in again.requests}.isdisjoint(r.request_id for r in pool.requests)
@@ -121,9 +121,9 @@ def test_speculative_requests_that_the_budget_refuses_do_not_make_a_complete_dat
 
 
 def test_the_hint_names_a_higher_limit():
-    said = budget_hint({"spent_budget": "max_rows"}, BudgetConfig(max_rows=2_000_000))
-    assert "synthesize.budget.max_rows=4000000," in said
-    assert "synthesize.budget.max_rows=null" in said
-    said = budget_hint({"spent_budget": "max_minutes"}, BudgetConfig(max_minutes=1.5))
-    assert "synthesize.budget.max_minutes=3," in said
+    hint = budget_hint({"spent_budget": "max_rows"}, BudgetConfig(max_rows=2_000_000))
+    assert "synthesize.budget.max_rows=4000000," in hint
+    assert "synthesize.budget.max_rows=null" in hint
+    hint = budget_hint({"spent_budget": "max_minutes"}, BudgetConfig(max_minutes=1.5))
+    assert "synthesize.budget.max_minutes=3," in hint
     assert budget_hint({"spent_budget": None}, BudgetConfig()) == ""

@@ -206,19 +206,19 @@ def recorded(tmp_path) -> tuple[RunDir, ModelConfig]:
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "change"),
     [
         ({"max_concurrent_proposals": 5}, "synthesize.max_concurrent_proposals: was 4, is 5"),
         ({"num_instructions": 16}, "synthesize.num_instructions: was 15, is 16"),
         ({"row_filters": ()}, "synthesize.row_filters"),
     ],
 )
-def test_another_recipe_is_refused_and_what_changed_is_named(recorded, fields, said):
+def test_another_recipe_is_refused_and_what_changed_is_named(recorded, fields, change):
     run, model = recorded
     changed = CONFIG.model_copy(update=fields)
     with pytest.raises(InputError, match="made with other settings") as caught:
         check_inputs(run, load_inputs(changed, model, EngineConfig(), seed=1))
-    assert said in str(caught.value)
+    assert change in str(caught.value)
     check_inputs(run, load_inputs(CONFIG, model, EngineConfig(), seed=1))
 
 

@@ -36,7 +36,7 @@ def config(**judge: object) -> AnswerOnlyConfig:
     return AnswerOnlyConfig(judge=JudgeConfig(rubric=RUBRIC, **judge))
 
 
-def tally(driver: Driver) -> tuple[int, int]:
+def counts(driver: Driver) -> tuple[int, int]:
     total = driver.committed
     return total.num_requests, total.num_completion_tokens
 
@@ -85,7 +85,7 @@ def test_the_engine_may_write_only_a_score(tmp_path):
 def test_requests_to_the_judge_are_counted(tmp_path):
     plain = drive(tmp_path / "plain", judging({}), AnswerOnlyConfig())
     judged = drive(tmp_path / "judged", judging({}), config())
-    (num_plain, tokens_plain), (num_judged, tokens_judged) = tally(plain.driver), tally(judged.driver)
+    (num_plain, tokens_plain), (num_judged, tokens_judged) = counts(plain.driver), counts(judged.driver)
     assert (num_plain, num_judged) == (10, 20)
     assert tokens_judged == tokens_plain + 10  # one word a score
 

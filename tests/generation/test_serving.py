@@ -54,7 +54,11 @@ def test_each_role_has_its_own_model(models, seeds, tmp_path):
     rows = load_from_disk(str(tmp_path / "run" / "data" / "synthesized"))
     assert [row["messages"][1]["content"] for row in rows] == ["The Elbe."] * 12
     assert set(rows["model"]) == {str(models["answerer"])}
-    assert [len(generated_ids(models[role])) for role in ("writer", "judge", "answerer")] == [6, 6, 7]  # one text anew
+    assert [len(generated_ids(models[role])) for role in ("writer", "judge", "answerer")] == [
+        6,
+        6,
+        7,
+    ]  # one text is scored again
     assert result["is_complete"] and result["rejected"] == {}
 
 

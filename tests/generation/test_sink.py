@@ -14,7 +14,7 @@ from cluster.run.manifest import is_sealed, verify_manifest
 from cluster.run.rundir import RunDir
 from generation.filters import Draft, Instance, Rejection
 from generation.records import INSTRUCTION_SCHEMA, Origin, RejectedRecord, human_record
-from generation.sink import SCHEMAS, DataSink, remove_progress
+from generation.sink import SCHEMAS, DataSink, remove_checkpoint
 from tests.conftest import SmallDisk
 from tests.generation.harness import read_rows
 
@@ -46,7 +46,7 @@ def open_sink(run: RunDir) -> tuple[DataSink, int]:
 def work(run: RunDir, until: int = NUM_STEPS) -> None:
     """Do the remaining steps, as the stage would."""
     if is_sealed(run.synthesized):
-        remove_progress(run)
+        remove_checkpoint(run)
         return
     sink, num_done = open_sink(run)
     for step in range(num_done, until):

@@ -124,18 +124,18 @@ def test_a_spent_budget_seals_the_data_and_a_higher_one_makes_the_same_bytes(und
     budget = BudgetConfig(max_completion_tokens=limit)
     engine = scripted(max_num_seqs=8)
     cut = synthesize(model, tmp_path / "run", NUM_INSTRUCTIONS, engine, budget=budget)
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert (cut["is_complete"], cut["spent_budget"]) == (False, "max_completion_tokens")
-    assert f"INCOMPLETE (budget.max_completion_tokens={limit} reached)" in said
-    assert f"synthesize.budget.max_completion_tokens={2 * limit}," in said
+    assert f"INCOMPLETE (budget.max_completion_tokens={limit} reached)" in output
+    assert f"synthesize.budget.max_completion_tokens={2 * limit}," in output
     assert verify_manifest(tmp_path / "run" / "data" / "synthesized")["rows"] == cut["num_rows"]
     again = synthesize(model, tmp_path / "run", NUM_INSTRUCTIONS, engine, budget=budget)
-    said = capsys.readouterr().out
-    assert (again, "already done" in said, "INCOMPLETE" in said) == (cut, True, True)
-    asked = generated_ids(model)
+    output = capsys.readouterr().out
+    assert (again, "already done" in output, "INCOMPLETE" in output) == (cut, True, True)
+    generated = generated_ids(model)
     synthesize(model, tmp_path / "run", NUM_INSTRUCTIONS, engine)
     assert contents(tmp_path / "run") == undisturbed[0]
-    assert set(asked).isdisjoint(generated_ids(model)[len(asked) :])
+    assert set(generated).isdisjoint(generated_ids(model)[len(generated) :])
 
 
 def test_progress_metrics_and_summary_report_speed_and_time_left(undisturbed, model, tmp_path, capsys, monkeypatch):
@@ -217,10 +217,10 @@ def test_a_signal_preempts_the_stage_and_more_signals_change_nothing(undisturbed
     wait_for_requests(model, 25, driver)
     for number in signals:
         driver.send_signal(number)
-    said, _ = driver.communicate()
-    assert driver.returncode == EXIT_PREEMPTED, said
+    output, _ = driver.communicate()
+    assert driver.returncode == EXIT_PREEMPTED, output
     logged = logged_ids(tmp_path / "run", tmp_path / "copy")
-    assert f"Preempted: stopped by {signals[0].name}; {len(logged)} finished requests are saved" in said
+    assert f"Preempted: stopped by {signals[0].name}; {len(logged)} finished requests are saved" in output
     assert [event["event"] for event in events(tmp_path / "run")] == ["started", "preempted"]
     synthesize(model, tmp_path / "run", NUM_INSTRUCTIONS, scripted(max_num_seqs=8))
     assert contents(tmp_path / "run") == undisturbed[0]
