@@ -1,18 +1,18 @@
-"""A scripted engine: a pure function of prompt and sampling, with faults on order.
+"""A scripted engine: a pure function of prompt and sampling, with faults.
 
-It stands where VLLMEngine stands (`backend="tests.fakes:ScriptedEngine"`). The model folder's file `script` (JSON)
-says how it behaves, so that each test scripts its own engines though all share one Ray:
+It replaces VLLMEngine (`backend="tests.fakes:ScriptedEngine"`). The file `script` (JSON) in the model's folder sets its
+behavior, so tests that share one Ray have engines of their own:
 
-    latency_ms    up to so many milliseconds per request, drawn anew each time
-    die_at        numbers of requests, counted over all engines, at which the engine is killed
-    poison        a prompt with this text kills the engine
-    stall         a prompt with this text is never answered, and makes no token
-    dribble       a prompt with this text makes a token every 50 ms for 3 s before it is answered
-    ms_per_token  milliseconds from one token of a request to the next
-    slow_ms_per_token   the same for the engine that starts first
-    say           {text in a prompt: what it is answered}, cut at max_tokens words
-    refuse        a prompt with this text is an error
-    fail_start    the engine raises this when it starts
+    latency_ms         upper bound of the time of a request, which is random
+    die_at             numbers of requests, counted over all engines, at which the engine is killed
+    poison             a prompt with this text kills the engine
+    stall              a prompt with this text gets no token and no answer
+    trickle            a prompt with this text gets a token every 50 ms for 3 s before it is answered
+    ms_per_token       milliseconds from one token of a request to the next
+    slow_ms_per_token  the same for the engine that starts first
+    answers            {text in a prompt: its answer}, cut at max_tokens words
+    refuse             a prompt with this text is an error
+    fail_start         the engine raises this when it starts
 """
 
 import asyncio
@@ -48,12 +48,12 @@ def write_script(model_folder: Path, **script: object) -> ModelConfig:
 
 
 def scripted(**fields: object) -> EngineConfig:
-    """A config of scripted engines, small enough for several on any machine."""
+    """A config of scripted engines, several of which fit on any machine."""
     return EngineConfig(**{"backend": "tests.fakes:ScriptedEngine", "cpus_per_engine": 0.1, **fields})
 
 
 def generated_ids(model_folder: Path) -> list[str]:
-    """Ids of all requests that any engine of this model finished, in order."""
+    """Ids of all requests that the engines of this model finished, in order."""
     log = model_folder / "generated"
     return log.read_text().split() if log.exists() else []
 
@@ -92,7 +92,7 @@ class ScriptedEngine:
             os._exit(1)
         if self._script.get("stall", "\0") in prompt:
             await asyncio.Event().wait()
-        if self._script.get("dribble", "\0") in prompt:
+        if self._script.get("trickle", "\0") in prompt:
             for _ in range(60):
                 await asyncio.sleep(0.05)
                 self._num_tokens += 1
@@ -102,7 +102,7 @@ class ScriptedEngine:
         if num_prompt_tokens > self._max_model_len:
             return Completion.failed(request, "prompt_too_long")
         await asyncio.sleep(self._clock.random() * self._script.get("latency_ms", 0) / 1000)
-        samples = tuple(self._say(prompt, request.sampling, number) for number in range(request.sampling.n))
+        samples = tuple(self._sample(prompt, request.sampling, number) for number in range(request.sampling.n))
         for _ in range(max(sample.num_tokens for sample in samples)):
             if self._seconds_per_token:
                 await asyncio.sleep(self._seconds_per_token)
@@ -111,8 +111,8 @@ class ScriptedEngine:
             os.kill(os.getpid(), signal.SIGKILL)
         return Completion(request.request_id, samples, num_prompt_tokens)
 
-    def _say(self, prompt: str, sampling: Sampling, number: int) -> Sample:
-        for part, text in self._script.get("say", {}).items():
+    def _sample(self, prompt: str, sampling: Sampling, number: int) -> Sample:
+        for part, text in self._script.get("answers", {}).items():
             if part in prompt:
                 words = text.split(" ")[: sampling.max_tokens]
                 is_cut = len(text.split(" ")) > sampling.max_tokens
@@ -128,7 +128,7 @@ class ScriptedEngine:
         return True
 
     def _log(self, request_id: str) -> int:
-        """Append the id to the file `generated`; returns how many it now holds, over all engines."""
+        """Append the id to the file `generated`. Returns how many ids it now has, of all engines."""
         descriptor = os.open(self._folder / "generated", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         os.write(descriptor, f"{request_id:{LOG_LINE_BYTES - 1}}\n".encode())
         position = os.lseek(descriptor, 0, os.SEEK_CUR)
@@ -137,7 +137,7 @@ class ScriptedEngine:
 
 
 def prompt_text(prompt: Prompt) -> str:
-    """A prompt in any form as the text that the pseudo-model reads. A chat ends where the assistant speaks."""
+    """A prompt in any form as the text that the pseudo-model reads. A chat ends with the assistant's turn."""
     if isinstance(prompt, str):
         return prompt
     if isinstance(prompt[0], dict):
@@ -158,7 +158,7 @@ def sample_of(prompt: str, sampling: Sampling, number: int) -> Sample:
 
 
 def continue_prompt(prompt: str, sampling: str) -> str:
-    """What the pseudo-model says: a function of its two arguments and nothing else."""
+    """The pseudo-model's continuation: a function of its two arguments alone."""
     draw = random.Random(hashlib.sha256(f"{sampling}\0{prompt}".encode()).digest())
     if LIST_END.search(prompt):
         return "".join(f"{number}. {item}\n" for number, item in enumerate(map(_instruction, [draw] * 7), 9))[2:]

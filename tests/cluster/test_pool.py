@@ -111,7 +111,7 @@ def test_a_hung_engine_is_replaced(tmp_path):
 
 
 def test_an_engine_that_generates_tokens_but_finishes_nothing_is_not_hung(tmp_path):
-    model = write_script(tmp_path / "model", dribble="prompt 0 ")  # three seconds
+    model = write_script(tmp_path / "model", trickle="prompt 0 ")  # three seconds
     completions, stats = complete_all(scripted(stall_timeout_seconds=1), model, prompts(1))
     assert completions[0].finish_reason == "stop"
     assert stats.num_restarts == 0
@@ -140,11 +140,11 @@ def test_a_slow_engine_gets_fewer_requests_and_stays(tmp_path):
 
 
 def test_every_text_is_an_answer(tmp_path):
-    said = {"prompt 0 ": "", "prompt 1 ": "\0\ufffd\u202e\n\n### ###", "prompt 2 ": "on and " * 1000}
-    model = write_script(tmp_path / "model", say=said)
+    texts = {"prompt 0 ": "", "prompt 1 ": "\0\ufffd\u202e\n\n### ###", "prompt 2 ": "on and " * 1000}
+    model = write_script(tmp_path / "model", answers=texts)
     completions, stats = complete_all(scripted(), model, prompts(4))
     assert [each.finish_reason for each in completions] == ["stop", "stop", "length", "stop"]
-    assert [each.text for each in completions[:2]] == [said["prompt 0 "], said["prompt 1 "]]
+    assert [each.text for each in completions[:2]] == [texts["prompt 0 "], texts["prompt 1 "]]
     assert completions[2].num_completion_tokens == SAMPLING.max_tokens
     assert stats.num_requests == 4
 

@@ -28,8 +28,8 @@ def models(tmp_path) -> dict[str, Path]:
         "answerer": {"river": "The Elbe."},
         "judge": {"Equal / Not equal": "Not equal", "The score alone": "4"},
     }
-    for role, say in jobs.items():
-        write_script(tmp_path / role, say=say)
+    for role, answers in jobs.items():
+        write_script(tmp_path / role, answers=answers)
     return {role: tmp_path / role for role in jobs}
 
 
