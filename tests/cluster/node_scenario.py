@@ -1,4 +1,4 @@
-"""Engines on two Ray nodes of which one is killed: run by test_nodes.py in a process of its own, prints JSON.
+"""Engines on two Ray nodes of which one is killed: run by test_pool_nodes.py in a process of its own, prints JSON.
 
 python -m tests.cluster.node_scenario MODEL_FOLDER
 """

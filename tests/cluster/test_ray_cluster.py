@@ -115,7 +115,7 @@ def test_the_next_session_removes_the_folder_of_a_killed_one_but_not_of_a_live_o
 @pytest.mark.parametrize("address", ["auto", "http://127.0.0.1:8265", "ray://127.0.0.1:10001"])
 def test_an_address_of_another_kind_is_bad_input(short_folder, address):
     _, error = facts_of(session(short_folder, RAY_ADDRESS=address))
-    assert f"InputError: RAY_ADDRESS={address}: give the head's HOST:PORT" in error
+    assert f"InputError: RAY_ADDRESS={address}: expected the head's HOST:PORT" in error
 
 
 def test_a_temporary_folder_too_long_for_sockets_is_bad_input(short_folder):

@@ -48,4 +48,4 @@ def test_an_engine_lost_with_its_node_comes_back_with_another_node(seen):
 
 def test_with_no_node_left_the_run_fails_with_a_message(seen):
     assert "the cluster had no resources for it in engine.start_timeout_seconds=30" in seen["without_nodes"]
-    assert "start the same command again to go on" in seen["without_nodes"]
+    assert "Start the same command again to continue" in seen["without_nodes"]
