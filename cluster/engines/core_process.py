@@ -2,8 +2,8 @@
 
 vLLM starts its core, the process that computes, with "spawn" on CPUs and in Ray's actors. There the core imports all of
 vLLM again, after its parent. Forked from a process that imports vLLM while the parent does, an engine of a small model
-is up in 7 s instead of 18 s (2 cores). Engines on GPUs do not use it. The tests and the demo start dozens of engines of
-one CPU, so it saves minutes, and it costs a patch of one name in vLLM 0.32.
+is up in less than half the time (docs/measurements.md). Engines on GPUs do not use it. The tests and the demo start
+dozens of engines of one CPU, so it saves minutes, and it costs a patch of one name in vLLM 0.32.
 
     begin_import()     # first, with the environment set
     import vllm ...
