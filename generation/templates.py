@@ -1,6 +1,6 @@
 """Prompt templates: Jinja files in a sandbox, each with the hash of its text.
 
-prompts = PromptFolder(Path("generation/prompts/self_instruct"), {"classify": ("instruction",)})
+prompts = load_prompts(Path("generation/prompts/self_instruct"), {"classify": ("instruction",)})
 prompts["classify"].render(instruction="Sort the words.")
 """
 
@@ -18,7 +18,10 @@ from cluster.errors import InputError
 
 @dataclass(frozen=True)
 class Prompt:
-    """One template. name: `folder/file` without the ending. sha: of the file's text, 16 hex digits."""
+    """One template.
+
+    `name`: folder/file without the suffix. `sha`: the first 16 hex digits of the SHA-256 of the file's text.
+    """
 
     name: str
     sha: str
@@ -26,19 +29,19 @@ class Prompt:
     template: jinja2.Template
 
     def render(self, **variables: object) -> str:
-        """Fill in the template. Raises InputError if the template asks for what it may not have."""
+        """Fill in the template. Raises InputError if the template needs a value or operation that it does not get."""
         try:
             return self.template.render(**variables)
         except (jinja2.UndefinedError, SecurityError, TypeError, ValueError, OverflowError) as error:
-            raise InputError(f"{self.path}: cannot be rendered: {error}. Fix the template.") from error
+            raise InputError(f"{self.path}: the template cannot be rendered: {error}. Fix it.") from error
 
 
 def load_prompts(folder: Path, variables: Mapping[str, tuple[str, ...]]) -> dict[str, Prompt]:
-    """Load the templates that a method needs: their names, and the variables each one gets.
+    """Load templates from a folder. `variables`: for each template's name the variables that it gets.
 
-    Raises InputError for a missing file, a syntax error (with its line), or a variable that will not be there.
+    Raises InputError for a missing file, a syntax error (with its line), or a variable that the template does not get.
     """
-    # Blocks on lines of their own leave no blank lines, and a file's last line break is not part of the prompt.
+    # A block on a line of its own leaves no blank line. The last line break of a file is not part of the prompt.
     environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.globals.clear()
     return {name: _load(folder / f"{name}.jinja", environment, known) for name, known in variables.items()}
@@ -47,7 +50,9 @@ def load_prompts(folder: Path, variables: Mapping[str, tuple[str, ...]]) -> dict
 def _load(path: Path, environment: jinja2.Environment, known: tuple[str, ...]) -> Prompt:
     if not path.is_file():
         found = ", ".join(sorted(file.name for file in path.parent.glob("*.jinja"))) or "no .jinja file"
-        raise InputError(f"{path}: no such prompt. `synthesize.prompts` is a folder that holds it; there is {found}.")
+        raise InputError(
+            f"{path}: no such prompt. `synthesize.prompts` must be a folder that contains it. The folder has {found}."
+        )
     text = path.read_text(encoding="utf-8")
     try:
         unknown = meta.find_undeclared_variables(environment.parse(text)) - set(known)
@@ -55,6 +60,6 @@ def _load(path: Path, environment: jinja2.Environment, known: tuple[str, ...]) -
     except jinja2.TemplateSyntaxError as error:
         raise InputError(f"{path}:{error.lineno}: {error.message}. Fix the template.") from error
     if unknown:
-        raise InputError(f"{path}: uses {', '.join(sorted(unknown))}, but it gets only {', '.join(known)}.")
+        raise InputError(f"{path}: uses {', '.join(sorted(unknown))}, but the template gets only {', '.join(known)}.")
     sha = hashlib.sha256(text.encode()).hexdigest()[:16]
     return Prompt(f"{path.parent.name}/{path.stem}", sha, path, template)

@@ -1,6 +1,6 @@
-"""A recipe's `synthesize` section: one config model a method, told apart by `method`.
+"""The `synthesize` section of a recipe: one config model a method, chosen by `method`.
 
-Imports pydantic and does no I/O.
+It imports pydantic alone and does no I/O.
 """
 
 from typing import Annotated
@@ -8,11 +8,12 @@ from typing import Annotated
 from pydantic import Discriminator, Tag
 
 from generation.config.alpaca import AlpacaConfig
+from generation.config.answer_only import AnswerOnlyConfig
 from generation.config.common import BudgetConfig, JudgeConfig, Role, RoleConfig, RolesConfig, SynthesisConfig
 from generation.config.evol_instruct import EvolInstructConfig
-from generation.config.given import AnswerOnlyConfig, RejectionSamplingConfig
 from generation.config.instruction_wild import InstructionWildConfig
 from generation.config.magpie import MagpieConfig
+from generation.config.rejection_sampling import RejectionSamplingConfig
 from generation.config.self_instruct import SelfInstructConfig
 
 DEFAULT_METHOD = "self_instruct"

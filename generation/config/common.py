@@ -1,4 +1,4 @@
-"""What every synthesis method lets a user say: where seeds and prompts are, which models serve, what may be spent."""
+"""Settings of every synthesis method: seeds and prompts, the models of the roles, the budget."""
 
 from typing import ClassVar, Literal
 
@@ -9,106 +9,154 @@ from cluster.engines.config import EngineConfig, Sampling
 from generation.config.filters import ExactDuplicateConfig, FilterConfig, NearDuplicateConfig, NoveltyConfig
 
 Role = Literal["writer", "answerer", "judge"]
-MEMORY_CONFIGS = (NoveltyConfig, ExactDuplicateConfig, NearDuplicateConfig)  # filters that remember what has passed
+STATEFUL_FILTERS = (NoveltyConfig, ExactDuplicateConfig, NearDuplicateConfig)  # they remember accepted drafts
 
 
 class RoleConfig(StrictModel):
-    """Which model plays a role, and how it is asked."""
+    """The model of a role, and the form of its prompts."""
 
-    path: str | None = Field(None, description="folder or name on the hub; none: the recipe's `model`")
-    revision: str | None = Field(None, description="commit or tag on the hub")
-    adapter: str | None = Field(None, description="folder of a LoRA adapter, served on top of `path`")
+    path: str | None = Field(None, description="a model folder, or a name on the hub. None means the recipe's `model`")
+    revision: str | None = Field(None, description="a commit or tag on the hub. None means the newest commit of `main`")
+    adapter: str | None = Field(
+        None, description="the folder of a LoRA adapter, applied to `path`. None means no adapter"
+    )
     form: Literal["completion", "chat"] | None = Field(
         None,
-        description="completion: the prompt is continued; chat: it is the user's turn; None means the method's default",
+        description="completion means that the model continues the prompt. chat means that the prompt is the user "
+        "turn of a chat. None means the method's default",
     )
-    engine: EngineConfig | None = Field(None, description="engines of this model; none: the recipe's `engine`")
+    engine: EngineConfig | None = Field(None, description="the engines of this model. None means the recipe's `engine`")
 
 
 class RolesConfig(StrictModel):
-    """The models of a run. Roles of one model and one engine setting share their engines."""
+    """The models of the roles. Roles with the same model and the same engine settings share their engines."""
 
-    writer: RoleConfig = RoleConfig()
-    answerer: RoleConfig | None = Field(None, description="none: the writer")
-    judge: RoleConfig | None = Field(None, description="none: the answerer")
+    writer: RoleConfig = Field(RoleConfig(), description="the model that writes instructions")
+    answerer: RoleConfig | None = Field(None, description="the model that answers instructions. None means the writer")
+    judge: RoleConfig | None = Field(None, description="the model that judges answers. None means the answerer")
 
     def of(self, role: Role) -> RoleConfig:
-        """Who plays a role."""
+        """The model of a role."""
         if role == "judge" and self.judge:
             return self.judge
         return self.writer if role == "writer" or self.answerer is None else self.answerer
 
 
 class BudgetConfig(StrictModel):
-    """What a run may spend. At a limit the dataset is sealed as it is; a higher one goes on from the log."""
+    """Limits of a run. At a limit the dataset is sealed. With a higher limit the run continues from its log."""
 
-    max_rows: int | None = Field(None, ge=1, description="rows of the dataset; none: no limit")
+    max_rows: int | None = Field(None, ge=1, description="rows of the dataset. None means no limit")
     max_completion_tokens: int | None = Field(
-        None, ge=1, description="tokens that models may write, over all attempts; what is in flight then is finished"
+        None,
+        ge=1,
+        description="tokens that the models may write, over all attempts of the run. Requests in flight at the limit "
+        "are still finished. None means no limit",
     )
-    max_minutes: float | None = Field(None, gt=0, description="minutes of generating in one attempt")
+    max_minutes: float | None = Field(
+        None, gt=0, description="minutes of generation in one attempt. None means no limit"
+    )
 
 
 class JudgeSampling(Sampling):
-    """How a judge is asked."""
+    """Sampling of a judge's score."""
 
     temperature: float = Field(0.0, ge=0)
     max_tokens: int = Field(8, ge=1)
 
 
 class JudgeConfig(StrictModel):
-    """A model that scores finished rows by a rubric, 1 (useless) to 5 (excellent)."""
+    """A model that scores finished rows by a rubric, from 1 (useless) to 5 (excellent)."""
 
     rubric: str = Field(
         "The answer is correct, complete and clear, and does what the instruction asks.",
-        description="what a good row is, for the prompt",
+        description="what makes a row good. It is part of the judge's prompt",
     )
     min_score: int = Field(4, ge=1, le=5, description="rows with a lower score are rejected")
-    sampling: JudgeSampling = JudgeSampling()
+    sampling: JudgeSampling = Field(JudgeSampling(), description="sampling of the score")
 
 
 class SynthesisConfig(StrictModel):
-    """Common to all methods."""
+    """Settings of every method."""
 
-    # What does not decide the data: where things lie (what they hold does, and is compared by its hash), what may be
-    # spent, how often progress is saved and told.
+    # Settings that do not decide the data. Of seeds, prompts and models the contents decide, and they are compared by
+    # their hashes; the paths do not.
     MAY_CHANGE_ON_RESUME: ClassVar[frozenset[str]] = frozenset(
         {"seeds", "prompts", "models", "budget", "checkpoint_seconds"}
     )
 
-    seeds: str = Field("auto", description="seed tasks; auto: the model's own, else those packaged")
-    prompts: str = Field("auto", description="folder of templates; auto: the writer's own, else those packaged")
-    models: RolesConfig = RolesConfig()
-    budget: BudgetConfig = BudgetConfig()
+    seeds: str = Field(
+        "auto",
+        description="seed tasks: a JSON Lines or Parquet file, or a dataset folder. auto means those in the model "
+        "folder's `tunesmith/`, else the packaged ones",
+    )
+    prompts: str = Field(
+        "auto",
+        description="a folder of prompt templates. auto means those in the model folder's `tunesmith/`, else the "
+        "packaged ones",
+    )
+    models: RolesConfig = Field(RolesConfig(), description="the models that write, answer and judge")
+    budget: BudgetConfig = Field(BudgetConfig(), description="limits of rows, tokens and minutes")
     max_concurrent_proposals: int = Field(
         64,
         ge=1,
-        description="proposals in flight at once; decides which instructions a prompt may show, and so the data",
+        description="proposals in flight at once. A proposal is one request for instructions, or one seed task. A "
+        "prompt shows only instructions from at least this many proposals before, so this decides the data",
     )
     max_empty_requests: int = Field(
-        200, ge=1, description="the run ends after this many proposals in a row of which no instruction is accepted"
+        200, ge=1, description="the run ends after this many requests in a row without an accepted instruction"
     )
-    instruction_filters: tuple[FilterConfig, ...] = Field((), description="what an instruction must pass, in order")
-    row_filters: tuple[FilterConfig, ...] = Field((), description="what a finished row must pass, in order")
-    judge: JudgeConfig | None = Field(None, description="a model that scores finished rows; none: nobody does")
-    license: str | None = Field(None, description="license of what the model writes, for the dataset's column")
-    seed_license: str | None = Field(None, description="license of the seed tasks")
-    rows_per_shard: int = Field(10_000, ge=1, description="rows of one Arrow file")
+    instruction_filters: tuple[FilterConfig, ...] = Field((), description="filters of new instructions, in their order")
+    row_filters: tuple[FilterConfig, ...] = Field((), description="filters of finished rows, in their order")
+    judge: JudgeConfig | None = Field(None, description="score finished rows by a model. None means no scores")
+    license: str | None = Field(
+        None, description="license of the generated rows, for the column `license` of the dataset. None means unknown"
+    )
+    seed_license: str | None = Field(
+        None, description="license of the seed tasks, for the column `license` of the dataset. None means unknown"
+    )
+    rows_per_shard: int = Field(10_000, ge=1, description="rows in one Arrow file of the dataset")
     checkpoint_seconds: float = Field(
-        30.0, ge=0, description="progress is saved so often, so that a restart need not read the whole log"
+        30.0,
+        ge=0,
+        description="seconds between two checkpoints of the progress. A restart reads the request log from the last "
+        "one",
     )
 
     @field_validator("instruction_filters")
     @classmethod
     def _remember_no_outputs(cls, filters: tuple[FilterConfig, ...]) -> tuple[FilterConfig, ...]:
         for each in filters:
-            if isinstance(each, MEMORY_CONFIGS) and "output" in each.fields:
+            if isinstance(each, STATEFUL_FILTERS) and "output" in each.fields:
                 raise ValueError(
-                    f"{each.type} with the field output: what is kept here is remembered over restarts by its "
-                    "instruction and input alone. Put this filter under row_filters."
+                    f"{each.type} reads the field output, but a restart restores accepted instructions without their "
+                    "outputs. Move this filter to row_filters."
                 )
         return filters
 
     def identity(self) -> dict:
-        """All that decides the data."""
+        """The settings that decide the data, as JSON."""
         return self.model_dump(mode="json", exclude=set(self.MAY_CHANGE_ON_RESUME))
+
+
+class GeneratedInstructionsConfig(SynthesisConfig):
+    """Settings of the methods whose instructions a model generates."""
+
+    num_instructions: int = Field(100, ge=1, description="the run ends when this many instructions are accepted")
+    max_requests: int | None = Field(
+        None, ge=1, description="the run ends after this many requests for instructions. None means no limit"
+    )
+
+
+class ExistingInstructionsConfig(SynthesisConfig):
+    """Settings of the methods whose instructions are the seeds."""
+
+    max_instructions: int | None = Field(
+        None, ge=1, description="use only this many instructions, the first ones of the seeds. None means all"
+    )
+
+
+class AnswerSampling(Sampling):
+    """Sampling of an answer (our choice)."""
+
+    temperature: float = Field(0.7, ge=0)
+    max_tokens: int = Field(1024, ge=1)

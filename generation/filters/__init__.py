@@ -1,4 +1,4 @@
-"""Filters: what a draft must pass to be kept. Pure functions of a draft and of what is remembered."""
+"""Filters accept or reject drafts. A decision depends only on the draft and on the drafts remembered before it."""
 
 from generation.filters.chain import FilterChain
 from generation.filters.drafts import Decision, Draft, Neighbor, Rejection

@@ -1,4 +1,4 @@
-"""Filters in the order of a recipe, and what they remember."""
+"""The filters of a recipe, in their order."""
 
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -45,8 +45,8 @@ CHECKS: dict[type[BaseModel], Callable[..., Check]] = {
 }
 
 
-class Memory(Protocol):
-    """A filter that judges by what came before."""
+class StatefulFilter(Protocol):
+    """A filter that compares a draft with earlier drafts."""
 
     fields: tuple[FieldName, ...]
 
@@ -54,7 +54,7 @@ class Memory(Protocol):
     def remember_texts(self, ids: Sequence[str], texts: Sequence[str]) -> None: ...
 
 
-MEMORIES: dict[type[BaseModel], Callable[..., Memory]] = {
+STATEFUL_FILTERS: dict[type[BaseModel], Callable[..., StatefulFilter]] = {
     NoveltyConfig: Novelty,
     ExactDuplicateConfig: ExactDuplicates,
     NearDuplicateConfig: NearDuplicates,
@@ -62,24 +62,24 @@ MEMORIES: dict[type[BaseModel], Callable[..., Memory]] = {
 
 
 class FilterChain:
-    """Asks filter after filter. The same drafts remembered in the same order give the same decisions."""
+    """Applies the filters in order. The same drafts remembered in the same order give the same decisions."""
 
     def __init__(self, configs: Sequence[FilterConfig]) -> None:
-        """Raises InputError if a filter cannot work as configured."""
-        self._memories: list[Memory] = []
+        """Raises InputError if a filter's configuration is wrong."""
+        self._stateful: list[StatefulFilter] = []
         self._filters: list[Callable[[Draft], Decision]] = []
         for config in configs:
-            if type(config) in MEMORIES:
-                memory = MEMORIES[type(config)](config)
-                self._memories.append(memory)
-                self._filters.append(memory.decide)
+            if type(config) in STATEFUL_FILTERS:
+                stateful = STATEFUL_FILTERS[type(config)](config)
+                self._stateful.append(stateful)
+                self._filters.append(stateful.decide)
             else:
                 self._filters.append(_decision_of(CHECKS[type(config)](config)))
 
     def decide(self, draft: Draft) -> Decision:
-        """The first rejection, or none. Remembers nothing.
+        """The decision of the first filter that rejects. `nearest` is that of the last novelty filter applied.
 
-        nearest: what the last filter of novelty that was asked found.
+        Remembers nothing.
         """
         nearest = ()
         for decide in self._filters:
@@ -90,7 +90,7 @@ class FilterChain:
         return Decision(None, nearest)
 
     def remember(self, draft_id: str, draft: Draft) -> None:
-        """Judge later drafts by this one too."""
+        """Compare later drafts with this one too."""
         outputs = None if draft.output is None else [draft.output]
         self.remember_many([draft_id], [draft.instruction], [draft.input], outputs)
 
@@ -101,10 +101,10 @@ class FilterChain:
         inputs: Sequence[str] | None = None,
         outputs: Sequence[str] | None = None,
     ) -> None:
-        """The same for columns of drafts, much faster than one by one. Without inputs all are empty.
+        """Remember columns of drafts, much faster than one by one. `inputs`: None means that all are empty.
 
-        Without outputs, filters that read the output remember nothing. Raises ValueError if a column is longer than
-        another.
+        `outputs`: None means that filters on the output remember nothing. Raises ValueError for columns of
+        different lengths.
         """
         columns = {
             "instruction": instructions,
@@ -113,12 +113,12 @@ class FilterChain:
         }
         if any(column is not None and len(column) != len(ids) for column in columns.values()):
             raise ValueError(f"columns of drafts differ in length: there are {len(ids)} ids")
-        for memory in self._memories:
-            wanted = [columns[name] for name in memory.fields]
+        for stateful in self._stateful:
+            wanted = [columns[name] for name in stateful.fields]
             if None in wanted:
                 continue
             texts = wanted[0] if len(wanted) == 1 else [joined(row) for row in zip(*wanted, strict=True)]
-            memory.remember_texts(ids, texts)
+            stateful.remember_texts(ids, texts)
 
 
 def _decision_of(check: Check) -> Callable[[Draft], Decision]:

@@ -1,4 +1,4 @@
-"""What filters look at, and what they say of it."""
+"""What filters read and what they return."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from generation.config.filters import FieldName
 
 @dataclass(frozen=True, slots=True)
 class Rejection:
-    """Why something was rejected: a reason to count by, and what exactly."""
+    """Why something was rejected. `reason` is a name to count by; `detail` gives the particulars."""
 
     reason: str
     detail: str = ""
@@ -16,7 +16,10 @@ class Rejection:
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """A row in the making. output: None if it is not written yet; finish_reason: of the text that was written last."""
+    """A row that is not complete yet.
+
+    `output`: None means that it is not written yet. `finish_reason`: that of the text written last.
+    """
 
     instruction: str
     input: str = ""
@@ -26,7 +29,7 @@ class Draft:
 
 @dataclass(frozen=True, slots=True)
 class Neighbor:
-    """An instruction close to another one. score: ROUGE-L F, 0 to 1."""
+    """An earlier instruction and its ROUGE-L F to the new one, 0 to 1."""
 
     id: str
     score: float
@@ -34,21 +37,21 @@ class Neighbor:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What a filter or a chain says of a draft. nearest: what novelty was judged by, the closest first."""
+    """What a filter or a chain decides about a draft. `nearest`: its neighbors in the novelty filter, closest first."""
 
     rejection: Rejection | None
     nearest: tuple[Neighbor, ...] = ()
 
 
-FIELD_END = "\0"  # part of no word and no white space, so that ("a b", "c") and ("a", "b c") stay different texts
+FIELD_END = "\0"  # neither a word character nor white space, so ("a b", "c") and ("a", "b c") stay different texts
 Check = Callable[[Draft], Rejection | None]
 CheckText = Callable[[str], Rejection | None]
 
 
 def check_fields(fields: tuple[FieldName, ...], check_text: CheckText) -> Check:
-    """A check of drafts out of one of texts: field by field, the first rejection decides and names its field.
+    """Make a check of drafts from a check of texts. The first rejected field decides; the detail names the field.
 
-    An output that is not written yet is passed over.
+    An output that is not written yet is skipped.
     """
 
     def check(draft: Draft) -> Rejection | None:
@@ -65,11 +68,11 @@ def check_fields(fields: tuple[FieldName, ...], check_text: CheckText) -> Check:
 
 
 def joined_fields(fields: tuple[FieldName, ...], draft: Draft) -> str | None:
-    """The fields as one text, see `joined`; None while one of them is not written yet."""
+    """The fields as one text, see `joined`. None means that one of them is not written yet."""
     return joined([getattr(draft, name) for name in fields])
 
 
 def joined(texts: Iterable[str | None]) -> str | None:
-    """Texts as one, with FIELD_END between them; None if one of them is None."""
+    """Texts as one, with FIELD_END between them. None if one of them is None."""
     texts = list(texts)
     return None if None in texts else FIELD_END.join(texts)

@@ -1,4 +1,4 @@
-"""Has the same been seen before, to the letter or nearly?"""
+"""Filters that reject exact and near duplicates of earlier texts."""
 
 import unicodedata
 from collections.abc import Sequence
@@ -10,20 +10,20 @@ from generation.config.filters import ExactDuplicateConfig, NearDuplicateConfig
 from generation.filters.drafts import FIELD_END, Decision, Draft, Rejection, joined_fields
 
 PASSED = Decision(None)
-BULK_SIZE = 10_000  # texts whose shingles are in memory at one time
+BULK_SIZE = 10_000  # texts whose shingles are in memory at once
 
 
 def normalized(text: str) -> str:
-    """Compatible forms of characters, upper and lower case, and all white space made one; at the ends of fields none.
+    """The text in NFKC form, case-folded, with single spaces and none at the ends of fields.
 
-    Lone surrogates, which can come out of a model's bytes and which no encoding takes, become question marks.
+    Lone surrogates become question marks. They can result from a model's bytes, and no encoding accepts them.
     """
     text = unicodedata.normalize("NFKC", text).encode("utf-8", "replace").decode("utf-8")
     return FIELD_END.join(" ".join(field.split()) for field in text.casefold().split(FIELD_END))
 
 
 class ExactDuplicates:
-    """Remembers 16 bytes of each text."""
+    """Rejects a text that equals an earlier one. Remembers 16 bytes of each text."""
 
     def __init__(self, config: ExactDuplicateConfig) -> None:
         self.fields = config.fields
@@ -45,7 +45,7 @@ class ExactDuplicates:
 
 
 class NearDuplicates:
-    """MinHash and its bands propose (rensa); the Jaccard similarity of the shingles themselves decides."""
+    """Rejects a text close to an earlier one. MinHash finds candidates (rensa), exact Jaccard similarity decides."""
 
     def __init__(self, config: NearDuplicateConfig) -> None:
         self.fields = config.fields
@@ -84,7 +84,7 @@ class NearDuplicates:
 
 
 def shingles(text: str, config: NearDuplicateConfig) -> set[str]:
-    """All runs of `shingle_size` units of a normalized text; a shorter text is one shingle, an empty one has none."""
+    """All runs of `shingle_size` units of a normalized text. A shorter text is one shingle; an empty text has none."""
     if not text:
         return set()
     units = text if config.shingle_unit == "character" else text.split(" ")
@@ -94,7 +94,7 @@ def shingles(text: str, config: NearDuplicateConfig) -> set[str]:
 
 
 def jaccard(first: set[str], second: set[str]) -> float:
-    """Size of what both have over size of what either has."""
+    """Size of the intersection over size of the union."""
     num_common = len(first & second)
     return num_common / (len(first) + len(second) - num_common) if num_common else 0.0
 
@@ -103,7 +103,7 @@ def num_bands(config: NearDuplicateConfig) -> int:
     """The fewest bands that find a text exactly at the threshold with probability `min_recall`.
 
     With b bands of r values each, similarity s is found with probability 1 - (1 - s^r)^b (Leskovec, Rajaraman and
-    Ullman, Mining of Massive Datasets, §3.4.2). More bands find more, and make more to verify.
+    Ullman, Mining of Massive Datasets, §3.4.2). More bands find more texts, and cost more comparisons.
     """
     for bands in range(1, config.num_perm + 1):
         if config.num_perm % bands == 0:

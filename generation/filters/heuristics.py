@@ -1,4 +1,4 @@
-"""Rules about the surface of a text: its length, its beginning, words that it must not have.
+"""Rules about the surface of a text: its length, its beginning, forbidden words.
 
 Together and in this order they are the heuristics of Self-Instruct (Wang et al., 2023, §2.2 and its released code,
 `bootstrap_instructions.py`), which Alpaca took over.
@@ -21,7 +21,7 @@ from generation.filters.drafts import Check, Draft, Rejection, check_fields
 
 
 def any_phrase(phrases: Iterable[str]) -> re.Pattern | None:
-    """Finds any of the phrases as whole words, in upper or lower case; of several at one place, the longest."""
+    """A pattern of the phrases as whole words, in upper or lower case. At one place it finds the longest phrase."""
     choices = "|".join(re.escape(phrase) for phrase in sorted(phrases, key=len, reverse=True))
     return re.compile(rf"(?<!\w)(?:{choices})(?!\w)", re.IGNORECASE) if choices else None
 

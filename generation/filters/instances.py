@@ -18,7 +18,7 @@ class Instance:
 
 
 def check_instance(instance: Instance) -> Rejection | None:
-    """Why this instance is rejected on its own, or None."""
+    """Why this instance is rejected, or None."""
     if instance.input == instance.output:
         return Rejection("input_equals_output")
     if not instance.output:
@@ -31,10 +31,9 @@ def check_instance(instance: Instance) -> Rejection | None:
 def check_instances(
     instances: list[Instance], drop_contradictions: bool = True
 ) -> list[tuple[Instance, Rejection | None]]:
-    """Judge all instances of one task, in order.
+    """Each instance of one task with why it is rejected, or None.
 
-    An input that has two different outputs makes all of them untrustworthy: the task loses every instance, unless
-    `drop_contradictions` is off.
+    If one input has two different outputs, no instance can be trusted: all are rejected if `drop_contradictions`.
     """
     decisions: list[tuple[Instance, Rejection | None]] = []
     outputs: dict[str, set[str]] = {}

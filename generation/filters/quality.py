@@ -1,4 +1,4 @@
-"""Rules about what a model writes when it fails: the prompt again, a refusal, nothing, itself, another language."""
+"""Rules about failures of a model: a copied prompt, a refusal, no content, repetition, a wrong language."""
 
 import re
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ STRAIGHT = str.maketrans("‘’", "''")  # models write either apostrophe
 
 
 def format_leakage(config: FormatLeakageConfig) -> Check:
-    # A marker may stand against other characters: "####Instruction:Sort" leaks too.
+    # A marker may touch other characters: "####Instruction:Sort" leaks too.
     choices = "|".join(re.escape(marker) for marker in sorted(config.markers, key=len, reverse=True))
     pattern = re.compile(choices, re.IGNORECASE) if choices else None
 
@@ -51,7 +51,7 @@ def only_stopwords(config: OnlyStopwordsConfig) -> Check:
 
     def check_text(text: str) -> Rejection | None:
         if not text.strip():
-            return None  # a matter of the filter `empty`
+            return None  # the filter `empty` decides
         words = WORD.findall(text.translate(STRAIGHT).casefold())
         return Rejection("only_stopwords") if all(word in stop_words for word in words) else None
 
@@ -75,7 +75,7 @@ def repetition(config: RepetitionConfig) -> Check:
 
 
 def duplicate_share(words: list[str], ngram_words: int) -> float:
-    """Share of the characters of words that are inside an n-gram seen before, each counted once."""
+    """Share of characters in repeated n-grams. Each character is counted once; an n-gram's first occurrence is not."""
     num_characters = sum(map(len, words))
     repeated = set(_repeated_positions(words, ngram_words))
     return sum(len(words[position]) for position in repeated) / num_characters if num_characters else 0.0
@@ -94,7 +94,7 @@ def language(config: LanguageConfig) -> Check:
     identifier = language_identifier()
     if unknown := set(config.allowed) - set(identifier.labels):
         raise InputError(
-            f"filter language: allowed has {', '.join(sorted(unknown))}, which py3langid does not know; "
+            f"filter language: py3langid does not know {', '.join(sorted(unknown))} in `allowed`; "
             f"it knows {', '.join(sorted(identifier.labels))}"
         )
 
@@ -109,7 +109,7 @@ def language(config: LanguageConfig) -> Check:
 
 @cache
 def language_identifier():
-    """py3langid's identifier with the model that comes in its package, loaded once a process (half a second)."""
+    """py3langid's identifier with the model of its package. Loading takes half a second, once a process."""
     from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
     return LanguageIdentifier.from_model_file(MODEL_FILE)

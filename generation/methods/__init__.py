@@ -1,4 +1,4 @@
-"""The synthesis methods by the name that a recipe gives them."""
+"""The synthesis methods by their name in a recipe."""
 
 from generation.method import Method
 from generation.methods.alpaca import Alpaca

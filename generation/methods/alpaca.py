@@ -30,7 +30,7 @@ class Alpaca(GeneratedInstructions):
         super().__init__(config, inputs)
         self._seeds_to_show = [task for task in inputs.seeds if task.instances and task.instances[0].output]
         if not self._seeds_to_show:
-            raise InputError("synthesize.seeds: none of the tasks has an output, and this method shows whole tasks.")
+            raise InputError("synthesize.seeds: no task has an output, but the prompt of alpaca shows whole tasks.")
 
     def seed_rows(self) -> Sequence[Record]:
         return seed_records(self._inputs.seeds, self._config.seed_license) if self._config.include_seed_tasks else ()

@@ -1,4 +1,4 @@
-"""Answering an instruction: the same in every method whose rows hold one answer of one request."""
+"""How every method requests and checks an answer to an instruction."""
 
 from cluster.engines.config import Sampling
 from generation.filters import Draft, Rejection
@@ -10,14 +10,14 @@ from generation.requester import UNANSWERED
 async def ask_for_answer(
     inputs: MethodInputs, draft: Draft, sampling: Sampling, system: str | None = None, replica: int = 0
 ) -> GenerationResult:
-    """Ask the answerer by the template `answer`, which gets the variables that the method names for it."""
+    """Request an answer from the answerer with the template `answer`."""
     prompt = inputs.prompts["answer"]
     text = prompt.render(instruction=draft.instruction, input=draft.input)
     return await inputs.requester.ask("answerer", "answer", prompt, text, sampling, replica, system)
 
 
 def check_answer(draft: Draft, response: GenerationResult, sample: int = 0) -> RejectedRecord | None:
-    """Why an answer cannot be a row: it was not given, is empty, or was cut at max_tokens."""
+    """The rejected answer if it is missing, empty or cut at max_tokens; None if it can be a row."""
     written = response.completion.samples[sample]
     if written.finish_reason in UNANSWERED:
         why = Rejection(written.finish_reason)

@@ -1,7 +1,7 @@
-"""How an instruction and its input become the user's turn, and how an input is cleaned before.
+"""How an instruction and its input become the user turn, and how the input is cleaned before that.
 
-Self-Instruct's released `prepare_for_finetuning.py` draws one of seven forms with an input and six without for every
-instance, those of the seeds included, so that a model learns the task and not one layout of it.
+Self-Instruct's released `prepare_for_finetuning.py` draws a form for every instance, also for those of the seeds: one
+of seven with an input, one of six without. So a model learns the task rather than one layout of it.
 """
 
 import re
@@ -10,7 +10,7 @@ from typing import Literal
 
 from generation.records import user_turn
 
-# Forms that differ in their marks and line breaks, as the published ones do; {i} is the instruction, {x} the input.
+# The forms differ in their marks and line breaks, as the published ones do. {i} is the instruction, {x} the input.
 WITH_INPUT = (
     "{i}\nInput: {x}\nOutput:",
     "{i}\n\nInput: {x}\n\nOutput:",
@@ -25,7 +25,7 @@ FIELD_LABEL = re.compile(r"(\w+):")
 
 
 def encode(instruction: str, input_text: str, encoding: Literal["plain", "published"], draw: Random) -> str:
-    """The user's turn. plain: instruction, empty line, input; published: one of the forms above, at random."""
+    """The user turn. plain: instruction, empty line, input. published: one of the forms above, drawn at random."""
     if encoding == "plain":
         return user_turn(instruction, input_text)
     form = draw.choice(WITH_INPUT if input_text else WITHOUT_INPUT)
@@ -33,10 +33,10 @@ def encode(instruction: str, input_text: str, encoding: Literal["plain", "publis
 
 
 def clean_input(input_text: str, draw: Random, probability: float) -> str:
-    """Now and then drop the label of an input that has just one ("Sentence: ..."), and close up its empty lines.
+    """With this probability, remove the only label of an input ("Sentence: ...") and its empty lines.
 
-    Published with a probability of 0.5, so that inputs come in both forms. The label has to begin the input; the
-    released code takes any word before a colon for one, and loses what comes before it ("at 10:30" becomes "30").
+    The published probability is 0.5, so inputs occur in both forms. Here a label must begin the input. The released
+    code takes any word before a colon for a label and loses the text before it ("at 10:30" becomes "30").
     """
     if draw.random() >= probability:
         return input_text

@@ -1,8 +1,8 @@
-"""What a model wrote, taken apart: lists of instructions, yes or no, and instances in either form.
+"""Parsers of what a model wrote: lists of instructions, yes or no, instances, and lists of whole tasks.
 
 The rules are Self-Instruct's (Wang et al., 2023, appendix A.2 for the forms; the released `bootstrap_instructions.py`,
-`identify_clf_or_not.py` and `prepare_for_finetuning.py` for the splitting) and, for whole tasks, Alpaca's. A model that
-is asked in a chat may repeat the end of the prompt, with a word of its own before it; there the text begins anew.
+`identify_clf_or_not.py` and `prepare_for_finetuning.py` for the splitting). Those of whole tasks are Alpaca's. A chat
+model may repeat the end of the prompt after some text of its own. Then parsing starts after the repetition.
 """
 
 import re
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from generation.filters import Draft, Instance
 
-LIST_MARK = r"\s?[.．、](?!\d) ?"  # also the marks of Chinese lists; "3.5" begins no item
+LIST_MARK = r"\s?[.．、](?!\d) ?"  # also the marks of Chinese lists. "3.5" does not begin an item
 LIST_ITEM = re.compile(rf"\n\d+{LIST_MARK}")
 EXAMPLE = re.compile(r"Example\s?\d*\.?")
 OUTPUT = re.compile(r"Output\s*\d*\s*:")
@@ -22,9 +22,10 @@ NO_INPUT = "<noinput>"
 
 
 def parse_instructions(text: str, first_number: int, capitalize: bool) -> list[str]:
-    """Split a numbered list that goes on at `first_number` into instructions, whitespace collapsed.
+    """Split a numbered list that continues at `first_number` into instructions with single spaces.
 
-    Empty items stay, as "". capitalize: first letter upper case and all others lower, as published (acronyms are lost).
+    Empty items are kept as "". `capitalize`: write the first letter in upper case and all others in lower case, as the
+    released code does. Acronyms are lost.
     """
     if opening := re.search(rf"^\s*{first_number}{LIST_MARK}", text, re.MULTILINE):
         text = text[opening.end() :]
@@ -33,14 +34,14 @@ def parse_instructions(text: str, first_number: int, capitalize: bool) -> list[s
 
 
 def parse_yes(text: str) -> bool:
-    """Is the answer yes? Anything else counts as no, as published."""
+    """Whether the answer is yes. Anything else is no, as in the released code."""
     return text.strip() in ("Yes", "yes", "YES")
 
 
 def parse_input_first(text: str, was_cut: bool) -> list[Instance]:
     """Instances of a task that is not classification: "Example k" blocks, or an output alone.
 
-    Text without any marker gives none. If the text was cut at max_tokens, its last instance is dropped.
+    Text without any marker has no instance. If the text was cut at max_tokens, its last instance is dropped.
     """
     text = text.strip()
     if EXAMPLE.search(text):
@@ -54,39 +55,39 @@ def parse_input_first(text: str, was_cut: bool) -> list[Instance]:
 
 
 def parse_output_first(text: str, was_cut: bool) -> list[Instance]:
-    """Instances of a classification task: after each "Class label:" a label, and below it an input that has it.
+    """Instances of a classification task: after each "Class label:" a label, and below it an input with this label.
 
     `text` continues a prompt that ends at "Class label:", so its first block has no marker of its own.
     """
     instances = []
     for block in text.split(CLASS_LABEL):
-        label, _, given = block.strip().partition("\n")
-        instances.append(Instance(LEADING_INPUT.sub("", given.strip()).strip(), label.strip()))
+        label, _, input_text = block.strip().partition("\n")
+        instances.append(Instance(LEADING_INPUT.sub("", input_text.strip()).strip(), label.strip()))
     return instances[:-1] if was_cut else instances
 
 
 def _parse_block(block: str) -> Instance:
     parts = OUTPUT.split(block)
-    given, output = (parts[0], parts[1]) if len(parts) > 1 else ("", block)
-    output = NEXT_TASK.split(INPUT.split(output)[0])[0]  # of several pairs in one block, the first
-    return Instance(LEADING_INPUT.sub("", given.strip()).strip(), output.strip())
+    input_text, output = (parts[0], parts[1]) if len(parts) > 1 else ("", block)
+    output = NEXT_TASK.split(INPUT.split(output)[0])[0]  # the first of several pairs in one block
+    return Instance(LEADING_INPUT.sub("", input_text.strip()).strip(), output.strip())
 
 
 @dataclass(frozen=True, slots=True)
 class MalformedTask:
-    """A piece of a list of tasks that is none, and why."""
+    """A piece of a list that is not a task, and the reason."""
 
     reason: str
     text: str
 
 
 def parse_tasks(text: str, first_number: int, was_cut: bool) -> list[Draft | MalformedTask]:
-    """Alpaca's list of tasks, by the strict rules of its `post_process_gpt3_response`.
+    """Parse Alpaca's list of tasks by the strict rules of its `post_process_gpt3_response`.
 
-    Items stand between "###" and are numbered on from `first_number`; each has an instruction, an input ("<noinput>"
-    for none) and an output under the number that is expected at its place. `text` continues a prompt that ends at
-    "<first_number>. Instruction:". If it was cut at max_tokens, what stands last is dropped. A place with nothing in
-    it is passed over, but counts.
+    "###" separates the items, which are numbered from `first_number`. Each has an instruction, an input ("<noinput>"
+    means none) and an output, all under the number expected at its place. `text` continues a prompt that ends with
+    "<first_number>. Instruction:". If the text was cut at max_tokens, its last item is dropped. An empty item is
+    skipped, but counts.
     """
     repeated = re.search(rf"(?<!\d){first_number}\.\s+Instruction:", text)
     if repeated and f"{first_number}. Input:" not in text[: repeated.start()]:
@@ -102,5 +103,5 @@ def _parse_task(piece: str, number: int) -> Draft | MalformedTask:
     parts = re.split(rf"{number}\.\s+(Instruction|Input|Output):", piece)
     if len(parts) != 7:
         return MalformedTask("malformed_task", piece.strip())
-    instruction, given, output = (parts[place].strip() for place in (2, 4, 6))
-    return Draft(instruction, "" if given.lower() == NO_INPUT else given, output)
+    instruction, input_text, output = (parts[place].strip() for place in (2, 4, 6))
+    return Draft(instruction, "" if input_text.lower() == NO_INPUT else input_text, output)

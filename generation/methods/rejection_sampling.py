@@ -10,8 +10,8 @@ from generation.judge import not_judged, parse_score, score_sampling
 from generation.method import AcceptedInstruction, InstructionResult, MethodInputs
 from generation.methods.answers import ask_for_answer, check_answer
 from generation.methods.base import ExistingInstructions
+from generation.methods.verifier import load_verifier
 from generation.records import GenerationResult, RejectedRecord, machine_record, user_turn
-from generation.verifier import load_verifier
 
 
 class RejectionSampling(ExistingInstructions):

@@ -1,6 +1,6 @@
-"""Self-Instruct (Wang et al., 2023): grow instructions from seed tasks, then write instances of each.
+"""Self-Instruct (Wang et al., 2023): generate instructions from seed tasks, then instances of each instruction.
 
-    request r -> new instructions -> for each that is kept: classification? -> instances -> rows
+    8 demonstrations -> one request -> new instructions -> filters -> for each: classification? -> instances -> rows
 
 All three steps share the engines and overlap.
 """
@@ -24,7 +24,7 @@ from generation.seed_tasks import SeedTask
 
 
 class SelfInstruct(GeneratedInstructions):
-    """The four stages; the fourth, filtering, is shared with the driver's filters."""
+    """Three of the four steps of the paper. The driver does the fourth, filtering."""
 
     NAME = "self_instruct"
     PROMPTS: ClassVar[dict[str, tuple[str, ...]]] = {
@@ -36,18 +36,18 @@ class SelfInstruct(GeneratedInstructions):
     FORMS: ClassVar[dict[Role, str]] = {"writer": "completion"}
 
     def __init__(self, config: SelfInstructConfig, inputs: MethodInputs) -> None:
-        """Raises InputError if only classification is to be shown, and no seed task is that."""
+        """Raises InputError if `only_classification_seeds` is set and no seed task is classification."""
         super().__init__(config, inputs)
         self._seeds_to_show = [
             task for task in inputs.seeds if task.is_classification or not config.only_classification_seeds
         ]
         if not self._seeds_to_show:
             raise InputError(
-                "synthesize.only_classification_seeds=true, but none of the seed tasks has `is_classification`: true."
+                "synthesize.only_classification_seeds=true, but no seed task has `is_classification`: true."
             )
 
     def seed_rows(self) -> Sequence[Record]:
-        """The seeds' own instances, laid out as the machine's are."""
+        """Rows of the seeds' instances, in the same encodings as the generated ones."""
         if not self._config.include_seed_tasks:
             return ()
 
@@ -57,9 +57,9 @@ class SelfInstruct(GeneratedInstructions):
 
         return seed_records(self._inputs.seeds, self._config.seed_license, layout)
 
-    def _layout(self, instruction: str, given: str, draw: Random) -> str:
-        given = clean_input(given, draw, self._config.clean_input_probability)
-        return encode(instruction, given, self._config.encoding, draw)
+    def _layout(self, instruction: str, input_text: str, draw: Random) -> str:
+        input_text = clean_input(input_text, draw, self._config.clean_input_probability)
+        return encode(instruction, input_text, self._config.encoding, draw)
 
     # -- instructions
 
@@ -88,7 +88,7 @@ class SelfInstruct(GeneratedInstructions):
     # -- instances
 
     async def finish(self, accepted: AcceptedInstruction) -> InstructionResult:
-        """Ask whether the task is classification, then for instances in the order that suits it."""
+        """Ask whether the task is classification, then for instances: label first if it is, else input first."""
         config, text = self._config, accepted.draft.instruction
         answer = await self._ask_about(text, "classify", config.classification_sampling)
         if answer.completion.finish_reason in UNANSWERED:
@@ -113,7 +113,7 @@ class SelfInstruct(GeneratedInstructions):
     def _choose(
         self, accepted: AcceptedInstruction, parsed: list[Instance], response: GenerationResult
     ) -> tuple[list[Record], list[RejectedRecord]]:
-        """Turn parsed instances into rows and rejects: the filters, and at most `max_instances` drawn at random."""
+        """Turn parsed instances into rows and rejections. At most `max_instances` become rows, drawn at random."""
         config, instruction = self._config, accepted.draft.instruction
         completion = response.completion
         if completion.finish_reason in UNANSWERED or not parsed:

@@ -28,7 +28,7 @@ from generation.config.filters import NearDuplicateConfig
 from generation.filters import Draft, FilterChain
 from generation.filters.drafts import Neighbor
 from generation.filters.duplicates import jaccard, normalized, num_bands, shingles
-from generation.filters.novelty import NoveltyIndex
+from generation.filters.rouge_index import RougeIndex
 
 SEEDS = Path(__file__).parents[2] / "generation" / "seeds" / "seed_tasks.jsonl"
 SIZES = (1_000, 10_000, 52_000, 200_000, 1_000_000)
@@ -112,7 +112,7 @@ def rows_of_novelty(sizes: list[int], num_queries: int, num_peer_queries: int) -
         queries = texts.queries(kept, num_queries)
         ids = [str(place) for place in range(size)]
         started = time.process_time()
-        index = NoveltyIndex()
+        index = RougeIndex()
         index.add_many(ids, kept)
         seconds_to_build = time.process_time() - started
         found, milliseconds = timed(lambda query, index=index: index.nearest(query, NUM_NEIGHBORS), queries)

@@ -198,7 +198,7 @@ def test_a_demonstration_is_a_whole_task_on_lines_of_its_own(tmp_path):
 
 
 def test_seeds_without_an_output_cannot_be_shown(tmp_path):
-    with pytest.raises(InputError, match="none of the tasks has an output"):
+    with pytest.raises(InputError, match="no task has an output"):
         drive(tmp_path, once(""), AlpacaConfig(), seeds=[SeedTask("a", "a", "Do it.", (Instance("x", ""),), False)])
 
 
@@ -213,7 +213,7 @@ def test_published_sampling_reaches_the_engines_and_stops_at_item_20(tmp_path):
 
 def test_demonstrations_must_leave_something_to_write():
     assert AlpacaConfig(num_demonstrations=3, num_tasks=4).task_sampling == TaskSampling()
-    with pytest.raises(ValidationError, match="leaves nothing to write"):
+    with pytest.raises(ValidationError, match="no task is left to write"):
         AlpacaConfig(num_demonstrations=4, num_tasks=4)
 
 

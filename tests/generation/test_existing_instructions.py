@@ -14,10 +14,10 @@ from cluster.engines.config import GenerationRequest
 from cluster.errors import InputError
 from generation.config import AnswerOnlyConfig, RejectionSamplingConfig
 from generation.filters import Instance
+from generation.methods.verifier import load_verifier
 from generation.records import SCHEMA
 from generation.seed_tasks import SeedDataset, SeedTask, load_seed_tasks
 from generation.store import DatasetWriter
-from generation.verifier import load_verifier
 from tests.generation.harness import SEEDS, CoroutinePool, Made, drive, prompt_text
 from toy_world.world import draw_task, seen_phrasings
 
@@ -299,7 +299,7 @@ def test_a_verifier_that_fails_is_named_with_what_it_was_given(tmp_path, name, m
     [
         ("no_such_module:score", "cannot load no_such_module:score: ModuleNotFoundError"),
         (f"{__name__}:no_such_function", "cannot load .*AttributeError.*Give module:function"),
-        (f"{__name__}:NOT_A_FUNCTION", "is int, not a function"),
+        (f"{__name__}:NOT_A_FUNCTION", "is of type int, not a function"),
         ("toy_world.world:recognise.x", "cannot load"),
     ],
 )

@@ -14,7 +14,7 @@ from generation.seed_tasks import SeedTask, load_seed_tasks
 from tests.generation.test_self_instruct import PUBLISHED_SEEDS
 
 FILTERS = TypeAdapter(list[FilterConfig])
-MEMORIES = FILTERS.validate_python(
+STATEFUL_FILTERS = FILTERS.validate_python(
     [
         {"type": "exact_duplicate", "fields": ["instruction"]},
         {"type": "near_duplicate", "fields": ["instruction", "input"], "shingle_size": 2, "threshold": 0.9},
@@ -42,7 +42,7 @@ def test_an_empty_chain_lets_everything_pass():
 @settings(deadline=None, max_examples=30)
 @given(remembered=st.lists(drafts, max_size=8), judged=st.lists(drafts, max_size=6))
 def test_judging_changes_nothing(remembered, judged):
-    chain, other = FilterChain(MEMORIES), FilterChain(MEMORIES)
+    chain, other = FilterChain(STATEFUL_FILTERS), FilterChain(STATEFUL_FILTERS)
     for number, draft in enumerate(remembered):
         for one in judged:
             chain.decide(one)
@@ -55,7 +55,7 @@ def test_judging_changes_nothing(remembered, judged):
 @settings(deadline=None, max_examples=30)
 @given(remembered=st.lists(st.builds(Draft, texts, texts, texts), max_size=12), judged=st.lists(drafts, max_size=6))
 def test_columns_are_remembered_as_one_by_one(remembered, judged):
-    one_by_one, at_once = FilterChain(MEMORIES), FilterChain(MEMORIES)
+    one_by_one, at_once = FilterChain(STATEFUL_FILTERS), FilterChain(STATEFUL_FILTERS)
     ids = [str(number) for number in range(len(remembered))]
     for draft_id, draft in zip(ids, remembered, strict=True):
         one_by_one.remember(draft_id, draft)
@@ -66,7 +66,7 @@ def test_columns_are_remembered_as_one_by_one(remembered, judged):
 
 
 def test_columns_that_are_left_out():
-    chain = FilterChain(MEMORIES)
+    chain = FilterChain(STATEFUL_FILTERS)
     chain.remember_many(["a"], ["Name three birds"])
     assert chain.decide(Draft("name  THREE birds", "", "wren")).rejection.detail == "same as a"
     by_output = FilterChain(FILTERS.validate_python([{"type": "exact_duplicate", "fields": ["output"]}]))
@@ -78,7 +78,7 @@ def test_columns_that_are_left_out():
 
 
 def test_columns_of_unequal_length_are_refused():
-    for chain in (FilterChain(MEMORIES), FilterChain([])):
+    for chain in (FilterChain(STATEFUL_FILTERS), FilterChain([])):
         with pytest.raises(ValueError, match="there are 2 ids"):
             chain.remember_many(["a", "b"], ["x y", "y z"], ["only one"])
         with pytest.raises(ValueError, match="there are 2 ids"):

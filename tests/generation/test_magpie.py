@@ -97,9 +97,9 @@ def test_a_template_that_ends_with_the_users_words_leaves_the_end_to_the_end_of_
 @pytest.mark.parametrize(
     ("template", "system", "message"),
     [
-        (None, None, r"no chat template.*Name an aligned model in synthesize\.models\.writer\.path"),
+        (None, None, r"no chat template.*Set synthesize\.models\.writer\.path to an aligned model"),
         (ALPACA, "Be kind.", "cannot be rendered: no system turn"),
-        ("User: {{ messages[0].content | upper }}", None, "does not keep what the user says"),
+        ("User: {{ messages[0].content | upper }}", None, "changes the user's text"),
         ("{{ messages[0].content }}</s>", None, "writes nothing before the user's turn"),
     ],
 )

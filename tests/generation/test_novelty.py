@@ -9,8 +9,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenize import tokenize
 
 from generation.filters import novelty
-from generation.filters.novelty import NoveltyIndex
-from generation.filters.tokens import rouge_tokens, unicode_tokens
+from generation.filters.rouge_index import RougeIndex, rouge_tokens, unicode_tokens
 
 SCORER = RougeScorer(["rougeL"], use_stemmer=False)
 words = st.sampled_from(
@@ -30,13 +29,13 @@ def ranked(kept: list[str], text: str, max_neighbors: int, min_score: float = 0.
     return [(str(number), -score) for score, number in scores if score < 0 and -score >= min_score][:max_neighbors]
 
 
-def nearest(index: NoveltyIndex, text: str, max_neighbors: int, min_score: float = 0.0) -> list[tuple[str, float]]:
+def nearest(index: RougeIndex, text: str, max_neighbors: int, min_score: float = 0.0) -> list[tuple[str, float]]:
     return [(neighbor.id, neighbor.score) for neighbor in index.nearest(text, max_neighbors, min_score)]
 
 
-def indexed(kept: list[str], num_at_once: int = 0) -> NoveltyIndex:
+def indexed(kept: list[str], num_at_once: int = 0) -> RougeIndex:
     """An index of these texts, the first of them added at once and the others one by one."""
-    index = NoveltyIndex()
+    index = RougeIndex()
     index.add_many([str(number) for number in range(num_at_once)], kept[:num_at_once])
     for number in range(num_at_once, len(kept)):
         index.add(str(number), kept[number])
@@ -97,18 +96,18 @@ def test_few_texts_are_scored(monkeypatch):
     """The point of the bounds: of 20,000 texts fewer than a twentieth are compared with the query."""
     draw = random.Random(0)
     vocabulary = [f"word{i}" for i in range(2000)]
-    index = NoveltyIndex()
+    index = RougeIndex()
     kept = [" ".join(draw.choices(vocabulary, k=12)) for _ in range(20_000)]
     index.add_many([str(number) for number in range(len(kept))], kept)
     num_scored = 0
-    exact = NoveltyIndex._exact
+    exact = RougeIndex._exact
 
     def counting(self, query, places):
         nonlocal num_scored
         num_scored += len(places)
         return exact(self, query, places)
 
-    monkeypatch.setattr(NoveltyIndex, "_exact", counting)
+    monkeypatch.setattr(RougeIndex, "_exact", counting)
     assert nearest(index, kept[7], 10)[0] == ("7", 1.0)
     assert 10 <= num_scored < 1000
 
@@ -185,7 +184,7 @@ def test_words_of_every_script(text, tokens):
 
 
 def test_novelty_in_other_scripts():
-    index = NoveltyIndex(unicode_tokens)
+    index = RougeIndex(unicode_tokens)
     index.add("a", "把句子翻译成英文")
     assert nearest(index, "把句子翻译成中文", 5) == [("a", pytest.approx(7 / 8))]
 

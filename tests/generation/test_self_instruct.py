@@ -244,7 +244,7 @@ def test_a_bad_seed_file_is_named_with_line_and_key(tmp_path, text, message):
     ("text", "message"),
     [
         ("{{ instruction", r"classify\.jinja:1: "),
-        ("{{ instructoin }}", r"uses instructoin, but it gets only instruction"),
+        ("{{ instructoin }}", r"uses instructoin, but the template gets only instruction"),
         ("{{ ''.__class__.__mro__ }}{{ instruction }}", r"cannot be rendered: access to attribute '__class__'"),
         ("{{ instruction.nothing }}", r"cannot be rendered"),
         (None, r"no such prompt.*other\.jinja"),

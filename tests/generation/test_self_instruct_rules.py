@@ -105,7 +105,7 @@ def test_classification_seeds_alone_are_shown_under_a_header_of_their_own(tmp_pa
 
 
 def test_without_a_classification_seed_there_is_nothing_to_show(tmp_path):
-    with pytest.raises(InputError, match="only_classification_seeds=true, but none"):
+    with pytest.raises(InputError, match="only_classification_seeds=true, but no seed task has"):
         drive(tmp_path, CoroutinePool(0), SelfInstructConfig(only_classification_seeds=True))
 
 

@@ -10,7 +10,7 @@ from rapidfuzz.distance import LCSseq
 
 from generation.config.filters import INSTRUCTION_WILD_FILTERS
 from generation.filters import Draft, FilterChain
-from generation.filters.tokens import unicode_tokens
+from generation.filters.rouge_index import unicode_tokens
 from tests.generation.harness import ROOT
 
 PATH = ROOT / "generation" / "seeds" / "user_instructions.jsonl"

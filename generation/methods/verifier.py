@@ -1,6 +1,6 @@
-"""A function of the user's that scores answers, named in the recipe as `module:function`.
+"""A verifier: a Python function of the user that scores answers, named in the recipe as `module:function`.
 
-The module is an installed one or one in the working directory.
+The module is installed, or lies in the working directory.
 """
 
 import importlib
@@ -11,32 +11,33 @@ from collections.abc import Callable
 
 from cluster.errors import InputError
 
-# instruction, input, output, reference (the given output; empty: not known) -> score, of which more is better
+# (instruction, input, output, reference) -> score. A higher score is better. The reference is the seed's output,
+# and empty if that is not known.
 Verifier = Callable[[str, str, str, str], float]
 
 
 def load_verifier(path: str) -> Verifier:
-    """The function that `module:function` names, with its answers checked.
+    """Load the function `module:function` and wrap it in a check of its scores.
 
-    Raises InputError if it cannot be had, and when it is called, if it raises or gives no number.
+    Raises InputError if it cannot be loaded. A call raises InputError if the function raises or returns no number.
     """
     module, _, name = path.partition(":")
     if (working_dir := os.getcwd()) not in sys.path:
-        sys.path.append(working_dir)  # last, so that no folder there hides an installed package
+        sys.path.append(working_dir)  # at the end, so that no folder there hides an installed package
     try:
         function = getattr(importlib.import_module(module), name)
-    except Exception as error:  # whatever the module raises when it is loaded
+    except Exception as error:  # loading a module can raise anything
         raise InputError(
-            f"synthesize.verifier: cannot load {path}: {type(error).__name__}: {error}. Give module:function, of "
-            "an installed module or of one in the working directory."
+            f"synthesize.verifier: cannot load {path}: {type(error).__name__}: {error}. Give module:function; "
+            "the module must be installed or lie in the working directory."
         ) from error
     if not callable(function):
-        raise InputError(f"synthesize.verifier: {path} is {type(function).__name__}, not a function.")
+        raise InputError(f"synthesize.verifier: {path} is of type {type(function).__name__}, not a function.")
 
     def verify(instruction: str, input_text: str, output: str, reference: str) -> float:
         try:
             score = float(function(instruction, input_text, output, reference))
-        except Exception as error:  # it is the user's code
+        except Exception as error:  # the user's code can raise anything
             why = f"{type(error).__name__}: {error}"
             raise InputError(_failed(path, why, instruction, input_text, output)) from error
         if math.isnan(score):
@@ -49,5 +50,5 @@ def load_verifier(path: str) -> Verifier:
 def _failed(path: str, why: str, instruction: str, input_text: str, output: str) -> str:
     return (
         f"synthesize.verifier: {path} failed: {why}; instruction {instruction[:200]!r}, input {input_text[:200]!r}, "
-        f"output {output[:200]!r}. Mend it and start again: the answers are in the log."
+        f"output {output[:200]!r}. Fix the function and start again: the answers stay in the request log."
     )
