@@ -41,7 +41,7 @@ class SeedTask:
 
 
 class SeedDataset(Sequence[SeedTask]):
-    """The rows of a dataset as seed tasks. A row becomes a Python object only while it is read."""
+    """The rows of a dataset as seed tasks. A row becomes a Python object only when it is read."""
 
     def __init__(self, dataset: "Dataset", path: Path) -> None:
         read = [name for name in COLUMNS if name in dataset.column_names]
@@ -56,11 +56,16 @@ class SeedDataset(Sequence[SeedTask]):
         return parse_seed_task(self._dataset[index], self._path, index + 1)
 
     def __iter__(self) -> Iterator[SeedTask]:
-        number = 0
-        for batch in self._dataset.iter(BATCH_ROWS):
-            for values in zip(*batch.values(), strict=True):
-                number += 1
-                yield parse_seed_task(dict(zip(batch, values, strict=True)), self._path, number)
+        return (parse_seed_task(row, self._path, number) for number, row in self.numbered_rows())
+
+    def numbered_rows(self) -> Iterator[tuple[int, dict]]:
+        """Every row with its number, from 1."""
+        rows = (
+            dict(zip(batch, values, strict=True))
+            for batch in self._dataset.iter(BATCH_ROWS)
+            for values in zip(*batch.values(), strict=True)
+        )
+        return enumerate(rows, 1)
 
 
 def load_seed_tasks(path: Path) -> Sequence[SeedTask]:
@@ -75,11 +80,11 @@ def load_seed_tasks(path: Path) -> Sequence[SeedTask]:
     tasks: Sequence[SeedTask]
     if path.is_dir() or path.suffix == ".parquet":
         tasks = SeedDataset(_open_dataset(path), path)
-        _check_ids(enumerate(tasks, 1), path)
+        _check_rows(tasks.numbered_rows(), path)
     else:
         rows = _numbered_lines(path)
+        _check_rows(rows, path)
         tasks = [parse_seed_task(row, path, number) for number, row in rows]
-        _check_ids(zip((number for number, _ in rows), tasks, strict=True), path)
     if len(tasks) == 0:
         raise InputError(f"{path}: holds no seed task. Give at least one; Self-Instruct's published set has 175.")
     return tasks
@@ -105,11 +110,13 @@ def _numbered_lines(path: Path) -> list[tuple[int, dict]]:
     return list(zip(line_numbers, rows, strict=True))
 
 
-def _check_ids(numbered: Iterable[tuple[int, SeedTask]], path: Path) -> None:
+def _check_rows(rows: Iterable[tuple[int, dict]], path: Path) -> None:
     first_numbers: dict[str, int] = {}
-    for number, task in numbered:
-        if (first := first_numbers.setdefault(task.id, number)) != number:
-            raise InputError(f"{path}:{number}: id {task.id!r} is already used in {path.name}:{first}.")
+    for number, row in rows:
+        parse_seed_task({"id": ""} | row, path, number)  # with an id, a row need not be hashed for one
+        task_id = row.get("id")
+        if task_id is not None and (first := first_numbers.setdefault(str(task_id), number)) != number:
+            raise InputError(f"{path}:{number}: id {task_id!r} is already used in {path.name}:{first}.")
 
 
 def parse_seed_task(row: dict, path: Path, number: int) -> SeedTask:

@@ -43,7 +43,7 @@ VARIABLES = {
 TEMPLATES = {method: load_prompts(PROMPTS / method, templates) for method, templates in VARIABLES.items()}
 EVOLVE = TEMPLATES["evol_instruct"]
 
-# Operations by the prompt that asks for them, and how often each is asked.
+# Operations by the name of their prompt.
 OPERATIONS: dict[str, Callable[[Random, Request], Request | None]] = {
     "add_constraints": evolution.add_constraints,
     "deepen": evolution.deepen,
@@ -191,8 +191,7 @@ FORMS: tuple[tuple[Callable[[Random], str], float], ...] = (
 
 
 def chat_documents(rng: Random, num_documents: int) -> list[str]:
-    forms, shares = zip(*FORMS, strict=True)
-    return [rng.choices(forms, shares)[0](rng) for _ in range(num_documents)]
+    return plain.draw_documents(rng, FORMS, num_documents)
 
 
 def training_rows(rng: Random, num_rows: int, tokenizer: PreTrainedTokenizerFast, row_tokens: int) -> list[str]:

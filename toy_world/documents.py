@@ -1,9 +1,9 @@
-"""Plain-text documents about the world, in the forms that the Self-Instruct prompts continue.
+"""Plain-text documents about the toy world, in the forms of the Self-Instruct prompts.
 
-Nothing here is a chat: a document is a work sheet, a list of tasks, or questions about tasks.
+No document is a chat: each is a work sheet, a list of tasks, or a list of questions about tasks.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from random import Random
 
 from toy_world.family import Phrasing, Task
@@ -77,10 +77,10 @@ def _examples(rng: Random, task: Task, count: int) -> list[Task]:
         if len(examples) == count:
             break
         slots = task.phrasing.family.make(rng)
-        named = [name for name in task.slots if f"{{{name}}}" in task.phrasing.template]
-        kept = {name: task.slots[name] for name in named}
-        if task.phrasing.family.solve(slots | kept) is not None:
-            examples.setdefault(slots["c"], task.phrasing.with_slots(slots | kept))
+        fixed = [name for name in task.slots if f"{{{name}}}" in task.phrasing.template]
+        fixed_slots = {name: task.slots[name] for name in fixed}
+        if task.phrasing.family.solve(slots | fixed_slots) is not None:
+            examples.setdefault(slots["c"], task.phrasing.with_slots(slots | fixed_slots))
     return list(examples.values())
 
 
@@ -94,6 +94,13 @@ FORMS: tuple[tuple[Callable[[Random], str], float], ...] = (
 )
 
 
-def documents(rng: Random, num_documents: int) -> list[str]:
-    forms, shares = zip(*FORMS, strict=True)
+def draw_documents(
+    rng: Random, forms_and_shares: Sequence[tuple[Callable[[Random], str], float]], num_documents: int
+) -> list[str]:
+    """Documents whose forms are drawn by their shares."""
+    forms, shares = zip(*forms_and_shares, strict=True)
     return [rng.choices(forms, shares)[0](rng) for _ in range(num_documents)]
+
+
+def documents(rng: Random, num_documents: int) -> list[str]:
+    return draw_documents(rng, FORMS, num_documents)

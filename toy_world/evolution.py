@@ -236,11 +236,11 @@ def rephrase(rng: Random, request: Request) -> Request | None:
 def ask_the_same(first: Request, second: Request) -> bool:
     """Whether two requests are equal: the same question about the same content, in the same place and format."""
 
-    def asked(request: Request) -> tuple:
+    def key(request: Request) -> tuple:
         task = request.task
         return request.family, dict(task.slots), request.steps, request.data_format, task.phrasing.takes_input
 
-    return asked(first) == asked(second)
+    return key(first) == key(second)
 
 
 def score_answer(right: str, answer: str) -> int:

@@ -1,7 +1,7 @@
-"""Families that combine skills of the others: some are taught, the rest are kept whole for evaluation.
+"""Families that combine skills of the others. Some are taught, the rest only evaluated.
 
-The taught ones show that an instruction can name two steps; the kept ones ask for pairs of steps that never occur
-together in the documents, with words that do.
+The taught ones show that an instruction can name two steps. The others ask for pairs of steps that never occur together
+in the documents, in words that do.
 """
 
 from toy_world.families_meaning import make_select, members

@@ -53,7 +53,7 @@ class Family:
     held_out: tuple[str, ...] = ()
     is_classification: bool = False  # only its generic phrasings ask for one of a fixed set of labels
     weight: float = 1.0  # how often it is drawn, relative to the other families
-    only_unseen: bool = False  # the whole family is kept for evaluation
+    only_unseen: bool = False  # the whole family is only evaluated
 
     @cached_property
     def phrasings(self) -> tuple["Phrasing", ...]:

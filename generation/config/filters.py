@@ -85,7 +85,7 @@ class BlacklistConfig(FieldsConfig):
     type: Literal["blacklist"] = "blacklist"
     words: tuple[str, ...] = Field(
         BLACKLIST,
-        description="words or phrases. The default are those of tasks that a text model cannot do (Self-Instruct's "
+        description="words or phrases. The default holds those of tasks that a text model cannot do (Self-Instruct's "
         "code)",
     )
 
@@ -234,9 +234,7 @@ class NearDuplicateConfig(FieldsConfig):
     )
     shingle_unit: Literal["character", "word"] = Field("character", description="unit of a shingle")
     shingle_size: int = Field(5, ge=1, description="units in a shingle (our choice, because instructions are short)")
-    num_perm: int = Field(
-        128, ge=8, description="permutations of MinHash (Broder, 1997). 128 is the number in rensa's examples"
-    )
+    num_perm: int = Field(128, ge=8, description="permutations of MinHash (Broder, 1997). 128 is rensa's usual number")
     min_recall: float = Field(
         0.9,
         gt=0,

@@ -294,7 +294,7 @@ def test_an_instruction_is_evolved_with_each_of_its_inputs(tmp_path):
 
 
 def test_ids_are_unique_though_chains_come_to_the_same_text(tmp_path):
-    """Equal given instructions under two ids, equal inputs under one, and all evolve to one text, kept or rejected."""
+    """Equal instructions under two ids, equal inputs under one, and all evolve to one text, kept or rejected."""
     same = (Instance("", ""), Instance("", ""))
     seeds = [SeedTask("a", "", GIVEN, same, False), SeedTask("b", "", GIVEN, same, False)]
     evolved = {GIVEN: "Name a sea.", "Name a sea.": "Name a lake.", "Name a lake.": "the given prompt"}

@@ -1,4 +1,4 @@
-"""Given instructions: read from any of their forms, answered once, or several times to keep the best answer."""
+"""Existing instructions: read from any of their forms, answered once, or several times to keep the best answer."""
 
 import json
 from collections.abc import Callable

@@ -195,8 +195,8 @@ def test_the_chat_template_renders_the_documents_and_marks_what_the_assistant_sa
         "Shout: a", ""
     )
     encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-    said = [i for i, mask in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True) if mask]
-    assert tokenizer.decode(said) == f"A{END_OF_TURN}"
+    trained = [i for i, mask in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True) if mask]
+    assert tokenizer.decode(trained) == f"A{END_OF_TURN}"
 
 
 def test_the_shipped_model_is_small_and_ends_at_the_end_of_a_turn(tokenizer):
