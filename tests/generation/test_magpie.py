@@ -100,7 +100,7 @@ def test_a_template_that_ends_with_the_users_words_leaves_the_end_to_the_end_of_
         (None, None, r"no chat template.*Set synthesize\.models\.writer\.path to an aligned model"),
         (ALPACA, "Be kind.", "cannot be rendered: no system turn"),
         ("User: {{ messages[0].content | upper }}", None, "changes the user's text"),
-        ("{{ messages[0].content }}</s>", None, "writes nothing before the user's turn"),
+        ("{{ messages[0].content }}</s>", None, "has no text before the user turn"),
     ],
 )
 def test_a_model_that_cannot_be_drawn_from_is_named_with_the_fix(make_model, template, system, message):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenize import tokenize
 
-from generation.filters import novelty
+from generation.filters import rouge_index
 from generation.filters.rouge_index import RougeIndex, rouge_tokens, unicode_tokens
 
 SCORER = RougeScorer(["rougeL"], use_stemmer=False)
@@ -24,7 +24,7 @@ def rouge_l(first: str, second: str) -> float:
 
 
 def ranked(kept: list[str], text: str, max_neighbors: int, min_score: float = 0.0) -> list[tuple[str, float]]:
-    """What the reference says: the best scores, the first added first among equals."""
+    """The best scores by the reference implementation. Of equal scores, the text added first comes first."""
     scores = sorted((-rouge_l(other, text), number) for number, other in enumerate(kept))
     return [(str(number), -score) for score, number in scores if score < 0 and -score >= min_score][:max_neighbors]
 
@@ -49,10 +49,10 @@ def indexed(kept: list[str], num_at_once: int = 0) -> RougeIndex:
 def layout(request, monkeypatch):
     """Few texts are all scored, and have no columns of their own accord; with these values every frequent feature gets
     one."""
-    monkeypatch.setattr(novelty, "MIN_TEXTS_FOR_COLUMNS", request.param[0])
-    monkeypatch.setattr(novelty, "FREQUENT", request.param[1])
-    monkeypatch.setattr(novelty, "MAX_SCANNED", request.param[2])
-    monkeypatch.setattr(novelty, "NUM_PROBED", 2)
+    monkeypatch.setattr(rouge_index, "MIN_TEXTS_FOR_COLUMNS", request.param[0])
+    monkeypatch.setattr(rouge_index, "FREQUENT", request.param[1])
+    monkeypatch.setattr(rouge_index, "MAX_SCANNED", request.param[2])
+    monkeypatch.setattr(rouge_index, "NUM_PROBED", 2)
 
 
 @pytest.mark.usefixtures("layout")
@@ -116,7 +116,7 @@ def test_few_texts_are_scored(monkeypatch):
 @pytest.mark.parametrize("num_tokens", [49, 255, 256, 300])
 def test_long_texts_and_many_repetitions(monkeypatch, num_tokens, max_scanned):
     """Around the 255 that fit a byte, and 49, for which 1 / 49 * 49 is not 1: the order of operations shows."""
-    monkeypatch.setattr(novelty, "MAX_SCANNED", max_scanned)
+    monkeypatch.setattr(rouge_index, "MAX_SCANNED", max_scanned)
     draw = random.Random(num_tokens)
     distinct = [f"w{i}" for i in range(num_tokens)]
     shuffled = draw.sample(distinct, len(distinct))
