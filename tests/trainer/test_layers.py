@@ -1,4 +1,4 @@
-"""What is made again in the backward pass, and what attention is told of packed documents."""
+"""What the backward pass recomputes, and what attention knows about packed documents."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,14 +44,14 @@ def load(run: Path, **settings: object) -> CausalLMWithLoss:
 
 
 def batch_of(*lengths: int) -> MicroBatch:
-    """One packed row of random documents, every token of them labelled."""
+    """One packed row of random documents in which every token has a label."""
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 300, (1, sum(lengths)), generator=draw)
     return MicroBatch(ids, torch.cat([torch.arange(length) for length in lengths])[None], ids.roll(-1))
 
 
 @pytest.mark.parametrize("tuning", ["full", "lora"])
-def test_recomputing_changes_no_gradient_and_selective_repeats_no_product(
+def test_recomputation_changes_no_gradient_and_selective_recomputes_no_product(
     tmp_path: Path, chat_model: Path, tuning: str
 ) -> None:
     run = write_job(tmp_path / "run", chat_model, None, tuning=tuning)
@@ -72,7 +72,7 @@ def test_recomputing_changes_no_gradient_and_selective_repeats_no_product(
 
 
 @given(lengths=st.lists(st.integers(1, 50), min_size=1, max_size=8))
-def test_bounds_are_those_of_the_documents(lengths: list[int]) -> None:
+def test_bounds_match_the_documents(lengths: list[int]) -> None:
     bounds = flash_attention_kwargs(batch_of(*lengths))
     ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     assert torch.equal(bounds["cu_seq_lens_q"], ends)
@@ -85,8 +85,8 @@ def test_bounds_are_those_of_the_documents(lengths: list[int]) -> None:
     rows=st.lists(st.lists(st.integers(1, 12), min_size=1, max_size=4), min_size=1, max_size=3),
     window=st.sampled_from([None, 1, 4]),
 )
-def test_attention_by_document_is_that_under_a_mask(rows: list[list[int]], window: int | None) -> None:
-    """Values and gradients, with fewer heads of keys than of queries; rows are filled up by documents of padding."""
+def test_attention_by_document_equals_attention_with_a_mask(rows: list[list[int]], window: int | None) -> None:
+    """Values and gradients, with fewer key heads than query heads. Rows end with documents of padding."""
     width = max(map(sum, rows)) + 1
     filled = [[*lengths, width - sum(lengths)] for lengths in rows]
     position_ids = torch.stack([torch.cat([torch.arange(length) for length in row]) for row in filled])
@@ -118,8 +118,8 @@ def test_attention_by_document_refuses_masks_and_caches() -> None:
         attend_by_document(module, states[0][:, :, :1], *states[1:], None)
 
 
-def test_attention_is_told_the_bounds(tmp_path: Path, chat_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An attention that knows of documents by their bounds alone, as flash attention does, isolates them."""
+def test_attention_gets_the_bounds(tmp_path: Path, chat_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An attention that knows the documents only by their bounds, like flash attention, isolates them."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     plain = ALL_ATTENTION_FUNCTIONS["sdpa"]
@@ -139,7 +139,7 @@ def test_attention_is_told_the_bounds(tmp_path: Path, chat_model: Path, monkeypa
 
 
 class Waits(TorchDispatchMode):
-    """Notes the operations whose result's value or size the CPU has to know: on a GPU each waits for all work there."""
+    """Records operations whose result or size the CPU needs. On a GPU each of them waits for all queued work."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -154,13 +154,17 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_pass_never_waits_for_the_gpu(tmp_path: Path, chat_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_forward_pass_never_waits_for_the_gpu(
+    tmp_path: Path, chat_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     module, batch = load(write_job(tmp_path / "run", chat_model, None)), batch_of(9, 14, 3)
-    module.lm.config._attn_implementation = "told"  # of bounds, as flash attention is: no mask has to be found
+    module.lm.config._attn_implementation = "bounds_only"  # like flash attention: no mask is computed
     monkeypatch.setitem(
-        ALL_ATTENTION_FUNCTIONS._local_mapping, "told", lambda module, query, *_, **__: (query.transpose(1, 2), None)
+        ALL_ATTENTION_FUNCTIONS._local_mapping,
+        "bounds_only",
+        lambda module, query, *_, **__: (query.transpose(1, 2), None),
     )
     with Waits() as waits:
         module(**batch.inputs, **flash_attention_kwargs(batch))
@@ -171,7 +175,7 @@ def test_a_pass_never_waits_for_the_gpu(tmp_path: Path, chat_model: Path, monkey
     assert not waits.found
 
 
-def test_without_a_gpu_attention_is_pytorch_s_own() -> None:
+def test_without_a_gpu_attention_is_pytorchs() -> None:
     assert choose_attention(TrainConfig()) == "sdpa_by_document"
     assert choose_attention(TrainConfig(packing=False)) == "sdpa"
     assert choose_attention(TrainConfig(attention="eager")) == "eager"
@@ -179,7 +183,7 @@ def test_without_a_gpu_attention_is_pytorch_s_own() -> None:
         choose_attention(TrainConfig(attention="flex_attention"))
 
 
-def test_liger_is_used_where_it_can_be_and_missed_where_it_is_demanded() -> None:
+def test_liger_is_used_if_possible_and_its_absence_is_an_error_if_required() -> None:
     assert uses_liger(TrainConfig()) is False
     assert uses_liger(TrainConfig(liger=False)) is False
     with pytest.raises(InputError, match=r"train\.liger=true does not work"):

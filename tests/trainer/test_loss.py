@@ -1,4 +1,4 @@
-"""The chunked loss is the plain one, without its memory; its options bend the gradient and not the figure."""
+"""The chunked loss equals the plain loss with less memory. Its options change the gradient, not the logged loss."""
 
 import math
 from pathlib import Path
@@ -19,7 +19,7 @@ VOCABULARY, HIDDEN = 3000, 4
 
 
 class LargestTensor(TorchDispatchMode):
-    """Notes the most elements that any operation returned, in forward and backward passes."""
+    """Records the most elements that any operation returned, in forward and backward passes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ def gradients(loss: torch.Tensor, head: nn.Linear, hidden: torch.Tensor) -> list
 
 @settings(max_examples=30)
 @given(st.integers(1, 40), st.integers(1, 12), st.sampled_from([0.0, 1e-2]), st.booleans())
-def test_value_and_gradients_are_those_of_the_whole(
+def test_value_and_gradients_equal_those_of_the_plain_loss(
     num_labels: int, num_chunks: int, z_loss: float, bias: bool
 ) -> None:
     head, hidden, labels = example(num_labels, bias, vocabulary=50)
@@ -86,8 +86,8 @@ def test_the_head_is_called_as_often_for_few_labels_as_for_many(num_labels: int)
     assert len(calls) == 5
 
 
-def test_dropout_in_the_head_is_the_same_on_the_way_back() -> None:
-    """An adapter may bring it. Both passes have to drop the same, or the gradient is another function's."""
+def test_dropout_in_the_head_is_the_same_in_the_backward_pass() -> None:
+    """An adapter of the head may have dropout. If the passes dropped different values, the gradient would be wrong."""
     head = nn.Sequential(nn.Dropout(0.5), nn.Linear(HIDDEN, VOCABULARY))
     _, hidden, labels = example(32)
     torch.manual_seed(1)
@@ -104,15 +104,15 @@ def test_there_are_chunks_for_the_largest_micro_batch() -> None:
 
 
 @given(st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=5), min_size=1, max_size=4))
-def test_every_position_knows_how_long_its_document_is(rows: list[list[int]]) -> None:
+def test_every_position_has_the_length_of_its_document(rows: list[list[int]]) -> None:
     width = max(map(sum, rows))
     rows = [[*row, width - sum(row)] if sum(row) < width else row for row in rows]  # padding is a document too
     positions = torch.tensor([[position for length in row for position in range(length)] for row in rows])
     assert document_lengths(positions).tolist() == [[length for length in row for _ in range(length)] for row in rows]
 
 
-def test_noise_is_bounded_by_the_document_and_only_there_in_training() -> None:
-    """Neither the packed row nor its padding counts, and the whole range is used."""
+def test_noise_depends_on_the_document_length_and_is_added_only_in_training() -> None:
+    """The length of the packed row and its padding do not count, and the noise covers its whole range."""
     embedding, width = nn.Embedding(10, 64), 64
     noise = EmbeddingNoise(embedding, alpha=5.0)
     positions = torch.tensor([[*range(100), *range(25), *range(3)], [*range(128)]])
@@ -137,7 +137,7 @@ class StopsAfter:
         return num_steps_shown(self.run) >= self.step
 
 
-def test_noise_goes_on_where_it_was_after_a_stop(tmp_path: Path, one_rank, chat_model: Path, chat_data: Path) -> None:
+def test_noise_resumes_after_a_stop(tmp_path: Path, one_rank, chat_model: Path, chat_data: Path) -> None:
     from trainer.job import read_job
     from trainer.train import train
 
@@ -155,9 +155,7 @@ def test_noise_goes_on_where_it_was_after_a_stop(tmp_path: Path, one_rank, chat_
     assert trace(quiet)[1] != trace(whole)[1]
 
 
-def test_the_figure_that_is_reported_is_plain_cross_entropy(
-    tmp_path: Path, one_rank, chat_model: Path, chat_data: Path
-) -> None:
+def test_the_logged_loss_is_plain_cross_entropy(tmp_path: Path, one_rank, chat_model: Path, chat_data: Path) -> None:
     runs = [
         write_job(tmp_path / str(z_loss), chat_model, chat_data, max_steps=2, z_loss=z_loss, max_grad_norm=0.0)
         for z_loss in (0.0, 0.1)
@@ -168,10 +166,10 @@ def test_the_figure_that_is_reported_is_plain_cross_entropy(
     assert bent[2][0] != plain[2][0]
 
 
-def test_zero_3_sees_the_same_order_of_modules_however_many_labels_there_are(
+def test_the_number_of_labels_does_not_change_the_order_of_modules_for_zero_3(
     tmp_path: Path, one_rank, chat_model: Path, chat_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else it forgets what it could fetch ahead. The checks before the first step run other orders."""
+    """Otherwise ZeRO-3 stops prefetching. The checks before the first step run the modules in other orders."""
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
 
     run = write_job(

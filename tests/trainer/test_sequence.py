@@ -1,4 +1,4 @@
-"""Rows shared by several ranks are, put together again, the rows of one; heads that cannot be shared are refused."""
+"""The parts that several ranks get of a row make up the row. Heads that cannot be divided are refused."""
 
 from dataclasses import replace
 
@@ -19,7 +19,7 @@ from trainer.resolve import with_choices
 
 
 @given(plan=plans() | plans_by_examples(), num_groups=st.integers(1, 3), num_parts=st.integers(2, 5))
-def test_stretches_make_up_the_rows(plan: Plan, num_groups: int, num_parts: int) -> None:
+def test_parts_make_up_the_rows(plan: Plan, num_groups: int, num_parts: int) -> None:
     config = plan.config.model_copy(update={"sequence_parallel_size": num_parts})
     world_size = num_groups * num_parts
     split = [SequenceParallelBatches(plan.tokens, config, plan.seed, rank, world_size) for rank in range(world_size)]
@@ -28,8 +28,8 @@ def test_stretches_make_up_the_rows(plan: Plan, num_groups: int, num_parts: int)
         members = split[group * num_parts : (group + 1) * num_parts]
         assert {member.num_steps for member in members} == {whole.num_steps}
         for step in range(whole.num_steps):
-            stretches = zip(*(member.micro_batches(step) for member in members), strict=True)
-            for row, parts in zip(whole.micro_batches(step), stretches, strict=True):
+            parts_by_member = zip(*(member.micro_batches(step) for member in members), strict=True)
+            for row, parts in zip(whole.micro_batches(step), parts_by_member, strict=True):
                 assert len({part.input_ids.shape for part in parts}) == 1
                 assert len(parts[0].input_ids) == config.micro_batch_size
                 assert sum(part.num_labels for part in parts) == row.num_labels
@@ -47,7 +47,9 @@ def test_stretches_make_up_the_rows(plan: Plan, num_groups: int, num_parts: int)
     [(8, 8, 3, "does not divide the model's 8 attention heads"), (12, 4, 6, "one of the two numbers has to divide"),
      (8, 2, 4, None), (8, 4, 2, None), (8, 8, 1, None)],
 )  # fmt: skip
-def test_heads_that_ranks_cannot_share_are_refused(heads: int, kv_heads: int, parts: int, complaint: str) -> None:
+def test_heads_that_cannot_be_divided_among_ranks_are_refused(
+    heads: int, kv_heads: int, parts: int, complaint: str
+) -> None:
     facts = replace(FACTS, num_heads=heads, num_kv_heads=kv_heads)
     config = config_of(sequence_parallel_size=parts, packing=False)
     if complaint is None:
@@ -57,7 +59,7 @@ def test_heads_that_ranks_cannot_share_are_refused(heads: int, kv_heads: int, pa
         check_heads(facts, config)
 
 
-def test_packed_rows_are_refused_where_there_is_no_flash_attention() -> None:
-    """Left open in the recipe, attention turns out to be PyTorch's own, with which packed documents would mix."""
+def test_packed_rows_are_refused_without_flash_attention() -> None:
+    """`attention: auto` resolves to PyTorch's here, with which packed documents would see each other."""
     with pytest.raises(InputError, match=r"train: packed rows with sequence_parallel_size need train\.attention=flash"):
         with_choices(TrainConfig(sequence_parallel_size=2), stage=2, attention="sdpa")

@@ -1,4 +1,4 @@
-"""Ranks that share rows, in more than one group, and stopped on their way."""
+"""Sequence parallelism with more than one group of ranks, and after a stop."""
 
 import os
 import subprocess
@@ -35,7 +35,7 @@ def run_ranks(folder: Path, num_ranks: int, module: str, *arguments: object) -> 
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 
-def test_two_groups_of_two_ranks_train_as_plain_pytorch_does(tmp_path: Path, chat_model: Path) -> None:
+def test_two_groups_of_two_ranks_train_like_plain_pytorch(tmp_path: Path, chat_model: Path) -> None:
     data = write_chats(tmp_path / "chats.jsonl", chat_documents(37))
     runs = [
         write_job(tmp_path / f"zero{stage}", chat_model, data, **COMMON | SHARED, zero_stage=stage)
@@ -49,7 +49,7 @@ def test_two_groups_of_two_ranks_train_as_plain_pytorch_does(tmp_path: Path, cha
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_stopped_they_go_on_bit_for_bit(tmp_path: Path, chat_model: Path, stage: int) -> None:
+def test_a_stopped_training_resumes_bit_for_bit(tmp_path: Path, chat_model: Path, stage: int) -> None:
     data = write_chats(tmp_path / "chats.jsonl", chat_documents(37))
     whole, stopped = (
         write_job(tmp_path / name, chat_model, data, **COMMON | SHARED, num_epochs=2, zero_stage=stage)
