@@ -323,7 +323,7 @@ def test_a_check_finds_what_does_not_exist(text: str, check) -> None:
         ("launcher.cli and trainer.train.train", unknown_modules),
         ("cluster.engines.engine:VLLMEngine", unknown_modules),
         ("tunesmith logs -f RUN", unknown_commands), ("tunesmith status | logs -f | cancel RUN", unknown_commands),
-        ("python -m toy_world.build data --out X", unknown_commands), ("make SEED=1 chaos", unknown_targets),
+        ("python -m toy_world.build base-data --out X", unknown_commands), ("make SEED=1 chaos", unknown_targets),
         ("train.lora.rank and synthesize.models.writer.path", unknown_keys), ("lora.rank=3", unknown_settings),
         ("train: {data: [{path: a, weight: 2}]}", unknown_yaml_keys),
     ],
