@@ -33,7 +33,8 @@ class RejectionSamplingConfig(ExistingInstructionsConfig):
     min_score: float = Field(
         1.0,
         ge=0,
-        description="the best answer is kept if its score is at least this. Answers of equal score: the first",
+        description="the best answer is kept if its score is at least this. Of equal scores, the first answer is the "
+        "best",
     )
     judge_sampling: JudgeSampling = Field(JudgeSampling(), description="sampling of the judge's scores")
 
