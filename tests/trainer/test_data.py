@@ -147,7 +147,7 @@ NOT_TURNS = "`messages` is not a list of turns"
 
 def test_a_dataset_of_which_nothing_is_left_is_an_error_with_the_reasons(chatml, tmp_path: Path) -> None:
     path = write_chats(tmp_path / "chats.jsonl", [[{"role": "user", "content": "fig"}]] * 3)
-    with pytest.raises(InputError, match=r"no row of .*chats\.jsonl can be trained \(no assistant turn: 3\)"):
+    with pytest.raises(InputError, match=r"no row of .*chats\.jsonl can be trained on \(no assistant turn: 3\)"):
         encode(chatml, tmp_path / "cache", path)
 
 
@@ -176,7 +176,7 @@ def test_plain_text_needs_an_end_token(tmp_path: Path) -> None:
     endless.eos_token = None
     path = tmp_path / "texts.jsonl"
     path.write_text('{"text": "apple"}\n')
-    with pytest.raises(InputError, match="no eos token"):
+    with pytest.raises(InputError, match="needs a tokenizer with an eos token"):
         encode(endless, tmp_path / "cache", path, config=TrainConfig(objective="text"))
 
 

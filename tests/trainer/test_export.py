@@ -112,7 +112,7 @@ def test_prefix_tuning_is_exported_as_an_adapter_alone(tmp_path: Path, chat_mode
     settings = {"tuning": "prefix", "packing": False, "learning_rate": 0.05}
     run = write_job(tmp_path / "run", chat_model, chat_data, **settings)
     live = train_and_keep(run)
-    with pytest.raises(InputError, match=r"prefix learns cannot be merged.*export\.form=adapter"):
+    with pytest.raises(InputError, match=r"prefix, which cannot be merged.*export\.form=adapter"):
         export.run(export_job(run))
     export.run(export_job(run, form="adapter"))
     loaded = AutoPeftModelForCausalLM.from_pretrained(run / "export").eval()

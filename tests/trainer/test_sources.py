@@ -131,13 +131,13 @@ def test_what_cannot_be_used_is_counted_with_its_source(chatml, tmp_path: Path, 
 def test_a_source_without_a_trainable_row_is_an_error_even_beside_a_good_one(chatml, tmp_path: Path) -> None:
     clean = str(write_chats(tmp_path / "clean.jsonl", [chat(CONVERSATION)]))
     empty = str(write_rows(tmp_path / "empty.jsonl", [{"instruction": "a", "output": ""}] * 3))
-    with pytest.raises(InputError, match=r"train\.data: no row of .*empty\.jsonl can be trained \(no output: 3\)"):
+    with pytest.raises(InputError, match=r"train\.data: no row of .*empty\.jsonl can be trained on \(no output: 3\)"):
         encode(chatml, tmp_path / "cache", DataSource(path=clean), DataSource(path=empty))
 
 
 def test_a_source_of_rows_that_are_all_too_long_is_an_error_with_the_fix(chatml, tmp_path: Path) -> None:
     long = write_chats(tmp_path / "long.jsonl", [chat([("user", "fig " * 600), ("assistant", "fig")])] * 2)
-    with pytest.raises(InputError, match=r"long\.jsonl .*max_seq_len: 2.* 512 tokens: raise train\.max_seq_len"):
+    with pytest.raises(InputError, match=r"long\.jsonl .*max_seq_len: 2.* 512 tokens\. Raise train\.max_seq_len"):
         encode(chatml, tmp_path / "cache", DataSource(path=str(long)))
 
 

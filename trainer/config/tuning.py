@@ -127,5 +127,8 @@ def form_refusal(tuning: str, form: str) -> str | None:
     if form == "adapter" and tuning == "full":
         return "export.form=adapter does not work with train.tuning=full, which has no adapter. Set export.form=merged"
     if form == "merged" and (reason := METHODS[tuning].no_merging):
-        return f"export.form=merged does not work with train.tuning={tuning}, because {reason}. Set export.form=adapter"
+        return (
+            f"export.form=merged does not work with train.tuning={tuning}, which cannot be merged into the base: "
+            f"{reason}. Set export.form=adapter"
+        )
     return None
