@@ -23,7 +23,7 @@ class ModelConfig(StrictModel):
 class SecretRef(StrictModel):
     """The name of the environment variable that holds a secret. Neither recipes nor run folders contain its value."""
 
-    env: EnvName
+    env: EnvName = Field(description="name of the variable")
 
 
 def flatten(values: object, prefix: str = "") -> dict[str, object]:

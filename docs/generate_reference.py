@@ -1,6 +1,7 @@
 """Write docs/reference.md from the command line's help texts and the recipe's field descriptions: `make reference`."""
 
 import json
+import re
 import types
 from collections.abc import Iterator
 from enum import Enum
@@ -145,7 +146,14 @@ def key_line(name: str, field: FieldInfo, place: str | None) -> str:
         facts += "; required"
     elif (default := default_text(field)) is not None:
         facts += f"; default {default}"
-    return f"- `{name}` ({facts})" + (f": {paragraph(field.description)}.\n" if field.description else "\n")
+    description = paragraph(field.description) or first_sentence(config_of(field.annotation))
+    return f"- `{name}` ({facts}): {description}.\n"
+
+
+def first_sentence(config: type[BaseModel] | None) -> str:
+    """What a section is, in the words of its config model, for a field without a description."""
+    assert config is not None and config.__doc__, "a field has neither a description nor a section with a docstring"
+    return re.split(r"(?<! al)\.(?: |$)", paragraph(config.__doc__))[0]
 
 
 def type_name(annotation: Any) -> str:

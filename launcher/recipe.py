@@ -30,12 +30,15 @@ from trainer.config.tuning import form_refusal
 class Recipe(StrictModel):
     """All settings of a run. Sections are named by the stages of the command line."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    seed: int = Field(0, ge=0)
-    run_dir: Path = Field(Path(), validate_default=False, description="default: runs/<name>")
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="name of the run, in its folder, its jobs and its model card",
+    )
+    seed: int = Field(0, ge=0, description="seed of everything random in the run")
+    run_dir: Path = Field(Path(), validate_default=False, description="folder of the run. The default is runs/<name>")
     model: ModelConfig
     engine: EngineConfig = EngineConfig()
-    synthesize: SynthesizeConfig = SelfInstructConfig()
+    synthesize: SynthesizeConfig = Field(SelfInstructConfig(), description="how the dataset is generated")
     train: TrainConfig = TrainConfig()
     export: ExportConfig = ExportConfig()
     evaluate: EvaluateConfig = EvaluateConfig()

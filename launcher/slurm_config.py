@@ -25,8 +25,12 @@ _TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 class ContainerConfig(StrictModel):
     """The image in which the steps of a job run. The job's own script runs outside it."""
 
-    runtime: Literal["pyxis", "apptainer"] = Field("pyxis", description="pyxis: srun --container-image")
-    image: str = Field(pattern=r"^[^\s,\x00]+$")
+    runtime: Literal["pyxis", "apptainer"] = Field(
+        "pyxis", description="program that runs the image; pyxis means srun --container-image"
+    )
+    image: str = Field(
+        pattern=r"^[^\s,\x00]+$", description="name of the image. For apptainer, the path to a .sif file"
+    )
     mounts: tuple[str, ...] = Field(
         (), description="OUTSIDE:INSIDE[:ro]; the run folder and the working directory are added"
     )
@@ -44,16 +48,18 @@ class ContainerConfig(StrictModel):
 class JobConfig(StrictModel):
     """What one job requests. A field that is `null` is left to the section `slurm`, or to Slurm."""
 
-    nodes: int | None = Field(None, ge=1)
-    gpus_per_node: int | None = Field(None, ge=0)
+    nodes: int | None = Field(None, ge=1, description="number of nodes")
+    gpus_per_node: int | None = Field(None, ge=0, description="number of GPUs on each node")
     cpus_per_task: int | None = Field(None, ge=1, description="CPUs of the one task that runs on each node")
-    memory: str | None = Field(None, pattern=r"^[0-9]+[KMGT]?$", description="of each node, as sbatch's --mem takes it")
-    time: str | None = Field(None, description="limit, as sbatch's --time takes it: minutes, H:M:S or D-H:M:S")
-    partition: str | None = Field(None, pattern=r"^[A-Za-z0-9_.,-]+$")
-    account: str | None = Field(None, pattern=r"^[A-Za-z0-9_.-]+$")
-    qos: str | None = Field(None, pattern=r"^[A-Za-z0-9_.-]+$")
-    exclusive: bool | None = None
-    exclude: str | None = Field(None, pattern=r"^[A-Za-z0-9_.,\[\]-]+$", description="nodes never to run on")
+    memory: str | None = Field(None, pattern=r"^[0-9]+[KMGT]?$", description="memory of each node, as in sbatch --mem")
+    time: str | None = Field(None, description="time limit, as in sbatch --time: minutes, H:M:S or D-H:M:S")
+    partition: str | None = Field(None, pattern=r"^[A-Za-z0-9_.,-]+$", description="as in sbatch --partition")
+    account: str | None = Field(None, pattern=r"^[A-Za-z0-9_.-]+$", description="as in sbatch --account")
+    qos: str | None = Field(None, pattern=r"^[A-Za-z0-9_.-]+$", description="as in sbatch --qos")
+    exclusive: bool | None = Field(None, description="whether the job shares its nodes with no other job")
+    exclude: str | None = Field(
+        None, pattern=r"^[A-Za-z0-9_.,\[\]-]+$", description="nodes on which the job never runs, as in sbatch --exclude"
+    )
     options: tuple[str, ...] = Field((), description="further options of sbatch, such as --constraint=h100")
 
     @field_validator("time", mode="before")
@@ -123,7 +129,7 @@ def seconds_of(time: str) -> int | None:
 class OneNodeJobConfig(JobConfig):
     """The job of a stage that runs on one node, unless its own section sets more."""
 
-    nodes: int | None = Field(1, ge=1)
+    nodes: int | None = Field(1, ge=1, description="number of nodes")
 
 
 class SlurmConfig(JobConfig):

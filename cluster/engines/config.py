@@ -121,14 +121,16 @@ class StructuredOutput(StrictModel):
 class Sampling(StrictModel):
     """How a prompt is continued. Temperature 0 is greedy."""
 
-    temperature: float = Field(1.0, ge=0)
-    top_p: float = Field(1.0, gt=0, le=1)
-    max_tokens: int = Field(512, ge=1)
-    presence_penalty: float = Field(0.0, ge=-2, le=2)
-    frequency_penalty: float = Field(0.0, ge=-2, le=2)
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    seed: int | None = None
+    temperature: float = Field(1.0, ge=0, description="0 always takes the most probable token")
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="sample from the most probable tokens with this total probability"
+    )
+    max_tokens: int = Field(512, ge=1, description="tokens of the answer at most")
+    presence_penalty: float = Field(0.0, ge=-2, le=2, description="lowers tokens that the answer has already")
+    frequency_penalty: float = Field(0.0, ge=-2, le=2, description="lowers tokens by how often the answer has them")
+    stop: tuple[str, ...] = Field((), description="texts that end the answer")
+    stop_token_ids: tuple[int, ...] = Field((), description="token ids that end the answer")
+    seed: int | None = Field(None, description="seed of the request. None means that the caller sets it")
     n: int = Field(1, ge=1, description="samples of one prompt")
     structured: StructuredOutput | None = None
 
