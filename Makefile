@@ -32,7 +32,7 @@ lint: setup ## Check the style of the code
 
 bench: bench-synthesis bench-training bench-launch ## Run all benchmarks
 
-bench-synthesis: ## Measure synthesis beside raw vLLM, ray.data.llm, rouge_score and datasets (75 minutes)
+bench-synthesis: ## Measure synthesis against raw vLLM, ray.data.llm, rouge_score and datasets (75 minutes)
 	@$(PYTHON) launcher/bootstrap.py cpu dev bench
 	@$(BIN)/python -m tests.benchmarks.synthesis --sides raw pool stage ray.data.llm "ray.data.llm, defaults"
 	@$(BIN)/python -m tests.benchmarks.synthesis --sides "raw, its own processes" stage
@@ -40,7 +40,7 @@ bench-synthesis: ## Measure synthesis beside raw vLLM, ray.data.llm, rouge_score
 	@$(BIN)/python -m tests.benchmarks.novelty
 	@$(BIN)/python -m tests.benchmarks.storage
 
-bench-training: ## Measure training and saving beside TRL and bare PyTorch loops (20 minutes)
+bench-training: ## Measure training and saving against TRL and bare PyTorch loops (20 minutes)
 	@$(PYTHON) launcher/bootstrap.py cpu dev bench
 	@$(BIN)/python -m tests.benchmarks.training
 	@$(BIN)/python -m tests.benchmarks.saving

@@ -39,7 +39,7 @@ ROOMS = {
 }
 NOT_IMPORTED = {"tests", "toy_world", "docs"}
 MAX_LINES = 400
-MIN_LINES, MAX_SHORT_FILES = 40, 15
+MIN_LINES, MAX_SHORT_FILES = 40, 10
 
 
 def sources(package: str) -> list[Path]:
