@@ -302,6 +302,21 @@ def test_a_lost_batch_host_ends_the_job(slurm_cluster: SlurmBed, place: Place) -
 
 @pytest.mark.long
 @pytest.mark.slurm
+def test_a_lost_batch_host_requeues_a_job_that_slurm_may_requeue(slurm_cluster: SlurmBed, place: Place) -> None:
+    """As `tunesmith run --on slurm` submits it. The next start goes on with what is finished."""
+    place.scripted(latency_ms=600)
+    job = place.submit(options=["--nodes=2", "--cpus-per-task=1", "--mem=1500", "--requeue"])
+    place.wait_for_requests(job, 12)
+    with slurm_cluster.powered_off(slurm_cluster.job(job)["BatchHost"]):
+        place.end(job, "COMPLETED", "0:0", 2 * RAY_SECONDS)
+    assert slurm_cluster.job(job)["Restarts"] == "1"
+    result = place.result()
+    assert (result["status"], result["num_accepted"]) == ("done", NUM_INSTRUCTIONS)
+    assert result["resumed_requests"] >= 12
+
+
+@pytest.mark.long
+@pytest.mark.slurm
 def test_two_jobs_on_one_node_do_not_meet(slurm_cluster: SlurmBed, place: Place) -> None:
     """The second ends while the first is at work; it must have left the first one's Ray alone."""
     other = Place(slurm_cluster, place.folder / "other")
