@@ -22,6 +22,7 @@ from functools import partial
 from cluster.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, TunesmithError
 from cluster.nodes.topology import export_hosts
 from cluster.processes.signals import StopRequest
+from cluster.run.fence import Superseded
 from launcher.slurm.client import Slurm
 from launcher.slurm.container import job_container, python_module, step_options
 
@@ -67,6 +68,9 @@ class Steps:
             try:
                 for check in self.checks:
                     check()
+            except Superseded:
+                step.kill()  # with TERM srun would end the step of the newer attempt, which has the same id
+                raise
             except TunesmithError as error:
                 end_step(step, getattr(error, "grace_seconds", 0.0))
                 raise

@@ -24,7 +24,7 @@ from cluster.log import stage_logger
 from cluster.nodes.rendezvous import await_json, meet
 from cluster.nodes.topology import Topology, read_topology
 from cluster.processes.signals import StopRequest, ignore_stop_signals
-from cluster.run.fence import Fence, run_lock
+from cluster.run.fence import Fence, Superseded, run_lock
 from cluster.run.rundir import RunDir
 from launcher.slurm.client import Slurm
 from launcher.torchrun import run_torchrun
@@ -96,6 +96,8 @@ def run_node(topology: Topology, run: RunDir, command: list[str], is_training: b
             rendezvous = join_job(topology, run)
             options, environ = torchrun_options(topology, rendezvous), network_environ(rendezvous)
             code = run_torchrun(options, command, stop, environ, lambda: fence.check_throttled(FENCE_SECONDS))
+            if code != EXIT_DONE:
+                fence.check()
             code = exit_code_by_result(run, code) if is_training else code
         except TunesmithError as error:
             code = error.exit_code
@@ -190,6 +192,10 @@ def main(argv: list[str]) -> int:
             return train(os.environ, arguments.procs_per_node, arguments.recipe, arguments.overrides)
         topology = read_topology(os.environ, arguments.procs_per_node, Slurm().host_names)
         return run_node(topology, RunDir(arguments.run_dir.resolve()), arguments.command)
+    except Superseded as error:
+        print(f"error: {error}", file=sys.stderr)
+        # Any other exit code makes srun end the step by its id, which the step of the newer attempt has too.
+        return EXIT_DONE
     except TunesmithError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -19,7 +19,7 @@ from pathlib import Path
 from cluster.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, TunesmithError
 from cluster.files import append_jsonl, write_json
 from cluster.processes.descendants import die_with_parent
-from cluster.run.fence import own_token, verify
+from cluster.run.fence import Superseded, own_token, verify
 from cluster.run.manifest import write_manifest
 from cluster.run.rundir import RunDir
 from launcher.job import attempt
@@ -100,6 +100,9 @@ def main(argv: list[str]) -> int:
         die_with_parent()
         try:
             return rank(RunDir(Path(place))) if action == "rank" else export(RunDir(Path(place)))
+        except Superseded as error:
+            print(f"error: {error}", file=sys.stderr)
+            return EXIT_DONE  # as launcher.job.node does
         except TunesmithError as error:
             print(f"error: {error}", file=sys.stderr)
             return error.exit_code
