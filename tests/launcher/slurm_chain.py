@@ -1,4 +1,4 @@
-"""A chain of jobs, and a Slurm that takes them, for tests of what is submitted and told."""
+"""A chain of jobs and a Slurm that takes them, for tests of what is submitted and shown."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -174,9 +174,7 @@ def test_a_node_is_suspect_after_three_crashes_in_a_row_and_cleared_by_one_good_
     fail(run, 5, "a", "a", preflight="port")
     assert node_health.suspects(run) == ["a"]
     later = node_health.FORGET_SECONDS + 10
-    assert node_health.suspects(run, now=node_health._rows(run)[-1]["time"] + later) == [], (
-        "a day later nobody remembers"
-    )
+    assert node_health.suspects(run, now=node_health._rows(run)[-1]["time"] + later) == [], "it counts for a day"
 
 
 @given(st.sets(st.sampled_from("abcdef")), st.lists(st.sampled_from("abcdefgh"), unique=True), st.integers(1, 6))
@@ -198,7 +196,7 @@ def test_the_nodes_that_a_crash_began_on(tmp_path: Path) -> None:
         return node_health.culprits(folder, hosts)
 
     assert leave() == hosts
-    assert leave(a=143, c=1) == ("b",), "it left no word"
+    assert leave(a=143, c=1) == ("b",), "it left no exit report"
     assert leave(a=143, b=1, c=143) == ("b",), "the others were ended for it"
     assert leave(a=137, b=137, c=137) == hosts
 
@@ -222,7 +220,7 @@ def test_progress_is_what_is_on_the_disk(tmp_path: Path) -> None:
 
 
 class Clock:
-    """Passes when it is told to."""
+    """A clock that a test sets."""
 
     def __init__(self) -> None:
         self.now = 0.0

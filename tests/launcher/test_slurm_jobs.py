@@ -66,7 +66,7 @@ def test_finished_stages_have_no_job_and_the_next_one_is_the_root(tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("option", "word"),
+    ("option", "message"),
     [
         ("--export=ALL", "sets --export itself"), ("--dep=afterok:1", "sets --dependency itself"),
         ("--wrap=true", "sets --wrap"), ("--array=1-9", "sets --array"), ("--job-n=x", "sets --job-name"),
@@ -76,8 +76,8 @@ def test_finished_stages_have_no_job_and_the_next_one_is_the_root(tmp_path: Path
         ("--nice 5", "not of the form"), ("x.sh", "not of the form"),
     ],
 )  # fmt: skip
-def test_options_that_are_the_launchers_are_refused(option: str, word: str) -> None:
-    with pytest.raises(ValueError, match=word):
+def test_options_that_are_the_launchers_are_refused(option: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         refuse_option(option)
 
 
@@ -169,8 +169,8 @@ def test_a_run_folder_that_slurm_would_take_apart_is_refused(tmp_path: Path, nam
 def test_containers_are_options_of_srun_or_a_command_of_the_step(tmp_path: Path) -> None:
     slurm = {"container": {"image": "org/image:1", "mounts": ["/data:/data:ro"], "python": "/venv/bin/python"}}
     recipe = recipe_of(tmp_path, slurm)
-    [word] = [word for word in plan_jobs(submission_of(recipe))[0].arguments if word.startswith("--export=")]
-    assert word.endswith(f",TUNESMITH_CONTAINER={tmp_path}/run/container.json")
+    [option] = [each for each in plan_jobs(submission_of(recipe))[0].arguments if each.startswith("--export=")]
+    assert option.endswith(f",TUNESMITH_CONTAINER={tmp_path}/run/container.json")
     pyxis = make_container(recipe.slurm.container, (Path("/run"), Path("/work"), Path("/run")))
     mounts = ["/run:/run", "/work:/work", "/tmp:/tmp", "/data:/data:ro"]
     assert pyxis.srun_options() == ["--container-image=org/image:1", f"--container-mounts={','.join(mounts)}"]

@@ -115,7 +115,7 @@ PARTITIONS = [
 
 
 @pytest.mark.parametrize(
-    ("asked", "complaint"),
+    ("wanted", "message"),
     [
         ({"partition": "gpuu"}, "slurm.partition of train: there is no partition gpuu here; did you mean `gpu`?"),
         ({"partition": "qqq"}, "there are gpu, long, old."),
@@ -125,14 +125,14 @@ PARTITIONS = [
         ({"partition": "old"}, "old is down"),
     ],
 )
-def test_what_no_partition_has_is_refused_by_its_key(asked: dict, complaint: str) -> None:
-    with pytest.raises(InputError, match=re.escape(complaint)):
-        check_request("train", JobConfig(**asked), PARTITIONS)
+def test_what_no_partition_has_is_refused_by_its_key(wanted: dict, message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        check_request("train", JobConfig(**wanted), PARTITIONS)
 
 
-@pytest.mark.parametrize("asked", [{}, {"partition": "gpu,long", "time": "2:00:00"}, {"nodes": 4, "time": "60"}])
-def test_what_a_partition_has_is_not_refused(asked: dict) -> None:
-    check_request("train", JobConfig(**asked), PARTITIONS)
+@pytest.mark.parametrize("wanted", [{}, {"partition": "gpu,long", "time": "2:00:00"}, {"nodes": 4, "time": "60"}])
+def test_what_a_partition_has_is_not_refused(wanted: dict) -> None:
+    check_request("train", JobConfig(**wanted), PARTITIONS)
 
 
 def test_a_job_around_us_leaves_nothing_in_the_new_one() -> None:

@@ -32,7 +32,7 @@ CONTROLLER_ADDRESS = f"{SUBNET}.1"
 POLL_SECONDS = 0.1
 UP_SECONDS = 60
 JOB_IDS_FORGOTTEN = 1000  # more than a bed's slurmctld gives between two of its deaths
-CLIENT_SECONDS = 240  # a slurmctld that was killed answers nobody for a minute or two when it is back
+CLIENT_SECONDS = 240  # a slurmctld that was killed does not answer for a minute or two when it is back
 
 # CPUs, memory and GPUs are claims (config_overrides; two harmless device files per node stand for GPUs).
 # cred_expire=5 makes a requeued job eligible after seconds, not two minutes; smaller values are ignored.
@@ -176,8 +176,8 @@ class SlurmBed:
     def restart(self, name: str) -> None:
         """Power a node off, and on again with an empty /tmp. Its jobs have failed, and Slurm sees it idle.
 
-        Slurm is told that the node is down: it notices a node that comes back within seconds, as no real one does, only
-        minutes later. To see it notice by itself, `kill` the node and wait for DOWN* before the restart.
+        The node is marked as down, because Slurm notices only after minutes that a node was off for seconds. To see it
+        notice by itself, `kill` the node and wait for DOWN* before the restart.
         """
         self.nodes[name].kill()
         self.client("scontrol", "update", f"NodeName={name}", "State=DOWN", "Reason=power")
@@ -217,7 +217,7 @@ class SlurmBed:
         self.wait_node(name, {"IDLE", "ALLOCATED", "MIXED"}, 120)
 
     def kill_controller(self) -> None:
-        """Kill slurmctld as its machine's failure would. Jobs run on, and nobody hears of them."""
+        """Kill slurmctld as its machine's failure would. Jobs run on."""
         pid = (self.folder / "run/slurmctld.pid").read_text().strip()
         self._on(self.controller, "kill", "-KILL", pid)
 
@@ -311,7 +311,7 @@ class SlurmBed:
         """Wait until the job's script has printed `text`. Fails at once if the job ends without it."""
 
         def printed() -> bool:
-            over = self.job(job)["JobState"] in FINAL_STATES  # asked first: what it printed last is there by then
+            over = self.job(job)["JobState"] in FINAL_STATES  # first: then its last output is there below
             if text not in self.output(job) and over:
                 raise AssertionError(f"job {job} ended without {text!r}:\n{self.output(job)}\n{self.log()}")
             return text in self.output(job)

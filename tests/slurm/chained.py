@@ -63,7 +63,7 @@ class ChainedRun:
 
     def events(self, *names: str) -> list[dict]:
         """What the attempts decided, those of these names or all."""
-        rows = [row for row in read_lines(self.run / "events.jsonl") if "attempt" in row]  # the stages tell of theirs
+        rows = [row for row in read_lines(self.run / "events.jsonl") if "attempt" in row]  # others are of the stages
         return [row for row in rows if not names or row["event"] in names]
 
     def metrics(self) -> list[dict]:
@@ -90,7 +90,7 @@ class ChainedRun:
         """Wait for so many events of this name. Fails at once if the chain stops without them."""
 
         def happened() -> list[dict] | None:
-            is_over = self.events("stopped")  # asked first: what came before is there by then
+            is_over = self.events("stopped")  # first: then earlier events are there below
             found = self.events(name)
             if len(found) < count and is_over:
                 raise AssertionError(f"no event {name}, and the chain stopped: {is_over}\n{self.output()}")
@@ -144,7 +144,7 @@ def write_recipe(folder: Path, **values: object) -> None:
 
 
 def make_scripted(bed: SlurmBed, name: str, script: dict[str, object], **slurm: object) -> ChainedRun:
-    """A run whose training does what `script` says, not submitted yet; `slurm` goes into its recipe."""
+    """A run whose training follows `script`, not submitted yet; `slurm` goes into its recipe."""
     folder = bed.shared / name
     write_recipe(folder, slurm=slurm, train={"data": ["rows.jsonl"]})
     (folder / "run").mkdir()

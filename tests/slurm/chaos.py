@@ -75,7 +75,7 @@ def scripted_weights(run: ChainedRun) -> dict[str, str]:
 
 
 def dataset(run: ChainedRun) -> dict[str, str]:
-    """Hash of every shard, after a look at what no hash tells: every id once, every finished request once."""
+    """Hash of every shard, after a check of what no hash shows: every id once, every finished request once."""
     found = {}
     for name in ("synthesized", "rejected", "instructions"):
         folder = run.run / "data" / name
@@ -106,22 +106,22 @@ WORKLOADS = {
 def run_to_end(workload: Workload, run: ChainedRun, faults: list[str], rng: random.Random) -> list[str]:
     """Run a chain, struck by `faults` one after another; returns what each of them hit."""
     run.submit(workload.stage, f"--nodes={workload.num_nodes}")
-    told = []
+    hits = []
     for fault in faults:
         run.wait("to be under way", lambda: workload.has_begun(run) and run.events("attempt started"), END_SECONDS)
         time.sleep(rng.uniform(0, workload.max_wait_seconds))
         if run.events("done", "stopped"):
-            told.append("over already")
+            hits.append("over already")
             continue
-        told.append(FAULTS[fault](Strike(run, workload.stage, rng)))
+        hits.append(FAULTS[fault](Strike(run, workload.stage, rng)))
     run.wait("the end", lambda: run.events("done", "stopped"), END_SECONDS)
     try:
         run.wait_quiet(120)
     except AssertionError:
         if "kill the controller" not in faults or run.processes():
             raise
-        told.append(end_ghosts(run))
-    return told
+        hits.append(end_ghosts(run))
+    return hits
 
 
 def end_ghosts(run: ChainedRun) -> str:
@@ -138,7 +138,7 @@ def check(workload: Workload, run: ChainedRun, expected: dict[str, str]) -> None
     if stopped := run.events("stopped"):
         raise Violation(f"the chain stopped: {stopped[-1]['reason']}")
     if not is_done(workload.stage, load(run.folder / "recipe.yaml", []), RunDir(run.run)):
-        raise Violation(f"{workload.stage} says that it is done, and is not")
+        raise Violation(f"{workload.stage} reports that it is done, and is not")
     if (result := run.result(workload.stage)) and result.get("status") in ("failed", "preempted"):
         raise Violation(f"the result of a stage that is done: {result}")
     if (found := workload.result(run)) != expected:
@@ -191,7 +191,7 @@ def main(argv: list[str]) -> int:
             began = time.monotonic()
             run = WORKLOADS[name].make(bed, f"round-{number}")
             try:
-                told = run_to_end(WORKLOADS[name], run, faults, dice)
+                hits = run_to_end(WORKLOADS[name], run, faults, dice)
                 check(WORKLOADS[name], run, expected[name])
             except (Violation, AssertionError, TunesmithError) as error:
                 print(f"  VIOLATED: {error}\n{run.output()[-4000:]}\nseed {arguments.seed}; {again}", flush=True)
@@ -200,7 +200,7 @@ def main(argv: list[str]) -> int:
                 return 1
             num_faults.update(faults)
             attempts = len(run.events("attempt started"))
-            print(f"  held: {attempts} attempts, {time.monotonic() - began:.0f} s; {'; '.join(told)}", flush=True)
+            print(f"  held: {attempts} attempts, {time.monotonic() - began:.0f} s; {'; '.join(hits)}", flush=True)
     print(f"chaos: {number} rounds held, seed {arguments.seed}")
     for fault, count in sorted(num_faults.items()):
         print(f"  {count:3d} x {fault}")

@@ -53,7 +53,7 @@ def kill_a_process(strike: Strike) -> str:
     command = commands.get(pid, "")
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
-    return f"{host}: {' '.join(word.rsplit('/', 1)[-1] for word in command.split()[:6])}"
+    return f"{host}: {' '.join(part.rsplit('/', 1)[-1] for part in command.split()[:6])}"
 
 
 def kill_a_node(strike: Strike, host: str | None = None) -> str:
@@ -93,9 +93,11 @@ def kill_the_controller(strike: Strike) -> str:
     """Once it has saved what it knows of the chain: from what it forgets with its last seconds no client recovers."""
     seconds = strike.rng.uniform(1, 10)
     saved = strike.run.bed.folder / "state" / "job_state"
-    told = max(row["time"] for row in strike.run.jobs() + strike.run.events())
+    changed_at = max(row["time"] for row in strike.run.jobs() + strike.run.events())
     with contextlib.suppress(AssertionError):  # it saves every few seconds, where there is anything new
-        strike.run.wait("a saved state", lambda: saved.exists() and saved.stat().st_mtime > told + 1, SAVED_SECONDS)
+        strike.run.wait(
+            "a saved state", lambda: saved.exists() and saved.stat().st_mtime > changed_at + 1, SAVED_SECONDS
+        )
     strike.run.bed.kill_controller()
     time.sleep(seconds)
     strike.run.bed.start_controller()
@@ -104,7 +106,7 @@ def kill_the_controller(strike: Strike) -> str:
 
 def go_on_if_forgotten(run: ChainedRun, stage: str) -> str:
     """A slurmctld that is killed forgets its last seconds: that a job was released, or all jobs of the chain, and then
-    nobody is left to go on. Do what its user would: release it, or start the chain again as `tunesmith resume` does."""
+    no job goes on. Do what its user would: release it, or start the chain again as `tunesmith resume` does."""
 
     def known() -> set[int]:
         return {run.job(stage)} & run.bed.squeue().keys()

@@ -112,7 +112,7 @@ class Machine:
         Path(f"/proc/{self.init_pid}/root/tmp/filler").unlink()
 
     def kill(self) -> None:
-        """Die like a machine whose power fails: off the network first, so that nobody hears of it. Idempotent."""
+        """Die like a machine whose power fails: off the network first, so that no message gets out. Idempotent."""
         if self.alive and self.init_pid and self.switch is not None and self.switch.alive:
             with contextlib.suppress(subprocess.CalledProcessError):  # absent where plugging in is what failed
                 self.switch._ip("link", "delete", self._port)

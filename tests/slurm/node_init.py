@@ -1,4 +1,4 @@
-"""PID 1 of one node of the bed: sets up its name, /tmp, /dev/shm and /etc/hosts, says "ready", then reaps children.
+"""PID 1 of one node of the bed: sets up its name, /tmp, /dev/shm and /etc/hosts, prints "ready", then reaps children.
 
 Orphans of a namespace become children of its PID 1. One that does not wait for them leaves zombies, and whoever
 waits for such a process to vanish (`slurmd`, `ray stop`) waits in vain.

@@ -3,7 +3,7 @@
     python -m tests.slurm.scripted_attempt train|export|synthesize RECIPE [key=value ...]
 
 `<run>/script.json`: {"steps": 6, "step_seconds": 0.3, "faults": {"1": ["kill", 3]}}: what happens to which attempt at
-which step. "kill": the rank dies of SIGKILL, "bad-input": it ends with 2, "stop": it stops for good without a word,
+which step. "kill": the rank dies of SIGKILL, "bad-input": it ends with 2, "stop": it stands still (SIGSTOP),
 "never": it ends at once, with 1 and without a step, "lie": the same with 0.
 """
 

@@ -176,10 +176,10 @@ def test_a_slurmctld_that_is_gone_is_asked_until_it_is_back(make_run) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("noticed", ["told", "by itself"])
+@pytest.mark.parametrize("noticed", ["marked as down", "by itself"])
 def test_a_node_that_is_cut_off_computes_on_and_writes_nothing_once_another_went_on(make_run, noticed: str) -> None:
-    """Slurm takes half a minute to notice; `told` that the node is down it does the same at once."""
-    num_steps = 60 if noticed == "told" else 120
+    """Slurm takes half a minute to notice; If an admin marks the node as down, it does the same at once."""
+    num_steps = 60 if noticed == "marked as down" else 120
     run = make_run(step_seconds=0.5, steps=num_steps)
     run.submit("train")
     run.wait_step(3, 60)
@@ -188,7 +188,7 @@ def test_a_node_that_is_cut_off_computes_on_and_writes_nothing_once_another_went
     pids = set(run.processes())
     node.partition()
     try:
-        if noticed == "told":
+        if noticed == "marked as down":
             at_cut = run.metrics()[-1]["step"]
             run.wait_step(at_cut + 2, 30)
             run.bed.client("scontrol", "update", f"NodeName={host}", "State=DOWN", "Reason=silent")

@@ -1,8 +1,8 @@
-"""Eight things that Slurm 22.05 and Ray 2.60 do, none of which one would guess, and ours being right in spite of them.
+"""Eight things that Slurm 22.05 and Ray 2.60 do, which are hard to guess, and how our code copes.
 
-The first test of a number shows what is so, without any code of ours; those after it, that ours copes. Where that is
-tested elsewhere, the docstring says where. If a first one fails with other versions, what was made because of it may
-have become needless; nothing is wrong.
+The first test of a number shows the fact, without any code of ours. The tests after it show that our code copes. If
+that is tested elsewhere, the docstring names the test. If a first test fails with other versions, the code that copes
+with the fact may not be needed any more.
 """
 
 import json
@@ -43,7 +43,7 @@ while True:
     ray.get(work.remote())
     print("driver: at work", flush=True)
 """
-# A batch script and a step that tell when they hear what.
+# A batch script and a step that print when they get which signal.
 LISTEN = """
 note() { echo "$1 $EPOCHREALTIME"; }
 export -f note
@@ -171,14 +171,14 @@ def test_5_who_hears_of_a_preemption_and_when(bed: SlurmBed, notice: bool) -> No
         options = ["--partition=high", "--nodelist=n1", "--exclusive"]
         urgent = bed.sbatch(bed.write_script("urgent.sh", "true"), options=options)
         first, second = ("batch USR2", "step TERM") if notice else ("step TERM", "batch TERM")
-        asked = time.time()
+        started = time.time()
         bed.wait_output(job, first, 10)
         bed._wait(second, lambda: second in bed.output(job), 40, lambda: bed.output(job))
         bed.wait_state(urgent, {"COMPLETED"}, 60)
-    told = bed.output(job)
-    assert time_of(first, told) - asked < 6
-    assert 15 < time_of(second, told) - time_of(first, told) < 30
-    assert ("batch USR2" in told) == notice
+    output = bed.output(job)
+    assert time_of(first, output) - started < 6
+    assert 15 < time_of(second, output) - time_of(first, output) < 30
+    assert ("batch USR2" in output) == notice
 
 
 @pytest.mark.parametrize("preempt", [faults.preempt, faults.preempt_by_notice])
@@ -251,14 +251,14 @@ def test_8_under_our_supervisor_the_failing_nodes_exit_code_arrives_and_each_lea
     rank = "import socket, sys, time\ntime.sleep(60 * (socket.gethostname() == 'n1'))\nsys.exit(3)"
     (bed.shared / "fails.py").write_text(rank)
     srun = "srun --ntasks-per-node=1 --kill-on-bad-exit=1"
-    body = f"{srun} {sys.executable} -P -m launcher.job.node exec $PWD/exits -- fails.py\necho srun says $?"
+    body = f"{srun} {sys.executable} -P -m launcher.job.node exec $PWD/exits -- fails.py\necho srun exit code $?"
     (bed.shared / "exits").mkdir()
     job = submit(bed, "fails", f"export PYTHONPATH={PROJECT}\n{body}", ["--nodes=2", "--nodelist=n[1-2]"])
     bed.wait_state(job, {"COMPLETED"}, 120)
-    assert "srun says 3\n" in bed.output(job)
+    assert "srun exit code 3\n" in bed.output(job)
     run = RunDir(bed.shared / "exits")
-    word = json.loads((run.root / f"attempt-{job}-0" / "node-1.exit.json").read_text())
-    assert (word["host"], word["exit_code"]) == ("n2", 3)
+    report = json.loads((run.root / f"attempt-{job}-0" / "node-1.exit.json").read_text())
+    assert (report["host"], report["exit_code"]) == ("n2", 3)
     assert culprits(run.attempt_dir(str(job), 0), ("n1", "n2")) == ("n2",)
 
 

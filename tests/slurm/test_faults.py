@@ -86,7 +86,7 @@ def preempt_by_notice(strike: Strike) -> None:
 
 
 def kill_slurmd(strike: Strike) -> None:
-    """For so long that Slurm takes the node for dead; its rank, which stood still meanwhile, wakes up beside the next
+    """For so long that Slurm takes the node for dead; its rank, which stood still meanwhile, wakes up during the next
     attempt's."""
     bed, host = strike.run.bed, strike.attempt["hosts"][1]
     old, rank = set(strike.run.processes_on(host)), rank_on(strike, host)

@@ -36,7 +36,7 @@ def read_rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def exit_words(run: Path, job: int) -> list[dict]:
+def exit_reports(run: Path, job: int) -> list[dict]:
     """What each of two nodes left about its end."""
     return [json.loads((run / f"attempt-{job}-0" / f"node-{node}.exit.json").read_text()) for node in (0, 1)]
 
@@ -54,7 +54,7 @@ def test_two_nodes_train_one_model_and_the_same_command_goes_on_after_a_notice(
     assert result["status"] == "preempted"
     stopped_at = result["step"]
     assert read_rows(run / "metrics.jsonl")[-1]["step"] == stopped_at >= 3
-    assert [word["exit_code"] for word in exit_words(run, job)] == [75, 75]
+    assert [report["exit_code"] for report in exit_reports(run, job)] == [75, 75]
 
     job = slurm_cluster.sbatch(*command, options=options, cwd=recipe.parent, env=ENV)
     slurm_cluster.wait_state(job, {"COMPLETED"}, 300)
@@ -66,7 +66,7 @@ def test_two_nodes_train_one_model_and_the_same_command_goes_on_after_a_notice(
     result = json.loads((run / "result-train.json").read_text())
     assert (result["status"], result["step"], result["num_rows"]) == ("done", NUM_STEPS, 8)
     assert (run / "checkpoints" / f"step_{NUM_STEPS:06d}").is_dir()
-    assert [(word["host"], word["exit_code"]) for word in exit_words(run, job)] == [("n1", 0), ("n2", 0)]
+    assert [(report["host"], report["exit_code"]) for report in exit_reports(run, job)] == [("n1", 0), ("n2", 0)]
 
 
 @pytest.mark.long
