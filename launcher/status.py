@@ -134,7 +134,8 @@ def status_from_jobs(stage: str, run: RunDir, jobs: list[SubmittedJob], answer: 
             return status(RUNNING, job, f"on {where} for {queued.elapsed}. {last_progress(run, stage)}".strip())
     if live:
         job, queued = live[0]
-        return status(WAITING, job, reason_of(queued))
+        again = f"after attempt {number}. " if (number := num_attempts(run, job.job_id)) else ""
+        return status(WAITING, job, again + reason_of(queued))
     last, log = jobs[-1], newest_log(jobs)
     if answer.error:
         return status(UNKNOWN, last, f"{answer.error} The job's log: {log}")
@@ -163,8 +164,6 @@ def reason_of(queued: QueuedJob) -> str:
     """Why a job is not running yet."""
     if queued.reason == "JobHeldUser":
         return "held: the run is being submitted, or a user holds the job (scontrol release)"
-    if queued.reason == "BeginTime":
-        return "requeued: it starts again soon"
     if queued.dependency not in ("", "(null)"):
         job_ids = re.findall(r":(\d+)", queued.dependency)  # as in "afterok:101(unfulfilled)"
         return f"for job {', '.join(job_ids)}"

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from cluster.errors import InputError
 from cluster.files import exclusive_lock, write_json
+from cluster.run.fence import claim
 from cluster.run.rundir import RunDir
 from launcher.print_status import print_runs, print_status
 from launcher.slurm.client import SlurmNoAnswer, parse_queue_line
@@ -60,6 +61,9 @@ def test_the_queue_says_what_runs_and_what_waits_for_what(run: RunDir) -> None:
     assert found.state == "RUNNING" and found.stage == "train"
     assert (found.stages[0].state, found.stages[0].detail) == ("RUNNING", "on n[1-2] for 0:12. step 3, loss 1.5000")
     assert (found.stages[1].state, found.stages[1].detail) == ("WAITING", "for job 101")
+    claim(run.root, "train", "101")
+    assert train(run, "101|PENDING|0:00|2||(null)|BeginTime")[1] == "after attempt 1. Slurm's reason: BeginTime"
+    (run.claims / "000001.json").unlink()
     assert train(run, "101|PENDING|0:00|2||(null)|JobHeldUser")[1].startswith("held:")
     assert train(run, "101|PENDING|0:00|2||(null)|Priority")[1] == "Slurm's reason: Priority"
 
