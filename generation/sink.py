@@ -20,8 +20,8 @@ from cluster.files import write_atomic
 from cluster.run.fence import verify
 from cluster.run.manifest import is_sealed
 from cluster.run.rundir import RunDir
+from generation.dataset_writer import DatasetWriter, read_batches, state_files
 from generation.records import INSTRUCTION_SCHEMA, REJECTED_SCHEMA, SCHEMA, Record, RejectedRecord
-from generation.store import DatasetWriter, read_batches, state_files
 
 SCHEMAS = {"synthesized": SCHEMA, "rejected": REJECTED_SCHEMA, "instructions": INSTRUCTION_SCHEMA}
 

@@ -1,7 +1,7 @@
 """The command line: `tunesmith run | synthesize | train | export | evaluate | plan RECIPE [key.sub=value ...]`.
 
 `tunesmith inspect tokens RECIPE_OR_RUN` shows the rows that training sees. The commands about a run that was started,
-such as `tunesmith status RUN`, are in launcher/slurm/commands.py.
+such as `tunesmith status RUN`, are in launcher/run_commands.py.
 
 Nothing heavy is imported here, so that `--help` answers at once. Each stage imports what it needs.
 """
@@ -16,7 +16,7 @@ from rich.console import Console
 
 from cluster.errors import TunesmithError
 from cluster.run.rundir import RunDir
-from launcher.slurm import commands
+from launcher import run_commands
 
 app = typer.Typer(
     help="Instruction tuning, end to end: a model writes and answers instructions, and is tuned on them.",
@@ -68,7 +68,7 @@ def run(
 
     resolved = load_recipe(recipe, overrides, run_dir)
     if on == Place.slurm:
-        commands.run_on_slurm(recipe, overrides or [], resolved)
+        run_commands.run_on_slurm(recipe, overrides or [], resolved)
         return
     members = members_of(recipe, overrides or [], resolved)
     if members:
@@ -110,7 +110,7 @@ def plan(
 
     resolved = load_recipe(recipe, overrides, run_dir)
     if on == Place.slurm:
-        commands.plan_on_slurm(recipe, overrides or [], resolved)
+        run_commands.plan_on_slurm(recipe, overrides or [], resolved)
     else:
         print_plan(resolved, recipe, Console())
 
@@ -139,7 +139,7 @@ def inspect_tokens(
     print_rows(resolved, rows, Console())
 
 
-commands.add_to(app)
+run_commands.add_to(app)
 
 
 def _one_stage(stage: str, recipe: Path, overrides: list[str] | None, run_dir: Path | None) -> None:

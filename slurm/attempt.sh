@@ -1,7 +1,7 @@
 # What the scripts of the stages share. They set $project, and $shown to what `scontrol show job` shows. Then:
 #
 #     source "$project/slurm/attempt.sh"
-#     run_attempt launcher.job.attempt STAGE RECIPE [key=value ...]
+#     run_attempt launcher.job.supervisor STAGE RECIPE [key=value ...]
 #
 # Python is that of a virtual environment: $TUNESMITH_PYTHON, or .venv/bin/python in the folder where sbatch was called,
 # or in the project.

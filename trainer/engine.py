@@ -12,11 +12,11 @@ from trainer.config.train import TrainConfig
 from trainer.config.zero import ZeroConfig
 from trainer.data.batches import MicroBatch
 from trainer.job import TrainJob
+from trainer.model.adapters import is_decayed
 from trainer.model.attention import flash_attention_kwargs
 from trainer.model.load import CausalLMWithLoss, load_model
 from trainer.model.loss import loss_settings
 from trainer.model.sequence import loss_factor, use_ulysses
-from trainer.model.tuning import is_decayed
 
 
 def train_step(

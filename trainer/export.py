@@ -38,9 +38,9 @@ from trainer.config.tuning import form_refusal
 from trainer.data.chat import end_of_turn_ids
 from trainer.job import export_key
 from trainer.model.adapter_base import BASE_FILE
-from trainer.model.adapters import CONFIG_FILE, WEIGHTS_FILE
+from trainer.model.adapters import load_adapter
+from trainer.model.bottleneck import CONFIG_FILE, WEIGHTS_FILE
 from trainer.model.load import DTYPES, load_tokenizer
-from trainer.model.tuning import load_adapter
 
 log = stage_logger("export")
 CARD_TEMPLATE = Path(__file__).with_name("model_card.md.jinja")

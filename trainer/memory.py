@@ -111,7 +111,7 @@ def read_facts(model: ModelConfig, config: TrainConfig) -> ModelFacts:
         return facts
     if config.tuning == "qlora":
         facts = replace(facts, num_quantized=_num_quantized(lm))
-    from trainer.model.tuning import adapt
+    from trainer.model.adapters import adapt
 
     with torch.device("meta"):
         adapted = adapt(lm, model, config, added_token_ids=[])

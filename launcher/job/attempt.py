@@ -1,160 +1,177 @@
-"""The supervisor of a job, which runs on the job's first node: one attempt at one stage.
+"""One attempt of a job that `<run>/jobs.jsonl` lists: it owns the run, and decides whether another attempt follows.
 
-    python -P -m launcher.job.attempt STAGE RECIPE [key=value ...]
+    claim a fencing token -> check the nodes -> run the stage -> decide by what is on the disk
 
-It starts the stage's steps on the job's nodes with srun and passes the request to save and stop on to them. The job's
-script (slurm/attempt.sh) starts it, and requeues the job if the supervisor ends with EXIT_PREEMPTED or is killed. See
-continuation.py for a job that `<run>/jobs.jsonl` lists: it decides whether there is another attempt.
+    done             exit code 0: the job is over, and Slurm starts the job that waits for it (afterok)
+    give up          exit code 1 or 2: the job has failed, and Slurm cancels the jobs that wait for it
+    another attempt  exit code 75: the job's script requeues the job (requeue.py)
 
-Nothing slow is imported here: until `main` has its handlers, a signal would kill it.
+A requeued job keeps its id, so the jobs after it wait for it as before. It may begin while an attempt of the same job
+still runs on a node that is cut off from the network. The fencing token (cluster/run/fence.py) makes that harmless.
+Slurm itself requeues a job that it preempts, or whose node it has lost.
+
+Requeueing cannot do one thing that a second, waiting job could: if a batch script is killed by SIGKILL on a node that
+stays up, the job has failed. `tunesmith resume` goes on.
 """
 
-import contextlib
-import math
 import os
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable
-from functools import partial
+from itertools import pairwise
+from pathlib import Path
 
-from cluster.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, TunesmithError
-from cluster.nodes.topology import export_hosts
-from cluster.processes.signals import StopRequest
-from cluster.run.fence import Superseded
-from launcher.slurm.client import Slurm
-from launcher.slurm.container import job_container, python_module, step_options
+from cluster.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, InputError, TunesmithError
+from cluster.files import write_json
+from cluster.run import fence
+from cluster.run.rundir import RunDir
+from launcher.done import is_done, progress_of
+from launcher.job import node_health
+from launcher.job.hang import WATCHED, HangWatch
+from launcher.job.preflight import OnAllNodes, check_nodes
+from launcher.recipe import Recipe, load
+from launcher.slurm.submitted import SubmittedJob, read_jobs
 
-POLL_SECONDS = 0.2
-EXIT_OVERDUE = 124  # as timeout(1) has it
-KILL_SECONDS = 30.0  # srun needs at most as long to end the tasks of all nodes
+FENCE_SECONDS = 5.0
 
 
-class Steps:
-    """The steps of this job, which run one after another."""
+class Attempt:
+    """This attempt of this job."""
 
-    def __init__(self, stop: StopRequest) -> None:
-        self.stop = stop
-        # Called regularly while a step runs. An error that one of them raises ends the step and the attempt.
-        self.checks: list[Callable[[], None]] = []
+    def __init__(
+        self, run: RunDir, recipe: Recipe, job: SubmittedJob, parents: list[SubmittedJob], hosts: tuple[str, ...]
+    ) -> None:
+        self.run, self.recipe, self.policy = run, recipe, recipe.slurm
+        self.job, self.parents, self.hosts = job, parents, hosts
+        self.stage = job.stage
+        self.restart_count = restart_count()
 
-    def run(self, argv: list[str], limit_seconds: float = math.inf, can_save: bool = True) -> int:
-        """Run a step to its end and return its exit code, or EXIT_OVERDUE if it was ended after `limit_seconds`.
+    def execute(self, run_stage: Callable[[], int], on_all_nodes: OnAllNodes) -> int:
+        """Run the stage and return the exit code of the job. Raises Superseded if a newer attempt owns the run.
 
-        A request to stop is passed on as SIGUSR2. A step that cannot save is ended instead. srun passes USR2 to the
-        tasks of all nodes. TERM would make srun end the step; Slurm sends it to the steps as well as to the script.
+        `run_stage` runs the stage and returns its exit code.
         """
-        if self.stop.is_set:
-            return EXIT_PREEMPTED
-        step = subprocess.Popen(argv)
-        deadline = time.monotonic() + limit_seconds
-        while True:
-            try:
-                code = step.wait(POLL_SECONDS)
-                if code and self.stop.is_set and not can_save:  # Slurm's signal to the step has ended it
-                    return EXIT_PREEMPTED
-                return code if code >= 0 else 128 - code
-            except subprocess.TimeoutExpired:
-                if self.stop.is_set and not can_save:
-                    end_step(step, 0)
-                    return EXIT_PREEMPTED
-                if self.stop.pending:
-                    self.stop.pending.clear()
-                    step.send_signal(signal.SIGUSR2)
-            if time.monotonic() > deadline:
-                end_step(step, 0)
-                return EXIT_OVERDUE
-            try:
-                for check in self.checks:
-                    check()
-            except Superseded:
-                step.kill()  # with TERM srun would end the step of the newer attempt, which has the same id
-                raise
-            except TunesmithError as error:
-                end_step(step, getattr(error, "grace_seconds", 0.0))
-                raise
+        if missing := [parent for parent in self.parents if not is_done(parent.stage, self.recipe, self.run)]:
+            return self._stop_without_input(missing[0])
+        node_health.catch_up(self.run)
+        # An attempt that died after its last commit leaves a stage that is done, so no progress is expected of it.
+        if self._is_without_progress() and not self._is_done():
+            return self._stop_without_progress("each died without a message; the log of the job may say more")
+        self._claim()
+        try:
+            if self.policy.preflight if self.policy.preflight is not None else len(self.hosts) > 1:
+                check_nodes(self.run, self.job.job_id, self.hosts, on_all_nodes)
+            code = run_stage()
+        except fence.Superseded:
+            raise
+        except (TunesmithError, OSError) as error:  # from the preflight or a check: the stage has written no result
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            code = getattr(error, "exit_code", EXIT_FAILED)
+            self._write_result(code, str(error), getattr(error, "kind", "error"))
+        fence.verify(self.run.root)
+        return self._finish(code)
 
-    def run_on_all_nodes(self, argv: list[str], limit_seconds: float) -> int:
-        """A step of one task on every node, which cannot save."""
-        return self.run([*srun(), "--ntasks-per-node=1", *argv], limit_seconds, can_save=False)
+    def checks(self) -> list[Callable[[], None]]:
+        """What to call regularly while the stage runs. The first call comes when the attempt has claimed the run."""
+        checks: list[Callable[[], None]] = [lambda: self._fence.check_throttled(FENCE_SECONDS)]
+        if self.stage in WATCHED:
+            checks.append(lambda: self._hang_watch())
+        return checks
 
+    # -- before the stage
 
-def end_step(step: subprocess.Popen, grace_seconds: float) -> None:
-    """End a step on all nodes, after a request to save and stop if there are `grace_seconds`."""
-    if grace_seconds:
-        step.send_signal(signal.SIGUSR2)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            step.wait(grace_seconds)
-    step.send_signal(signal.SIGTERM)  # srun then kills the tasks, also stopped ones
-    try:
-        step.wait(KILL_SECONDS)
-    except subprocess.TimeoutExpired:  # a node does not answer; Slurm ends the rest with the job
-        step.kill()
-        step.wait()
+    def _is_done(self) -> bool:
+        return is_done(self.stage, self.recipe, self.run)
 
+    def _is_without_progress(self) -> bool:
+        """True if as many attempts in a row as the recipe allows have brought the stage no further."""
+        starts = [claim.progress for claim in fence.claims(self.run.root) if claim.job_id == self.job.job_id]
+        count = 0
+        for before, after in reversed(list(pairwise([*starts, progress_of(self.stage, self.run)]))):
+            if after > before:
+                break
+            count += 1
+        return count >= self.policy.max_attempts_without_progress
 
-def srun() -> list[str]:
-    """The beginning of an srun command, with what srun does not take over from sbatch, or should not.
+    def _claim(self) -> None:
+        progress, root = progress_of(self.stage, self.run), self.run.root
+        token = fence.claim(root, self.stage, self.job.job_id, self.hosts, progress, self.restart_count)
+        os.environ[fence.TOKEN_VARIABLE] = str(token)
+        self._fence = fence.Fence(root, token)
+        self._hang_watch = HangWatch(self.run, self.stage, self.policy)
+        self._event("attempt started", fencing_token=token, hosts=self.hosts, progress=progress)
+        if not self._is_done():
+            self.run.result(self.stage).unlink(missing_ok=True)  # of an earlier attempt
 
-    Since 22.05 srun does not take over the number of CPUs per task. It does take over --export, and would give the
-    step only the listed variables, without PYTHONPATH, which the job's script has set.
-    """
-    cpus = os.environ.get("SLURM_CPUS_PER_TASK")
-    options = [f"--cpus-per-task={cpus}"] if cpus else []
-    return ["srun", "--export=ALL", *options, *step_options()]
+    # -- after the stage
 
+    def _finish(self, code: int) -> int:
+        """Decide what becomes of the job, now that the stage has ended with `code`. Returns the job's exit code."""
+        result = self.run.read_result(self.stage) or {}
+        message = result.get("message", f"it ended with exit code {code}; its log says why")
+        if code == EXIT_BAD_INPUT:
+            return self._stop(code, "bad input", message)
+        if self._is_done():
+            self._event("done", code=code)
+            node_health.note(self.run, self._fence.token, self.hosts, failed=())
+            return EXIT_DONE
+        if result.get("kind") != "preflight":  # which has recorded its nodes itself
+            folder = self.run.attempt_dir(self.job.job_id, self.restart_count)
+            failed = () if code == EXIT_PREEMPTED else node_health.culprits(folder, self.hosts)
+            node_health.note(self.run, self._fence.token, self.hosts, failed)
+        if self._is_without_progress():
+            return self._stop_without_progress(message)
+        if code == EXIT_DONE:
+            code, message = EXIT_FAILED, "it ended with exit code 0, but its output is not there"
+        self._event("preempted" if code == EXIT_PREEMPTED else "crashed", code=code, reason=message)
+        return EXIT_PREEMPTED
 
-def train(steps: Steps, recipe: list[str]) -> int:
-    """One supervisor per node, which starts the node's ranks.
+    def _stop_without_input(self, parent: SubmittedJob) -> int:
+        return self._stop(
+            EXIT_BAD_INPUT, "bad input",
+            f"{self.stage} began although {parent.stage} is not done: see {self.run.result(parent.stage)} and "
+            f"{parent.log}. Fix the cause and submit the run again.",
+        )  # fmt: skip
 
-    If one fails, srun ends the others (--kill-on-bad-exit). A minute after the first has finished it ends the rest.
-    """
-    options = ["--ntasks-per-node=1", "--kill-on-bad-exit=1", "--wait=60"]
-    return steps.run([*srun(), *options, *python_module("launcher.job.node", "train", *recipe)])
+    def _stop_without_progress(self, message: str) -> int:
+        limit = self.policy.max_attempts_without_progress
+        return self._stop(
+            EXIT_FAILED, "no progress",
+            f"NO PROGRESS: {limit} attempts in a row brought {self.stage} no further than "
+            f"{progress_of(self.stage, self.run):g}. The last one: {message}. Fix the cause and submit the run again. "
+            "slurm.max_attempts_without_progress is the number of attempts that may fail.",
+        )  # fmt: skip
 
+    def _stop(self, code: int, kind: str, message: str) -> int:
+        """Give up. Slurm cancels the jobs that wait for this one."""
+        self._write_result(code, message, kind)
+        print(f"error: {message}", file=sys.stderr, flush=True)
+        self._event("stopped", kind=kind, reason=message)
+        return code
 
-def export(steps: Steps, recipe: list[str]) -> int:
-    """A step of one node."""
-    return steps.run([*srun(), "--nodes=1", "--ntasks=1", *python_module("launcher.cli", "export", *recipe)])
+    def _write_result(self, code: int, message: str, kind: str) -> None:
+        fence.verify(self.run.root)
+        status = "preempted" if code == EXIT_PREEMPTED else "failed"
+        result = {"status": status, "exit_code": code, "kind": kind, "message": message}
+        write_json(self.run.result(self.stage), result)
 
-
-def run_with_ray(stage: str, steps: Steps, recipe: list[str]) -> int:
-    """Ray over all nodes, and the stage as its driver on this node."""
-    from launcher.job import ray_job
-
-    return ray_job.run(stage, recipe, steps.stop, steps.checks)
-
-
-STAGES: dict[str, Callable[[Steps, list[str]], int]] = {
-    "synthesize": partial(run_with_ray, "synthesize"),
-    "train": train,
-    "export": export,
-    "evaluate": partial(run_with_ray, "evaluate"),
-}
-
-
-def main(argv: list[str]) -> int:
-    if len(argv) < 2 or argv[0] not in STAGES:
-        print(f"error: expected one of {', '.join(STAGES)}, then a recipe, then key=value ...", file=sys.stderr)
-        return EXIT_BAD_INPUT
-    steps = Steps(StopRequest().install())
-    stage, recipe = argv[0], argv[1:]
-    try:
-        from launcher.job.continuation import open_attempt
-
-        hosts = tuple(Slurm().host_names(os.environ["SLURM_JOB_NODELIST"]))
-        if job_container() is not None:
-            export_hosts(os.environ, hosts)
-        attempt = open_attempt(stage, recipe, hosts)
-        if attempt is None:
-            return STAGES[stage](steps, recipe)
-        steps.checks += attempt.checks()
-        return attempt.execute(lambda: STAGES[stage](steps, recipe), steps.run_on_all_nodes)
-    except TunesmithError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    def _event(self, event: str, **fields: object) -> None:
+        self.run.event(self.stage, event, job=self.job.job_id, attempt=self.restart_count + 1, **fields)
 
 
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+def restart_count() -> int:
+    """How often Slurm has requeued this job."""
+    return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+
+
+def open_attempt(stage: str, recipe_argv: list[str], hosts: tuple[str, ...]) -> Attempt | None:
+    """This attempt of this job. None if the jobs.jsonl of its run does not list the job."""
+    recipe = load(Path(recipe_argv[0]), recipe_argv[1:])
+    run = RunDir(recipe.run_dir.resolve())
+    jobs = {job.job_id: job for job in read_jobs(run)}
+    own = jobs.get(os.environ["SLURM_JOB_ID"])
+    if own is None:
+        return None
+    if own.stage != stage:
+        raise InputError(f"{run.jobs}: job {own.job_id} is {own.stage}, and this is {stage}.")
+    parents = [jobs[job_id] for job_id in own.parent_job_ids if job_id in jobs]
+    return Attempt(run, recipe, own, parents, hosts)

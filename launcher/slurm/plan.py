@@ -10,7 +10,7 @@ from rich.text import Text
 
 from launcher.plan import describe_stages, print_memory
 from launcher.recipe import Recipe
-from launcher.slurm.jobs import PlannedJob
+from launcher.slurm.sbatch import PlannedJob
 from launcher.slurm.submit import Prepared
 from launcher.slurm_config import JobConfig
 from trainer.config.train import TrainConfig

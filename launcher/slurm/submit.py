@@ -20,7 +20,7 @@ from launcher.done import is_done
 from launcher.recipe import Recipe
 from launcher.slurm import container
 from launcher.slurm.client import Partition, Slurm, clean_environment
-from launcher.slurm.jobs import PlannedJob, Submission, plan_jobs
+from launcher.slurm.sbatch import PlannedJob, Submission, plan_jobs
 from launcher.slurm.snapshot import take_snapshot
 from launcher.slurm.submitted import SubmittedJob, read_jobs
 from launcher.slurm_config import JobConfig, seconds_of

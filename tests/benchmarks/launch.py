@@ -24,8 +24,8 @@ from rich.console import Console
 from rich.table import Table
 
 from launcher.print_status import print_status
-from launcher.slurm.jobs import plan_jobs
 from launcher.slurm.plan import print_slurm_plan
+from launcher.slurm.sbatch import plan_jobs
 from launcher.slurm.submit import Prepared, submit
 from launcher.status import read_statuses
 from tests.launcher.slurm_chain import FakeSlurm, recipe_of, submission_of

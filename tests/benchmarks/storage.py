@@ -21,11 +21,11 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.run.rundir import RunDir
+from generation.dataset_writer import DatasetWriter
 from generation.filters import Instance
 from generation.records import SCHEMA, Origin, Record, human_record
 from generation.request_log import RequestLog
 from generation.sink import DataSink
-from generation.store import DatasetWriter
 
 ROOT = Path(__file__).parents[2]
 ROWS_PER_SHARD = 10_000

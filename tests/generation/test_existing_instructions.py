@@ -13,11 +13,11 @@ from pydantic import ValidationError
 from cluster.engines.config import GenerationRequest
 from cluster.errors import InputError
 from generation.config import AnswerOnlyConfig, RejectionSamplingConfig
+from generation.dataset_writer import DatasetWriter
 from generation.filters import Instance
 from generation.methods.verifier import load_verifier
 from generation.records import SCHEMA
 from generation.seed_tasks import SeedDataset, SeedTask, load_seed_tasks
-from generation.store import DatasetWriter
 from tests.generation.harness import SEEDS, CoroutinePool, Made, drive, prompt_text
 from toy_world.world import draw_task, seen_phrasings
 

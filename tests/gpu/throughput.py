@@ -28,11 +28,11 @@ from cluster.config import ModelConfig
 from trainer.config.train import TrainConfig
 from trainer.data.batches import MicroBatch, best_fit_decreasing
 from trainer.flops import model_flops, peak_flops
+from trainer.model.adapters import adapt, is_decayed
 from trainer.model.attention import choose_attention, flash_attention_kwargs
 from trainer.model.layers import configure_layers, uses_liger
 from trainer.model.load import DTYPES, CausalLMWithLoss
 from trainer.model.loss import loss_settings
-from trainer.model.tuning import adapt, is_decayed
 
 NUM_WARM_UP = 3  # steps that are not counted; the first compile and choose kernels
 MEDIAN_TOKENS, SPREAD = 400, 1.0  # of the log-normal lengths of documents

@@ -8,7 +8,7 @@ import yaml
 
 from launcher.recipe import Recipe, load
 from launcher.slurm.client import Slurm, SlurmRefused
-from launcher.slurm.jobs import Submission
+from launcher.slurm.sbatch import Submission
 
 ENVIRON = {"HOME": "/home/me", "PATH": "/usr/bin", "NCCL_DEBUG": "INFO", "EDITOR": "vi", "MY_TOKEN": "s3cret"}
 

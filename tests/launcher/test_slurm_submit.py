@@ -11,7 +11,7 @@ from cluster.files import read_jsonl
 from cluster.run.rundir import RunDir
 from launcher.slurm.cancel import cancel_run
 from launcher.slurm.client import Partition, SlurmNoAnswer, SlurmRefused, clean_environment
-from launcher.slurm.jobs import plan_jobs
+from launcher.slurm.sbatch import plan_jobs
 from launcher.slurm.submit import Prepared, check_request, submit
 from launcher.slurm.submitted import read_jobs
 from launcher.slurm_config import JobConfig

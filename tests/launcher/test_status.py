@@ -15,8 +15,8 @@ from cluster.run.fence import claim
 from cluster.run.rundir import RunDir
 from launcher.print_status import print_runs, print_status
 from launcher.slurm.client import SlurmNoAnswer, parse_queue_line
-from launcher.slurm.jobs import plan_jobs
 from launcher.slurm.logs import print_logs
+from launcher.slurm.sbatch import plan_jobs
 from launcher.slurm.submit import Prepared, submit
 from launcher.slurm.submitted import read_jobs
 from launcher.status import QueueAnswer, RunStatus, find_runs, may_still_run, read_run, read_statuses, status_of_run

@@ -16,13 +16,13 @@ from tests.slurm.bed import SlurmBed
 from tests.slurm.machine import PROJECT
 
 POLL_SECONDS = 0.2
-# An sbatch script that runs a stage without torch; see scripted_attempt.py.
+# An sbatch script that runs a stage without torch; see scripted_supervisor.py.
 SCRIPTED = f"""#SBATCH --open-mode=append
 project={PROJECT}
 shown=$(scontrol show job "$SLURM_JOB_ID")
 export TUNESMITH_PYTHON={sys.executable}
 source {PROJECT}/slurm/attempt.sh
-run_attempt tests.slurm.scripted_attempt "$1" "$PWD/$2" run_dir=$PWD/run "${{@:3}}" """
+run_attempt tests.slurm.scripted_supervisor "$1" "$PWD/$2" run_dir=$PWD/run "${{@:3}}" """
 
 
 @dataclass

@@ -24,7 +24,7 @@ def slurm_cluster() -> Iterator[SlurmBed]:
 
 @pytest.fixture
 def make_run(slurm_cluster: SlurmBed, request: pytest.FixtureRequest) -> Iterator[Callable[..., ChainedRun]]:
-    """Makes runs with a scripted training (see scripted_attempt.py), whose jobs are cancelled at the end."""
+    """Makes runs with a scripted training (see scripted_supervisor.py), whose jobs are cancelled at the end."""
     runs: list[ChainedRun] = []
 
     def make(faults: dict | None = None, step_seconds: float = 0.2, steps: int = 6, **slurm: object) -> ChainedRun:

@@ -15,9 +15,9 @@ from pathlib import Path
 from cluster.processes.signals import StopRequest
 from cluster.run.rundir import RunDir
 from launcher.slurm.client import Slurm
-from launcher.job import attempt
+from launcher.job import supervisor
 from launcher.job import preflight
-steps = attempt.Steps(StopRequest())
+steps = supervisor.Steps(StopRequest())
 def on_all_nodes(argv, limit_seconds):
     return steps.run_on_all_nodes([*argv, *sys.argv[2:]], limit_seconds)
 try:

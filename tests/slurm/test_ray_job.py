@@ -130,7 +130,7 @@ def test_the_scripts_differ_in_what_they_ask_for_and_in_the_stage() -> None:
         text = (SCRIPTS / f"{stage}.sbatch").read_text()
         _, begin, rest = text.partition("# `tunesmith run --on slurm` submits with --requeue")
         assert begin and f"#SBATCH --job-name=tunesmith-{stage}\n" in text
-        common.add(rest.replace(f"launcher.job.attempt {stage} ", "launcher.job.attempt STAGE "))
+        common.add(rest.replace(f"launcher.job.supervisor {stage} ", "launcher.job.supervisor STAGE "))
         assert ("#SBATCH --no-kill\n" in text) == (stage in ("synthesize", "evaluate"))
     (shared,) = common
     for line in ("#SBATCH --no-requeue", "#SBATCH --open-mode=append", "#SBATCH --signal=B:USR2@300", "run_attempt "):
@@ -370,7 +370,7 @@ def test_a_killed_supervisor_takes_everything_along(slurm_cluster: SlurmBed, pla
     place.scripted(latency_ms=600)
     job = place.submit()
     place.wait_for_requests(job, 12)
-    kill(slurm_cluster, "n1", "-m launcher.job.attempt")
+    kill(slurm_cluster, "n1", "-m launcher.job.supervisor")
     slurm_cluster.wait_state(job, {"FAILED"}, RAY_SECONDS)
     nodes = ("n1", "n2")
     slurm_cluster._wait("no process", lambda: not any(running(slurm_cluster, node) for node in nodes), 60, str)

@@ -14,7 +14,7 @@ from tests.trainer.test_export import export_job, train_and_keep
 from tests.trainer.tools import make_tokenizer, save_llama, train_here, weights, write_job
 from trainer import export
 from trainer.job import read_job
-from trainer.model.adapters import load_adapters
+from trainer.model.bottleneck import load_adapters
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import nn
 
-from trainer.model.tuning import is_adapted, save_adapter
+from trainer.model.adapters import is_adapted, save_adapter
 
 WEIGHTS_INDEX = "model.safetensors.index.json"
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}

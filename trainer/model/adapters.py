@@ -1,136 +1,169 @@
-"""Bottleneck adapters (Houlsby et al. 2019, arXiv 1902.00751), which peft does not have.
+"""Tuning methods that train an adapter: how the adapter is added to a model, saved, and loaded again.
 
-Each layer gets two small networks, one after attention and one after the feed-forward. They process the output of the
-sub-layer's last projection, before the residual connection (section 2.1, figure 2). The base stays frozen.
-
-    base = AutoModelForCausalLM.from_pretrained("org/base")
-    lm = load_adapters(base, Path("runs/my-run/export"))
+Bottleneck adapters are in adapters.py, all other methods in peft. trainer/config/tuning.py has their combinations.
 """
 
-import json
+import copy
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from peft import IA3Config as PeftIa3Config
+from peft import LoraConfig as PeftLoraConfig
+from peft import (
+    PeftConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    PromptTuningInit,
+    TaskType,
+    get_peft_model,
+)
+from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.activations import ACT2FN
 
+from cluster.config import ModelConfig
 from cluster.errors import InputError
-from cluster.files import write_json
-from trainer.model.adapter_base import check_base
-
-PEFT_TYPE = "BOTTLENECK"  # in the config file, where peft has the name of a method of its own
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-# The last projection of each sub-layer, by its name in Llama, Mistral, Qwen2, Qwen3, Gemma and Phi-3.
-LAST_PROJECTIONS = ("self_attn.o_proj", "mlp.down_proj")
-INIT_STD = 1e-2  # of a Gaussian truncated at two standard deviations (section 3.6): starts near the identity
-
-
-class Bottleneck(nn.Module):
-    """x + up(activation(down(x))) for x [..., H]."""
-
-    def __init__(self, hidden_size: int, bottleneck_size: int, activation: str):
-        super().__init__()
-        self.activation = activation
-        self.down = nn.Linear(hidden_size, bottleneck_size)
-        self.up = nn.Linear(bottleneck_size, hidden_size)
-        for layer in (self.down, self.up):
-            nn.init.trunc_normal_(layer.weight, std=INIT_STD, a=-2 * INIT_STD, b=2 * INIT_STD)
-            nn.init.zeros_(layer.bias)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.up(ACT2FN[self.activation](self.down(x)))
+from trainer.config.train import TrainConfig
+from trainer.model.adapter_base import check_base, record_base
+from trainer.model.bottleneck import (
+    WEIGHTS_FILE,
+    add_adapters,
+    has_adapters,
+    is_bottleneck,
+    load_adapters,
+    save_adapters,
+)
 
 
-class LinearWithBottleneck(nn.Module):
-    """A projection of the base with a bottleneck after it."""
+def adapt(lm: PreTrainedModel, model: ModelConfig, config: TrainConfig, added_token_ids: list[int]) -> nn.Module:
+    """`lm` with the adapter of the recipe: a PeftModel around it, or `lm` itself with bottleneck adapters.
 
-    def __init__(self, base_layer: nn.Linear, bottleneck: Bottleneck):
-        super().__init__()
-        self.base_layer = base_layer
-        self.bottleneck = bottleneck
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.bottleneck(self.base_layer(x))
-
-
-def add_adapters(lm: PreTrainedModel, bottleneck_size: int, activation: str) -> PreTrainedModel:
-    """Freeze `lm` and add adapters to it, in place.
-
-    Raises InputError if its layers do not have the projections named in LAST_PROJECTIONS.
+    With tuning=full it is returned as it is. Raises InputError if the model lacks the layers that the recipe names.
     """
-    projections = [
-        name for name, module in lm.named_modules() if name.endswith(LAST_PROJECTIONS) and isinstance(module, nn.Linear)
-    ]
-    num_expected = len(LAST_PROJECTIONS) * lm.config.get_text_config().num_hidden_layers
-    if len(projections) != num_expected:
-        raise InputError(
-            f"train.tuning=adapter does not work with {type(lm).__name__}, which has {len(projections)} of the "
-            f"{num_expected} projections that adapters follow ({' and '.join(LAST_PROJECTIONS)} in each layer). "
-            "Set train.tuning=lora."
+    if config.tuning == "full":
+        return lm
+    lm.base_revision = model.revision  # saved with the adapter
+    if config.tuning == "adapter":
+        return add_adapters(lm, config.adapter.bottleneck_size, config.adapter.activation)
+    try:
+        return get_peft_model(lm, _peft_config(lm, model, config, added_token_ids), revision=model.revision)
+    except ValueError as error:  # peft did not find the layers
+        section = "lora" if config.tuning == "qlora" else config.tuning
+        raise InputError(f"train.{section}: {error} ({type(lm).__name__})") from error
+
+
+def _peft_config(
+    lm: PreTrainedModel, model: ModelConfig, config: TrainConfig, added_token_ids: list[int]
+) -> PeftConfig:
+    if config.tuning in ("lora", "qlora"):
+        return _lora(lm, config, added_token_ids)
+    if config.tuning == "ia3":
+        ia3 = config.ia3
+        return PeftIa3Config(
+            task_type=TaskType.CAUSAL_LM,
+            target_modules=[*ia3.attention_modules, *ia3.feedforward_modules],
+            feedforward_modules=list(ia3.feedforward_modules),
         )
-    lm.requires_grad_(False)
-    for name in projections:
-        parent, _, attribute = name.rpartition(".")
-        layer = lm.get_submodule(name)
-        bottleneck = Bottleneck(layer.out_features, bottleneck_size, activation)
-        bottleneck.to(device=layer.weight.device, dtype=layer.weight.dtype)
-        setattr(lm.get_submodule(parent), attribute, LinearWithBottleneck(layer, bottleneck))
-    return lm
-
-
-def has_adapters(lm: nn.Module) -> bool:
-    return any(isinstance(module, LinearWithBottleneck) for module in lm.modules())
-
-
-def save_adapters(lm: PreTrainedModel, folder: Path) -> None:
-    """Write the adapters of `lm` and their config. Their weights must not be partitioned."""
-    bottlenecks = {name: module for name, module in lm.named_modules() if isinstance(module, Bottleneck)}
-    first = next(iter(bottlenecks.values()))
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        f"{name}.{key}": tensor.detach().cpu().clone()
-        for name, module in bottlenecks.items()
-        for key, tensor in module.named_parameters()
-    }
-    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    write_json(
-        folder / CONFIG_FILE,
-        {
-            "peft_type": PEFT_TYPE,
-            "bottleneck_size": first.down.out_features,
-            "activation": first.activation,
-            "base_model_name_or_path": lm.name_or_path,
-        },
+    if config.tuning == "prefix":
+        return PrefixTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=config.prefix.num_virtual_tokens)
+    text = config.prompt.init_text
+    return PromptTuningConfig(
+        task_type=TaskType.CAUSAL_LM,
+        num_virtual_tokens=config.prompt.num_virtual_tokens,
+        prompt_tuning_init=PromptTuningInit.TEXT if text else PromptTuningInit.SAMPLE_VOCAB,
+        prompt_tuning_init_text=text,
+        tokenizer_name_or_path=model.path if text else None,
+        tokenizer_kwargs={"revision": model.revision} if text else None,
     )
 
 
-def is_bottleneck(folder: Path) -> bool:
-    """Whether the adapter in `folder` is a bottleneck adapter, and not one of peft's."""
-    file = folder / CONFIG_FILE
-    if not file.is_file():
-        raise InputError(f"{folder}: there is no {CONFIG_FILE}. Choose the folder of an adapter.")
-    return json.loads(file.read_text()).get("peft_type") == PEFT_TYPE
+def _lora(lm: PreTrainedModel, config: TrainConfig, added_token_ids: list[int]) -> PeftLoraConfig:
+    lora = config.lora
+    targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
+    return PeftLoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        use_rslora=lora.rslora,
+        use_dora=lora.dora,
+        trainable_token_indices=dict.fromkeys(_vocabulary_layers(lm), added_token_ids) if added_token_ids else None,
+    )
 
 
-def load_adapters(base: PreTrainedModel, folder: Path, revision: str | None = None) -> PreTrainedModel:
-    """Add the adapters saved in `folder` to `base`, in place.
+def _vocabulary_layers(lm: nn.Module) -> list[str]:
+    """Names of the input embedding and the head. If they are not tied, rows of both have to be trained."""
+    layers = (lm.get_input_embeddings(), lm.get_output_embeddings())
+    return [name.rpartition(".")[2] for name, module in lm.named_modules() if module in layers]
+
+
+def base_of(lm: nn.Module) -> PreTrainedModel:
+    """The model of transformers, without the PeftModel around it."""
+    return lm.get_base_model() if isinstance(lm, PeftModel) else lm
+
+
+def has_virtual_tokens(lm: nn.Module) -> bool:
+    return isinstance(lm, PeftModel) and lm.active_peft_config.is_prompt_learning
+
+
+def with_virtual_tokens(lm: PeftModel, input_ids: torch.Tensor) -> dict[str, object]:
+    """The decoder's inputs for input_ids [B, S] with N virtual tokens in front.
+
+    Prefix tuning: their keys and values as attention cache. Prompt tuning: embeddings [B, N + S, H].
+    """
+    virtual = lm.get_prompt(batch_size=len(input_ids))
+    if lm.active_peft_config.peft_type == "PREFIX_TUNING":
+        return {"input_ids": input_ids, "past_key_values": virtual, "use_cache": True}
+    embedded = base_of(lm).get_input_embeddings()(input_ids)
+    return {"inputs_embeds": torch.cat([virtual.to(embedded.dtype), embedded], dim=1), "use_cache": False}
+
+
+def is_decayed(name: str, parameter: nn.Parameter) -> bool:
+    """Whether weight decay applies: to matrices, but not to norms, biases or the vectors of IA3, which start at 1."""
+    shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 keeps the shape of a partitioned weight
+    return len(shape) >= 2 and ".ia3_l." not in name
+
+
+def is_adapted(lm: nn.Module) -> bool:
+    """Whether the model has an adapter."""
+    return isinstance(lm, PeftModel) or has_adapters(lm)
+
+
+def save_adapter(lm: nn.Module, folder: Path) -> None:
+    """Write the adapter of `lm` and its base's fingerprint. The adapter's weights must not be partitioned."""
+    if not isinstance(lm, PeftModel):
+        save_adapters(lm, folder)
+    elif has_virtual_tokens(lm):
+        _save_virtual_tokens(lm, folder)
+    else:
+        # The adapter already has the rows of added tokens; whole embeddings would make it many times larger.
+        lm.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
+    base = base_of(lm)
+    record_base(base, base.base_revision, folder)
+
+
+def _save_virtual_tokens(lm: PeftModel, folder: Path) -> None:
+    """Like peft's save_pretrained, which however calls the prompt's module, and with ZeRO-3 waits for other ranks."""
+    config = copy.deepcopy(lm.active_peft_config)
+    config.inference_mode = True
+    config.save_pretrained(folder)
+    weight = lm.prompt_encoder[lm.active_adapter].embedding.weight
+    save_file({"prompt_embeddings": weight.detach().cpu().clone()}, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+
+
+def load_adapter(
+    base: PreTrainedModel, folder: Path, revision: str | None = None, vocabulary_size: int = 0
+) -> nn.Module:
+    """`base` in evaluation mode with the adapter of `folder`, which may be of any method.
 
     revision: of `base` if it comes from the hub. None means its main branch.
-
-    Raises InputError if the adapters belong to another model, or if the folder holds something else.
+    vocabulary_size: of the tokenizer, if the adapter trained tokens that the base lacks.
+    Raises InputError if the adapter was trained on another base.
     """
-    if not is_bottleneck(folder):
-        raise InputError(f"{folder}: this is an adapter of peft. Load it with peft.PeftModel.")
     check_base(base, revision, folder)
-    config = json.loads((folder / CONFIG_FILE).read_text())
-    lm = add_adapters(base, config["bottleneck_size"], config["activation"])
-    tensors = load_file(folder / WEIGHTS_FILE)
-    expected = {name for name, parameter in lm.named_parameters() if parameter.requires_grad}
-    if tensors.keys() != expected:
-        raise InputError(
-            f"{folder / WEIGHTS_FILE}: found {len(tensors)} tensors, expected {len(expected)}. Export again."
-        )
-    lm.load_state_dict(tensors, strict=False)  # strict would require the base's weights too
-    return lm
+    if vocabulary_size > base.get_input_embeddings().num_embeddings:
+        base.resize_token_embeddings(vocabulary_size, pad_to_multiple_of=64, mean_resizing=True)
+    lm = load_adapters(base, folder, revision) if is_bottleneck(folder) else PeftModel.from_pretrained(base, folder)
+    return lm.eval()

@@ -17,10 +17,10 @@ from cluster.errors import InputError
 from trainer.config.train import TrainConfig
 from trainer.config.tuning import METHODS
 from trainer.data.chat import set_chat_template
+from trainer.model.adapters import adapt, base_of, has_virtual_tokens, with_virtual_tokens
 from trainer.model.attention import BY_DOCUMENT, choose_attention, cumulative_lengths
 from trainer.model.layers import configure_layers
 from trainer.model.loss import PLAIN_LOSS, EmbeddingNoise, LossSettings, chunked_loss
-from trainer.model.tuning import adapt, base_of, has_virtual_tokens, with_virtual_tokens
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 

@@ -1,6 +1,6 @@
-"""launcher.job.attempt with a training that takes no torch: its steps are checkpoints, its faults are on order.
+"""launcher.job.supervisor with a training that takes no torch: its steps are checkpoints, its faults are on order.
 
-    python -m tests.slurm.scripted_attempt train|export|synthesize RECIPE [key=value ...]
+    python -m tests.slurm.scripted_supervisor train|export|synthesize RECIPE [key=value ...]
 
 `<run>/script.json`: {"steps": 6, "step_seconds": 0.3, "faults": {"1": ["kill", 3]}}: what happens to which attempt at
 which step. "kill": the rank dies of SIGKILL, "bad-input": it ends with 2, "stop": it stands still (SIGSTOP),
@@ -22,7 +22,7 @@ from cluster.processes.descendants import die_with_parent
 from cluster.run.fence import Superseded, own_token, verify
 from cluster.run.manifest import write_manifest
 from cluster.run.rundir import RunDir
-from launcher.job import attempt
+from launcher.job import supervisor
 from launcher.recipe import load
 from launcher.slurm.container import python_module
 from trainer.checkpoint.commit import commit_checkpoint, partial_folder, remove_unfinished
@@ -35,7 +35,7 @@ SYNTHESIS = (150, 2)  # instructions, engines
 
 def module(*arguments: object) -> list[str]:
     options = ["--ntasks-per-node=1", "--kill-on-bad-exit=1"]
-    return [*attempt.srun(), *options, *python_module("tests.slurm.scripted_attempt", *arguments)]
+    return [*supervisor.srun(), *options, *python_module("tests.slurm.scripted_supervisor", *arguments)]
 
 
 def rank(run: RunDir) -> int:
@@ -107,13 +107,13 @@ def main(argv: list[str]) -> int:
             print(f"error: {error}", file=sys.stderr)
             return error.exit_code
     run = Path(place).parent / "run"
-    attempt.STAGES["train"] = lambda steps, _: steps.run([*module("rank", run), *argv[2:]])
+    supervisor.STAGES["train"] = lambda steps, _: steps.run([*module("rank", run), *argv[2:]])
     synthesis = ["tests.generation.drive_synthesis", Path(place).parents[1] / "scripted-model", run, *SYNTHESIS]
-    attempt.STAGES["synthesize"] = lambda steps, _: steps.run(
-        [*attempt.srun(), "--nodes=1", "--ntasks=1", *python_module(*map(str, synthesis))]
+    supervisor.STAGES["synthesize"] = lambda steps, _: steps.run(
+        [*supervisor.srun(), "--nodes=1", "--ntasks=1", *python_module(*map(str, synthesis))]
     )
-    attempt.STAGES["export"] = lambda steps, _: steps.run([*module("export-rank", run)])
-    return attempt.main(argv)
+    supervisor.STAGES["export"] = lambda steps, _: steps.run([*module("export-rank", run)])
+    return supervisor.main(argv)
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ def plan_job(submission: Submission, stage: str, parents: tuple[str, ...]) -> Pl
         f"--chdir={submission.folder}",
         f"--output={log}",
         "--open-mode=append",
-        "--requeue",  # after a preemption, a lost node or a crash: see launcher/job/continuation.py
+        "--requeue",  # after a preemption, a lost node or a crash: see launcher/job/attempt.py
         f"--signal=B:USR2@{stop_margin}",
         f"--export={','.join(exported(submission))}",
         *resources(config),

@@ -14,7 +14,7 @@ from cluster.run import fence
 from cluster.run.rundir import RunDir
 from launcher.done import progress_of
 from launcher.job import node_health, requeue
-from launcher.job.continuation import Attempt
+from launcher.job.attempt import Attempt
 from launcher.job.hang import MIN_LIMIT_SECONDS, HangWatch, Hung
 from launcher.slurm.client import Slurm, SlurmNoAnswer, SlurmRefused
 from launcher.slurm.submitted import SubmittedJob
@@ -41,7 +41,7 @@ class JobSlurm(Slurm):
             if answer == "no answer":
                 raise SlurmNoAnswer("scontrol gave no answer")
             return answer
-        self.commands.append(list(argv))
+        self.run_commands.append(list(argv))
         if argv[1] in self.refuse:
             raise SlurmRefused(f"{argv[0]}: refused")
         if argv[1] in self.no_answer:

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from cluster.errors import InputError
 from cluster.run.manifest import is_sealed, verify_manifest
+from generation.dataset_writer import DatasetWriter
 from generation.filters import Draft, Instance, Neighbor, Rejection
 from generation.records import INSTRUCTION_SCHEMA, REJECTED_SCHEMA, SCHEMA, Origin, RejectedRecord, human_record
-from generation.store import DatasetWriter
 from tests.generation.harness import read_rows
 
 

@@ -9,7 +9,7 @@ import pytest
 from cluster.errors import InputError
 from cluster.files import write_json
 from launcher.slurm.container import Container, job_container, make_container
-from launcher.slurm.jobs import plan_jobs
+from launcher.slurm.sbatch import plan_jobs
 from launcher.slurm.snapshot import code_files, take_snapshot
 from launcher.slurm.stop_margin import stop_margin_seconds
 from launcher.slurm.submit import check_batch
@@ -184,14 +184,14 @@ def test_containers_are_options_of_srun_or_a_command_of_the_step(tmp_path: Path)
 
 
 def test_steps_get_the_whole_environment_and_the_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from launcher.job import attempt
+    from launcher.job import supervisor
     from launcher.slurm import container
 
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "4")
-    assert attempt.srun() == ["srun", "--export=ALL", "--cpus-per-task=4"]
+    assert supervisor.srun() == ["srun", "--export=ALL", "--cpus-per-task=4"]
     (tmp_path / "container.json").write_text(Container("pyxis", "image", (), "python3").dump())
     monkeypatch.setenv("TUNESMITH_CONTAINER", str(tmp_path / "container.json"))
-    assert attempt.srun()[3:] == ["--container-image=image", "--container-mounts="]
+    assert supervisor.srun()[3:] == ["--container-image=image", "--container-mounts="]
     assert container.python_module("launcher.cli")[0] == "python3"
 
 

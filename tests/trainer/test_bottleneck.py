@@ -14,8 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from cluster.config import ModelConfig
 from cluster.errors import InputError
 from trainer.config.train import TrainConfig
-from trainer.model.adapters import add_adapters, load_adapters
-from trainer.model.tuning import adapt, is_adapted, load_adapter, save_adapter
+from trainer.model.adapters import adapt, is_adapted, load_adapter, save_adapter
+from trainer.model.bottleneck import add_adapters, load_adapters
 
 IDS = torch.arange(40).reshape(2, 20)
 METHODS = {

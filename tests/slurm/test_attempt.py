@@ -21,7 +21,7 @@ def weights(run: ChainedRun) -> str:
 
 def kill_supervisor(run: ChainedRun) -> None:
     """Of the attempt that runs. It cannot report how it ended."""
-    words = "-m tests.slurm.scripted_attempt train"
+    words = "-m tests.slurm.scripted_supervisor train"
     (pid,) = [pid for pid, command in run.processes().items() if words in command]
     os.kill(pid, signal.SIGKILL)
 
