@@ -1,11 +1,20 @@
-# What the scripts of the stages share. They set $project, and $shown to what `scontrol show job` shows. Then:
+# What the scripts of the stages share. They set $shown to what `scontrol show job` shows. Then:
 #
-#     source "$project/slurm/attempt.sh"
+#     source "$(dirname "${original%%.sbatch*}")/attempt.sh"
 #     run_attempt launcher.job.supervisor STAGE RECIPE [key=value ...]
 #
-# Python is that of a virtual environment: $TUNESMITH_PYTHON, or .venv/bin/python in the folder where sbatch was called,
-# or in the project.
+# The code is that of the project which this file is part of. Python is that of a virtual environment:
+# $TUNESMITH_PYTHON, or .venv/bin/python in the folder where sbatch was called, or in the project.
+#
+# The job gets your environment (sbatch's default, --export=ALL): that is how HF_TOKEN and the like arrive. Never write
+# a secret into the command line, which `scontrol show job` shows to everybody. With --export=NONE set HOME and PATH.
+#
+# Why the scripts say --no-requeue: a requeued job may begin while its first attempt, on a node that is cut off from the
+# network, still writes. The attempts of a job that `tunesmith run --on slurm` has submitted own the run one at a time.
+#
+# Why the scripts say --signal=B: without B: every process would get the signal, helpers like data loaders included.
 
+project=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 for python in "${TUNESMITH_PYTHON:-}" "$SLURM_SUBMIT_DIR/.venv/bin/python" "$project/.venv/bin/python"; do
     [ -x "$python" ] && break
 done

@@ -10,8 +10,8 @@ A requeued job keeps its id, so the jobs after it wait for it as before. It may 
 still runs on a node that is cut off from the network. The fencing token (cluster/run/fence.py) makes that harmless.
 Slurm itself requeues a job that it preempts, or whose node it has lost.
 
-Requeueing cannot do one thing that a second, waiting job could: if a batch script is killed by SIGKILL on a node that
-stays up, the job has failed. `tunesmith resume` goes on.
+If a batch script is killed by SIGKILL on a node that stays up, the job fails and nothing requeues it. Use
+`tunesmith resume`.
 """
 
 import os
@@ -31,7 +31,7 @@ from launcher.job.preflight import OnAllNodes, check_nodes
 from launcher.recipe import Recipe, load
 from launcher.slurm.submitted import SubmittedJob, read_jobs
 
-FENCE_SECONDS = 5.0
+FENCE_CHECK_SECONDS = 5.0
 
 
 class Attempt:
@@ -40,7 +40,7 @@ class Attempt:
     def __init__(
         self, run: RunDir, recipe: Recipe, job: SubmittedJob, parents: list[SubmittedJob], hosts: tuple[str, ...]
     ) -> None:
-        self.run, self.recipe, self.policy = run, recipe, recipe.slurm
+        self.run, self.recipe, self.slurm_config = run, recipe, recipe.slurm
         self.job, self.parents, self.hosts = job, parents, hosts
         self.stage = job.stage
         self.restart_count = restart_count()
@@ -51,14 +51,14 @@ class Attempt:
         `run_stage` runs the stage and returns its exit code.
         """
         if missing := [parent for parent in self.parents if not is_done(parent.stage, self.recipe, self.run)]:
-            return self._stop_without_input(missing[0])
+            return self._give_up_without_input(missing[0])
         node_health.catch_up(self.run)
-        # An attempt that died after its last commit leaves a stage that is done, so no progress is expected of it.
+        # The stage may be done although its attempt died after the last commit.
         if self._is_without_progress() and not self._is_done():
-            return self._stop_without_progress("each died without a message; the log of the job may say more")
+            return self._give_up_without_progress("each died without a message; the log of the job may say more")
         self._claim()
         try:
-            if self.policy.preflight if self.policy.preflight is not None else len(self.hosts) > 1:
+            if self._wants_preflight:
                 check_nodes(self.run, self.job.job_id, self.hosts, on_all_nodes)
             code = run_stage()
         except fence.Superseded:
@@ -71,13 +71,22 @@ class Attempt:
         return self._finish(code)
 
     def checks(self) -> list[Callable[[], None]]:
-        """What to call regularly while the stage runs. The first call comes when the attempt has claimed the run."""
-        checks: list[Callable[[], None]] = [lambda: self._fence.check_throttled(FENCE_SECONDS)]
-        if self.stage in WATCHED:
-            checks.append(lambda: self._hang_watch())
-        return checks
+        """What to call regularly while the stage runs, so after `_claim`, which makes what they use."""
+
+        def check_fence() -> None:
+            self._fence.check_throttled(FENCE_CHECK_SECONDS)
+
+        def check_progress() -> None:
+            self._hang_watch.check()
+
+        return [check_fence, check_progress] if self.stage in WATCHED else [check_fence]
 
     # -- before the stage
+
+    @property
+    def _wants_preflight(self) -> bool:
+        wanted = self.slurm_config.preflight
+        return len(self.hosts) > 1 if wanted is None else wanted
 
     def _is_done(self) -> bool:
         return is_done(self.stage, self.recipe, self.run)
@@ -90,14 +99,14 @@ class Attempt:
             if after > before:
                 break
             count += 1
-        return count >= self.policy.max_attempts_without_progress
+        return count >= self.slurm_config.max_attempts_without_progress
 
     def _claim(self) -> None:
         progress, root = progress_of(self.stage, self.run), self.run.root
         token = fence.claim(root, self.stage, self.job.job_id, self.hosts, progress, self.restart_count)
         os.environ[fence.TOKEN_VARIABLE] = str(token)
         self._fence = fence.Fence(root, token)
-        self._hang_watch = HangWatch(self.run, self.stage, self.policy)
+        self._hang_watch = HangWatch(self.run, self.stage, self.slurm_config)
         self._event("attempt started", fencing_token=token, hosts=self.hosts, progress=progress)
         if not self._is_done():
             self.run.result(self.stage).unlink(missing_ok=True)  # of an earlier attempt
@@ -109,43 +118,43 @@ class Attempt:
         result = self.run.read_result(self.stage) or {}
         message = result.get("message", f"it ended with exit code {code}; its log says why")
         if code == EXIT_BAD_INPUT:
-            return self._stop(code, "bad input", message)
+            return self._give_up(code, "bad input", message)
         if self._is_done():
             self._event("done", code=code)
             node_health.note(self.run, self._fence.token, self.hosts, failed=())
             return EXIT_DONE
-        if result.get("kind") != "preflight":  # which has recorded its nodes itself
+        if result.get("kind") != "preflight":  # check_nodes has already recorded them
             folder = self.run.attempt_dir(self.job.job_id, self.restart_count)
             failed = () if code == EXIT_PREEMPTED else node_health.culprits(folder, self.hosts)
             node_health.note(self.run, self._fence.token, self.hosts, failed)
         if self._is_without_progress():
-            return self._stop_without_progress(message)
+            return self._give_up_without_progress(message)
         if code == EXIT_DONE:
             code, message = EXIT_FAILED, "it ended with exit code 0, but its output is not there"
         self._event("preempted" if code == EXIT_PREEMPTED else "crashed", code=code, reason=message)
         return EXIT_PREEMPTED
 
-    def _stop_without_input(self, parent: SubmittedJob) -> int:
-        return self._stop(
+    def _give_up_without_input(self, parent: SubmittedJob) -> int:
+        return self._give_up(
             EXIT_BAD_INPUT, "bad input",
             f"{self.stage} began although {parent.stage} is not done: see {self.run.result(parent.stage)} and "
             f"{parent.log}. Fix the cause and submit the run again.",
         )  # fmt: skip
 
-    def _stop_without_progress(self, message: str) -> int:
-        limit = self.policy.max_attempts_without_progress
-        return self._stop(
+    def _give_up_without_progress(self, message: str) -> int:
+        limit = self.slurm_config.max_attempts_without_progress
+        return self._give_up(
             EXIT_FAILED, "no progress",
             f"NO PROGRESS: {limit} attempts in a row brought {self.stage} no further than "
             f"{progress_of(self.stage, self.run):g}. The last one: {message}. Fix the cause and submit the run again. "
             "slurm.max_attempts_without_progress is the number of attempts that may fail.",
         )  # fmt: skip
 
-    def _stop(self, code: int, kind: str, message: str) -> int:
-        """Give up. Slurm cancels the jobs that wait for this one."""
+    def _give_up(self, code: int, kind: str, message: str) -> int:
+        """End the job as failed. Slurm cancels the jobs that wait for this one."""
         self._write_result(code, message, kind)
         print(f"error: {message}", file=sys.stderr, flush=True)
-        self._event("stopped", kind=kind, reason=message)
+        self._event("gave up", kind=kind, reason=message)
         return code
 
     def _write_result(self, code: int, message: str, kind: str) -> None:
@@ -172,6 +181,9 @@ def open_attempt(stage: str, recipe_argv: list[str], hosts: tuple[str, ...]) -> 
     if own is None:
         return None
     if own.stage != stage:
-        raise InputError(f"{run.jobs}: job {own.job_id} is {own.stage}, and this is {stage}.")
+        raise InputError(
+            f"{run.jobs}: job {own.job_id} is {own.stage}, and this is {stage}. Submit the run again with `tunesmith "
+            f"resume {run.root}`."
+        )
     parents = [jobs[job_id] for job_id in own.parent_job_ids if job_id in jobs]
     return Attempt(run, recipe, own, parents, hosts)

@@ -1,4 +1,4 @@
-"""Watches from outside whether a stage makes progress: a rank that is stopped, or caught in a driver, cannot report it.
+"""Watches from outside whether a stage makes progress: a rank that is stopped, or blocked in the kernel, cannot.
 
 The stage appends to `metrics.jsonl`: training for every step, synthesis once in a while. The stage makes progress if
 the file grows, by the clock of this machine. A file that has not grown yet has a time limit as well.
@@ -27,17 +27,18 @@ class Hung(TunesmithError):
 
 
 class HangWatch:
-    """Called regularly while a stage runs. Raises Hung when the stage has made no progress for too long."""
+    """Whether a stage makes progress, checked regularly while it runs."""
 
     def __init__(
-        self, run: RunDir, stage: str, policy: SlurmConfig, clock: Callable[[], float] = time.monotonic
+        self, run: RunDir, stage: str, slurm_config: SlurmConfig, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._run, self._stage, self._policy, self._clock = run, stage, policy, clock
+        self._run, self._stage, self._slurm_config, self._clock = run, stage, slurm_config, clock
         self._size = self._file_size()
         self._since = clock()
         self._longest_gap: float | None = None  # between two growths; None before the first one
 
-    def __call__(self) -> None:
+    def check(self) -> None:
+        """Raise Hung if the stage has made no progress for too long."""
         now, size = self._clock(), self._file_size()
         seconds = now - self._since
         if size != self._size:
@@ -45,13 +46,13 @@ class HangWatch:
             self._longest_gap = 0.0 if self._longest_gap is None else max(self._longest_gap, seconds)
             self._size, self._since = size, now
         elif seconds > self.limit_seconds:
-            raise Hung(self._describe(seconds), self._policy.hang_grace_seconds)
+            raise Hung(self._describe(seconds), self._slurm_config.hang_grace_seconds)
 
     @property
     def limit_seconds(self) -> float:
         if self._longest_gap is None:
-            return self._policy.start_timeout_seconds
-        return self._policy.hang_timeout_seconds or max(MIN_LIMIT_SECONDS, TIMES_LONGEST_GAP * self._longest_gap)
+            return self._slurm_config.start_timeout_seconds
+        return self._slurm_config.hang_timeout_seconds or max(MIN_LIMIT_SECONDS, TIMES_LONGEST_GAP * self._longest_gap)
 
     def _file_size(self) -> int:
         return self._run.metrics.stat().st_size if self._run.metrics.exists() else 0

@@ -134,7 +134,7 @@ def test_an_attempt_that_fails_is_followed_by_another_until_none_makes_progress(
         codes.append(attempt(tmp_path).execute(lambda code=code: code, lambda *_: 0))
     assert codes == [75, 1]
     run = RunDir(tmp_path / "run")
-    assert events(run) == ["attempt started", "crashed", "attempt started", "stopped"]
+    assert events(run) == ["attempt started", "crashed", "attempt started", "gave up"]
     assert "NO PROGRESS: 2 attempts in a row" in run.read_result("train")["message"]
     assert attempt(tmp_path).execute(lambda: 0, lambda *_: 0) == 1, "nor does one begin that Slurm has requeued"
 
@@ -237,10 +237,10 @@ def test_no_file_is_no_sign_of_health(tmp_path: Path) -> None:
     clock = Clock()
     watch = HangWatch(RunDir(tmp_path), "train", SlurmConfig(start_timeout_seconds=100), clock)
     clock.now = 99
-    watch()
+    watch.check()
     clock.now = 101
     with pytest.raises(Hung, match=r"train has not begun a step for 101 s \(slurm.start_timeout_seconds, here 100 s"):
-        watch()
+        watch.check()
 
 
 def test_the_deadline_grows_with_the_longest_step_and_rows_of_an_earlier_attempt_do_not_count(tmp_path: Path) -> None:
@@ -252,10 +252,10 @@ def test_the_deadline_grows_with_the_longest_step_and_rows_of_an_earlier_attempt
     for end in itertools.accumulate(gaps):
         clock.now = end
         grow(run)
-        watch()
+        watch.check()
     assert watch.limit_seconds == 2000 > MIN_LIMIT_SECONDS
     clock.now += 1999
-    watch()
+    watch.check()
     clock.now += 2
     with pytest.raises(Hung, match="made no step for 2001 s"):
-        watch()
+        watch.check()

@@ -90,10 +90,10 @@ class ChainedRun:
         """Wait for so many events of this name. Fails at once if the chain stops without them."""
 
         def happened() -> list[dict] | None:
-            is_over = self.events("stopped")  # first: then earlier events are there below
+            is_over = self.events("gave up")  # first: then earlier events are there below
             found = self.events(name)
             if len(found) < count and is_over:
-                raise AssertionError(f"no event {name}, and the chain stopped: {is_over}\n{self.output()}")
+                raise AssertionError(f"no event {name}, and the job gave up: {is_over}\n{self.output()}")
             return found if len(found) >= count else None
 
         return self.wait(f"event {name}", happened, timeout_seconds)

@@ -110,11 +110,11 @@ def run_to_end(workload: Workload, run: ChainedRun, faults: list[str], rng: rand
     for fault in faults:
         run.wait("to be under way", lambda: workload.has_begun(run) and run.events("attempt started"), END_SECONDS)
         time.sleep(rng.uniform(0, workload.max_wait_seconds))
-        if run.events("done", "stopped"):
+        if run.events("done", "gave up"):
             hits.append("over already")
             continue
         hits.append(FAULTS[fault](Strike(run, workload.stage, rng)))
-    run.wait("the end", lambda: run.events("done", "stopped"), END_SECONDS)
+    run.wait("the end", lambda: run.events("done", "gave up"), END_SECONDS)
     try:
         run.wait_quiet(120)
     except AssertionError:
@@ -135,8 +135,8 @@ def end_ghosts(run: ChainedRun) -> str:
 
 def check(workload: Workload, run: ChainedRun, expected: dict[str, str]) -> None:
     """Raise Violation if anything is not as it would be without a fault."""
-    if stopped := run.events("stopped"):
-        raise Violation(f"the chain stopped: {stopped[-1]['reason']}")
+    if given_up := run.events("gave up"):
+        raise Violation(f"the job gave up: {given_up[-1]['reason']}")
     if not is_done(workload.stage, load(run.folder / "recipe.yaml", []), RunDir(run.run)):
         raise Violation(f"{workload.stage} reports that it is done, and is not")
     if (result := run.result(workload.stage)) and result.get("status") in ("failed", "preempted"):

@@ -37,7 +37,7 @@ class Strike:
         number = self.attempt["fencing_token"]
 
         def went_on() -> bool:
-            return self.attempt["fencing_token"] > number or bool(self.run.events("done", "stopped"))
+            return self.attempt["fencing_token"] > number or bool(self.run.events("done", "gave up"))
 
         self.run.wait(f"attempt {number + 1}", went_on, NOTICE_SECONDS)
 
@@ -112,7 +112,7 @@ def go_on_if_forgotten(run: ChainedRun, stage: str) -> str:
         return {run.job(stage)} & run.bed.squeue().keys()
 
     try:
-        run.wait("a job of the chain", lambda: known() or run.events("done", "stopped"), FORGOTTEN_SECONDS)
+        run.wait("a job of the chain", lambda: known() or run.events("done", "gave up"), FORGOTTEN_SECONDS)
     except AssertionError:
         (argv,) = [row["argv"] for row in run.jobs() if int(row["job_id"]) == run.job(stage)]
         job = run.submit(stage, *argv[2 : argv.index(str(run.script))])

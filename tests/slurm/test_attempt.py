@@ -89,7 +89,7 @@ def test_attempts_that_bring_nothing_stop_the_job_and_take_the_children_with_the
     run = make_run({"2": ["kill", 3], "3": ["kill", 3]} | {"1": ["kill", 3]}, max_attempts_without_progress=2)
     run.submit("train")
     run.submit("export", after=("train",))
-    run.wait_event("stopped", 120)
+    run.wait_event("gave up", 120)
     run.wait_quiet(30)
     assert restarts(run) == 2, "the first attempt made progress; two did not"
     assert (state(run), state(run, "export")) == ("FAILED", "CANCELLED")
@@ -102,7 +102,7 @@ def test_bad_input_stops_at_once(make_run) -> None:
     run = make_run({"1": ["bad-input", 1]})
     run.submit("train")
     run.submit("export", after=("train",))
-    run.wait_event("stopped", 60)
+    run.wait_event("gave up", 60)
     run.wait_quiet(30)
     assert restarts(run) == 0 and state(run, "export") == "CANCELLED"
     assert (run.result("train")["kind"], run.result("train")["exit_code"]) == ("bad input", 2)
