@@ -159,7 +159,7 @@ def read_mapping(path: Path) -> tuple[str, dict]:
         raise InputError(f"{path}: a recipe is a mapping of keys to values, found {type(content).__name__}.")
     for key in content:
         if not isinstance(key, str):
-            raise InputError(f"{path}: {key!r} is not a key; keys are names.")
+            raise InputError(f"{path}: YAML reads the key {key!r} as {type(key).__name__}. Keys are names: quote it.")
     return text, content
 
 

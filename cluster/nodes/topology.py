@@ -78,11 +78,14 @@ def read_topology(
         return Topology((socket.gethostname(),), 0, procs, "local", 0, 0)
     host_list = environ.get("SLURM_STEP_NODELIST", environ["SLURM_JOB_NODELIST"])
     if not _HOST_LIST.fullmatch(host_list):
-        raise InputError(f"the job's node list {host_list!r} has not the form of a Slurm node list.")
+        raise InputError(f"{host_list!r} is not a list of nodes as Slurm writes it. Start this with srun inside a job.")
     hosts = tuple(_exported_hosts(environ) or expand(host_list))
     node_rank = _integer(environ, "SLURM_NODEID")
     if not all(_HOST.fullmatch(host) for host in hosts) or len(set(hosts)) != len(hosts) or node_rank >= len(hosts):
-        raise InputError(f"node list {host_list!r} expands to {list(hosts)}, which has no node number {node_rank}.")
+        raise InputError(
+            f"node list {host_list!r} expands to {list(hosts)}, which has no node number {node_rank}. "
+            "Start this with srun inside a job."
+        )
     if _integer(environ, "SLURM_LOCALID", default=0) != 0:
         raise InputError("srun started several tasks on this node; expected one (--ntasks-per-node=1).")
     job_id = str(_integer(environ, "SLURM_JOB_ID"))

@@ -53,7 +53,7 @@ class Claim:
     restart_count: int = 0  # how often Slurm had requeued the job
 
     def __str__(self) -> str:
-        return f"attempt {self.token} of the run (job {self.job_id or '?'} on host {self.host or '?'})"
+        return f"attempt with fencing token {self.token} (job {self.job_id or '?'} on host {self.host or '?'})"
 
 
 def claim(
@@ -137,8 +137,8 @@ class Fence:
         self._checked = time.monotonic()
         if token > self.token:
             raise Superseded(
-                f"{self.run_root}: a newer {read_claim(self.run_root, token)} owns this run. This attempt, number "
-                f"{self.token}, stops without writing."
+                f"{self.run_root}: a newer {read_claim(self.run_root, token)} owns this run. This attempt, with "
+                f"fencing token {self.token}, stops without writing."
             )
 
     def check_throttled(self, seconds: float = CHECK_SECONDS) -> None:

@@ -47,7 +47,10 @@ def parse_allocation(details: str, expand: Callable[[str], list[str]]) -> list[N
     listed = re.search(r"^ *NodeList=(\S+)", details, re.MULTILINE)
     order = expand(listed.group(1)) if listed else []
     if not allocations or set(order) != set(allocations):
-        raise InputError(f"`scontrol --details show job` does not show what the job has on each node:\n{details}")
+        raise InputError(
+            "`scontrol --details show job` does not show what the job has on each node. A line for each node such as "
+            f"`Nodes=n1 CPU_IDs=0-3 Mem=4000 GRES=` is expected, so report this with Slurm's version:\n{details}"
+        )
     return [allocations[host] for host in order]
 
 

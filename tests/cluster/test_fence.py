@@ -74,7 +74,7 @@ def test_only_the_newest_passes_even_if_a_claim_is_incomplete(tmp_path_factory, 
     with pytest.raises(Superseded) as raised:
         fence.check()
     assert raised.value.exit_code == EXIT_FAILED
-    assert "attempt 5" in str(raised.value) and ("job 105" in str(raised.value)) is (5 not in torn)
+    assert "fencing token 5" in str(raised.value) and ("job 105" in str(raised.value)) is (5 not in torn)
     assert [each.token for each in claims(run)] == [1, 2, 3, 4, 5]
 
 
