@@ -41,7 +41,7 @@ class JobSlurm(Slurm):
             if answer == "no answer":
                 raise SlurmNoAnswer("scontrol gave no answer")
             return answer
-        self.run_commands.append(list(argv))
+        self.commands.append(list(argv))
         if argv[1] in self.refuse:
             raise SlurmRefused(f"{argv[0]}: refused")
         if argv[1] in self.no_answer:
