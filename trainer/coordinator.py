@@ -15,7 +15,7 @@ from trainer.config.data import DataSource
 from trainer.data.batches import Batches, MicroBatch
 from trainer.data.tokens import Tokens, load_tokens, prepare_tokens
 from trainer.job import TrainJob
-from trainer.watchdog import Watchdog
+from trainer.monitoring import Watchdog
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ Decoder layers stay on disk until they are needed. So a fully tuned model of any
 embeddings, one layer and one shard. A model with an adapter is held in memory once, in float32, to be merged.
 """
 
-import json
 import os
 import shutil
 import tempfile
@@ -37,8 +36,7 @@ from trainer.config.train import TrainConfig
 from trainer.config.tuning import form_refusal
 from trainer.data.chat import end_of_turn_ids
 from trainer.job import export_key
-from trainer.model.adapter_base import BASE_FILE
-from trainer.model.adapters import load_adapter
+from trainer.model.adapters import BASE_FILE, load_adapter
 from trainer.model.bottleneck import CONFIG_FILE, WEIGHTS_FILE
 from trainer.model.load import DTYPES, load_tokenizer
 
@@ -215,7 +213,6 @@ def check_logits(job: ExportJob, expected: torch.Tensor, tokenizer: PreTrainedTo
 def model_card(job: ExportJob, source: Path, error: float) -> ModelCard:
     """The model card: base, data and training, from the recipe and the results of the run."""
     state = read_state(source)
-    synthesis = job.run.result("synthesize")
     return ModelCard.from_template(
         ModelCardData(
             base_model=None if Path(job.model.path).exists() else job.model.path,
@@ -231,7 +228,7 @@ def model_card(job: ExportJob, source: Path, error: float) -> ModelCard:
         state=state,
         form=job.config.form,
         data=[Path(source.path).name for source in job.train.data],
-        synthesis=json.loads(synthesis.read_text()) if synthesis.is_file() and not job.train.data else None,
+        synthesis=None if job.train.data else job.run.read_result("synthesize"),
         error=error,
     )
 

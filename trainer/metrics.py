@@ -22,7 +22,7 @@ from trainer.coordinator import AgreedStep
 from trainer.data.batches import Batches
 from trainer.flops import Utilization
 from trainer.job import TrainJob
-from trainer.loss_monitor import LossMonitor, describe_step
+from trainer.monitoring import LossMonitor, describe_step
 
 log = stage_logger("train")
 Report = Callable[[int, dict[str, float]], None]  # takes a step and its figures

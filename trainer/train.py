@@ -43,10 +43,9 @@ from trainer.logit_checks import check_logits
 from trainer.metrics import StepLogger, step_logging
 from trainer.model.load import load_tokenizer
 from trainer.model.sequence import SequenceParallelBatches
-from trainer.profiler import Profiler
+from trainer.monitoring import Profiler, Watchdog
 from trainer.resolve import resolve_auto
 from trainer.validation import Validator
-from trainer.watchdog import Watchdog
 
 log = stage_logger("train")
 

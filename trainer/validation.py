@@ -20,7 +20,7 @@ from trainer.data.mixture import document_hashes, held_out_documents
 from trainer.data.tokens import Tokens
 from trainer.engine import model_inputs
 from trainer.job import TrainJob
-from trainer.watchdog import Watchdog
+from trainer.monitoring import Watchdog
 
 log = stage_logger("train")
 

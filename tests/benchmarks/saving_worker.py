@@ -28,9 +28,9 @@ from trainer.coordinator import load_shared_tokens, make_all_sum
 from trainer.engine import make_engine, train_step
 from trainer.job import read_job
 from trainer.model.load import load_tokenizer
+from trainer.monitoring import Watchdog
 from trainer.resolve import resolve_auto
 from trainer.train import make_batches
-from trainer.watchdog import Watchdog
 
 
 def timed(work: Callable[[], object]) -> tuple[float, int]:

@@ -15,7 +15,7 @@ from cluster.config import ModelConfig
 from cluster.errors import InputError
 from trainer.config.train import TrainConfig
 from trainer.model.adapters import adapt, is_adapted, load_adapter, save_adapter
-from trainer.model.bottleneck import add_adapters, load_adapters
+from trainer.model.bottleneck import add_adapters
 
 IDS = torch.arange(40).reshape(2, 20)
 METHODS = {
@@ -138,32 +138,29 @@ def test_a_base_from_the_hub_is_told_by_its_revision(
         lm.name_or_path = "org/base"
         return lm
 
-    assert is_adapted(load_adapters(from_hub("main"), tmp_path / "adapter"))
+    assert is_adapted(load_adapter(from_hub("main"), tmp_path / "adapter"))
     with pytest.raises(InputError, match="trained on another base"):
-        load_adapters(from_hub("later"), tmp_path / "adapter", revision="later")
+        load_adapter(from_hub("later"), tmp_path / "adapter", revision="later")
 
 
 def test_an_adapter_without_a_record_of_its_base_is_refused(tmp_path: Path, chat_model: Path) -> None:
     save_adapter(adapted(chat_model, 1, tuning="adapter"), tmp_path)
     (tmp_path / "base_model.json").unlink()
     with pytest.raises(InputError, match=r"base_model\.json is missing"):
-        load_adapters(AutoModelForCausalLM.from_pretrained(chat_model), tmp_path)
+        load_adapter(AutoModelForCausalLM.from_pretrained(chat_model), tmp_path)
 
 
-def test_what_is_no_bottleneck_adapter_is_refused(tmp_path: Path, chat_model: Path) -> None:
+def test_what_is_no_whole_adapter_is_refused(tmp_path: Path, chat_model: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(chat_model)
     with pytest.raises(InputError, match=r"no adapter_config\.json"):
-        load_adapters(base, tmp_path)
-    save_adapter(adapted(chat_model, 1, tuning="lora"), tmp_path / "lora")
-    with pytest.raises(InputError, match=r"adapter of peft"):
-        load_adapters(base, tmp_path / "lora")
+        load_adapter(base, tmp_path)
     save_adapter(adapted(chat_model, 1, tuning="adapter"), tmp_path / "half")
     file = tmp_path / "half" / "adapter_model.safetensors"
     tensors = load_file(file)
     tensors.pop(next(iter(tensors)))
     save_file(tensors, file)
     with pytest.raises(InputError, match=r"found 15 tensors, expected 16"):
-        load_adapters(base, tmp_path / "half")
+        load_adapter(base, tmp_path / "half")
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma"])

@@ -17,7 +17,7 @@ from tests.trainer.test_metrics import fake_tracker
 from tests.trainer.tools import DEADLINE_SECONDS, num_steps_shown, trace, train_here, write_job
 from trainer.checkpoint import checkpointer
 from trainer.checkpoint.state import complete_checkpoints, newest_checkpoint, read_state
-from trainer.loss_monitor import Diverged
+from trainer.monitoring import Diverged
 
 NUM_STEPS = 6
 

@@ -14,7 +14,7 @@ from tests.trainer.test_export import export_job, train_and_keep
 from tests.trainer.tools import make_tokenizer, save_llama, train_here, weights, write_job
 from trainer import export
 from trainer.job import read_job
-from trainer.model.bottleneck import load_adapters
+from trainer.model.adapters import load_adapter
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
@@ -63,7 +63,7 @@ def test_an_adapter_export_answers_as_the_model_in_the_trainer_does(runs, name: 
     result = export.run(export_job(run, form="adapter"))
     assert result["max_logit_error"] < 1e-4
     if name == "adapter":
-        loaded = load_adapters(base_of(run), run / "export").eval()
+        loaded = load_adapter(base_of(run), run / "export")
     else:
         loaded = AutoPeftModelForCausalLM.from_pretrained(run / "export").eval()
     expected = logits(live, run)

@@ -24,9 +24,8 @@ from trainer.checkpoint.state import TrainState
 from trainer.config.train import TrainConfig, WatchConfig
 from trainer.coordinator import AgreedStep
 from trainer.flops import ModelFlops, Utilization, model_flops, peak_flops
-from trainer.loss_monitor import Diverged, LossMonitor
 from trainer.metrics import StepLogger, open_trackers
-from trainer.watchdog import Watchdog
+from trainer.monitoring import Diverged, LossMonitor, Watchdog
 
 FINITE = st.floats(-100, 100)
 NOT_FINITE = st.sampled_from([math.nan, math.inf, -math.inf])

@@ -38,8 +38,7 @@ from trainer.checkpoint.state import TrainState, read_state
 from trainer.checkpoint.universal import CLIENT_STATE, convert, universal_folder
 from trainer.checkpoint.weights import save_weights
 from trainer.config.train import CheckpointConfig
-from trainer.loss_monitor import Diverged
-from trainer.watchdog import Watchdog
+from trainer.monitoring import Diverged, Watchdog
 
 
 class Checkpointer:

@@ -70,17 +70,13 @@ def _run_converter(folder: Path, output: Path) -> None:
 
 def main() -> None:
     die_with_parent()
-    parser = argparse.ArgumentParser(prog="python -m trainer.checkpoint.universal", description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("output", type=Path)
-    arguments = parser.parse_args()
-
     from deepspeed.checkpoint import ds_to_universal
 
+    folder, output = sys.argv[1:]
     workers = min(MAX_WORKERS, len(os.sched_getaffinity(0)))
     ds_to_universal.main(
         argparse.Namespace(
-            input_folder=str(arguments.folder), output_folder=str(arguments.output), num_extract_workers=workers,
+            input_folder=folder, output_folder=output, num_extract_workers=workers,
             num_merge_workers=workers, keep_temp_folder=False, strict=True, inject_missing_state=False,
         )
     )  # fmt: skip

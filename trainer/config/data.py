@@ -65,31 +65,3 @@ class ValidationConfig(StrictModel):
         if (self.path is None) == (self.fraction is None):
             raise ValueError("set either path, a separate dataset, or fraction, a part of train.data to hold out")
         return self
-
-
-def as_sources(value: object) -> object:
-    """A path, a source, or a list of these, as a tuple of sources."""
-    if isinstance(value, (str, dict, DataSource)):
-        value = [value]
-    if not isinstance(value, (list, tuple)):
-        return value
-    return tuple({"path": item} if isinstance(item, str) else item for item in value)
-
-
-def refuse_other_formats(sources: tuple[DataSource, ...], objective: str) -> None:
-    """Raise ValueError if the format of a source does not fit the objective."""
-    for source in sources:
-        if source.format is not None and (source.format == "text") != (objective == "text"):
-            raise ValueError(
-                f"objective={objective} cannot use {source.path} of format {source.format}. Change one of them"
-            )
-
-
-def refuse_mixed_weights(sources: tuple[DataSource, ...]) -> None:
-    """Raise ValueError if some sources have a weight and others have none."""
-    weighted = [source.weight is not None for source in sources]
-    if any(weighted) and not all(weighted):
-        without = sources[weighted.index(False)].path
-        raise ValueError(
-            f"{without} has no weight, while other sources of train.data have one. Set a weight for all or for none"
-        )

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from cluster.config import StrictModel
-from trainer.config.data import DataSource, ValidationConfig, as_sources, refuse_mixed_weights, refuse_other_formats
+from trainer.config.data import DataSource, ValidationConfig
 from trainer.config.tuning import (
     METHODS,
     AdapterConfig,
@@ -211,13 +211,22 @@ class TrainConfig(StrictModel):
     @field_validator("data", mode="before")
     @classmethod
     def _paths_are_sources(cls, value: object) -> object:
-        return as_sources(value)
+        if isinstance(value, (str, dict, DataSource)):
+            value = [value]
+        if not isinstance(value, (list, tuple)):
+            return value
+        return tuple({"path": item} if isinstance(item, str) else item for item in value)
 
     @field_validator("data")
     @classmethod
-    def _weights_of_all_or_none(cls, value: tuple[DataSource, ...]) -> tuple[DataSource, ...]:
-        refuse_mixed_weights(value)
-        return value
+    def _weights_of_all_or_none(cls, sources: tuple[DataSource, ...]) -> tuple[DataSource, ...]:
+        weighted = [source.weight is not None for source in sources]
+        if any(weighted) and not all(weighted):
+            raise ValueError(
+                f"{sources[weighted.index(False)].path} has no weight, while other sources of train.data have one. "
+                "Set a weight for all or for none"
+            )
+        return sources
 
     @property
     def stall_timeout_seconds(self) -> float:
@@ -264,7 +273,11 @@ class TrainConfig(StrictModel):
 
     @model_validator(mode="after")
     def _combinations_that_work(self) -> "TrainConfig":
-        refuse_other_formats(self.data, self.objective)
+        for source in self.data:
+            if source.format is not None and (source.format == "text") != (self.objective == "text"):
+                raise ValueError(
+                    f"objective={self.objective} cannot use {source.path} of format {source.format}. Change one of them"
+                )
         if (why := self.zero.refusal(self.zero_stage, self.precision)) is not None:
             raise ValueError(why)
         checkpointing = self.activation_checkpointing != "none"

@@ -1,9 +1,15 @@
 """Tuning methods that train an adapter: how the adapter is added to a model, saved, and loaded again.
 
-Bottleneck adapters are in adapters.py, all other methods in peft. trainer/config/tuning.py has their combinations.
+Bottleneck adapters are in bottleneck.py, all other methods in peft. trainer/config/tuning.py has their combinations.
+
+The folder of an adapter names its base model. An adapter of another model of the same shape loads without an error and
+generates nonsense. The name of a model does not identify it (folders and branches change), so a fingerprint of its
+weights does.
 """
 
 import copy
+import hashlib
+import json
 from pathlib import Path
 
 import torch
@@ -18,14 +24,15 @@ from peft import (
     TaskType,
     get_peft_model,
 )
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
 from cluster.config import ModelConfig
 from cluster.errors import InputError
+from cluster.files import write_json
 from trainer.config.train import TrainConfig
-from trainer.model.adapter_base import check_base, record_base
 from trainer.model.bottleneck import (
     WEIGHTS_FILE,
     add_adapters,
@@ -34,6 +41,9 @@ from trainer.model.bottleneck import (
     load_adapters,
     save_adapters,
 )
+
+BASE_FILE = "base_model.json"
+NUM_SAMPLED = 64  # values from each tensor; full tuning changes nearly all of them
 
 
 def adapt(lm: PreTrainedModel, model: ModelConfig, config: TrainConfig, added_token_ids: list[int]) -> nn.Module:
@@ -141,7 +151,8 @@ def save_adapter(lm: nn.Module, folder: Path) -> None:
         # The adapter already has the rows of added tokens; whole embeddings would make it many times larger.
         lm.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
     base = base_of(lm)
-    record_base(base, base.base_revision, folder)
+    found = {"model_type": base.config.model_type, "fingerprint": fingerprint(base, base.base_revision)}
+    write_json(folder / BASE_FILE, found)
 
 
 def _save_virtual_tokens(lm: PeftModel, folder: Path) -> None:
@@ -160,10 +171,64 @@ def load_adapter(
 
     revision: of `base` if it comes from the hub. None means its main branch.
     vocabulary_size: of the tokenizer, if the adapter trained tokens that the base lacks.
-    Raises InputError if the adapter was trained on another base.
+    Raises InputError if the adapter was trained on another base, or if the folder has no whole adapter.
     """
+    has_bottlenecks = is_bottleneck(folder)
     check_base(base, revision, folder)
     if vocabulary_size > base.get_input_embeddings().num_embeddings:
         base.resize_token_embeddings(vocabulary_size, pad_to_multiple_of=64, mean_resizing=True)
-    lm = load_adapters(base, folder, revision) if is_bottleneck(folder) else PeftModel.from_pretrained(base, folder)
+    lm = load_adapters(base, folder) if has_bottlenecks else PeftModel.from_pretrained(base, folder)
     return lm.eval()
+
+
+def check_base(base: PreTrainedModel, revision: str | None, folder: Path) -> None:
+    """Raise InputError unless `base` is the model that the adapter in `folder` was trained on."""
+    file = folder / BASE_FILE
+    if not file.is_file():
+        raise InputError(
+            f"{folder}: {BASE_FILE} is missing, so the base of this adapter is unknown. Export the adapter again."
+        )
+    recorded = json.loads(file.read_text())
+    if recorded["fingerprint"] != (found := fingerprint(base, revision)):
+        raise InputError(
+            f"{folder}: this adapter was trained on another base ({recorded['model_type']}, fingerprint "
+            f"{recorded['fingerprint']}) than {base.name_or_path} ({base.config.model_type}, {found}). "
+            "Use the model that it was trained on."
+        )
+
+
+def fingerprint(base: PreTrainedModel, revision: str | None) -> str:
+    """SHA-256 over name, shape and first values of every tensor in the files of `base`, as 16 hex digits.
+
+    revision: of a model on the hub, as passed to from_pretrained, which does not store it.
+
+    The values are read from the files, because in memory weights may be partitioned or in 4 bits. The number of shards
+    does not change the fingerprint, nor does bf16 instead of float32. Raises InputError if there are no safetensors
+    files.
+    """
+    tensors = {}
+    for file in _weight_files(base, revision):
+        with safe_open(file, framework="pt") as content:
+            for name in content.keys():  # noqa: SIM118 - a safetensors file is not a mapping
+                values = content.get_slice(name)
+                shape = values.get_shape()
+                first = (slice(1),) * (len(shape) - 1) + (slice(NUM_SAMPLED),)
+                sample = values[first] if shape else content.get_tensor(name)
+                tensors[name] = f"{name} {shape} ".encode() + _bytes(sample)
+    return hashlib.sha256(b"\n".join(tensors[name] for name in sorted(tensors))).hexdigest()[:16]
+
+
+def _bytes(sample: torch.Tensor) -> bytes:
+    return sample.to(torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def _weight_files(base: PreTrainedModel, revision: str | None) -> list[Path]:
+    folder = Path(base.name_or_path)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download  # the weights were just loaded, so they are cached
+
+        folder = Path(snapshot_download(base.name_or_path, revision=revision, local_files_only=True))
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files:
+        raise InputError(f"{folder}: there is no model*.safetensors, which identifies the base of an adapter.")
+    return files

@@ -5,14 +5,14 @@ import importlib.util
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from cluster.errors import InputError
 from trainer.config.train import TrainConfig
 
 # The expensive operations of a layer. `selective` saves their outputs and recomputes everything else.
-SAVED_OPS = {
+SAVED_OPS = [
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
     torch.ops.aten.bmm.default,
@@ -21,17 +21,22 @@ SAVED_OPS = {
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch._higher_order_ops.flex_attention,
-}
+]
 
 
 def configure_layers(lm: nn.Module, config: TrainConfig) -> None:
     """Set up the layers of a model from transformers as the recipe says. Call it before adapters are added."""
     if uses_liger(config):
-        use_liger(lm)
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+        # Not tested on a GPU yet. The loss stays ours.
+        _apply_liger_kernel_to_instance(
+            model=lm, rope=True, rms_norm=True, swiglu=True, cross_entropy=False, fused_linear_cross_entropy=False
+        )
     if config.activation_checkpointing != "none":
         options: dict = {"use_reentrant": False}  # reentrant checkpoints break frozen weights and ZeRO-3's hooks
         if config.activation_checkpointing == "selective":
-            options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, selective_policy)
+            options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, SAVED_OPS)
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
     if config.compile:
         for layer in decoder_layers(lm):
@@ -48,10 +53,6 @@ def decoder_layers(lm: nn.Module) -> list[nn.Module]:
     return layers
 
 
-def selective_policy(context: object, op: object, *args: object, **kwargs: object) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in SAVED_OPS else CheckpointPolicy.PREFER_RECOMPUTE
-
-
 def uses_liger(config: TrainConfig) -> bool:
     """Whether to use Liger's kernels. Raises InputError for liger=true on a machine that cannot run them."""
     installed = importlib.util.find_spec("liger_kernel") is not None
@@ -60,12 +61,3 @@ def uses_liger(config: TrainConfig) -> bool:
         reason = "this machine has no GPU" if installed else "the package liger-kernel is not installed"
         raise InputError(f"train.liger=true does not work, because {reason}. Set train.liger=auto.")
     return config.liger is not False and installed and on_gpu
-
-
-def use_liger(lm: nn.Module) -> None:
-    """Replace RMSNorm, rotary embedding and SwiGLU by Liger's kernels, and leave the loss. Not tested on a GPU yet."""
-    from liger_kernel.transformers import _apply_liger_kernel_to_instance
-
-    _apply_liger_kernel_to_instance(
-        model=lm, rope=True, rms_norm=True, swiglu=True, cross_entropy=False, fused_linear_cross_entropy=False
-    )
