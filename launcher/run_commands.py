@@ -15,7 +15,9 @@ from cluster.run.rundir import RunDir
 if TYPE_CHECKING:
     from launcher.recipe import Recipe
 
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="a run or sweep folder, such as runs/demo", show_default=False)]
+RunFolder = Annotated[
+    Path, typer.Argument(metavar="RUN", help="a run or sweep folder, such as runs/demo", show_default=False)
+]
 
 
 def add_to(app: typer.Typer) -> None:
