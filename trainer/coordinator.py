@@ -34,29 +34,28 @@ class AgreedStep:
         return int(self.document_lengths.sum())
 
 
-class Coordinator:
-    """Makes all ranks take the same decisions at the same step."""
+def agree_on_step(
+    batches: Batches,
+    step: int,
+    all_sum: Callable[..., list[float]],
+    stop: StopRequest,
+    checkpointer: Checkpointer,
+    watchdog: Watchdog,
+) -> AgreedStep:
+    """Prepare `step`, which counts from 0, and exchange labels, stop requests and the state of the checkpoint copy.
 
-    def __init__(
-        self, all_sum: Callable[..., list[float]], stop: StopRequest, checkpointer: Checkpointer, watchdog: Watchdog
-    ):
-        self.all_sum, self.stop, self.checkpointer, self.watchdog = all_sum, stop, checkpointer, watchdog
-
-    def agree(self, batches: Batches, step: int) -> AgreedStep:
-        """Prepare `step`, which counts from 0, and exchange labels, stop requests and the state of the checkpoint copy.
-
-        A collective. Raises, on every rank, if a rank could not copy its part of the last checkpoint.
-        """
-        self.watchdog.set_location(f"step {step + 1}, agreeing on it with the other ranks")
-        micro_batches = batches.micro_batches(step)
-        num_labels, num_stopping, num_failed_copies, num_copied = self.all_sum(
-            sum(batch.num_labels for batch in micro_batches), int(self.stop.is_set), *self.checkpointer.copy_flags()
-        )
-        self.checkpointer.advance(num_failed_copies, num_copied)
-        rows = batches.rows_of_step(step)
-        lengths = batches.tokens.lengths[[document for row in rows for document in row]]
-        self.watchdog.set_location(f"step {step + 1}, forward, backward and update")
-        return AgreedStep(micro_batches, len(rows), int(num_labels), lengths, should_stop=num_stopping > 0)
+    A collective. Raises, on every rank, if a rank could not copy its part of the last checkpoint.
+    """
+    watchdog.set_location(f"step {step + 1}, agreeing on it with the other ranks")
+    micro_batches = batches.micro_batches(step)
+    num_labels, num_stopping, num_failed_copies, num_copied = all_sum(
+        sum(batch.num_labels for batch in micro_batches), int(stop.is_set), *checkpointer.copy_flags()
+    )
+    checkpointer.advance(num_failed_copies, num_copied)
+    rows = batches.rows_of_step(step)
+    lengths = batches.tokens.lengths[[document for row in rows for document in row]]
+    watchdog.set_location(f"step {step + 1}, forward, backward and update")
+    return AgreedStep(micro_batches, len(rows), int(num_labels), lengths, should_stop=num_stopping > 0)
 
 
 def make_all_sum(timeout_seconds: float) -> Callable[..., list[float]]:

@@ -16,7 +16,7 @@ from trainer.model.adapters import is_decayed
 from trainer.model.attention import flash_attention_kwargs
 from trainer.model.load import CausalLMWithLoss, load_model
 from trainer.model.loss import loss_settings
-from trainer.model.sequence import loss_factor, use_ulysses
+from trainer.model.sequence import use_ulysses
 
 
 def train_step(
@@ -28,9 +28,11 @@ def train_step(
     reading one of them waits for it.
 
     The gradient is that of (sum of token losses) / `num_labels`, the labels of all micro-batches and ranks. DeepSpeed
-    averages over ranks, which `loss_factor` undoes; `scale_wrt_gas=False` turns accumulation into a plain sum.
+    averages over ranks, which `factor` undoes; `scale_wrt_gas=False` turns accumulation into a plain sum.
     """
-    factor = loss_factor(engine.zero_optimization_stage(), dist.get_world_size(), engine.sequence_parallel_size)
+    factor = dist.get_world_size()
+    if engine.zero_optimization_stage() < 3:  # with sequence parallelism these divide by the number of groups instead
+        factor /= engine.sequence_parallel_size
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
     total_loss = torch.zeros((), device=engine.device)

@@ -203,19 +203,14 @@ def _buckets(facts: ModelFacts, config: TrainConfig, stage: int, world_size: int
 def _activations(facts: ModelFacts, config: TrainConfig, tokens: int) -> int:
     """What autograd keeps of one micro-batch between its forward and its backward pass."""
     layer = _layer_activations(facts, config, tokens)
-    block_inputs = BYTES_PER_WEIGHT[config.precision] * tokens * facts.hidden_size
     if config.activation_checkpointing == "none":
         return facts.num_layers * layer
-    kept = block_inputs
-    if config.activation_checkpointing == "selective":
-        kept += BYTES_PER_WEIGHT[config.precision] * tokens * _product_width(facts)
-    return facts.num_layers * kept + layer  # one layer at a time is recomputed
-
-
-def _product_width(facts: ModelFacts) -> int:
-    """Values per token that the matrix products and the attention of a layer return."""
-    queries, keys = facts.num_heads * facts.head_size, facts.num_kv_heads * facts.head_size
-    return 2 * queries + 2 * keys + 2 * facts.hidden_size + 2 * facts.intermediate_size
+    kept = facts.hidden_size  # values per token: the input of a layer
+    if config.activation_checkpointing == "selective":  # and the results of its matrix products and its attention
+        queries, keys = facts.num_heads * facts.head_size, facts.num_kv_heads * facts.head_size
+        kept += 2 * queries + 2 * keys + 2 * facts.hidden_size + 2 * facts.intermediate_size
+    # One layer at a time is recomputed.
+    return BYTES_PER_WEIGHT[config.precision] * tokens * kept * facts.num_layers + layer
 
 
 def _layer_activations(facts: ModelFacts, config: TrainConfig, tokens: int) -> int:

@@ -148,7 +148,7 @@ def open_trackers(names: Sequence[str], run: RunDir, settings: dict) -> Iterator
     A resumed run continues in its tracker too. The trackers' own libraries find the keys of their services.
     """
     with contextlib.ExitStack() as stack:
-        reports = [stack.enter_context(_open_tracker(name, run, settings)) for name in names]
+        reports = [_open_tracker(name, run, settings, stack) for name in names]
 
         def report(step: int, figures: dict[str, float]) -> None:
             for send in reports:
@@ -157,24 +157,17 @@ def open_trackers(names: Sequence[str], run: RunDir, settings: dict) -> Iterator
         yield report
 
 
-@contextlib.contextmanager
-def _open_tracker(name: str, run: RunDir, settings: dict) -> Iterator[Report]:
+def _open_tracker(name: str, run: RunDir, settings: dict, stack: contextlib.ExitStack) -> Report:
     if name == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
 
-        writer = SummaryWriter(str(run.tensorboard))
-        try:
-            yield lambda step, figures: [writer.add_scalar(key, value, step) for key, value in figures.items()]
-        finally:
-            writer.close()
-        return
+        writer = stack.enter_context(SummaryWriter(str(run.tensorboard)))
+        return lambda step, figures: [writer.add_scalar(key, value, step) for key, value in figures.items()]
     library = importlib.import_module(name)  # wandb, or trackio, which has the same functions
     folder = run.root.resolve()
     options = {"id": hashlib.sha256(str(folder).encode()).hexdigest()[:16], "dir": str(folder)}
     library.init(
         project="tunesmith", name=folder.name, config=settings, resume="allow", **(options if name == "wandb" else {})
     )
-    try:
-        yield lambda step, figures: library.log(figures, step=step)
-    finally:
-        library.finish()
+    stack.callback(library.finish)
+    return lambda step, figures: library.log(figures, step=step)

@@ -34,7 +34,7 @@ from cluster.run.fence import verify
 from cluster.run.rundir import RunDir
 from trainer.checkpoint.checkpointer import Checkpointer, load_checkpoint
 from trainer.checkpoint.state import TrainState, newest_checkpoint, read_state
-from trainer.coordinator import Coordinator, load_shared_tokens, make_all_sum
+from trainer.coordinator import agree_on_step, load_shared_tokens, make_all_sum
 from trainer.data.batches import Batches
 from trainer.data.tokens import Tokens
 from trainer.engine import learning_rate, make_engine, train_step
@@ -74,9 +74,8 @@ def train(job: TrainJob, stop: StopRequest) -> dict:
         step_logging(job, engine, batches, tokenizer, state.step) as metrics,
         Checkpointer(engine, run.checkpoints, config.checkpoint, all_sum, watchdog) as checkpointer,
     ):
-        coordinator = Coordinator(all_sum, stop, checkpointer, watchdog)
         while state.step < batches.num_steps:
-            step = coordinator.agree(batches, state.step)
+            step = agree_on_step(batches, state.step, all_sum, stop, checkpointer, watchdog)
             if step.should_stop:
                 break
             profiler.before_step(state.step + 1)

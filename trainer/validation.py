@@ -72,16 +72,13 @@ class Validator:
             return None
         self.watchdog.set_location(f"step {state.step}, validating")
         started = time.perf_counter()
-        self.last_loss = validation_loss(engine, self._micro_batches())
-        if dist.get_rank() == 0:
+        rank, world_size, size = dist.get_rank(), dist.get_world_size(), self.job.config.micro_batch_size
+        num_passes = math.ceil(len(self.rows) / (size * world_size))
+        micro_batches = split_rows(self.rows[rank::world_size], size, num_passes, partial(collate, self.tokens))
+        self.last_loss = validation_loss(engine, micro_batches)
+        if rank == 0:
             self._write(state.step, self.last_loss, seconds=time.perf_counter() - started)
         return self.last_loss
-
-    def _micro_batches(self) -> Iterable[MicroBatch]:
-        rank, world_size = dist.get_rank(), dist.get_world_size()
-        size = self.job.config.micro_batch_size
-        num_passes = math.ceil(len(self.rows) / (size * world_size))
-        return split_rows(self.rows[rank::world_size], size, num_passes, partial(collate, self.tokens))
 
     def _write(self, step: int, loss: float, seconds: float) -> None:
         log.info(f"step {step} | validation loss {loss:.4f} | {seconds:.1f} s")

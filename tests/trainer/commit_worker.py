@@ -1,9 +1,10 @@
 """Commits checkpoints of two ranks by way of a local disk until it is killed: `python -m ... RUN LOCAL STEP`."""
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from trainer.checkpoint.commit import BackgroundTask, commit_checkpoint, move_files, partial_folder, remove_unfinished
+from trainer.checkpoint.commit import commit_checkpoint, move_files, partial_folder, remove_unfinished
 from trainer.config.train import CheckpointConfig
 
 CONFIG = CheckpointConfig(keep_last=2)
@@ -12,7 +13,7 @@ CONFIG = CheckpointConfig(keep_last=2)
 def main() -> None:
     checkpoints, local = Path(sys.argv[1]), Path(sys.argv[2])
     step = int(sys.argv[3])
-    background = BackgroundTask()
+    thread = ThreadPoolExecutor(max_workers=1)
     while True:
         step += 1
         partial = partial_folder(checkpoints, step)
@@ -23,10 +24,8 @@ def main() -> None:
             (place / "weights").mkdir(parents=True, exist_ok=True)
             (place / f"part-{rank}").write_bytes(bytes([step % 256]) * 300_000)
             (place / "weights" / f"w-{rank}").write_bytes(bytes([rank]) * step)
-            background.start(move_files, place, partial)
-        background.start(commit_checkpoint, checkpoints, step, CONFIG)
-        background.wait()
-        assert background.error is None
+            thread.submit(move_files, place, partial)
+        thread.submit(commit_checkpoint, checkpoints, step, CONFIG).result()
         print(step, flush=True)
 
 

@@ -13,6 +13,7 @@ import hashlib
 import shutil
 import socket
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -27,7 +28,6 @@ from cluster.files import write_json
 from cluster.run.fence import verify
 from cluster.run.manifest import verify_manifest
 from trainer.checkpoint.commit import (
-    BackgroundTask,
     commit_checkpoint,
     explain_failed_write,
     move_files,
@@ -55,7 +55,9 @@ class Checkpointer:
         self.engine, self.checkpoints, self.config = engine, checkpoints, config
         self.all_sum, self.watchdog = all_sum, watchdog
         self.rank = dist.get_rank()
-        self.task = BackgroundTask()
+        self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self.task: Future = Future()  # what the thread does, or did last
+        self.task.set_result(None)
         self.copied_step: int | None = None  # of the checkpoint that is being copied
         self.local = local_folder(Path(config.local_dir), checkpoints, self.rank) if config.local_dir else None
         engine.module.register_state_dict_post_hook(drop_frozen_duplicates)
@@ -108,14 +110,14 @@ class Checkpointer:
             shutil.rmtree(partial, ignore_errors=True)
             raise
         if self.local:
-            self.task.start(move_files, target, partial)
+            self.task = self.thread.submit(move_files, target, partial)
             self.copied_step = state.step
         dist.barrier()
 
     def copy_flags(self) -> tuple[int, int]:
         """(1 if this rank's background task has failed, 1 if it is done). The sums over all ranks go to `advance`."""
-        is_done = self.task.is_done  # read first: a task that is done already has its error, if any
-        return int(self.task.error is not None), int(is_done)
+        is_done = self.task.done()
+        return int(is_done and self.task.exception() is not None), int(is_done)
 
     def advance(self, num_failed: float, num_done: float) -> None:
         """Commit a checkpoint that all ranks have copied. Raises, on every rank, if any rank has failed."""
@@ -123,7 +125,7 @@ class Checkpointer:
             self._raise_together()
         if self.copied_step is not None and num_done == dist.get_world_size():
             if self.rank == 0:
-                self.task.start(commit_checkpoint, self.checkpoints, self.copied_step, self.config)
+                self.task = self.thread.submit(commit_checkpoint, self.checkpoints, self.copied_step, self.config)
             self.copied_step = None
 
     def finish(self) -> None:
@@ -131,12 +133,12 @@ class Checkpointer:
         if self.local is None:
             return
         for _ in ("copy", "commit"):
-            self.task.wait()
+            self.task.exception()  # waits
             self.advance(*self.all_sum(*self.copy_flags()))
 
     def _raise_together(self) -> None:
         """Raise the same error on every rank, so that whichever one the user reads has the reason."""
-        error = self.task.error
+        error = self.task.exception() if self.task.done() else None
         own = None if error is None else (getattr(error, "exit_code", 1), f"{type(error).__name__}: {error}")
         failures: list[tuple[int, str] | None] = [None] * dist.get_world_size()
         dist.all_gather_object(failures, own)

@@ -7,8 +7,7 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -95,29 +94,3 @@ def explain_failed_write(path: Path) -> Iterator[None]:
             if is_full or shutil.disk_usage(path).free < FULL_DISK_BYTES:
                 raise OSError(errno.ENOSPC, "No space left on device") from error
             raise
-
-
-class BackgroundTask:
-    """Runs one function at a time in a thread. `error` keeps the exception of the last one."""
-
-    def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._future: Future | None = None
-
-    def start(self, function: Callable[..., None], *arguments: object) -> None:
-        """Wait for the previous function, then start this one."""
-        self.wait()
-        self._future = self._thread.submit(function, *arguments)
-
-    def wait(self) -> None:
-        if self._future is not None:
-            self._future.exception()
-
-    @property
-    def is_done(self) -> bool:
-        return self._future is None or self._future.done()
-
-    @property
-    def error(self) -> BaseException | None:
-        """Why the function failed. None means that it has succeeded or still runs."""
-        return self._future.exception() if self._future is not None and self._future.done() else None

@@ -80,8 +80,6 @@ class TuningMethod:
     new_token_stages: tuple[int, ...] = ()  # ZeRO stages in which it can train tokens that the chat template adds
 
 
-_AT_ROW_START = "its virtual tokens are at the start of a row, where only the first document sees them"
-_NOT_LINEAR = "it adds non-linear layers to the base"
 _OUTSIDE = "virtual tokens are not part of the base's weights"
 
 METHODS: dict[str, TuningMethod] = {
@@ -94,8 +92,11 @@ METHODS: dict[str, TuningMethod] = {
         no_checkpointing="it turns off the attention cache, which holds the prefix",
         no_merging=_OUTSIDE,
     ),
-    "prompt": TuningMethod("prompt tuning", no_packing=_AT_ROW_START, no_merging=_OUTSIDE),
-    "adapter": TuningMethod("bottleneck adapters", no_merging=_NOT_LINEAR),
+    "prompt": TuningMethod(
+        "prompt tuning", no_merging=_OUTSIDE,
+        no_packing="its virtual tokens are at the start of a row, where only the first document sees them",
+    ),
+    "adapter": TuningMethod("bottleneck adapters", no_merging="it adds non-linear layers to the base"),
     "qlora": TuningMethod(
         "LoRA on a base in 4 bits", zero_stages=(0, 1, 2),
         no_other_stages="ZeRO-3 has not been tested with weights in 4 bits",

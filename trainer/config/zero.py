@@ -75,10 +75,7 @@ class ZeroConfig(StrictModel):
 
     def stages(self, precision: str) -> list[int]:
         """The stages that work with these settings, lowest first."""
-        if self.needs_stage_3:
-            return [3]
-        # Without ZeRO, DeepSpeed sums bf16 gradients in bf16 and cannot offload.
-        return [0, 1, 2, 3] if precision == "fp32" and self.offload_optimizer == "none" else [1, 2, 3]
+        return [stage for stage in range(4) if self.refusal(stage, precision) is None]
 
     def refusal(self, stage: Stage, precision: str) -> str | None:
         """The error message if a stage does not work with these settings. None means that it works."""

@@ -13,6 +13,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -67,12 +68,10 @@ class Batches:
             )
         self.tokens, self.config, self.seed, self.rank, self.world_size = tokens, config, seed, rank, world_size
         self.mixture = Mixture(tokens, config, seed)
-        self._epoch, self._steps = -1, []
-        self._rows_of_any_epoch: list[Row] | None = None
+        self._rows_of_epoch = lru_cache(maxsize=1)(self._rows_of_epoch)
+        self._steps_of_epoch = lru_cache(maxsize=1)(self._steps_of_epoch)
         self.rows = [row for step in self._steps_of_epoch(0) for row in step]  # of the first epoch
-        self.steps_per_epoch = len(
-            self._steps
-        )  # of the first epoch; others differ only if a source is repeated in part
+        self.steps_per_epoch = len(self._steps_of_epoch(0))  # others differ only if a source is repeated in part
         self._epoch_ends = self._end_of_every_epoch()
         self.num_steps = min(self._epoch_ends[-1], config.max_steps or self._epoch_ends[-1])
         self.grad_accum_steps = self._num_passes(self._steps_of_epoch(0)[0])  # usual number; see `micro_batches`
@@ -85,28 +84,18 @@ class Batches:
         return np.cumsum(counts).tolist()
 
     def _steps_of_epoch(self, epoch: int) -> list[list[Row]]:
-        """The rows of every step of an epoch. The epoch of the last call is cached."""
-        if epoch == self._epoch:
-            return self._steps
+        """The rows of every step of an epoch."""
         size, generator = self.config.global_batch_size, np.random.default_rng([self.seed, epoch])
         if self.config.batch_unit == "examples":
             order = generator.permutation(self.mixture.documents(epoch))
             groups = [order[begin : begin + size] for begin in range(0, len(order), size)]
-            steps = [plan_rows(self.tokens, self.config, group) for group in groups]
-        else:
-            rows = self._rows_of_epoch(epoch)
-            order = generator.permutation(len(rows))
-            steps = [[rows[row] for row in order[begin : begin + size]] for begin in range(0, len(order), size)]
-        self._epoch, self._steps = epoch, steps
-        return steps
+            return [plan_rows(self.tokens, self.config, group) for group in groups]
+        rows = self._rows_of_epoch(0 if self.mixture.same_every_epoch else epoch)
+        order = generator.permutation(len(rows))
+        return [[rows[row] for row in order[begin : begin + size]] for begin in range(0, len(order), size)]
 
     def _rows_of_epoch(self, epoch: int) -> list[Row]:
-        if self._rows_of_any_epoch is not None:
-            return self._rows_of_any_epoch
-        rows = plan_rows(self.tokens, self.config, self.mixture.documents(epoch))
-        if self.mixture.same_every_epoch:
-            self._rows_of_any_epoch = rows
-        return rows
+        return plan_rows(self.tokens, self.config, self.mixture.documents(epoch))
 
     def rows_of_step(self, step: int) -> list[Row]:
         """The rows of an optimizer step over all ranks, in order. The last step of an epoch may have fewer."""
@@ -136,7 +125,7 @@ class Batches:
         lines = [share.describe() for share in mixture.shares]
         documents = mixture.documents(0)
         num_tokens, trained = (int(lengths[documents].sum()) for lengths in (tokens.lengths, tokens.trained_lengths))
-        packed = f", {packing_efficiency(tokens, self.rows, config.max_seq_len):.1%} full" if config.packing else ""
+        packed = f", {num_tokens / (len(self.rows) * config.max_seq_len):.1%} full" if config.packing else ""
         lines.append(
             f"an epoch: {len(documents):,} examples in {len(self.rows):,} rows of up to {config.max_seq_len} tokens"
             f"{packed}; {num_tokens:,} tokens, {trained:,} of them with a loss ({trained / num_tokens:.1%})"
@@ -188,11 +177,6 @@ def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]
             rows_with_room[left].append(row)
             rooms |= 1 << left
     return rows
-
-
-def packing_efficiency(tokens: Tokens, rows: Sequence[Row], max_seq_len: int) -> float:
-    """Tokens of the documents divided by the tokens that the rows could hold."""
-    return float(sum(tokens.lengths[document] for row in rows for document in row) / (len(rows) * max_seq_len))
 
 
 def split_rows(

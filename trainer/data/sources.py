@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import Dataset, load_dataset, load_from_disk
 
 from cluster.errors import InputError
 from cluster.files import read_jsonl
@@ -35,10 +35,6 @@ class Format:
     required: tuple[str, ...]
     optional: tuple[str, ...]
     messages: Callable[[dict], object]  # raises Unmaskable; the messages may still be malformed
-
-
-def _messages(row: dict) -> object:
-    return row["messages"]
 
 
 def _alpaca(row: dict) -> list[dict]:
@@ -71,7 +67,7 @@ def _sharegpt(row: dict) -> list[dict]:
 
 # The first format whose required columns exist is used. `finish_reason` of synthesized rows: whether the answer ended.
 CHAT_FORMATS = (
-    Format("messages", ("messages",), ("finish_reason",), _messages),
+    Format("messages", ("messages",), ("finish_reason",), lambda row: row["messages"]),
     Format("sharegpt", ("conversations",), (), _sharegpt),
     Format("alpaca", ("instruction", "output"), ("input",), _alpaca),
 )
@@ -133,18 +129,14 @@ def _open(path: Path, key: str) -> Dataset:
         verify_manifest(path)
     elif not (path / "state.json").is_file():
         raise InputError(f"{path}: this is no dataset folder, because it has neither manifest.json nor state.json.")
-    dataset = _open_folder(path)
-    if not isinstance(dataset, Dataset):
-        raise InputError(f"{path}: there are several splits ({', '.join(dataset)}). Choose the folder of one of them.")
-    return dataset
-
-
-def _open_folder(path: Path) -> Dataset | DatasetDict:
     try:
-        return load_from_disk(str(path))
+        dataset = load_from_disk(str(path))
     except (OSError, ValueError, KeyError) as error:  # ArrowInvalid and JSONDecodeError are ValueErrors
         reason = str(error).splitlines()[0]
         raise InputError(f"{path}: the dataset folder cannot be read ({reason}). Fix or replace it.") from error
+    if not isinstance(dataset, Dataset):
+        raise InputError(f"{path}: there are several splits ({', '.join(dataset)}). Choose the folder of one of them.")
+    return dataset
 
 
 def _open_file(path: Path) -> Dataset:

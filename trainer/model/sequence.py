@@ -64,12 +64,3 @@ def use_ulysses(lm: nn.Module, config: TrainConfig) -> ModuleType | None:
         micro_batch_size=config.micro_batch_size,
         seq_length_is_variable=True,
     )
-
-
-def loss_factor(stage: int, world_size: int, sequence_parallel_size: int) -> float:
-    """The factor of a rank's summed loss that undoes DeepSpeed's division, so that gradients are summed over ranks.
-
-    DeepSpeed divides by the number of ranks. With sequence parallelism, stages below 3 divide by the number of groups
-    instead.
-    """
-    return world_size if stage == 3 else world_size / sequence_parallel_size
