@@ -14,8 +14,9 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from cluster.engines.config import Sampling
-from generation.config import METHOD_CONFIGS, SynthesisConfig
+from generation.config.common import SynthesisConfig
 from generation.config.filters import FILTER_CONFIGS
+from generation.config.methods import METHOD_CONFIGS
 from launcher.cli import app
 from launcher.recipe import Recipe
 

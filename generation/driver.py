@@ -16,7 +16,7 @@ from collections.abc import Coroutine
 from dataclasses import asdict, dataclass, replace
 
 from generation.accepted import AcceptedList, Demonstration
-from generation.config import SynthesisConfig
+from generation.config.common import SynthesisConfig
 from generation.filters import Draft, FilterChain
 from generation.judge import Judge
 from generation.method import AcceptedInstruction, InstructionResult, Method, Proposal

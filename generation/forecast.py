@@ -3,7 +3,7 @@
 from collections import deque
 from dataclasses import dataclass
 
-from generation.config import SynthesisConfig
+from generation.config.common import SynthesisConfig
 from generation.method import Method
 from generation.state import Snapshot
 

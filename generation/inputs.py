@@ -11,7 +11,7 @@ from cluster.errors import InputError
 from cluster.files import sha256_file, sha256_json, write_json
 from cluster.model_source import fingerprint_folder
 from cluster.run.rundir import RunDir
-from generation.config import Role, SynthesisConfig
+from generation.config.common import Role, SynthesisConfig
 from generation.judge import PROMPTS as JUDGE_PROMPTS
 from generation.method import Method
 from generation.methods import METHODS

@@ -4,7 +4,7 @@ import asyncio
 from dataclasses import replace
 
 from cluster.engines.config import Sampling, StructuredOutput
-from generation.config import JudgeConfig
+from generation.config.common import JudgeConfig
 from generation.filters import Draft, Rejection
 from generation.method import InstructionResult
 from generation.records import GenerationResult, Record, RejectedRecord, draft_of

@@ -12,7 +12,7 @@ from random import Random
 from typing import ClassVar, Protocol
 
 from generation.accepted import Demonstration
-from generation.config import Role
+from generation.config.common import Role
 from generation.filters import Draft, Neighbor
 from generation.records import GenerationResult, Record, RejectedRecord
 from generation.requester import Requester

@@ -14,7 +14,7 @@ from cluster.files import append_jsonl
 from cluster.log import Progress
 from cluster.run.fence import Fence
 from cluster.run.rundir import RunDir
-from generation.config import SynthesisConfig
+from generation.config.common import SynthesisConfig
 from generation.driver import Driver
 from generation.engine_events import STAGE, EngineEvents
 from generation.forecast import Forecast, Forecaster

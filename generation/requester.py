@@ -12,7 +12,7 @@ from cluster.engines.config import Prompt as EnginePrompt
 from cluster.engines.pool import EnginePool
 from cluster.errors import TunesmithError
 from cluster.files import sha256_json
-from generation.config import BudgetConfig, Role
+from generation.config.common import BudgetConfig, Role
 from generation.records import GenerationResult
 from generation.request_log import RequestLog
 from generation.state import Counts, Timers

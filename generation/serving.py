@@ -14,7 +14,7 @@ from cluster.engines.config import EngineConfig
 from cluster.engines.pool import EnginePool
 from cluster.errors import InputError
 from cluster.model_source import fingerprint_folder, locate_model, model_revision
-from generation.config import Role, SynthesisConfig
+from generation.config.common import Role, SynthesisConfig
 from generation.method import Method
 from generation.requester import ServedModel
 

@@ -23,7 +23,7 @@ from cluster.ray.cluster import ray_session
 from cluster.run.fence import Superseded, run_lock, verify
 from cluster.run.manifest import is_sealed, verify_manifest
 from cluster.run.rundir import RunDir
-from generation.config import BudgetConfig, SynthesisConfig
+from generation.config.common import BudgetConfig, SynthesisConfig
 from generation.driver import Driver
 from generation.engine_events import STAGE
 from generation.inputs import Inputs, check_inputs, load_inputs

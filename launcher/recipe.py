@@ -17,8 +17,9 @@ from cluster.engines.config import EngineConfig
 from cluster.errors import InputError
 from cluster.files import write_atomic
 from cluster.run.rundir import RunDir
-from generation.config import DEFAULT_METHOD, METHOD_CONFIGS, SelfInstructConfig, SynthesisConfig, SynthesizeConfig
+from generation.config.common import SynthesisConfig
 from generation.config.filters import FILTER_CONFIGS
+from generation.config.methods import DEFAULT_METHOD, METHOD_CONFIGS, SelfInstructConfig, SynthesizeConfig
 from launcher.secrets import refuse_literal_tokens
 from launcher.slurm_config import SlurmConfig
 from trainer.config.evaluate import EvaluateConfig

@@ -153,10 +153,3 @@ class ExistingInstructionsConfig(SynthesisConfig):
     max_instructions: int | None = Field(
         None, ge=1, description="use only this many instructions, the first ones of the seeds. None means all"
     )
-
-
-class AnswerSampling(Sampling):
-    """Sampling of an answer (our choice)."""
-
-    temperature: float = Field(0.7, ge=0)
-    max_tokens: int = Field(1024, ge=1)

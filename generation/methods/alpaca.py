@@ -10,7 +10,8 @@ from typing import ClassVar
 
 from cluster.errors import InputError
 from generation.accepted import Demonstration
-from generation.config import AlpacaConfig, Role
+from generation.config.common import Role
+from generation.config.methods import AlpacaConfig
 from generation.filters import Draft, Rejection
 from generation.method import AcceptedInstruction, InstructionResult, MethodInputs, Proposal
 from generation.methods.base import GeneratedInstructions, one_line, reject_response, seed_records

@@ -2,7 +2,7 @@
 
 from typing import ClassVar
 
-from generation.config import Role
+from generation.config.common import Role
 from generation.method import AcceptedInstruction, InstructionResult
 from generation.methods.base import ExistingInstructions
 

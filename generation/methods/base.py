@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from cluster.engines.config import Sampling
 from generation.accepted import Demonstration
-from generation.config import SynthesisConfig
+from generation.config.common import SynthesisConfig
 from generation.filters import Draft, Rejection
 from generation.method import AcceptedInstruction, InstructionResult, MethodInputs, Proposal
 from generation.methods.answers import ask_for_answer, check_answer

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from cluster.engines.config import StructuredOutput
-from generation.config import EvolInstructConfig, Role
-from generation.config.evol_instruct import Operation
+from generation.config.common import Role
 from generation.config.filters import FormatLeakageConfig, OnlyStopwordsConfig, RefusalConfig
+from generation.config.methods import EvolInstructConfig, Operation
 from generation.filters import Draft, FilterChain, Rejection
 from generation.judge import not_judged
 from generation.method import AcceptedInstruction, InstructionResult, MethodInputs

@@ -11,7 +11,8 @@ from typing import ClassVar
 
 from cluster.errors import InputError
 from generation.accepted import Demonstration
-from generation.config import InstructionWildConfig, Role
+from generation.config.common import Role
+from generation.config.methods import InstructionWildConfig
 from generation.filters import Draft
 from generation.method import AcceptedInstruction, InstructionResult, MethodInputs, Proposal
 from generation.methods.base import GeneratedInstructions, one_line

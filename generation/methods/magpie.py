@@ -10,7 +10,8 @@ from typing import ClassVar
 from cluster.config import ModelConfig
 from cluster.errors import InputError
 from generation.accepted import Demonstration
-from generation.config import MagpieConfig, Role
+from generation.config.common import Role
+from generation.config.methods import MagpieConfig
 from generation.filters import Draft
 from generation.method import AcceptedInstruction, InstructionResult, MethodInputs, Proposal
 from generation.methods.base import GeneratedInstructions

@@ -4,7 +4,8 @@ import asyncio
 from collections.abc import Mapping
 from typing import ClassVar
 
-from generation.config import RejectionSamplingConfig, Role
+from generation.config.common import Role
+from generation.config.methods import RejectionSamplingConfig
 from generation.filters import Draft, Rejection
 from generation.judge import not_judged, parse_score, score_sampling
 from generation.method import AcceptedInstruction, InstructionResult, MethodInputs

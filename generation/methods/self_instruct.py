@@ -12,7 +12,8 @@ from typing import ClassVar
 from cluster.engines.config import Sampling
 from cluster.errors import InputError
 from generation.accepted import Demonstration
-from generation.config import Role, SelfInstructConfig
+from generation.config.common import Role
+from generation.config.methods import SelfInstructConfig
 from generation.filters import Draft, Instance, Rejection, check_instances
 from generation.method import AcceptedInstruction, InstructionResult, MethodInputs, Proposal
 from generation.methods.base import GeneratedInstructions, one_line, reject_response, seed_records

@@ -10,8 +10,8 @@ from cluster.config import ModelConfig
 from cluster.engines.config import GenerationRequest
 from cluster.engines.pool import EnginePool
 from cluster.run.rundir import RunDir
-from generation.config import AnswerOnlyConfig
 from generation.config.filters import EmptyConfig, NoveltyConfig, RefusalConfig, RepetitionConfig
+from generation.config.methods import AnswerOnlyConfig
 from generation.driver import Driver
 from generation.filters import Draft
 from generation.method import AcceptedInstruction, InstructionResult, MethodInputs, Proposal

@@ -10,7 +10,7 @@ from cluster.config import ModelConfig
 from cluster.engines.config import EngineConfig
 from cluster.errors import TunesmithError
 from cluster.run.rundir import RunDir
-from generation.config import SelfInstructConfig
+from generation.config.methods import SelfInstructConfig
 from generation.synthesize import run
 from tests.fakes import scripted
 

@@ -12,7 +12,7 @@ from cluster.config import ModelConfig
 from cluster.engines.config import Completion, GenerationRequest, Sample
 from cluster.run.manifest import verify_manifest
 from cluster.run.rundir import RunDir
-from generation.config import Role, SynthesisConfig
+from generation.config.common import Role, SynthesisConfig
 from generation.driver import Driver
 from generation.filters import Instance
 from generation.judge import PROMPTS as JUDGE_PROMPTS

@@ -7,8 +7,7 @@ from pydantic import ValidationError
 
 from cluster.engines.config import GenerationRequest
 from cluster.errors import InputError
-from generation.config import AlpacaConfig
-from generation.config.alpaca import TaskSampling
+from generation.config.methods import AlpacaConfig, TaskSampling
 from generation.filters import Draft, Instance
 from generation.methods.parsing import MalformedTask, parse_tasks
 from generation.seed_tasks import SeedTask, load_seed_tasks

@@ -5,7 +5,8 @@ import json
 import pytest
 
 import generation.requester
-from generation.config import BudgetConfig, SelfInstructConfig
+from generation.config.common import BudgetConfig
+from generation.config.methods import SelfInstructConfig
 from generation.request_log import RequestLog
 from generation.synthesize import budget_hint
 from tests.generation.harness import CoroutinePool, Made, drive

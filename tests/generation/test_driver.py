@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import generation.driver
 from cluster.run.rundir import RunDir
 from generation.accepted import Demonstration
-from generation.config import BudgetConfig, SynthesisConfig
+from generation.config.common import BudgetConfig, SynthesisConfig
 from generation.config.filters import ExactDuplicateConfig, NoveltyConfig
 from generation.driver import Driver
 from generation.filters import Draft, Instance, Rejection

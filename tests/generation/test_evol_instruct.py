@@ -6,8 +6,7 @@ from collections.abc import Callable
 import pytest
 
 from cluster.engines.config import GenerationRequest
-from generation.config import EvolInstructConfig
-from generation.config.evol_instruct import OPERATIONS
+from generation.config.methods import OPERATIONS, EvolInstructConfig
 from generation.filters import Instance
 from generation.seed_tasks import SeedTask
 from tests.generation.harness import SEEDS, CoroutinePool, Made, drive, prompt_text

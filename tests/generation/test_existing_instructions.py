@@ -12,8 +12,8 @@ from pydantic import ValidationError
 
 from cluster.engines.config import GenerationRequest
 from cluster.errors import InputError
-from generation.config import AnswerOnlyConfig, RejectionSamplingConfig
 from generation.dataset_writer import DatasetWriter
+from generation.config.methods import AnswerOnlyConfig, RejectionSamplingConfig
 from generation.filters import Instance
 from generation.methods.verifier import load_verifier
 from generation.records import SCHEMA

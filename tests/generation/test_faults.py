@@ -13,8 +13,9 @@ from cluster.errors import InputError
 from cluster.files import sha256_file
 from cluster.run.manifest import is_sealed, verify_manifest
 from cluster.run.rundir import RunDir
-from generation.config import BudgetConfig, SelfInstructConfig
+from generation.config.common import BudgetConfig
 from generation.config.filters import ExactDuplicateConfig
+from generation.config.methods import SelfInstructConfig
 from generation.inputs import check_inputs, load_inputs
 from generation.request_log import RequestLog
 from tests.conftest import SmallDisk

@@ -7,7 +7,7 @@ import pytest
 from cluster.config import ModelConfig
 from cluster.engines.config import GenerationRequest
 from cluster.errors import InputError
-from generation.config import InstructionWildConfig
+from generation.config.methods import InstructionWildConfig
 from generation.requester import ServedModel
 from generation.seed_tasks import SeedTask, load_seed_tasks
 from tests.generation.harness import ROOT, SEEDS, CoroutinePool, drive, prompt_text

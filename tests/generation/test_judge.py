@@ -6,7 +6,8 @@ import pytest
 
 from cluster.config import ModelConfig
 from cluster.engines.config import GenerationRequest
-from generation.config import AnswerOnlyConfig, JudgeConfig
+from generation.config.common import JudgeConfig
+from generation.config.methods import AnswerOnlyConfig
 from generation.driver import Driver
 from generation.judge import SCORES
 from generation.requester import ServedModel

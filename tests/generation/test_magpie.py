@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from cluster.config import ModelConfig
 from cluster.engines.config import GenerationRequest
 from cluster.errors import InputError
-from generation.config import MagpieConfig
+from generation.config.methods import MagpieConfig
 from generation.methods.magpie import user_turn_opening
 from tests.generation.harness import CoroutinePool, drive
 

@@ -9,16 +9,15 @@ import pytest
 
 from cluster.config import ModelConfig
 from cluster.engines.config import GenerationRequest
-from generation.config import (
+from generation.config.common import JudgeConfig, SynthesisConfig
+from generation.config.methods import (
     AlpacaConfig,
     AnswerOnlyConfig,
     EvolInstructConfig,
     InstructionWildConfig,
-    JudgeConfig,
     MagpieConfig,
     RejectionSamplingConfig,
     SelfInstructConfig,
-    SynthesisConfig,
 )
 from generation.methods import METHODS
 from generation.request_log import RequestLog

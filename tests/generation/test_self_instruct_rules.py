@@ -7,8 +7,8 @@ import pytest
 
 from cluster.engines.config import GenerationRequest
 from cluster.errors import InputError
-from generation.config import SelfInstructConfig
 from generation.config.filters import ALPACA_FILTERS, SELF_INSTRUCT_FILTERS
+from generation.config.methods import SelfInstructConfig
 from generation.filters import Draft, FilterChain, Instance
 from generation.methods.base import one_line
 from generation.methods.encodings import clean_input, encode

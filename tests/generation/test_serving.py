@@ -11,7 +11,7 @@ from datasets import load_from_disk
 from cluster.config import ModelConfig
 from cluster.errors import InputError
 from cluster.run.rundir import RunDir
-from generation.config import AnswerOnlyConfig, EvolInstructConfig, RejectionSamplingConfig
+from generation.config.methods import AnswerOnlyConfig, EvolInstructConfig, RejectionSamplingConfig
 from generation.methods import METHODS
 from generation.serving import resolve_models, serving
 from generation.synthesize import run

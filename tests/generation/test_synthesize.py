@@ -23,8 +23,9 @@ from cluster.errors import EXIT_PREEMPTED, InputError, TunesmithError
 from cluster.files import sha256_file
 from cluster.run.manifest import verify_manifest
 from cluster.run.rundir import RunDir
-from generation.config import BudgetConfig, SelfInstructConfig
+from generation.config.common import BudgetConfig
 from generation.config.filters import LengthConfig
+from generation.config.methods import SelfInstructConfig
 from generation.request_log import RequestLog
 from generation.synthesize import run
 from launcher.summary import synthesis_table
