@@ -18,15 +18,19 @@ from cluster.run.manifest import MANIFEST, write_manifest
 class DatasetWriter:
     """Writes the rows of one dataset in order, shard by shard. The folder is unfinished until `seal`.
 
-    After an InputError about a full disk the writer cannot be used any more: `resume` from the last state.
+    After an InputError about a full disk the writer cannot be used any more: continue from the last state.
     """
 
     def __init__(self, folder: Path, schema: pa.Schema, rows_per_shard: int, state: dict | None = None) -> None:
-        """Start an empty dataset, or continue from `state` as `resume` does. Other files in `folder` are removed."""
+        """Start an empty dataset, or continue from an earlier `state()`. Rows and files after it are removed.
+
+        Raises InputError if a shard or the tail of the state is missing or has another length.
+        """
         state = state or {"shards": [], "tail": None}
+        check_state(folder, state, rows_per_shard)
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        self.num_rows = state_rows(state)
+        self.num_rows = sum(entry["rows"] for entry in state_files(state))
         self._schema = schema
         self._rows_per_shard = rows_per_shard
         self._shards: list[dict] = list(state["shards"])  # name, rows and bytes of each
@@ -35,15 +39,6 @@ class DatasetWriter:
         self._batches: list[pa.RecordBatch] = list(read_batches(folder / self._tail["name"])) if self._tail else []
         self._num_tail_rows = self._tail["rows"] if self._tail else 0  # of the next shard, in rows and batches
         _remove_all_but(folder, {entry["name"] for entry in state_files(state)})
-
-    @classmethod
-    def resume(cls, folder: Path, schema: pa.Schema, rows_per_shard: int, state: dict) -> "DatasetWriter":
-        """Continue from a `state`. Rows that were added after it, and their files, are removed.
-
-        Raises InputError if a shard or the tail of the state is missing or has another length.
-        """
-        check_state(folder, state, rows_per_shard)
-        return cls(folder, schema, rows_per_shard, state)
 
     def add(self, row: dict) -> None:
         """Append a row with every column of the schema. A shard is written as soon as it is full."""
@@ -65,7 +60,7 @@ class DatasetWriter:
             self._tail = self._write(f"tail-{number:05d}.arrow", self._in_columns())
 
     def state(self) -> dict:
-        """What `resume` needs, as JSON: names, rows and bytes of the shards and of the tail that was saved last."""
+        """What a later writer needs to continue, as JSON: names, rows and bytes of the shards and of the last tail."""
         return {"shards": list(self._shards), "tail": self._tail}
 
     def remove_old_tails(self) -> None:
@@ -77,6 +72,8 @@ class DatasetWriter:
 
     def seal(self, **fields: object) -> dict:
         """Write the remaining rows, the files that `datasets` needs, and then the manifest. Returns the manifest."""
+        from datasets import Features  # importing it takes a second, and only `seal` needs it
+
         if self._num_tail_rows or not self._shards:
             self._write_shard()
         names = [entry["name"] for entry in self._shards]
@@ -90,7 +87,7 @@ class DatasetWriter:
             "_split": None,
         }
         write_json(self.folder / "state.json", state)
-        write_json(self.folder / "dataset_info.json", {"features": _features(self._schema)})
+        write_json(self.folder / "dataset_info.json", {"features": Features.from_arrow_schema(self._schema).to_dict()})
         files = [*names, "state.json", "dataset_info.json"]
         return write_manifest(self.folder, files, rows=self.num_rows, columns=self._schema.names, **fields)
 
@@ -125,11 +122,6 @@ def state_files(state: dict) -> list[dict]:
     return [*state["shards"], *([state["tail"]] if state["tail"] else [])]
 
 
-def state_rows(state: dict) -> int:
-    """Number of rows in a writer's state."""
-    return sum(entry["rows"] for entry in state_files(state))
-
-
 def check_state(folder: Path, state: dict, rows_per_shard: int) -> None:
     """Raise InputError if the files of a writer's state are missing or have another length."""
     for entry in state_files(state):
@@ -158,10 +150,3 @@ def _remove_all_but(folder: Path, names: set[str]) -> None:
     for path in (*folder.glob("data-*.arrow"), *folder.glob("tail-*.arrow"), *folder.glob(".*.tmp")):
         if path.name not in names:
             path.unlink()
-
-
-def _features(schema: pa.Schema) -> dict:
-    """The columns as `datasets` describes them."""
-    from datasets import Features  # importing it takes a second, and only `seal` needs it
-
-    return Features.from_arrow_schema(schema).to_dict()

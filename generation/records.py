@@ -105,15 +105,15 @@ class Record:
     round: int
     parent_ids: tuple[str, ...]
     seed_ids: tuple[str, ...]
-    model: str | None
-    model_revision: str | None
-    prompt_name: str | None
-    prompt_sha: str | None
-    sampling: str | None  # JSON
-    num_prompt_tokens: int | None
-    num_completion_tokens: int | None
-    finish_reason: str | None
     license: str | None
+    model: str | None = None
+    model_revision: str | None = None
+    prompt_name: str | None = None
+    prompt_sha: str | None = None
+    sampling: str | None = None  # JSON
+    num_prompt_tokens: int | None = None
+    num_completion_tokens: int | None = None
+    finish_reason: str | None = None
 
     def to_row(self) -> dict:
         return {name: getattr(self, name) for name in SCHEMA.names}
@@ -174,20 +174,7 @@ def human_record(
     return Record(
         id=sha256_json([origin.method, origin.task, position, instruction, instance.input, instance.output]),
         messages=make_messages(user, instance.output),
-        method=origin.method,
-        task=origin.task,
-        round=origin.round,
-        parent_ids=origin.parent_ids,
-        seed_ids=origin.seed_ids,
-        model=None,
-        model_revision=None,
-        prompt_name=None,
-        prompt_sha=None,
-        sampling=None,
-        num_prompt_tokens=None,
-        num_completion_tokens=None,
-        finish_reason=None,
-        license=origin.license,
+        **asdict(origin),
     )
 
 
@@ -198,11 +185,7 @@ def machine_record(
     return Record(
         id=sha256_json([response.request_id, origin.task, origin.round, position, sample]),
         messages=make_messages(user, assistant),
-        method=origin.method,
-        task=origin.task,
-        round=origin.round,
-        parent_ids=origin.parent_ids,
-        seed_ids=origin.seed_ids,
+        **asdict(origin),
         model=response.model,
         model_revision=response.model_revision,
         prompt_name=response.prompt_name,
@@ -211,5 +194,4 @@ def machine_record(
         num_prompt_tokens=response.completion.num_prompt_tokens,
         num_completion_tokens=response.completion.num_completion_tokens,
         finish_reason=response.completion.samples[sample].finish_reason,
-        license=origin.license,
     )

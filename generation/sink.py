@@ -34,27 +34,22 @@ class DataSink:
 
     def __init__(self, run: RunDir, rows_per_shard: int, inputs_sha: str, progress: dict | None = None) -> None:
         """Start empty, or resume from the content of a progress.json. inputs_sha: hash of what decides the data."""
-        self.num_rows_by_method: Counter[str] = Counter()
-        self.rejected: Counter[str] = Counter()  # by reason
+        progress = progress or {"checkpoint": 0, "datasets": {}, "num_rows_by_method": {}, "rejected": {}}
+        self.num_rows_by_method = Counter(progress["num_rows_by_method"])
+        self.rejected = Counter(progress["rejected"])  # by reason
         self._run = run
         self._inputs_sha = inputs_sha
-        self._number = 0  # of the last checkpoint
-        self._committed: dict[str, dict] = {}  # dataset -> its writer's state at the last checkpoint
+        self._number = progress["checkpoint"]  # of the last checkpoint
+        self._committed: dict[str, dict] = progress["datasets"]  # dataset -> its writer's state at the last checkpoint
         for leftover in run.data.glob(".progress.json.*.tmp"):
             leftover.unlink()
-        if progress is None:
+        if not self._committed:
             remove_checkpoint(run)
-            writers = {name: DatasetWriter(run.data / name, SCHEMAS[name], rows_per_shard) for name in SCHEMAS}
-        else:
-            self._number, self._committed = progress["checkpoint"], progress["datasets"]
-            self.num_rows_by_method.update(progress["num_rows_by_method"])
-            self.rejected.update(progress["rejected"])
-            writers = {
-                name: DatasetWriter.resume(run.data / name, SCHEMAS[name], rows_per_shard, self._committed[name])
-                for name in SCHEMAS
-            }
-        self._writers = writers
-        self._rows, self._rejected, self._instructions = (writers[name] for name in SCHEMAS)
+        self._writers = {
+            name: DatasetWriter(run.data / name, schema, rows_per_shard, self._committed.get(name))
+            for name, schema in SCHEMAS.items()
+        }
+        self._rows, self._rejected, self._instructions = self._writers.values()
 
     @classmethod
     def open(cls, run: RunDir, rows_per_shard: int, inputs_sha: str) -> "tuple[DataSink, dict | None]":

@@ -1,8 +1,7 @@
 """Filters accept or reject drafts. A decision depends only on the draft and on the drafts remembered before it."""
 
 from generation.filters.chain import FilterChain
-from generation.filters.drafts import Decision, Draft, Neighbor, Rejection
-from generation.filters.instances import Instance, check_instance, check_instances
+from generation.filters.drafts import Decision, Draft, Instance, Neighbor, Rejection
 
 __all__ = [
     "Decision",
@@ -11,6 +10,4 @@ __all__ = [
     "Instance",
     "Neighbor",
     "Rejection",
-    "check_instance",
-    "check_instances",
 ]

@@ -1,64 +1,30 @@
 """The filters of a recipe, in their order."""
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
-from pydantic import BaseModel
-
-from generation.config.filters import (
-    BeginsWithConfig,
-    BlacklistConfig,
-    EmptyConfig,
-    ExactDuplicateConfig,
-    FieldName,
-    FilterConfig,
-    FirstCharacterConfig,
-    FormatLeakageConfig,
-    LanguageConfig,
-    LengthConfig,
-    NearDuplicateConfig,
-    NoveltyConfig,
-    OnlyStopwordsConfig,
-    RefusalConfig,
-    RepetitionConfig,
-    SameAsInputConfig,
-    TruncationConfig,
-)
-from generation.filters import heuristics, quality
-from generation.filters.drafts import Check, Decision, Draft, joined
+from generation.config.filters import FilterConfig
+from generation.filters import rules
+from generation.filters.drafts import Decision, Draft, joined
 from generation.filters.duplicates import ExactDuplicates, NearDuplicates
 from generation.filters.novelty import Novelty
 
-CHECKS: dict[type[BaseModel], Callable[..., Check]] = {
-    EmptyConfig: heuristics.empty,
-    LengthConfig: heuristics.length,
-    BlacklistConfig: heuristics.blacklist,
-    BeginsWithConfig: heuristics.begins_with,
-    FirstCharacterConfig: heuristics.first_character,
-    TruncationConfig: heuristics.truncation,
-    SameAsInputConfig: heuristics.same_as_input,
-    FormatLeakageConfig: quality.format_leakage,
-    RefusalConfig: quality.refusal,
-    OnlyStopwordsConfig: quality.only_stopwords,
-    RepetitionConfig: quality.repetition,
-    LanguageConfig: quality.language,
+# By the `type` of a filter in a recipe.
+CHECKS = {
+    "empty": rules.empty,
+    "length": rules.length,
+    "blacklist": rules.blacklist,
+    "begins_with": rules.begins_with,
+    "first_character": rules.first_character,
+    "truncation": rules.truncation,
+    "same_as_input": rules.same_as_input,
+    "format_leakage": rules.format_leakage,
+    "refusal": rules.refusal,
+    "only_stopwords": rules.only_stopwords,
+    "repetition": rules.repetition,
+    "language": rules.language,
 }
-
-
-class StatefulFilter(Protocol):
-    """A filter that compares a draft with earlier drafts."""
-
-    fields: tuple[FieldName, ...]
-
-    def decide(self, draft: Draft) -> Decision: ...
-    def remember_texts(self, ids: Sequence[str], texts: Sequence[str]) -> None: ...
-
-
-STATEFUL_FILTERS: dict[type[BaseModel], Callable[..., StatefulFilter]] = {
-    NoveltyConfig: Novelty,
-    ExactDuplicateConfig: ExactDuplicates,
-    NearDuplicateConfig: NearDuplicates,
-}
+# These compare a draft with earlier drafts.
+STATEFUL_FILTERS = {"novelty": Novelty, "exact_duplicate": ExactDuplicates, "near_duplicate": NearDuplicates}
 
 
 class FilterChain:
@@ -66,15 +32,15 @@ class FilterChain:
 
     def __init__(self, configs: Sequence[FilterConfig]) -> None:
         """Raises InputError if a filter's configuration is wrong."""
-        self._stateful: list[StatefulFilter] = []
+        self._stateful: list[Novelty | ExactDuplicates | NearDuplicates] = []
         self._filters: list[Callable[[Draft], Decision]] = []
         for config in configs:
-            if type(config) in STATEFUL_FILTERS:
-                stateful = STATEFUL_FILTERS[type(config)](config)
+            if config.type in STATEFUL_FILTERS:
+                stateful = STATEFUL_FILTERS[config.type](config)
                 self._stateful.append(stateful)
                 self._filters.append(stateful.decide)
             else:
-                self._filters.append(_decision_of(CHECKS[type(config)](config)))
+                self._filters.append(_decision_of(CHECKS[config.type](config)))
 
     def decide(self, draft: Draft) -> Decision:
         """The decision of the first filter that rejects. `nearest` is that of the last novelty filter applied.
@@ -121,5 +87,5 @@ class FilterChain:
             stateful.remember_texts(ids, texts)
 
 
-def _decision_of(check: Check) -> Callable[[Draft], Decision]:
+def _decision_of(check: rules.Check) -> Callable[[Draft], Decision]:
     return lambda draft: Decision(check(draft))

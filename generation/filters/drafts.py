@@ -1,6 +1,6 @@
 """What filters read and what they return."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from generation.config.filters import FieldName
@@ -28,6 +28,14 @@ class Draft:
 
 
 @dataclass(frozen=True, slots=True)
+class Instance:
+    """One input (may be empty) and the output it asks for."""
+
+    input: str
+    output: str
+
+
+@dataclass(frozen=True, slots=True)
 class Neighbor:
     """An earlier instruction and its ROUGE-L F to the new one, 0 to 1."""
 
@@ -44,27 +52,6 @@ class Decision:
 
 
 FIELD_END = "\0"  # neither a word character nor white space, so ("a b", "c") and ("a", "b c") stay different texts
-Check = Callable[[Draft], Rejection | None]
-CheckText = Callable[[str], Rejection | None]
-
-
-def check_fields(fields: tuple[FieldName, ...], check_text: CheckText) -> Check:
-    """Make a check of drafts from a check of texts. The first rejected field decides; the detail names the field.
-
-    An output that is not written yet is skipped.
-    """
-
-    def check(draft: Draft) -> Rejection | None:
-        for name in fields:
-            text: str | None = getattr(draft, name)
-            if text is None or (rejection := check_text(text)) is None:
-                continue
-            if name == "instruction":
-                return rejection
-            return Rejection(rejection.reason, f"{name}: {rejection.detail}" if rejection.detail else name)
-        return None
-
-    return check
 
 
 def joined_fields(fields: tuple[FieldName, ...], draft: Draft) -> str | None:

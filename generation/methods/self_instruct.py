@@ -14,7 +14,8 @@ from cluster.errors import InputError
 from generation.accepted import Demonstration
 from generation.config.common import Role
 from generation.config.methods import SelfInstructConfig
-from generation.filters import Draft, Instance, Rejection, check_instances
+from generation.filters import Draft, Instance, Rejection
+from generation.filters.rules import check_instances
 from generation.method import AcceptedInstruction, InstructionResult, MethodInputs, Proposal
 from generation.methods.base import GeneratedInstructions, one_line, reject_response, seed_records
 from generation.methods.encodings import clean_input, encode

@@ -105,7 +105,7 @@ def seal_instructions(folder, rows: list[dict], rows_per_shard: int, checkpoints
     writer, state, num_saved = DatasetWriter(folder, INSTRUCTION_SCHEMA, rows_per_shard), None, 0
     for number, (num_until_saved, num_lost) in enumerate(checkpoints):
         if state:
-            writer = DatasetWriter.resume(folder, INSTRUCTION_SCHEMA, rows_per_shard, json.loads(state))
+            writer = DatasetWriter(folder, INSTRUCTION_SCHEMA, rows_per_shard, json.loads(state))
         for row in rows[num_saved : num_saved + num_until_saved]:
             writer.add(row)
         num_saved = min(num_saved + num_until_saved, len(rows))
@@ -115,7 +115,7 @@ def seal_instructions(folder, rows: list[dict], rows_per_shard: int, checkpoints
         for row in rows[num_saved : num_saved + num_lost]:
             writer.add(row)
     if state:
-        writer = DatasetWriter.resume(folder, INSTRUCTION_SCHEMA, rows_per_shard, json.loads(state))
+        writer = DatasetWriter(folder, INSTRUCTION_SCHEMA, rows_per_shard, json.loads(state))
     assert writer.num_rows == num_saved
     for row in rows[num_saved:]:
         writer.add(row)
@@ -184,12 +184,12 @@ def test_resuming_without_a_file_of_the_state_is_an_error(tmp_path, name, cut):
     else:
         (tmp_path / name).unlink()
     with pytest.raises(InputError, match=rf"{tmp_path / name}: .*(missing|bytes long).*Restore it, or remove"):
-        DatasetWriter.resume(tmp_path, SCHEMA, 3, state)
+        DatasetWriter(tmp_path, SCHEMA, 3, state)
 
 
 def test_resuming_with_another_shard_size_is_an_error(tmp_path):
     with pytest.raises(InputError, match="do not have 4 rows"):
-        DatasetWriter.resume(tmp_path, SCHEMA, 4, interrupted_state(tmp_path))
+        DatasetWriter(tmp_path, SCHEMA, 4, interrupted_state(tmp_path))
 
 
 def test_a_row_without_all_columns_is_an_error(tmp_path):

@@ -13,8 +13,8 @@ from generation.config.filters import (
     STOP_WORDS,
     FilterConfig,
 )
-from generation.filters import Draft, FilterChain, Instance, check_instance, check_instances
-from generation.filters.quality import duplicate_share
+from generation.filters import Draft, FilterChain, Instance
+from generation.filters.rules import check_instance, check_instances, duplicate_share
 
 FILTERS = TypeAdapter(list[FilterConfig])
 
