@@ -9,13 +9,14 @@ A method sends requests to models and parses their answers. The driver does the 
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
+from cluster.engines.config import Sampling
 from generation.accepted import Demonstration
-from generation.config.common import Role
-from generation.filters import Draft, Neighbor
-from generation.records import GenerationResult, Record, RejectedRecord
-from generation.requester import Requester
+from generation.config.common import Role, SynthesisConfig
+from generation.filters import Draft, Neighbor, Rejection
+from generation.records import GenerationResult, Origin, Record, RejectedRecord, machine_record, user_turn
+from generation.requester import UNANSWERED, Requester
 from generation.seed_tasks import SeedTask
 from generation.state import Timers
 from generation.templates import Prompt
@@ -68,8 +69,8 @@ class MethodInputs:
         return Random(":".join(map(str, (self.seed, *what))))
 
 
-class Method(Protocol):
-    """A synthesis method, constructed as `Method(config, inputs)`."""
+class Method:
+    """A synthesis method. Without a `remembered` and `seed_rows` of its own it starts from nothing."""
 
     NAME: ClassVar[str]
     PROMPTS: ClassVar[Mapping[str, tuple[str, ...]]]  # template -> its variables
@@ -79,14 +80,61 @@ class Method(Protocol):
     max_proposals: int | None  # None means no limit
     exhausted: str  # why the run ends after `max_proposals`; empty means that everything is done
 
+    def __init__(self, config: SynthesisConfig, inputs: MethodInputs) -> None:
+        self._config = config
+        self._inputs = inputs
+
     def remembered(self) -> Sequence[tuple[str, Draft]]:
         """Ids and drafts that the filters remember before the first proposal."""
+        return ()
 
     def seed_rows(self) -> Sequence[Record]:
         """Rows that come first in the dataset, before anything is generated."""
+        return ()
 
     def propose(self, number: int, visible: Sequence[Demonstration]) -> Coroutine[None, None, Proposal]:
         """Start proposal `number`. Read `visible` before the first await: it changes afterwards."""
+        raise NotImplementedError
 
     async def finish(self, accepted: AcceptedInstruction) -> InstructionResult:
         """Make the rows of an accepted instruction."""
+        raise NotImplementedError
+
+    def _origin(self, accepted: AcceptedInstruction, round_number: int = 0, parent_ids: tuple[str, ...] = ()) -> Origin:
+        proposal = accepted.proposal
+        parents = parent_ids or proposal.parent_ids
+        return Origin(self.NAME, accepted.id, round_number, parents, proposal.seed_ids, self._config.license)
+
+    async def _ask_for_answer(
+        self, draft: Draft, sampling: Sampling, system: str | None = None, replica: int = 0
+    ) -> GenerationResult:
+        """Request an answer from the answerer with the template `answer`."""
+        prompt = self._inputs.prompts["answer"]
+        text = prompt.render(instruction=draft.instruction, input=draft.input)
+        return await self._inputs.requester.ask("answerer", "answer", prompt, text, sampling, replica, system)
+
+    async def _answer_once(
+        self, accepted: AcceptedInstruction, sampling: Sampling, system: str | None = None, replica: int = 0
+    ) -> InstructionResult:
+        """One row of the instruction and its answer, or the rejected answer."""
+        draft = accepted.draft
+        response = await self._ask_for_answer(draft, sampling, system, replica)
+        if rejected := check_answer(draft, response):
+            return InstructionResult(rejected=(rejected,), responses=(response,))
+        user, answer = user_turn(draft.instruction, draft.input), response.completion.text.strip()
+        return InstructionResult((machine_record(self._origin(accepted), response, user, answer),), (), (response,))
+
+
+def check_answer(draft: Draft, response: GenerationResult, sample: int = 0) -> RejectedRecord | None:
+    """The rejected answer if it is missing, empty or cut at max_tokens; None if it can be a row."""
+    written = response.completion.samples[sample]
+    if written.finish_reason in UNANSWERED:
+        why = Rejection(written.finish_reason)
+    elif not written.text.strip():
+        why = Rejection("empty_output")
+    elif written.finish_reason == "length":
+        why = Rejection("truncated_answer")
+    else:
+        return None
+    rejected = Draft(draft.instruction, draft.input, written.text, written.finish_reason)
+    return RejectedRecord("answer", why, response.request_id, sample, rejected)

@@ -2,52 +2,18 @@
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import ClassVar
 
 from cluster.engines.config import Sampling
 from generation.accepted import Demonstration
 from generation.config.common import SynthesisConfig
 from generation.filters import Draft, Rejection
-from generation.method import AcceptedInstruction, InstructionResult, MethodInputs, Proposal
-from generation.methods.answers import ask_for_answer, check_answer
-from generation.records import GenerationResult, Origin, Record, RejectedRecord, human_record, machine_record, user_turn
+from generation.method import Method, MethodInputs, Proposal
+from generation.records import GenerationResult, Origin, Record, RejectedRecord, human_record
 from generation.requester import UNANSWERED
 from generation.seed_tasks import SeedTask
 
 
-class BaseMethod:
-    """A method without seed rows, for which the filters remember nothing at the start."""
-
-    NAME: ClassVar[str]
-
-    def __init__(self, config: SynthesisConfig, inputs: MethodInputs) -> None:
-        self._config = config
-        self._inputs = inputs
-
-    def remembered(self) -> Sequence[tuple[str, Draft]]:
-        return ()
-
-    def seed_rows(self) -> Sequence[Record]:
-        return ()
-
-    def _origin(self, accepted: AcceptedInstruction, round_number: int = 0, parent_ids: tuple[str, ...] = ()) -> Origin:
-        proposal = accepted.proposal
-        parents = parent_ids or proposal.parent_ids
-        return Origin(self.NAME, accepted.id, round_number, parents, proposal.seed_ids, self._config.license)
-
-    async def _answer_once(
-        self, accepted: AcceptedInstruction, sampling: Sampling, system: str | None = None, replica: int = 0
-    ) -> InstructionResult:
-        """One row of the instruction and its answer, or the rejected answer."""
-        draft = accepted.draft
-        response = await ask_for_answer(self._inputs, draft, sampling, system, replica)
-        if rejected := check_answer(draft, response):
-            return InstructionResult(rejected=(rejected,), responses=(response,))
-        user, answer = user_turn(draft.instruction, draft.input), response.completion.text.strip()
-        return InstructionResult((machine_record(self._origin(accepted), response, user, answer),), (), (response,))
-
-
-class GeneratedInstructions(BaseMethod):
+class GeneratedInstructions(Method):
     """A method whose instructions a model writes, one request a proposal. The filters know the seeds from the start."""
 
     def __init__(self, config: SynthesisConfig, inputs: MethodInputs) -> None:
@@ -97,7 +63,7 @@ class GeneratedInstructions(BaseMethod):
         return Proposal(f"{self.NAME}-{response.request_id[:16]}", items, response, parent_ids, seed_ids)
 
 
-class ExistingInstructions(BaseMethod):
+class ExistingInstructions(Method):
     """A method whose instructions are the seeds, one seed a proposal, in their order."""
 
     def __init__(self, config: SynthesisConfig, inputs: MethodInputs) -> None:

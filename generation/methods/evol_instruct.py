@@ -17,8 +17,7 @@ from generation.config.filters import FormatLeakageConfig, OnlyStopwordsConfig, 
 from generation.config.methods import EvolInstructConfig, Operation
 from generation.filters import Draft, FilterChain, Rejection
 from generation.judge import not_judged
-from generation.method import AcceptedInstruction, InstructionResult, MethodInputs
-from generation.methods.answers import ask_for_answer, check_answer
+from generation.method import AcceptedInstruction, InstructionResult, MethodInputs, check_answer
 from generation.methods.base import ExistingInstructions
 from generation.records import GenerationResult, Record, RejectedRecord, machine_record, user_turn
 from generation.requester import UNANSWERED
@@ -132,7 +131,7 @@ class EvolInstruct(ExistingInstructions):
     async def _answer(self, lineage: _Lineage, instruction: str, round_number: int) -> bool:
         """Answer an instruction. Returns whether it has a row; a refusal or an empty answer eliminates it."""
         draft = Draft(instruction)
-        response = await ask_for_answer(self._inputs, draft, self._config.answer_sampling, replica=round_number)
+        response = await self._ask_for_answer(draft, self._config.answer_sampling, replica=round_number)
         lineage.responses.append(response)
         rejected = check_answer(draft, response)
         if rejected is None:

@@ -8,8 +8,7 @@ from generation.config.common import Role
 from generation.config.methods import RejectionSamplingConfig
 from generation.filters import Draft, Rejection
 from generation.judge import not_judged, parse_score, score_sampling
-from generation.method import AcceptedInstruction, InstructionResult, MethodInputs
-from generation.methods.answers import ask_for_answer, check_answer
+from generation.method import AcceptedInstruction, InstructionResult, MethodInputs, check_answer
 from generation.methods.base import ExistingInstructions
 from generation.methods.verifier import load_verifier
 from generation.records import GenerationResult, RejectedRecord, machine_record, user_turn
@@ -32,7 +31,7 @@ class RejectionSampling(ExistingInstructions):
 
     async def finish(self, accepted: AcceptedInstruction) -> InstructionResult:
         draft, sampling = accepted.draft, self._config.answer_sampling
-        response = await ask_for_answer(self._inputs, draft, sampling, replica=accepted.position)
+        response = await self._ask_for_answer(draft, sampling, replica=accepted.position)
         samples = range(len(response.completion.samples))
         rejected = {s: why for s in samples if (why := check_answer(draft, response, s))}
         usable = [sample for sample in samples if sample not in rejected]
