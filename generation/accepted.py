@@ -4,8 +4,6 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import pyarrow as pa
-
 
 @dataclass(frozen=True, slots=True)
 class Demonstration:
@@ -16,40 +14,27 @@ class Demonstration:
 
 
 class AcceptedList:
-    """Grows by proposals. Instructions of an earlier attempt stay in Arrow columns: loading a million takes no time."""
+    """Grows by proposals."""
 
     def __init__(self, max_concurrent_proposals: int) -> None:
         self._delay = max_concurrent_proposals
         self._lengths: deque[int] = deque(maxlen=max_concurrent_proposals)  # after each of the last proposals
         self._num_proposals = 0
-        self._old: tuple[pa.ChunkedArray, pa.ChunkedArray] | None = None  # ids, instructions
-        self._num_old = 0
-        self._new: list[Demonstration] = []
+        self._entries: list[Demonstration] = []
 
-    def __len__(self) -> int:
-        return self._num_old + len(self._new)
-
-    def restore(self, batches: Iterable[pa.RecordBatch], num_proposals: int, lengths: Sequence[int]) -> None:
-        """Continue from a checkpoint.
-
-        batches: the committed instructions, with the columns `id` and `instruction`. lengths: what `end_proposal`
-        returned after proposal `num_proposals - 1`.
-        """
-        columns = list(batches)
-        if columns:
-            table = pa.Table.from_batches(columns)
-            self._old = (table["id"], table["instruction"])
-            self._num_old = table.num_rows
+    def restore(self, entries: Iterable[Demonstration], num_proposals: int, lengths: Sequence[int]) -> None:
+        """Continue from a checkpoint. lengths: what `end_proposal` returned after proposal `num_proposals - 1`."""
+        self._entries = list(entries)
         self._num_proposals = num_proposals
         self._lengths.extend(lengths)
 
     def append(self, demonstration: Demonstration) -> None:
-        self._new.append(demonstration)
+        self._entries.append(demonstration)
 
     def end_proposal(self) -> list[int]:
         """Close a proposal. Returns the list's length after each of the last `max_concurrent_proposals` proposals."""
         self._num_proposals += 1
-        self._lengths.append(len(self))
+        self._lengths.append(len(self._entries))
         return list(self._lengths)
 
     def visible_to(self, number: int) -> Sequence[Demonstration]:
@@ -58,25 +43,19 @@ class AcceptedList:
         Call it when proposal `number` starts: only the last `max_concurrent_proposals` lengths are kept.
         """
         if number < self._delay:
-            return _Prefix(self, 0)
+            return ()
         first = self._num_proposals - len(self._lengths)  # the proposal that _lengths[0] belongs to
-        return _Prefix(self, self._lengths[number - self._delay - first])
-
-    def at(self, index: int) -> Demonstration:
-        if index >= self._num_old:
-            return self._new[index - self._num_old]
-        ids, instructions = self._old
-        return Demonstration(ids[index].as_py(), instructions[index].as_py())
+        return _Prefix(self._entries, self._lengths[number - self._delay - first])
 
 
 class _Prefix(Sequence[Demonstration]):
-    """The first `length` entries of a list that only grows."""
+    """The first `length` entries of a list that only grows, without a copy of them."""
 
-    def __init__(self, accepted: AcceptedList, length: int) -> None:
-        self._accepted, self._length = accepted, length
+    def __init__(self, entries: list[Demonstration], length: int) -> None:
+        self._entries, self._length = entries, length
 
     def __len__(self) -> int:
         return self._length
 
     def __getitem__(self, index: int) -> Demonstration:
-        return self._accepted.at(range(self._length)[index])
+        return self._entries[range(self._length)[index]]

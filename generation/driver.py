@@ -100,11 +100,12 @@ class Driver:
         """Continue from a checkpoint: the counts are in it, and the filters read the committed columns."""
         self.state, self.committed = from_json(checkpoint)
         self.num_committed_proposals = self.state.num_proposals
-        instructions = list(self._sink.iter_columns("instructions", ["id", "instruction", "input"]))
-        self._accepted.restore(instructions, self.state.num_proposals, self.state.num_accepted_after)
-        for batch in instructions:
-            columns = batch.to_pydict()
-            self._instruction_filters.remember_many(columns["id"], columns["instruction"], columns["input"])
+        accepted: list[Demonstration] = []
+        for batch in self._sink.iter_columns("instructions", ["id", "instruction", "input"]):
+            ids, instructions, inputs = batch.to_pydict().values()
+            accepted += map(Demonstration, ids, instructions)
+            self._instruction_filters.remember_many(ids, instructions, inputs)
+        self._accepted.restore(accepted, self.state.num_proposals, self.state.num_accepted_after)
         if self._config.row_filters:
             for batch in self._sink.iter_columns("synthesized", ["id", "messages"]):
                 turns = [[message["content"] for message in row[-2:]] for row in batch["messages"].to_pylist()]

@@ -7,23 +7,28 @@ driver near 100 % slows the engines down; a long queue with a driver near 0 % me
 
 import asyncio
 import time
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 
+from cluster.engines.pool import EnginePool
+from cluster.engines.pool_stats import EngineStats
 from cluster.files import append_jsonl
-from cluster.log import Progress
+from cluster.log import Progress, stage_logger
 from cluster.run.fence import Fence
 from cluster.run.rundir import RunDir
 from generation.config.common import SynthesisConfig
 from generation.driver import Driver
-from generation.engine_events import STAGE, EngineEvents
-from generation.forecast import Forecast, Forecaster
 from generation.method import Method
 from generation.requester import Requester
 from generation.state import Snapshot, Timers
 
+STAGE = "synthesize"
 LINE_SECONDS = 1.0
 ROW_SECONDS = 10.0
+WINDOW_SECONDS = 300.0  # of a forecast: filters for novelty reject more and more
+
+log = stage_logger(STAGE)
 
 
 class Reporter:
@@ -64,7 +69,7 @@ class Reporter:
                 append_jsonl(self._run.metrics, {"stage": STAGE, **self._row(snapshot, forecast)})
             await asyncio.sleep(LINE_SECONDS)
 
-    def _line(self, snapshot: Snapshot, forecast: Forecast | None) -> str:
+    def _line(self, snapshot: Snapshot, forecast: "Forecast | None") -> str:
         of = f"/{self._num_wanted}" if self._num_wanted else ""
         reasons = f" ({list_counts(snapshot.rejected)})" if snapshot.rejected else ""
         seconds = self._time(snapshot.seconds)
@@ -76,7 +81,7 @@ class Reporter:
             f"queue {waiting['queue']:.0%}; driver {driver:.0%}{f'; {forecast}' if forecast else ''}"
         )
 
-    def _row(self, snapshot: Snapshot, forecast: Forecast | None) -> dict:
+    def _row(self, snapshot: Snapshot, forecast: "Forecast | None") -> dict:
         return {
             "num_accepted": snapshot.num_accepted,
             "num_rows": snapshot.num_rows,
@@ -135,3 +140,97 @@ def list_counts(counts: Mapping[str, int]) -> str:
     """Counts by reason, the largest first."""
     ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     return ", ".join(f"{reason} {count}" for reason, count in ranked)
+
+
+# -- when the run will end
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """num_rows and num_completion_tokens are totals at the end of the run."""
+
+    num_rows: int
+    num_completion_tokens: int
+    seconds_left: int
+
+    def __str__(self) -> str:
+        hours, minutes, seconds = self.seconds_left // 3600, self.seconds_left // 60 % 60, self.seconds_left % 60
+        left = f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+        return f"about {left} left, {self.num_rows:,} rows and {self.num_completion_tokens:,} tokens then"
+
+
+class Forecaster:
+    """Extrapolates the last minutes of a run, up to WINDOW_SECONDS, to the first limit that ends it."""
+
+    def __init__(self, method: Method, config: SynthesisConfig) -> None:
+        budget = config.budget
+        limits = {
+            "num_instructions": method.num_wanted,
+            "num_proposals": method.max_proposals,
+            "num_rows": budget.max_rows,
+            "num_completion_tokens": budget.max_completion_tokens,
+            "seconds": None if budget.max_minutes is None else 60 * budget.max_minutes,
+        }
+        self._limits = {name: limit for name, limit in limits.items() if limit is not None}  # by field of Snapshot
+        self._window: deque[Snapshot] = deque()
+
+    def update(self, now: Snapshot) -> Forecast | None:
+        """Add a snapshot. None means that no limit is in sight at the rate so far."""
+        self._window.append(now)
+        while self._window[0].seconds < now.seconds - WINDOW_SECONDS:
+            self._window.popleft()
+        first = self._window[0]
+        seconds = max(now.seconds - first.seconds, 1e-9)
+        left = []
+        for name, limit in self._limits.items():
+            if rate := (getattr(now, name) - getattr(first, name)) / seconds:
+                left.append(max(limit - getattr(now, name), 0) / rate)
+        if not left or now.num_rows == first.num_rows:
+            return None
+        factor = min(left) / seconds
+        num_new_rows = (now.num_rows - first.num_rows) * factor
+        num_new_tokens = (now.num_completion_tokens - first.num_completion_tokens) * factor
+        return Forecast(
+            round(now.num_rows + num_new_rows), round(now.num_completion_tokens + num_new_tokens), round(min(left))
+        )
+
+
+# -- engines
+
+
+class EngineEvents:
+    """Compares the pools' counts with those of the last call: restarts, slow engines, quarantined requests."""
+
+    def __init__(self, run: RunDir, pools: Sequence[EnginePool]) -> None:
+        self._run = run
+        self._pools = pools
+        self._num_restarts = [0] * len(pools)
+        self._slow: set[tuple[int, int]] = set()  # pool, engine
+        self._quarantined: set[str] = set()
+
+    def report(self) -> None:
+        """Print and record in events.jsonl what is new since the last call."""
+        for place, pool in enumerate(self._pools):
+            stats = pool.stats
+            if stats.num_restarts > self._num_restarts[place]:
+                self._num_restarts[place] = stats.num_restarts
+                log.info(f"an engine died ({stats.last_death}); restart {stats.num_restarts}")
+                self._run.event(STAGE, "engine_restarted", reason=stats.last_death)
+            for number, engine in enumerate(stats.engines):
+                self._report_speed((place, number), engine)
+            for request_id in stats.quarantined.keys() - self._quarantined:
+                self._quarantined.add(request_id)
+                reason = stats.quarantined[request_id]
+                log.info(f"request {request_id[:16]} is set aside: every engine that had it died: {reason}")
+                self._run.event(STAGE, "request_quarantined", request_id=request_id, reason=reason)
+
+    def _report_speed(self, key: tuple[int, int], engine: EngineStats) -> None:
+        if engine.is_slow == (key in self._slow):
+            return
+        self._slow ^= {key}
+        name = f"engine {key[1]} on {engine.node}"
+        if engine.is_slow:
+            log.info(f"{name} is slow ({engine.tokens_per_second:,.0f} tok/s): it gets fewer requests")
+            self._run.event(STAGE, "engine_slow", node=engine.node, tokens_per_second=engine.tokens_per_second)
+        elif engine.is_up:
+            log.info(f"{name} is as fast as the others again")

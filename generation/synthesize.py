@@ -25,11 +25,10 @@ from cluster.run.manifest import is_sealed, verify_manifest
 from cluster.run.rundir import RunDir
 from generation.config.common import BudgetConfig, SynthesisConfig
 from generation.driver import Driver
-from generation.engine_events import STAGE
 from generation.inputs import Inputs, check_inputs, load_inputs
 from generation.judge import Judge
 from generation.method import MethodInputs
-from generation.metrics import Reporter, list_counts
+from generation.metrics import STAGE, Reporter, list_counts
 from generation.request_log import RequestLog
 from generation.requester import Requester
 from generation.serving import serving

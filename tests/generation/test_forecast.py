@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from generation.config.common import BudgetConfig, SynthesisConfig
-from generation.forecast import WINDOW_SECONDS, Forecast, Forecaster
+from generation.metrics import WINDOW_SECONDS, Forecast, Forecaster
 from generation.state import Snapshot
 
 

@@ -11,7 +11,7 @@ from generation.config.filters import ALPACA_FILTERS, SELF_INSTRUCT_FILTERS
 from generation.config.methods import SelfInstructConfig
 from generation.filters import Draft, FilterChain, Instance
 from generation.methods.base import one_line
-from generation.methods.encodings import clean_input, encode
+from generation.methods.self_instruct import clean_input, encode
 from generation.seed_tasks import SeedTask, load_seed_tasks
 from tests.generation.harness import ROOT, SEEDS, CoroutinePool, drive
 
