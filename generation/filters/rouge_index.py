@@ -23,9 +23,6 @@ SLACK = 1e-5
 LOWEST = 1e-9  # less than the bound of any text that shares a token
 FREQUENT = 1 / 32  # a feature in a larger share of the texts is a column of bytes, which is then faster to add
 MIN_TEXTS_FOR_COLUMNS = 2048
-MAX_SCANNED = 40_000  # tokens of all texts, times ceil(query tokens / 64), up to which all texts are scored
-FIRST_SURROGATE = 0xD800  # code points from here to 0xDFFF are no characters
-UNKNOWN = "\uffff"  # stands for a token that is in none of the texts
 
 ALPHANUMERIC = (string.ascii_lowercase + string.digits).encode()
 ROUGE_BYTES = bytes(byte if byte in ALPHANUMERIC else ord(" ") for byte in range(256))
@@ -64,8 +61,7 @@ class RougeIndex:
     rapidfuzz scores only texts whose bound can still reach the result.
 
     The k-th occurrence of a token in a text is a feature of its own, so the number of shared tokens is a sum over
-    features. A frequent feature has a column of bytes, any other a list of texts. For few texts the bounds cost more
-    than they save unless `min_score` excludes most texts, so then all texts are scored.
+    features. A frequent feature has a column of bytes, any other a list of texts.
     """
 
     def __init__(self, tokenize: Callable[[str], list[str]] = rouge_tokens) -> None:
@@ -76,22 +72,13 @@ class RougeIndex:
         self._starts = array("q")  # place of each text's first token
         self._lengths = array("i")
         self._max_length = 0
-        self._strings: list[str] | None = []  # of each text, with a character for each token; None once there are many
-        self._half_lengths = np.zeros(0, dtype=np.float32)  # [capacity]
         self._postings: dict[Feature, array] = defaultdict(partial(array, "i"))
         self._row_of: dict[Feature, int] = {}
         self._columns = np.zeros((0, 0), dtype=np.uint8)  # [num frequent features, capacity], 1 where a text has it
         self._num_texts_surveyed = 0  # number of texts when frequent features were last chosen
-        self._shared = np.zeros(0, dtype=np.uint8)  # [capacity]; scratch memory of a query, like the next two
-        self._bounds = np.zeros(0, dtype=np.float32)  # [capacity]
-        self._codes = np.zeros(0, dtype=np.uint32)  # [at least the vocabulary], zero between queries
 
     def __len__(self) -> int:
         return len(self._ids)
-
-    def add(self, text_id: str, text: str) -> None:
-        """Add one text."""
-        self.add_many([text_id], [text])
 
     def add_many(self, ids: Sequence[str], texts: Sequence[str]) -> None:
         """Add many texts, faster than one by one."""
@@ -107,11 +94,7 @@ class RougeIndex:
         if not self._ids or all(token == -1 for token in query):
             return []
         best = TopTexts(max_neighbors, min_score)
-        if min_score == 0 and self._strings is not None and len(self._tokens) * -(-len(query) // 64) <= MAX_SCANNED:
-            scores = self._scores(query, self._scan(query), np.array(self._lengths))
-            best.add(np.arange(len(scores)), scores)
-        else:
-            self._search(query, best)
+        self._search(query, best)
         ranked = zip(best.places.tolist(), best.scores.tolist(), strict=True)
         return [Neighbor(self._ids[place], score) for place, score in ranked]
 
@@ -138,52 +121,19 @@ class RougeIndex:
             self._starts.append(before)
             self._lengths.append(len(self._tokens) - before)
         self._ids += ids
-        self._add_strings(first_text)
         self._max_length = max(self._max_length, *self._lengths[first_text:])
-        self._make_room(len(self._ids))
-        lengths = np.array(self._lengths[first_text:])
-        self._half_lengths[first_text : len(self._ids)] = lengths / 2
-        if len(texts) == 1:
-            self._note_one(first_text, self._tokens[first_token:])
-        else:
-            tokens = np.array(self._tokens[first_token:])
-            self._note_many(first_text, tokens, np.repeat(np.arange(len(lengths), dtype=np.int32), lengths))
-        if len(self._ids) >= max(MIN_TEXTS_FOR_COLUMNS, 2 * self._num_texts_surveyed):
-            self._move_frequent_to_columns()
-
-    def _add_strings(self, first_text: int) -> None:
-        if self._strings is None:
-            return
-        if len(self._tokens) > MAX_SCANNED or len(self._vocabulary) > FIRST_SURROGATE:
-            self._strings = None
-            return
-        for start, length in zip(self._starts[first_text:], self._lengths[first_text:], strict=True):
-            self._strings.append("".join(map(chr, self._tokens[start : start + length])))
-
-    def _note_one(self, place: int, tokens: Sequence[int]) -> None:
-        for feature in _features_of(tokens):
-            if (row := self._row_of.get(feature)) is not None:
-                self._columns[row, place] = 1
-            else:
-                self._postings[feature].append(place)
-
-    def _note_many(self, first_text: int, tokens: np.ndarray, texts: np.ndarray) -> None:
-        for feature, which in _features(tokens, texts):
-            which += first_text
+        if (num_missing := len(self._ids) - self._columns.shape[1]) > 0:
+            self._columns = np.pad(self._columns, ((0, 0), (0, max(1024, self._columns.shape[1], num_missing))))
+        places = np.arange(first_text, len(self._ids), dtype=np.int32)
+        for feature, which in _features(
+            np.array(self._tokens[first_token:]), np.repeat(places, self._lengths[first_text:])
+        ):
             if (row := self._row_of.get(feature)) is not None:
                 self._columns[row, which] = 1
             else:
                 self._postings[feature].frombytes(which.tobytes())
-
-    def _make_room(self, num_texts: int) -> None:
-        if num_texts > len(self._bounds):
-            capacity = max(1024, 2 * len(self._bounds), num_texts)
-            self._shared = np.zeros(capacity, dtype=np.uint8)
-            self._bounds = np.zeros(capacity, dtype=np.float32)
-            self._half_lengths = np.pad(self._half_lengths, (0, capacity - len(self._half_lengths)))
-            self._columns = np.pad(self._columns, ((0, 0), (0, capacity - self._columns.shape[1])))
-        if len(self._vocabulary) > len(self._codes):
-            self._codes = np.zeros(2 * len(self._vocabulary), dtype=np.uint32)
+        if len(self._ids) >= max(MIN_TEXTS_FOR_COLUMNS, 2 * self._num_texts_surveyed):
+            self._move_frequent_to_columns()
 
     def _move_frequent_to_columns(self) -> None:
         self._num_texts_surveyed = len(self._ids)
@@ -196,25 +146,18 @@ class RougeIndex:
 
     # -- searching
 
-    def _scan(self, query: list[int]) -> np.ndarray:
-        """Length of the longest common subsequence with every text. [num texts]"""
-        text = "".join(UNKNOWN if token == -1 else chr(token) for token in query)
-        return cdist([text], self._strings, scorer=LCSseq.similarity, dtype=np.int64)[0]
-
     def _upper_bounds(self, query: list[int]) -> np.ndarray:
         """ROUGE-L F of each text if all the tokens that it shares with the query were in the same order. [num texts]"""
         num_texts = len(self._ids)
-        shared = self._shared[:num_texts] if len(query) < 256 else np.zeros(num_texts, dtype=np.uint32)
-        shared.fill(0)
+        shared = np.zeros(num_texts, dtype=np.uint8 if len(query) < 256 else np.uint32)
         for feature in _features_of(query):
             if (row := self._row_of.get(feature)) is not None:
                 np.add(shared, self._columns[row, :num_texts], out=shared)
             elif feature in self._postings:
                 places = np.frombuffer(self._postings[feature], dtype=np.int32)
                 shared[places.astype(np.int64)] += 1  # numpy takes far longer with indices of another width
-        bounds = self._bounds[:num_texts]
-        np.add(self._half_lengths[:num_texts], np.float32(len(query) / 2), out=bounds)
-        return np.divide(shared, bounds, out=bounds, dtype=np.float32)
+        mean_lengths = (np.array(self._lengths) + len(query)) / np.float32(2)
+        return np.divide(shared, mean_lengths, dtype=np.float32)
 
     def _first_level(self, bounds: np.ndarray, num_query: int, best: "TopTexts") -> float:
         """A level that about NUM_PROBED bounds reach: their scores say which score a text needs to be in the result."""
@@ -226,13 +169,9 @@ class RougeIndex:
         return max(level, lowest)
 
     def _exact(self, query: list[int], places: np.ndarray) -> np.ndarray:
-        """ROUGE-L F of these texts. [num places]"""
+        """ROUGE-L F of these texts, in rouge_score's order of operations. [num places]"""
         lengths = np.frombuffer(self._lengths, dtype=np.int32)[places]
-        return self._scores(query, self._num_in_order(query, places, lengths), lengths)
-
-    @staticmethod
-    def _scores(query: list[int], num_common: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """ROUGE-L F, in rouge_score's order of operations."""
+        num_common = self._num_in_order(query, places, lengths)
         precision = num_common / len(query)
         recall = num_common / np.maximum(lengths, 1)
         total = precision + recall
@@ -246,7 +185,7 @@ class RougeIndex:
         """
         known = list(dict.fromkeys(token for token in query if token != -1))
         dtype, encoding = (np.uint8, "latin-1") if len(known) < 256 else (np.dtype("<u4"), "utf-32-le")
-        codes = self._codes
+        codes = np.zeros(len(self._vocabulary), dtype=np.uint32)
         codes[known] = np.arange(1, len(known) + 1)
         ends = np.cumsum(lengths)
         within = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - lengths, lengths)
@@ -254,7 +193,6 @@ class RougeIndex:
         tokens = np.frombuffer(self._tokens, dtype=np.int32)[np.repeat(starts, lengths) + within]
         coded = codes[tokens]
         codes_of_query = codes[[token for token in query if token != -1]]
-        codes[known] = 0
         is_shared = coded != 0
         num_shared = np.concatenate([[0], np.cumsum(is_shared)])
         text_ends = num_shared[ends].tolist()

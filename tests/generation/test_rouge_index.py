@@ -38,20 +38,18 @@ def indexed(kept: list[str], num_at_once: int = 0) -> RougeIndex:
     index = RougeIndex()
     index.add_many([str(number) for number in range(num_at_once)], kept[:num_at_once])
     for number in range(num_at_once, len(kept)):
-        index.add(str(number), kept[number])
+        index.add_many([str(number)], [kept[number]])
     return index
 
 
 @pytest.fixture(
-    params=[(2048, 1 / 32, 0), (1, 1 / 4, 0), (1, 1 / 4, 60), (2048, 1 / 32, 60_000)],
-    ids=["lists", "columns", "columns after a while", "all are scored"],
+    params=[(2048, 1 / 32), (1, 1 / 4)],
+    ids=["lists", "columns"],
 )
 def layout(request, monkeypatch):
-    """Few texts are all scored, and have no columns of their own accord; with these values every frequent feature gets
-    one."""
+    """Few texts have no columns of their own accord; with these values every frequent feature gets one."""
     monkeypatch.setattr(rouge_index, "MIN_TEXTS_FOR_COLUMNS", request.param[0])
     monkeypatch.setattr(rouge_index, "FREQUENT", request.param[1])
-    monkeypatch.setattr(rouge_index, "MAX_SCANNED", request.param[2])
     monkeypatch.setattr(rouge_index, "NUM_PROBED", 2)
 
 
@@ -112,11 +110,9 @@ def test_few_texts_are_scored(monkeypatch):
     assert 10 <= num_scored < 1000
 
 
-@pytest.mark.parametrize("max_scanned", [0, 60_000])
 @pytest.mark.parametrize("num_tokens", [49, 255, 256, 300])
-def test_long_texts_and_many_repetitions(monkeypatch, num_tokens, max_scanned):
+def test_long_texts_and_many_repetitions(num_tokens):
     """Around the 255 that fit a byte, and 49, for which 1 / 49 * 49 is not 1: the order of operations shows."""
-    monkeypatch.setattr(rouge_index, "MAX_SCANNED", max_scanned)
     draw = random.Random(num_tokens)
     distinct = [f"w{i}" for i in range(num_tokens)]
     shuffled = draw.sample(distinct, len(distinct))
@@ -185,7 +181,7 @@ def test_words_of_every_script(text, tokens):
 
 def test_novelty_in_other_scripts():
     index = RougeIndex(unicode_tokens)
-    index.add("a", "把句子翻译成英文")
+    index.add_many(["a"], ["把句子翻译成英文"])
     assert nearest(index, "把句子翻译成中文", 5) == [("a", pytest.approx(7 / 8))]
 
 
