@@ -17,7 +17,8 @@ from dataclasses import asdict, dataclass, replace
 
 from generation.accepted import AcceptedList, Demonstration
 from generation.config.common import SynthesisConfig
-from generation.filters import Draft, FilterChain
+from generation.filters.chain import FilterChain
+from generation.filters.drafts import Draft
 from generation.judge import Judge
 from generation.method import AcceptedInstruction, InstructionResult, Method, Proposal
 from generation.records import GenerationResult, Record, RejectedRecord, draft_of

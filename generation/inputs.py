@@ -60,7 +60,7 @@ def load_inputs(config: SynthesisConfig, model: ModelConfig, engine: EngineConfi
     prompts = _load_prompts(config, method, first.source.path)
     identity = {
         "synthesize": config.identity(),
-        "seeds": _fingerprint(seeds_path) if seeds_path else None,
+        "seeds": seeds_path and (fingerprint_folder(seeds_path) if seeds_path.is_dir() else sha256_file(seeds_path)),
         "prompts": {name: prompt.sha for name, prompt in prompts.items()},
         "models": {
             role: {
@@ -99,10 +99,6 @@ def _load_prompts(config: SynthesisConfig, method: type[Method], model_path: str
         judge = folder if has_judge else find_asset(model_path, "prompts/judge/judge.jinja").parent
         prompts |= {"row_judge": load_prompts(judge, JUDGE_PROMPTS)["judge"]}
     return prompts
-
-
-def _fingerprint(path: Path) -> str:
-    return fingerprint_folder(path) if path.is_dir() else sha256_file(path)
 
 
 def check_inputs(run: RunDir, inputs: Inputs) -> None:

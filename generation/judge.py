@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from cluster.engines.config import Sampling, StructuredOutput
 from generation.config.common import JudgeConfig
-from generation.filters import Draft, Rejection
+from generation.filters.drafts import Draft, Rejection
 from generation.method import InstructionResult
 from generation.records import GenerationResult, Record, RejectedRecord, draft_of
 from generation.requester import UNANSWERED, Requester

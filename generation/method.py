@@ -14,7 +14,7 @@ from typing import ClassVar
 from cluster.engines.config import Sampling
 from generation.accepted import Demonstration
 from generation.config.common import Role, SynthesisConfig
-from generation.filters import Draft, Neighbor, Rejection
+from generation.filters.drafts import Draft, Neighbor, Rejection
 from generation.records import GenerationResult, Origin, Record, RejectedRecord, machine_record, user_turn
 from generation.requester import UNANSWERED, Requester
 from generation.seed_tasks import SeedTask

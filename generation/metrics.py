@@ -123,13 +123,14 @@ class Reporter:
             "lost_engine": sum(each.seconds_lost for each in stats),
         }
         total = sum(waited.values()) or 1.0
+        of_driver = sorted(self._timers.seconds.items())
         num_requests = sum(each.num_requests for each in stats)
         num_queries = sum(each.num_prefix_queries for each in stats)
         num_hits = sum(each.num_prefix_hits for each in stats)
         return {
             "of_waiting": {name: round(value / total, 4) for name, value in waited.items()},
             "seconds_per_request": {name: round(value / max(num_requests, 1), 4) for name, value in waited.items()},
-            "of_driver": self._timers.shares(seconds),
+            "of_driver": {name: round(value / max(seconds, 1e-9), 4) for name, value in of_driver},
             "driver_cpu": round((time.process_time() - self._start_cpu_seconds) / max(seconds, 1e-9), 4),
             "num_preemptions": sum(each.num_preemptions for each in stats),
             "prefix_hit_rate": round(num_hits / num_queries, 4) if num_queries else None,

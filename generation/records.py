@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from cluster.engines.config import Completion, Sampling
 from cluster.files import sha256_json
-from generation.filters import Draft, Instance, Neighbor, Rejection
+from generation.filters.drafts import Draft, Instance, Neighbor, Rejection
 
 MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string())])
 SCHEMA = pa.schema(

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from cluster.errors import InputError
 from cluster.files import read_jsonl, sha256_json
 from cluster.run.manifest import verify_manifest
-from generation.filters import Instance
+from generation.filters.drafts import Instance
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -60,12 +60,8 @@ class SeedDataset(Sequence[SeedTask]):
 
     def numbered_rows(self) -> Iterator[tuple[int, dict]]:
         """Every row with its number, from 1."""
-        rows = (
-            dict(zip(batch, values, strict=True))
-            for batch in self._dataset.iter(BATCH_ROWS)
-            for values in zip(*batch.values(), strict=True)
-        )
-        return enumerate(rows, 1)
+        batches = self._dataset.with_format("arrow").iter(BATCH_ROWS)
+        return enumerate((row for batch in batches for row in batch.to_pylist()), 1)
 
 
 def load_seed_tasks(path: Path) -> Sequence[SeedTask]:

@@ -3,6 +3,7 @@
 run/data/synthesized/    the dataset; its manifest is written last, so it proves that all three are complete
 run/data/rejected/       what did not pass, each with its reason
 run/data/instructions/   the accepted instructions, with their nearest neighbors
+run/data/inputs.json     what all of it was made from
 run/data/progress.json   the last checkpoint, until the datasets are sealed
 
 A checkpoint is a single rename, that of progress.json. It names the full shards of each dataset and a file with the

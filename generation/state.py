@@ -70,7 +70,3 @@ class Timers:
             yield
         finally:
             self.seconds[activity] += time.perf_counter() - start
-
-    def shares(self, total_seconds: float) -> dict[str, float]:
-        """The fraction of `total_seconds` that each activity took."""
-        return {name: round(value / max(total_seconds, 1e-9), 4) for name, value in sorted(self.seconds.items())}

@@ -1,10 +1,6 @@
 """The synthesis stage: from a recipe's `synthesize`, `model` and `engine` to `data/synthesized` in the run folder.
 
-run/requests/             every finished request; none of them is generated again
-run/data/synthesized/     the dataset, sealed by its manifest
-run/data/rejected/        what did not pass, each with its reason
-run/data/instructions/    the accepted instructions, with their nearest neighbors
-run/data/inputs.json      what all of it was made from
+`request_log.py` and `sink.py` describe the files that it writes.
 """
 
 import asyncio
@@ -135,7 +131,7 @@ async def _synthesize(inputs: Inputs, run: RunDir, request_log: RequestLog, prog
         try:
             await driver.run(checkpoint)
         except* TunesmithError as errors:
-            raise _first(errors) from errors
+            raise errors.exceptions[0] from errors  # that of the driver's only task group
         finally:
             reporting.cancel()
         figures = reporter.result()
@@ -200,14 +196,6 @@ def _no_row(counts: Mapping, budget: BudgetConfig, request_log: RequestLog) -> T
         f"{counts['stopped_because'] or 'all were rejected'}; rejected: {list_counts(counts['rejected']) or 'none'}. "
         f"Look at what the model writes in {request_log.path}; a model that follows the prompts is needed."
     )
-
-
-def _first(errors: BaseExceptionGroup) -> BaseException:
-    """The first single error of a group."""
-    error: BaseException = errors
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
 
 
 def summary(result: dict) -> str:

@@ -5,8 +5,7 @@ from collections.abc import Callable, Sequence
 from generation.config.filters import FilterConfig
 from generation.filters import rules
 from generation.filters.drafts import Decision, Draft, joined
-from generation.filters.duplicates import ExactDuplicates, NearDuplicates
-from generation.filters.novelty import Novelty
+from generation.filters.duplicates import ExactDuplicates, NearDuplicates, Novelty
 
 # By the `type` of a filter in a recipe.
 CHECKS = {

@@ -1,4 +1,4 @@
-"""Filters that reject exact and near duplicates of earlier texts."""
+"""Filters that compare a text with the earlier ones: exact duplicates, near duplicates, novelty."""
 
 import unicodedata
 from collections.abc import Sequence
@@ -6,8 +6,9 @@ from hashlib import blake2b
 
 from rensa import RMinHash, RMinHashLSH
 
-from generation.config.filters import ExactDuplicateConfig, NearDuplicateConfig
+from generation.config.filters import ExactDuplicateConfig, NearDuplicateConfig, NoveltyConfig
 from generation.filters.drafts import FIELD_END, Decision, Draft, Rejection, joined_fields
+from generation.filters.rouge_index import RougeIndex, rouge_tokens, unicode_tokens
 
 PASSED = Decision(None)
 BULK_SIZE = 10_000  # texts whose shingles are in memory at once
@@ -58,8 +59,10 @@ class NearDuplicates:
         text = joined_fields(self.fields, draft)
         if text is None or not self._ids or not (found := shingles(normalized(text), self._config)):
             return PASSED
+        sketch = RMinHash(self._config.num_perm, self._config.seed)
+        sketch.update(list(found))
         best, best_place = 0.0, 0
-        for place in sorted(self._lsh.query(self._sketch(found))):
+        for place in sorted(self._lsh.query(sketch)):
             similarity = jaccard(found, shingles(self._texts[place], self._config))
             if similarity > best:
                 best, best_place = similarity, place
@@ -77,10 +80,35 @@ class NearDuplicates:
             self._texts += some
             self._ids += ids[start : start + BULK_SIZE]
 
-    def _sketch(self, found: set[str]) -> RMinHash:
-        sketch = RMinHash(self._config.num_perm, self._config.seed)
-        sketch.update(list(found))
-        return sketch
+
+class Novelty:
+    """Rejects a text whose ROUGE-L to a remembered one is above `max_score`, as in Self-Instruct (Wang et al., §2.2).
+
+    With the tokenizer "rouge", scores equal those of Google's rouge_score without stemming, bit for bit. It reads only
+    a-z and 0-9, so text in other scripts is never similar to anything. The tokenizer "unicode" reads every script.
+    """
+
+    def __init__(self, config: NoveltyConfig) -> None:
+        self.fields = config.fields
+        self._config = config
+        self._index = RougeIndex(rouge_tokens if config.tokenizer == "rouge" else unicode_tokens)
+
+    def decide(self, draft: Draft) -> Decision:
+        text = joined_fields(self.fields, draft)
+        if text is None:
+            return PASSED
+        config = self._config
+        # If no neighbors are stored, finding one that is too close is enough, and a high `min_score` makes that fast.
+        min_score = 0.0 if config.num_nearest else config.max_score
+        nearest = tuple(self._index.nearest(text, max(1, config.num_nearest), min_score))
+        stored = nearest[: config.num_nearest]
+        if nearest and nearest[0].score > config.max_score:
+            why = Rejection("not_novel", f"ROUGE-L {nearest[0].score:.3f} to {nearest[0].id}")
+            return Decision(why, stored)
+        return Decision(None, stored)
+
+    def remember_texts(self, ids: Sequence[str], texts: Sequence[str]) -> None:
+        self._index.add_many(ids, texts)
 
 
 def shingles(text: str, config: NearDuplicateConfig) -> set[str]:

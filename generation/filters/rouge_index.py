@@ -45,14 +45,6 @@ def unicode_tokens(text: str) -> list[str]:
     return UNICODE_WORD.findall(unicodedata.normalize("NFKC", text).casefold())
 
 
-class Vocabulary(dict[str, int]):
-    """Gives each new token the next number."""
-
-    def __missing__(self, token: str) -> int:
-        number = self[token] = len(self)
-        return number
-
-
 class RougeIndex:
     """Finds the texts with the highest ROUGE-L F to a query.
 
@@ -66,7 +58,8 @@ class RougeIndex:
 
     def __init__(self, tokenize: Callable[[str], list[str]] = rouge_tokens) -> None:
         self._tokenize = tokenize
-        self._vocabulary = Vocabulary()
+        self._vocabulary: dict[str, int] = defaultdict()
+        self._vocabulary.default_factory = self._vocabulary.__len__  # a new token gets the next number
         self._ids: list[str] = []
         self._tokens = array("i")  # of all texts, one after the other
         self._starts = array("q")  # place of each text's first token

@@ -120,10 +120,7 @@ def first_character(config: FirstCharacterConfig) -> Check:
 
 
 def truncation(config: TruncationConfig) -> Check:
-    def check(draft: Draft) -> Rejection | None:
-        return Rejection("truncated") if draft.finish_reason == "length" else None
-
-    return check
+    return lambda draft: Rejection("truncated") if draft.finish_reason == "length" else None
 
 
 def same_as_input(config: SameAsInputConfig) -> Check:

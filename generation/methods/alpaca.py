@@ -12,10 +12,10 @@ from cluster.errors import InputError
 from generation.accepted import Demonstration
 from generation.config.common import Role
 from generation.config.methods import AlpacaConfig
-from generation.filters import Draft, Rejection
+from generation.filters.drafts import Draft, Rejection
 from generation.method import AcceptedInstruction, InstructionResult, MethodInputs, Proposal
 from generation.methods.base import GeneratedInstructions, one_line, reject_response, seed_records
-from generation.methods.parsing import MalformedTask, parse_tasks
+from generation.methods.parsing import parse_tasks
 from generation.records import GenerationResult, Record, RejectedRecord, machine_record, user_turn
 
 
@@ -56,8 +56,7 @@ class Alpaca(GeneratedInstructions):
         completion = response.completion
         parsed = parse_tasks(completion.text, first_number, was_cut=completion.finish_reason == "length")
         for position, task in enumerate(parsed):
-            is_malformed = isinstance(task, MalformedTask)
-            yield reject_response(response, task.reason, task.text, position) if is_malformed else task
+            yield reject_response(response, "malformed_task", task, position) if isinstance(task, str) else task
 
     async def finish(self, accepted: AcceptedInstruction) -> InstructionResult:
         """Ask no model: the task is complete. A task without an output is rejected; the released code keeps it."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from cluster.engines.config import Sampling
 from generation.accepted import Demonstration
 from generation.config.common import SynthesisConfig
-from generation.filters import Draft, Rejection
+from generation.filters.drafts import Draft, Rejection
 from generation.method import Method, MethodInputs, Proposal
 from generation.records import GenerationResult, Origin, Record, RejectedRecord, human_record
 from generation.requester import UNANSWERED

@@ -15,7 +15,8 @@ from cluster.engines.config import StructuredOutput
 from generation.config.common import Role
 from generation.config.filters import FormatLeakageConfig, OnlyStopwordsConfig, RefusalConfig
 from generation.config.methods import EvolInstructConfig, Operation
-from generation.filters import Draft, FilterChain, Rejection
+from generation.filters.chain import FilterChain
+from generation.filters.drafts import Draft, Rejection
 from generation.judge import not_judged
 from generation.method import AcceptedInstruction, InstructionResult, MethodInputs, check_answer
 from generation.methods.base import ExistingInstructions

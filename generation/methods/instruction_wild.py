@@ -13,7 +13,7 @@ from cluster.errors import InputError
 from generation.accepted import Demonstration
 from generation.config.common import Role
 from generation.config.methods import InstructionWildConfig
-from generation.filters import Draft
+from generation.filters.drafts import Draft
 from generation.method import AcceptedInstruction, InstructionResult, MethodInputs, Proposal
 from generation.methods.base import GeneratedInstructions, one_line
 from generation.methods.parsing import parse_instructions

@@ -6,9 +6,8 @@ model may repeat the end of the prompt after some text of its own. Then parsing 
 """
 
 import re
-from dataclasses import dataclass
 
-from generation.filters import Draft, Instance
+from generation.filters.drafts import Draft, Instance
 
 LIST_MARK = r"\s?[.．、](?!\d) ?"  # also the marks of Chinese lists. "3.5" does not begin an item
 LIST_ITEM = re.compile(rf"\n\d+{LIST_MARK}")
@@ -73,21 +72,13 @@ def _parse_block(block: str) -> Instance:
     return Instance(LEADING_INPUT.sub("", input_text.strip()).strip(), output.strip())
 
 
-@dataclass(frozen=True, slots=True)
-class MalformedTask:
-    """A piece of a list that is not a task, and the reason."""
-
-    reason: str
-    text: str
-
-
-def parse_tasks(text: str, first_number: int, was_cut: bool) -> list[Draft | MalformedTask]:
+def parse_tasks(text: str, first_number: int, was_cut: bool) -> list[Draft | str]:
     """Parse Alpaca's list of tasks by the strict rules of its `post_process_gpt3_response`.
 
     "###" separates the items, which are numbered from `first_number`. Each has an instruction, an input ("<noinput>"
     means none) and an output, all under the number expected at its place. `text` continues a prompt that ends with
     "<first_number>. Instruction:". If the text was cut at max_tokens, its last item is dropped. An empty item is
-    skipped, but counts.
+    skipped, but counts. A piece that is not a task is returned as its text.
     """
     repeated = re.search(rf"(?<!\d){first_number}\.\s+Instruction:", text)
     if repeated and f"{first_number}. Input:" not in text[: repeated.start()]:
@@ -99,9 +90,9 @@ def parse_tasks(text: str, first_number: int, was_cut: bool) -> list[Draft | Mal
     return [_parse_task(piece, number) for number, piece in numbered]
 
 
-def _parse_task(piece: str, number: int) -> Draft | MalformedTask:
+def _parse_task(piece: str, number: int) -> Draft | str:
     parts = re.split(rf"{number}\.\s+(Instruction|Input|Output):", piece)
     if len(parts) != 7:
-        return MalformedTask("malformed_task", piece.strip())
+        return piece.strip()
     instruction, input_text, output = (parts[place].strip() for place in (2, 4, 6))
     return Draft(instruction, "" if input_text.lower() == NO_INPUT else input_text, output)

@@ -1,17 +1,25 @@
 """Rejection sampling: several answers to each existing instruction, of which the best is kept."""
 
 import asyncio
-from collections.abc import Mapping
+import importlib
+import math
+import os
+import sys
+from collections.abc import Callable, Mapping
 from typing import ClassVar
 
+from cluster.errors import InputError
 from generation.config.common import Role
 from generation.config.methods import RejectionSamplingConfig
-from generation.filters import Draft, Rejection
+from generation.filters.drafts import Draft, Rejection
 from generation.judge import not_judged, parse_score, score_sampling
 from generation.method import AcceptedInstruction, InstructionResult, MethodInputs, check_answer
 from generation.methods.base import ExistingInstructions
-from generation.methods.verifier import load_verifier
 from generation.records import GenerationResult, RejectedRecord, machine_record, user_turn
+
+# A function of the user: (instruction, input, output, reference) -> score. A higher score is better. The reference is
+# the seed's output, and empty if that is not known.
+Verifier = Callable[[str, str, str, str], float]
 
 
 class RejectionSampling(ExistingInstructions):
@@ -36,10 +44,9 @@ class RejectionSampling(ExistingInstructions):
         rejected = {s: why for s in samples if (why := check_answer(draft, response, s))}
         usable = [sample for sample in samples if sample not in rejected]
         scores, judge_responses = await self._score(draft, response, usable)
-        rejected |= {
-            sample: RejectedRecord("answer", why, response.request_id, sample, _answered(draft, response, sample))
-            for sample, why in choose_best(scores, self._config.min_score).items()
-        }
+        for sample, why in choose_best(scores, self._config.min_score).items():
+            answered = Draft(draft.instruction, draft.input, _text(response, sample))
+            rejected[sample] = RejectedRecord("answer", why, response.request_id, sample, answered)
         user = user_turn(draft.instruction, draft.input)
         rows = tuple(
             machine_record(self._origin(accepted), response, user, _text(response, sample), sample=sample)
@@ -86,5 +93,42 @@ def _text(response: GenerationResult, sample: int) -> str:
     return response.completion.samples[sample].text.strip()
 
 
-def _answered(draft: Draft, response: GenerationResult, sample: int) -> Draft:
-    return Draft(draft.instruction, draft.input, _text(response, sample))
+# -- the verifier
+
+
+def load_verifier(path: str) -> Verifier:
+    """Load the function `module:function`, which is installed or lies in the working directory, and check its scores.
+
+    Raises InputError if it cannot be loaded. A call raises InputError if the function raises or returns no number.
+    """
+    module, _, name = path.partition(":")
+    if (working_dir := os.getcwd()) not in sys.path:
+        sys.path.append(working_dir)  # at the end, so that no folder there hides an installed package
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except Exception as error:  # loading a module can raise anything
+        raise InputError(
+            f"synthesize.verifier: cannot load {path}: {type(error).__name__}: {error}. Give module:function; "
+            "the module must be installed or lie in the working directory."
+        ) from error
+    if not callable(function):
+        raise InputError(f"synthesize.verifier: {path} is of type {type(function).__name__}, not a function.")
+
+    def verify(instruction: str, input_text: str, output: str, reference: str) -> float:
+        try:
+            score = float(function(instruction, input_text, output, reference))
+        except Exception as error:  # the user's code can raise anything
+            why = f"{type(error).__name__}: {error}"
+            raise InputError(_failed(path, why, instruction, input_text, output)) from error
+        if math.isnan(score):
+            raise InputError(_failed(path, "its score is not a number", instruction, input_text, output))
+        return score
+
+    return verify
+
+
+def _failed(path: str, why: str, instruction: str, input_text: str, output: str) -> str:
+    return (
+        f"synthesize.verifier: {path} failed: {why}; instruction {instruction[:200]!r}, input {input_text[:200]!r}, "
+        f"output {output[:200]!r}. Fix the function and start again: the answers stay in the request log."
+    )

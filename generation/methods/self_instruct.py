@@ -15,7 +15,7 @@ from cluster.errors import InputError
 from generation.accepted import Demonstration
 from generation.config.common import Role
 from generation.config.methods import SelfInstructConfig
-from generation.filters import Draft, Instance, Rejection
+from generation.filters.drafts import Draft, Instance, Rejection
 from generation.filters.rules import check_instances
 from generation.method import AcceptedInstruction, InstructionResult, MethodInputs, Proposal
 from generation.methods.base import GeneratedInstructions, one_line, reject_response, seed_records

@@ -13,7 +13,7 @@ from cluster.run.rundir import RunDir
 from generation.config.filters import EmptyConfig, NoveltyConfig, RefusalConfig, RepetitionConfig
 from generation.config.methods import AnswerOnlyConfig
 from generation.driver import Driver
-from generation.filters import Draft
+from generation.filters.drafts import Draft
 from generation.method import AcceptedInstruction, InstructionResult, MethodInputs, Proposal
 from generation.records import Origin, machine_record
 from generation.request_log import RequestLog

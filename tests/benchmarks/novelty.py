@@ -25,8 +25,8 @@ from rich.table import Table
 from rouge_score.rouge_scorer import RougeScorer
 
 from generation.config.filters import NearDuplicateConfig
-from generation.filters import Draft, FilterChain
-from generation.filters.drafts import Neighbor
+from generation.filters.chain import FilterChain
+from generation.filters.drafts import Draft, Neighbor
 from generation.filters.duplicates import jaccard, normalized, num_bands, shingles
 from generation.filters.rouge_index import RougeIndex
 

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from cluster.run.rundir import RunDir
 from generation.dataset_writer import DatasetWriter
-from generation.filters import Instance
+from generation.filters.drafts import Instance
 from generation.records import SCHEMA, Origin, Record, human_record
 from generation.request_log import RequestLog
 from generation.sink import DataSink

@@ -14,7 +14,7 @@ from cluster.run.manifest import verify_manifest
 from cluster.run.rundir import RunDir
 from generation.config.common import Role, SynthesisConfig
 from generation.driver import Driver
-from generation.filters import Instance
+from generation.filters.drafts import Instance
 from generation.judge import PROMPTS as JUDGE_PROMPTS
 from generation.judge import Judge
 from generation.method import MethodInputs

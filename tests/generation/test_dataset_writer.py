@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from cluster.errors import InputError
 from cluster.run.manifest import is_sealed, verify_manifest
 from generation.dataset_writer import DatasetWriter
-from generation.filters import Draft, Instance, Neighbor, Rejection
+from generation.filters.drafts import Draft, Instance, Neighbor, Rejection
 from generation.records import INSTRUCTION_SCHEMA, REJECTED_SCHEMA, SCHEMA, Origin, RejectedRecord, human_record
 from tests.generation.harness import read_rows
 

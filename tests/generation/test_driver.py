@@ -17,7 +17,7 @@ from generation.accepted import Demonstration
 from generation.config.common import BudgetConfig, SynthesisConfig
 from generation.config.filters import ExactDuplicateConfig, NoveltyConfig
 from generation.driver import Driver
-from generation.filters import Draft, Instance, Rejection
+from generation.filters.drafts import Draft, Instance, Rejection
 from generation.method import AcceptedInstruction, InstructionResult, Proposal
 from generation.records import Origin, Record, RejectedRecord, human_record
 from generation.requester import BudgetReached

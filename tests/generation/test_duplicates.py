@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from rensa import RMinHash
 
 from generation.config.filters import ExactDuplicateConfig, NearDuplicateConfig
-from generation.filters import Draft, FilterChain
+from generation.filters.chain import FilterChain
+from generation.filters.drafts import Draft
 from generation.filters.duplicates import jaccard, normalized, num_bands, shingles
 
 INSTRUCTION = ("instruction",)

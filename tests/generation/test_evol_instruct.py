@@ -7,7 +7,7 @@ import pytest
 
 from cluster.engines.config import GenerationRequest
 from generation.config.methods import OPERATIONS, EvolInstructConfig
-from generation.filters import Instance
+from generation.filters.drafts import Instance
 from generation.seed_tasks import SeedTask
 from tests.generation.harness import SEEDS, CoroutinePool, Made, drive, prompt_text
 

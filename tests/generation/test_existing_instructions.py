@@ -12,10 +12,10 @@ from pydantic import ValidationError
 
 from cluster.engines.config import GenerationRequest
 from cluster.errors import InputError
-from generation.dataset_writer import DatasetWriter
 from generation.config.methods import AnswerOnlyConfig, RejectionSamplingConfig
-from generation.filters import Instance
-from generation.methods.verifier import load_verifier
+from generation.dataset_writer import DatasetWriter
+from generation.filters.drafts import Instance
+from generation.methods.rejection_sampling import load_verifier
 from generation.records import SCHEMA
 from generation.seed_tasks import SeedDataset, SeedTask, load_seed_tasks
 from tests.generation.harness import SEEDS, CoroutinePool, Made, drive, prompt_text

@@ -9,7 +9,8 @@ from pydantic import TypeAdapter
 from rouge_score.rouge_scorer import RougeScorer
 
 from generation.config.filters import ALPACA_FILTERS, SELF_INSTRUCT_FILTERS, FilterConfig
-from generation.filters import Draft, FilterChain
+from generation.filters.chain import FilterChain
+from generation.filters.drafts import Draft
 from generation.seed_tasks import SeedTask, load_seed_tasks
 from tests.generation.test_self_instruct import PUBLISHED_SEEDS
 

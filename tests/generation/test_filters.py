@@ -13,7 +13,8 @@ from generation.config.filters import (
     STOP_WORDS,
     FilterConfig,
 )
-from generation.filters import Draft, FilterChain, Instance
+from generation.filters.chain import FilterChain
+from generation.filters.drafts import Draft, Instance
 from generation.filters.rules import check_instance, check_instances, duplicate_share
 
 FILTERS = TypeAdapter(list[FilterConfig])

@@ -9,7 +9,7 @@ from cluster.config import ModelConfig
 from cluster.engines.config import GenerationRequest
 from cluster.errors import InputError
 from generation.config.methods import SelfInstructConfig
-from generation.filters import Instance
+from generation.filters.drafts import Instance
 from generation.methods.parsing import parse_input_first, parse_instructions, parse_output_first, parse_yes
 from generation.methods.self_instruct import SelfInstruct
 from generation.request_log import RequestLog

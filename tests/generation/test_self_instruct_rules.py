@@ -9,7 +9,8 @@ from cluster.engines.config import GenerationRequest
 from cluster.errors import InputError
 from generation.config.filters import ALPACA_FILTERS, SELF_INSTRUCT_FILTERS
 from generation.config.methods import SelfInstructConfig
-from generation.filters import Draft, FilterChain, Instance
+from generation.filters.chain import FilterChain
+from generation.filters.drafts import Draft, Instance
 from generation.methods.base import one_line
 from generation.methods.self_instruct import clean_input, encode
 from generation.seed_tasks import SeedTask, load_seed_tasks

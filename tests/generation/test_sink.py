@@ -12,7 +12,7 @@ from cluster.errors import InputError
 from cluster.files import sha256_file
 from cluster.run.manifest import is_sealed, verify_manifest
 from cluster.run.rundir import RunDir
-from generation.filters import Draft, Instance, Rejection
+from generation.filters.drafts import Draft, Instance, Rejection
 from generation.records import INSTRUCTION_SCHEMA, Origin, RejectedRecord, human_record
 from generation.sink import SCHEMAS, DataSink, remove_checkpoint
 from tests.conftest import SmallDisk

@@ -9,7 +9,8 @@ import pytest
 from rapidfuzz.distance import LCSseq
 
 from generation.config.filters import INSTRUCTION_WILD_FILTERS
-from generation.filters import Draft, FilterChain
+from generation.filters.chain import FilterChain
+from generation.filters.drafts import Draft
 from generation.filters.rouge_index import unicode_tokens
 from tests.generation.harness import ROOT
 
