@@ -141,20 +141,23 @@ def test_scancel_of_everything_ends_the_run_and_resume_goes_on(user: User) -> No
     user.tunesmith("cancel", "run")
 
 
-@pytest.mark.parametrize("answer", ["no answer", "refused"])
+@pytest.mark.parametrize("answer", ["no answer", pytest.param("refused", marks=pytest.mark.long)])
 def test_a_cancel_that_slurm_does_not_carry_out_leaves_the_run_as_it_is(user: User, answer: str) -> None:
     """It goes on, also after a crash."""
-    user.tunesmith("run", "recipe.yaml", "train.num_epochs=30", "--on", "slurm")
+    user.tunesmith("run", "recipe.yaml", "train.num_epochs=50", "--on", "slurm")
+    job = user.jobs()[0]["job_id"]
     user.wait("a step", lambda: "step" in user.rows("status", "run")[0][-1])
+    ranks = list(ranks_of(job))
+    for rank in ranks:
+        os.kill(rank, signal.SIGSTOP)  # else the training may be done before its rank is killed
     programs = user.folder / "programs"
     programs.mkdir()
     words = "Unable to contact slurm controller (connect failure)" if answer == "no answer" else "Access denied"
     (programs / "scancel").write_text(f"#!/bin/sh\necho 'scancel: error: {words}' >&2\nexit 1\n")
     (programs / "scancel").chmod(0o755)
     assert words in user.tunesmith("cancel", "run", code=2 - (answer == "no answer"), PATH=f"{programs}:{user.path}")
-    job = user.jobs()[0]["job_id"]
-    (pid,) = [pid for pid in ranks_of(job)][:1]
-    os.kill(pid, signal.SIGKILL)
+    for rank in ranks:
+        os.kill(rank, signal.SIGKILL)
     user.wait("the end of both", lambda: set(user.status().values()) == {"DONE"}, 400)
     assert user.rows("status", "run")[0][3] == "2", "attempts"
     assert len(user.jobs()) == 2
