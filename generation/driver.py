@@ -1,18 +1,18 @@
 """The main loop of synthesis: propose, filter, finish, commit.
 
-    proposal r -> drafts -> filters -> accepted instructions -> finished in parallel -> rows, in order -> files
+    proposal n -> drafts -> filters -> accepted instructions -> finished in parallel -> rows, in order -> files
 
-Everything that decides the data happens in the order of r, whatever order the answers come in: a proposal may draw only
-on what was accepted up to proposal r - max_concurrent_proposals, drafts are filtered in the order of r, and rows are
-written in the order of their instructions. So one engine or many, interrupted or not, make the same data as long as the
-engines answer the same.
+Everything that decides the data happens in the order of n, whatever order the answers come in: proposal n may draw
+only on what was accepted up to proposal n - max_concurrent_proposals, drafts are filtered in the order of n, and rows
+are written in the order of their instructions. So one engine or many, interrupted or not, make the same data as long as
+the engines answer the same.
 """
 
 import asyncio
 import math
 import time
 from collections import deque
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterable
 from dataclasses import asdict, dataclass, replace
 
 from generation.accepted import AcceptedList, Demonstration
@@ -77,7 +77,7 @@ class Driver:
             self._instruction_filters.remember(seed_id, draft)
         if checkpoint is not None:
             self._restore(checkpoint)
-        elif not all(self._commit_row(record) for record in self._method.seed_rows()):
+        elif not self._commit_rows(self._method.seed_rows()):
             return
         async with asyncio.TaskGroup() as group:
             proposing = group.create_task(self._propose_and_filter(group))
@@ -126,7 +126,7 @@ class Driver:
                 in_flight.append(self._start_task(group, work))
                 num_started += 1
             if not in_flight:
-                self._stop(self._method.exhausted)
+                self._record_reason(self._method.exhausted)
                 break
             proposal = await in_flight.popleft()
             if isinstance(proposal, BudgetReached):
@@ -135,7 +135,7 @@ class Driver:
             await self._filter(group, proposal)
             has_goal = self._method.num_wanted is not None  # otherwise the instructions are given, and run out
             if has_goal and self.state.num_empty >= self._config.max_empty_requests:
-                self._stop(f"no instruction of the last {self.state.num_empty} requests was accepted")
+                self._record_reason(f"no instruction of the last {self.state.num_empty} requests was accepted")
                 break
         if self.spent_budget and in_flight:
             await asyncio.wait(in_flight)  # their tokens are spent, so their answers go into the log
@@ -147,7 +147,10 @@ class Driver:
         return self._method.num_wanted is not None and self.state.num_accepted >= self._method.num_wanted
 
     def _num_concurrent(self) -> int:
-        """Proposals to have in flight: `max_concurrent_proposals`, or as many as the yield so far says are needed."""
+        """Proposals to have in flight: `max_concurrent_proposals`.
+
+        Fewer if the acceptance rate so far predicts that fewer are enough.
+        """
         if self._method.num_wanted is None:
             return self._config.max_concurrent_proposals
         num_missing = self._method.num_wanted - self.state.num_accepted
@@ -157,22 +160,28 @@ class Driver:
 
     async def _filter(self, group: asyncio.TaskGroup, proposal: Proposal) -> None:
         """Filter the drafts of the next proposal in order, and start to finish those that are accepted."""
-        state = self.state = replace(self.state)  # the state before is in the commit queue
-        num_accepted_before = state.num_accepted
         if proposal.response:
             self._commit_queue.put_nowait(proposal.response)
+        num_accepted_before = self.state.num_accepted
         for position, item in enumerate(proposal.items):
             if self._has_enough():
                 break
-            filtered = self._filter_draft(proposal, position, item) if isinstance(item, Draft) else item
-            if isinstance(filtered, AcceptedInstruction):
+            result = self._filter_draft(proposal, position, item) if isinstance(item, Draft) else item
+            if isinstance(result, AcceptedInstruction):
+                self.state = replace(self.state, num_accepted=self.state.num_accepted + 1)
                 await self._pending_slots.acquire()
-                filtered = _Pending(filtered, self._start_task(group, self._finish(filtered)))
-            self._commit_queue.put_nowait(filtered)
-        state.num_proposals += 1
-        state.num_empty = 0 if state.num_accepted > num_accepted_before else state.num_empty + 1
-        state.num_accepted_after = self._accepted.end_proposal()
-        self._commit_queue.put_nowait(state)
+                pending = _Pending(result, self._start_task(group, self._finish(result)))
+                self._commit_queue.put_nowait(pending)
+            else:
+                self._commit_queue.put_nowait(result)
+        accepted_any = self.state.num_accepted > num_accepted_before
+        self.state = replace(
+            self.state,
+            num_proposals=self.state.num_proposals + 1,
+            num_empty=0 if accepted_any else self.state.num_empty + 1,
+            num_accepted_after=self._accepted.end_proposal(),
+        )
+        self._commit_queue.put_nowait(self.state)
 
     def _filter_draft(self, proposal: Proposal, position: int, draft: Draft) -> AcceptedInstruction | RejectedRecord:
         with self._timers.measure("filter"):
@@ -183,7 +192,6 @@ class Driver:
             accepted_id = f"{proposal.id_prefix}-{position}"
             self._instruction_filters.remember(accepted_id, draft)
         self._accepted.append(Demonstration(accepted_id, draft.instruction))
-        self.state.num_accepted += 1
         return AcceptedInstruction(accepted_id, draft, position, proposal, decision.nearest)
 
     # -- finish
@@ -207,11 +215,11 @@ class Driver:
         task.add_done_callback(lambda _: work.close())  # if the task is cancelled before its first step
         return task
 
-    def _stop(self, reason: str) -> None:
+    def _record_reason(self, reason: str) -> None:
         self.stopped_because = self.stopped_because or reason
 
     def _stop_for_budget(self, reached: BudgetReached) -> None:
-        """The budget is the reason even if filtering, which is ahead, found another: it cut off committed data."""
+        """A spent budget replaces an earlier reason, because it limits what is committed."""
         self.stopped_because, self.spent_budget = str(reached), reached.name
 
     # -- commit
@@ -223,7 +231,7 @@ class Driver:
                 case GenerationResult():
                     self.committed.add((item,))
                 case RejectedRecord():
-                    self.committed.num_generated += item.stage == "instruction"
+                    self.committed.num_generated += item.kind == "instruction"
                     with self._timers.measure("write"):
                         self._sink.add_rejected(item)
                 case _Pending():
@@ -246,28 +254,37 @@ class Driver:
             self._sink.add_instruction(instruction_row(accepted, result))
             for rejected in result.rejected:
                 self._sink.add_rejected(replace(rejected, task=accepted.id))
-        return all(self._commit_row(record, accepted.id) for record in result.rows)
+        return self._commit_rows(result.rows, accepted.id)
 
-    def _commit_row(self, record: Record, accepted_id: str = "") -> bool:
-        """Filter and write a row of an accepted instruction or of a seed. Returns False if max_rows is reached."""
-        if self._config.row_filters:
-            draft = draft_of(record)
-            with self._timers.measure("filter"):
-                decision = self._row_filters.decide(draft)
-                if decision.rejection is None:
-                    self._row_filters.remember(record.id, draft)
-            if decision.rejection:
-                nearest = decision.nearest
-                rejected = RejectedRecord("row", decision.rejection, record.id, 0, draft, nearest, accepted_id)
-                self._sink.add_rejected(rejected)
-                return True
-        with self._timers.measure("write"):
-            self._sink.add_row(record)
+    def _commit_rows(self, records: Iterable[Record], accepted_id: str = "") -> bool:
+        """Filter and write the rows of an accepted instruction, or of the seeds if `accepted_id` is empty.
+
+        Returns False if max_rows is reached.
+        """
         limit = self._config.budget.max_rows
-        if limit is not None and self._sink.num_rows >= limit:
-            self._stop_for_budget(BudgetReached("max_rows", limit))
-            return False
+        for record in records:
+            if self._config.row_filters and not self._filter_row(record, accepted_id):
+                continue
+            with self._timers.measure("write"):
+                self._sink.add_row(record)
+            if limit is not None and self._sink.num_rows >= limit:
+                self._stop_for_budget(BudgetReached("max_rows", limit))
+                return False
         return True
+
+    def _filter_row(self, record: Record, accepted_id: str) -> bool:
+        """True if the row passes the row filters. Otherwise it is written to the rejected rows."""
+        draft = draft_of(record)
+        with self._timers.measure("filter"):
+            decision = self._row_filters.decide(draft)
+            if decision.rejection is None:
+                self._row_filters.remember(record.id, draft)
+                return True
+        nearest = decision.nearest
+        self._sink.add_rejected(
+            RejectedRecord("row", decision.rejection, record.id, 0, draft, nearest, task=accepted_id)
+        )
+        return False
 
     def _maybe_checkpoint(self, state: LoopState) -> None:
         """Save a checkpoint every `checkpoint_seconds`, between proposals, unless something before is unfinished."""
@@ -287,7 +304,7 @@ def instruction_row(accepted: AcceptedInstruction, result: InstructionResult) ->
         "input": accepted.draft.input,
         "is_classification": result.is_classification,
         "request_id": response.request_id if response else None,
-        "round": 0,
+        "round": 0,  # an accepted instruction is not evolved yet; only rows have later rounds
         "parent_ids": list(accepted.proposal.parent_ids),
         "seed_ids": list(accepted.proposal.seed_ids),
         "nearest": [asdict(neighbor) for neighbor in accepted.nearest],

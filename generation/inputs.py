@@ -67,6 +67,7 @@ def load_inputs(config: SynthesisConfig, model: ModelConfig, engine: EngineConfi
                 "revision": role_model.revision,
                 "form": role_model.form,
                 "max_model_len": role_model.engine.max_model_len,
+                "dtype": role_model.engine.dtype,
             }
             for role, role_model in models.items()
         },

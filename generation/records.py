@@ -39,13 +39,13 @@ REJECTED_SCHEMA = pa.schema(
     [
         ("id", pa.string()),
         ("task", pa.string()),
-        ("stage", pa.string()),
+        ("kind", pa.string()),
         ("reason", pa.string()),
         ("detail", pa.string()),
         ("instruction", pa.string()),
         ("input", pa.string()),
         ("output", pa.string()),
-        ("request_id", pa.string()),
+        ("source", pa.string()),
         ("nearest", pa.list_(NEIGHBOR)),
     ]
 )
@@ -123,11 +123,11 @@ class Record:
 class RejectedRecord:
     """Text of a model that did not pass a check.
 
-    stage: response, instruction, classification, instance, evolution, answer or row. source: the id of the request, or
+    kind: response, instruction, classification, instance, evolution, answer or row. source: the id of the request, or
     of the row or proposal if there is no request.
     """
 
-    stage: str
+    kind: str
     rejection: Rejection
     source: str
     position: int  # among the items of the same source
@@ -137,15 +137,15 @@ class RejectedRecord:
 
     def to_row(self) -> dict:
         return {
-            "id": sha256_json([self.source, self.task, self.stage, self.position]),
+            "id": sha256_json([self.source, self.task, self.kind, self.position]),
             "task": self.task,
-            "stage": self.stage,
+            "kind": self.kind,
             "reason": self.rejection.reason,
             "detail": self.rejection.detail,
             "instruction": self.draft.instruction,
             "input": self.draft.input,
             "output": self.draft.output or "",
-            "request_id": self.source,
+            "source": self.source,
             "nearest": [asdict(neighbor) for neighbor in self.nearest],
         }
 

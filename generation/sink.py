@@ -4,7 +4,7 @@ run/data/synthesized/    the dataset; its manifest is written last, so it proves
 run/data/rejected/       what did not pass, each with its reason
 run/data/instructions/   the accepted instructions, with their nearest neighbors
 run/data/inputs.json     what all of it was made from
-run/data/progress.json   the last checkpoint, until the datasets are sealed
+run/data/progress.json   the last checkpoint, until the datasets are complete
 
 A checkpoint is a single rename, that of progress.json. It names the full shards of each dataset and a file with the
 rows after them. Any other file in the folders is newer than the checkpoint: opening the sink again removes it.
@@ -56,11 +56,11 @@ class DataSink:
     def open(cls, run: RunDir, rows_per_shard: int, inputs_sha: str) -> "tuple[DataSink, dict | None]":
         """The sink, and the caller's state in the last checkpoint. None means that there is no checkpoint.
 
-        Raises InputError if the data is sealed, if it was made from other inputs, or if its files are damaged.
+        Raises InputError if the data is complete, if it was made from other inputs, or if its files are damaged.
         """
         path = run.progress
         if is_sealed(run.synthesized):
-            raise InputError(f"{run.data}: already finished. Remove it to start again.")
+            raise InputError(f"{run.data} is complete already. Remove {run.data} to start again.")
         if not path.is_file():
             return cls(run, rows_per_shard, inputs_sha), None
         try:
@@ -73,9 +73,9 @@ class DataSink:
             ) from error
         if found != inputs_sha:
             raise InputError(
-                f"{run.data} was made with other settings, seeds, prompts or another model. Choose another folder "
-                "with `--run-dir`, or remove this one to start again. Requests that are the same stay in the log and "
-                "are not generated again."
+                f"{path} was saved with other inputs (settings, seeds, prompts or models) than those in {run.inputs}. "
+                f"Remove {run.data} to start again: requests that are the same stay in the log and are not generated "
+                "again."
             )
         return cls(run, rows_per_shard, inputs_sha, progress), state
 

@@ -24,7 +24,7 @@ class Counts:
         self.num_completion_tokens += sum(each.completion.num_completion_tokens for each in responses)
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class LoopState:
     """The loop after some number of proposals: what passed the instruction filters."""
 

@@ -37,8 +37,8 @@ log = stage_logger(STAGE)
 def run(config: SynthesisConfig, model: ModelConfig, engine: EngineConfig, run: RunDir, seed: int) -> dict:
     """Synthesize the dataset and return the result, which is also in `result-synthesize.json`.
 
-    If the dataset is sealed and undamaged, it stays as it is. Interrupted work continues from the last checkpoint, and
-    the requests after it are answered by the log. Raises InputError for bad input, Preempted after SIGTERM or SIGINT,
+    A dataset that is complete and undamaged stays as it is. Interrupted work continues from the last checkpoint, and the
+    requests after it are answered by the log. Raises InputError for bad input, Preempted after SIGTERM or SIGINT,
     TunesmithError if the engines fail or no row was made.
     """
     run.create()
@@ -71,7 +71,7 @@ def run(config: SynthesisConfig, model: ModelConfig, engine: EngineConfig, run: 
 
 
 def _skip(inputs: Inputs, run: RunDir) -> dict | None:
-    """The result of a finished dataset. None means that a budget cut the dataset short and has been raised since."""
+    """The result of a complete dataset. None means that a budget cut the dataset short and has been raised since."""
     verify_manifest(run.rejected)
     verify_manifest(run.instructions)
     manifest = verify_manifest(run.synthesized)

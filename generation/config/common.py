@@ -43,7 +43,7 @@ class RolesConfig(StrictModel):
 
 
 class BudgetConfig(StrictModel):
-    """Limits of a run. At a limit the dataset is sealed. With a higher limit the run continues from its log."""
+    """Limits of a run. At a limit the dataset is complete. With a higher limit the run continues from its log."""
 
     max_rows: int | None = Field(None, ge=1, description="rows of the dataset. None means no limit")
     max_completion_tokens: int | None = Field(

@@ -140,7 +140,7 @@ def test_what_becomes_of_each_item(tmp_path):
         ("Sort these three words by length.\n\nb, aa", "b, aa"),
         ("Explain what NASA does all day.", "Done as you say."),
     ]
-    assert [(row["stage"], row["reason"], row["detail"]) for row in made.rejected][:7] == [
+    assert [(row["kind"], row["reason"], row["detail"]) for row in made.rejected][:7] == [
         ("instruction", "too_short", "2 words"),
         ("instruction", "blacklisted_word", "music"),
         ("instruction", "begins_with", "Write a program"),
@@ -155,7 +155,7 @@ def test_what_becomes_of_each_item(tmp_path):
 
 def test_a_response_that_was_not_given_is_a_reject_with_its_reason(tmp_path):
     made = drive(tmp_path, once("", "prompt_too_long"), AlpacaConfig(max_empty_requests=2))
-    assert [(row["stage"], row["reason"]) for row in made.rejected] == [("response", "prompt_too_long")] * 2
+    assert [(row["kind"], row["reason"]) for row in made.rejected] == [("response", "prompt_too_long")] * 2
 
 
 def numbered(request: GenerationRequest) -> str:

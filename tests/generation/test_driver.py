@@ -155,7 +155,7 @@ def test_drafts_are_accepted_and_rejected_at_every_stage(folders):
     rows, rejected, instructions = data(folder)
     assert len(instructions) == 30
     assert len(rows) > 5
-    assert {row["stage"] for row in rejected} == {"response", "instruction", "answer", "row"}
+    assert {row["kind"] for row in rejected} == {"response", "instruction", "answer", "row"}
 
 
 @laws

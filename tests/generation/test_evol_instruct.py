@@ -171,14 +171,14 @@ def test_original_instructions_need_not_be_in_the_dataset(tmp_path):
 def test_rule_1_what_the_judge_finds_equal_is_eliminated(tmp_path, result, reason, detail):
     pool = model(equal=lambda _: result)
     made = evolve(tmp_path, pool, num_rounds=1)
-    assert_eliminated(made, reason, detail, stage="evolution")
+    assert_eliminated(made, reason, detail, kind="evolution")
     assert kinds(pool).count("answer") == (1 if reason else 2)  # what is eliminated is not answered
 
 
 def test_unchanged_text_is_equal_without_asking_the_judge(tmp_path):
     pool = model(evolve=lambda _: f"\n{GIVEN} ")
     made = evolve(tmp_path, pool, num_rounds=1)
-    assert_eliminated(made, "equal", "unchanged", stage="evolution")
+    assert_eliminated(made, "equal", "unchanged", kind="evolution")
     assert "equal" not in kinds(pool)
 
 
@@ -196,7 +196,7 @@ def test_unchanged_text_is_equal_without_asking_the_judge(tmp_path):
 )
 def test_rule_2_short_answers_that_are_sorry_eliminate_the_instruction(tmp_path, answer, reason):
     made = evolve(tmp_path, model(answer=answer_of_evolved(answer)), num_rounds=1)
-    assert_eliminated(made, reason, stage="answer")
+    assert_eliminated(made, reason, kind="answer")
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_rule_2_short_answers_that_are_sorry_eliminate_the_instruction(tmp_path,
 )
 def test_rule_3_answers_of_stop_words_and_punctuation_eliminate_the_instruction(tmp_path, answer, reason):
     made = evolve(tmp_path, model(answer=answer_of_evolved(answer)), num_rounds=1)
-    assert_eliminated(made, reason, stage="answer")
+    assert_eliminated(made, reason, kind="answer")
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def test_rule_3_answers_of_stop_words_and_punctuation_eliminate_the_instruction(
 def test_rule_4_words_of_the_prompt_and_broken_texts_are_eliminated(tmp_path, evolved, reason):
     pool = model(evolve=lambda _: evolved)
     made = evolve(tmp_path, pool, num_rounds=1)
-    assert_eliminated(made, reason, stage="evolution")
+    assert_eliminated(made, reason, kind="evolution")
     assert kinds(pool).count("equal") == (0 if reason else 1)
 
 
@@ -232,10 +232,10 @@ def answer_of_evolved(answer: str | tuple[str, str]) -> Callable[[GenerationRequ
     return lambda request: ANSWER if prompt_text(request) == GIVEN else answer
 
 
-def assert_eliminated(made: Made, reason: str | None, detail: str = "", stage: str = "") -> None:
+def assert_eliminated(made: Made, reason: str | None, detail: str = "", kind: str = "") -> None:
     """The one evolution was eliminated for this reason, or for None was kept."""
     assert [row["round"] for row in made.rows] == ([0] if reason else [0, 1])
-    assert [(row["stage"], row["reason"]) for row in made.rejected] == ([(stage, reason)] if reason else [])
+    assert [(row["kind"], row["reason"]) for row in made.rejected] == ([(kind, reason)] if reason else [])
     if detail:
         assert made.rejected[0]["detail"] == detail
     assert all(row["task"] == made.instructions[0]["id"] for row in made.rejected)
@@ -277,7 +277,7 @@ def test_trying_again_is_a_new_request_even_with_the_same_operation(tmp_path):
 def test_a_given_instruction_that_cannot_be_answered_is_evolved_all_the_same(tmp_path):
     made = evolve(tmp_path, model(answer=lambda r: "Sorry." if prompt_text(r) == GIVEN else ANSWER), num_rounds=1)
     assert [(row["round"], row["parent_ids"]) for row in made.rows] == [(1, [])]
-    assert [(row["stage"], row["reason"]) for row in made.rejected] == [("answer", "refusal")]
+    assert [(row["kind"], row["reason"]) for row in made.rejected] == [("answer", "refusal")]
 
 
 # -- many chains

@@ -161,7 +161,7 @@ def test_answers_that_cannot_be_rows_are_rejected_with_their_text(tmp_path):
         return next(text for word, text in answers.items() if word in prompt_text(request))
 
     made = drive(tmp_path, CoroutinePool(answer=answer), AnswerOnlyConfig(max_instructions=4))
-    rejects = [(row["stage"], row["reason"], row["output"]) for row in made.rejected]
+    rejects = [(row["kind"], row["reason"], row["output"]) for row in made.rejected]
     assert rejects == [
         ("answer", "truncated_answer", "Half an"),
         ("answer", "empty_output", " "),

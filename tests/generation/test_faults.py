@@ -194,7 +194,7 @@ def test_a_request_that_no_engine_answers_costs_its_own_rows_only(undisturbed, t
     made = drive(tmp_path, CoroutinePool(1, answer=answer), CONFIG)
     assert made.rows == [row for row in whole.rows if row["task"] != last["id"]]
     found = [row for row in made.rejected if row["task"] == last["id"]]
-    assert [(row["stage"], row["reason"]) for row in found] == [("classification", reason)]
+    assert [(row["kind"], row["reason"]) for row in found] == [("classification", reason)]
     assert [row["id"] for row in made.instructions] == [row["id"] for row in whole.instructions]
 
 
@@ -238,3 +238,5 @@ def test_what_does_not_decide_the_data_may_change(recorded):
     check_inputs(run, load_inputs(changed, model, EngineConfig(num_replicas=3), seed=1))
     with pytest.raises(InputError, match="max_model_len: was None, is 9"):
         check_inputs(run, load_inputs(changed, model, EngineConfig(max_model_len=9), seed=1))
+    with pytest.raises(InputError, match="dtype: was auto, is float16"):
+        check_inputs(run, load_inputs(changed, model, EngineConfig(dtype="float16"), seed=1))

@@ -85,7 +85,7 @@ def test_another_model_may_answer(tmp_path):
 def test_an_answer_that_is_none_is_a_reject(tmp_path, answer, reason):
     made = drive(tmp_path, answering(" hello there", answer), InstructionWildConfig(num_instructions=1))
     assert (made.rows, made.reasons) == ([], {reason})
-    assert made.rejected[0]["stage"] == "answer" and made.rejected[0]["task"] == made.instructions[0]["id"]
+    assert made.rejected[0]["kind"] == "answer" and made.rejected[0]["task"] == made.instructions[0]["id"]
 
 
 def test_a_list_cut_at_max_tokens_loses_its_last_instruction(tmp_path):

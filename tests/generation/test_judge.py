@@ -47,7 +47,7 @@ def test_rows_that_score_too_low_are_rejected_with_their_score(tmp_path):
     made = drive(tmp_path, pool, config())
     assert len(made.rows) == len(SEEDS) - 2
     assert not {"seed-1", "seed-3"} & {row["task"] for row in made.rows}
-    rejected = [(row["stage"], row["task"], row["reason"], row["detail"]) for row in made.rejected]
+    rejected = [(row["kind"], row["task"], row["reason"], row["detail"]) for row in made.rejected]
     assert rejected == [("row", "seed-1-0", "low_score", "3"), ("row", "seed-3-0", "low_score", "1")]
     assert made.rejected[0]["output"] == f"You asked: {SEEDS[1].instruction}"
 

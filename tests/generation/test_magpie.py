@@ -169,7 +169,7 @@ def test_without_filters_equal_draws_are_rows_of_their_own(tmp_path, make_model)
 def test_turns_that_are_cut_empty_or_not_answered_for_are_rejected(tmp_path, make_model):
     pool = Aligned(("Where is the", "length"), "  ", ("", "engine_died"), RIVERS[0])
     made = magpie(tmp_path, make_model(CHATML), pool, max_requests=4, max_concurrent_proposals=1)
-    assert {(row["stage"], row["reason"]) for row in made.rejected} == {
+    assert {(row["kind"], row["reason"]) for row in made.rejected} == {
         ("instruction", "truncated"),
         ("instruction", "empty"),
         ("response", "engine_died"),

@@ -183,7 +183,7 @@ def test_unanswered_requests_are_rejects_with_their_reason(tmp_path):
 
     made = drive(tmp_path, CoroutinePool(answer=answer), SelfInstructConfig(num_instructions=5))
     unanswered = [row for row in made.rejected if row["reason"] == "prompt_too_long"]
-    assert [row["stage"] for row in unanswered] == ["classification"] * 5
+    assert [row["kind"] for row in unanswered] == ["classification"] * 5
     assert {row["method"] for row in made.rows} == {"seed"}
 
 

@@ -218,7 +218,7 @@ def test_data_made_from_other_inputs_is_refused(tmp_path):
 
 def test_sealed_data_is_not_made_again(undisturbed):
     before = contents(undisturbed)
-    with pytest.raises(InputError, match="already finished"):
+    with pytest.raises(InputError, match="complete already"):
         DataSink.open(undisturbed, ROWS_PER_SHARD, "sha")
     assert contents(undisturbed) == before
 

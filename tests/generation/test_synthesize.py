@@ -75,7 +75,7 @@ def test_the_dataset_opens_and_the_result_counts_it(undisturbed):
     assert result["num_accepted"] == len(instructions) == NUM_INSTRUCTIONS
     assert result["num_rows"] == len(rows) > result["num_seed_rows"] == rows["method"].count("seed") == 175
     assert sum(result["rejected"].values()) == len(rejected)
-    num_rejected_instructions = sum(stage == "instruction" for stage in rejected["stage"])
+    num_rejected_instructions = sum(kind == "instruction" for kind in rejected["kind"])
     assert result["num_generated"] == result["num_accepted"] + num_rejected_instructions
     assert (result["is_complete"], result["resumed_requests"]) == (True, 0)
     for row in rows:
@@ -112,7 +112,7 @@ def test_a_prompt_that_kills_or_hangs_every_engine_costs_only_its_own_rows(
     rows = load_from_disk(str(tmp_path / "run" / "data" / "synthesized"))
     assert list(rows) == [row for row in whole if row["task"] != last["id"]]
     rejected = load_from_disk(str(tmp_path / "run" / "data" / "rejected"))
-    found = [(row["stage"], row["reason"]) for row in rejected if row["task"] == last["id"]]
+    found = [(row["kind"], row["reason"]) for row in rejected if row["task"] == last["id"]]
     assert found == [("classification", "engine_died")]
     assert (result["num_engine_restarts_hung"], result["num_quarantined"]) == (num_hung, 1)
     assert result["time"]["of_waiting"]["lost_engine"] > 0
