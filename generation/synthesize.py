@@ -37,8 +37,8 @@ log = stage_logger(STAGE)
 def run(config: SynthesisConfig, model: ModelConfig, engine: EngineConfig, run: RunDir, seed: int) -> dict:
     """Synthesize the dataset and return the result, which is also in `result-synthesize.json`.
 
-    A dataset that is complete and undamaged stays as it is. Interrupted work continues from the last checkpoint, and the
-    requests after it are answered by the log. Raises InputError for bad input, Preempted after SIGTERM or SIGINT,
+    A dataset that is complete and undamaged stays as it is. Interrupted work continues from the last checkpoint, and
+    the requests after it are answered by the log. Raises InputError for bad input, Preempted after SIGTERM or SIGINT,
     TunesmithError if the engines fail or no row was made.
     """
     run.create()
