@@ -58,7 +58,7 @@ def agree_on_step(
     return AgreedStep(micro_batches, len(rows), int(num_labels), lengths, should_stop=num_stopping > 0)
 
 
-def make_all_sum(timeout_seconds: float) -> Callable[..., list[float]]:
+def make_sum_over_ranks(timeout_seconds: float) -> Callable[..., list[float]]:
     """A function that returns the sums of its arguments over all ranks, in float64 so that counts stay exact.
 
     This call and every call of the function are collectives. The numbers stay on the CPU, so no rank waits until its

@@ -240,7 +240,7 @@ def upload(folder: Path, target: str, secret: SecretRef | None) -> str:
     """
     scheme, _, repo_id = target.partition(":")
     if scheme != "hub" or repo_id.count("/") != 1:
-        raise InputError(f"export.to: {target!r} is not hub:<org>/<name>.")
+        raise InputError(f"export.to: {target!r} is not hub:<org>/<name>. Set export.to=hub:<org>/<name>.")
     if secret is not None and not os.environ.get(secret.env):
         raise InputError(f"export.hub_token: the environment variable {secret.env} is not set. Set it to the token.")
     api = HfApi(token=os.environ[secret.env] if secret is not None else None)

@@ -34,7 +34,7 @@ from cluster.run.fence import verify
 from cluster.run.rundir import RunDir
 from trainer.checkpoint.checkpointer import Checkpointer, load_checkpoint
 from trainer.checkpoint.state import TrainState, newest_checkpoint, read_state
-from trainer.coordinator import agree_on_step, load_shared_tokens, make_all_sum
+from trainer.coordinator import agree_on_step, load_shared_tokens, make_sum_over_ranks
 from trainer.data.batches import Batches
 from trainer.data.tokens import Tokens
 from trainer.engine import learning_rate, make_engine, train_step
@@ -55,7 +55,7 @@ def train(job: TrainJob, stop: StopRequest) -> dict:
     job = resolve_auto(job)
     config, run = job.config, job.run
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    all_sum = make_all_sum(config.process_group_timeout_seconds)
+    all_sum = make_sum_over_ranks(config.process_group_timeout_seconds)
     watchdog = Watchdog(config.stall_timeout_seconds, rank)
 
     tokenizer, num_added_tokens = load_tokenizer(job.model, config.chat_template)
@@ -65,7 +65,7 @@ def train(job: TrainJob, stop: StopRequest) -> dict:
 
     torch.manual_seed(job.seed + rank)
     engine = make_engine(job, tokenizer, num_added_tokens, batches.grad_accum_steps, world_size)
-    check_logits(engine, batches)
+    check_logits(engine, batches)  # packed documents do not see each other; the loss sees the model's real logits
     state = load_state(engine, job, job.fingerprint(tokens_key), batches.num_steps)
 
     with (
@@ -75,17 +75,17 @@ def train(job: TrainJob, stop: StopRequest) -> dict:
         Checkpointer(engine, run.checkpoints, config.checkpoint, all_sum, watchdog) as checkpointer,
     ):
         while state.step < batches.num_steps:
-            step = agree_on_step(batches, state.step, all_sum, stop, checkpointer, watchdog)
-            if step.should_stop:
+            agreed = agree_on_step(batches, state.step, all_sum, stop, checkpointer, watchdog)
+            if agreed.should_stop:
                 break
             profiler.before_step(state.step + 1)
             lr = learning_rate(config, state.step, batches.num_steps)
-            loss_sum, grad_norm = train_step(engine, step.micro_batches, step.num_labels, lr)
-            state = state.after_step(step.num_rows, step.num_tokens, step.num_labels, batches.num_steps)
-            metrics.log_step(step, state, loss_sum, grad_norm, lr)
+            loss_sum, grad_norm = train_step(engine, agreed.micro_batches, agreed.num_labels, lr)
+            state = state.after_step(agreed.num_rows, agreed.num_tokens, agreed.num_labels, batches.num_steps)
+            metrics.log_step(agreed, state, loss_sum, grad_norm, lr)
             state = replace(state, validation_loss=validator.maybe_run(engine, state))
             checkpointer.maybe_save(state, metrics.take_mean_loss)
-        checkpointer.maybe_save(state, metrics.take_mean_loss, is_last=True)
+        checkpointer.maybe_save(state, metrics.take_mean_loss, is_last=True)  # also after a request to stop
     return make_result(job, state, batches, metrics, validator)
 
 
@@ -97,7 +97,10 @@ def make_batches(tokens: Tokens, job: TrainJob, rank: int, world_size: int) -> B
     except ValueError as error:
         hint = ""
         if (newest := newest_checkpoint(job.run.checkpoints)) is not None:
-            hint = f" {newest} was saved by {read_state(newest).world_size} ranks; its job keeps its global_batch_size."
+            hint = (
+                f" {newest} was saved by {read_state(newest).world_size} ranks. A resumed training cannot change its "
+                "global_batch_size. Change the number of ranks."
+            )
         raise InputError(f"{error}{hint}") from error
     if rank == 0:
         for line in batches.describe():
@@ -181,7 +184,7 @@ def main() -> int:
         if failure is None or failure["status"] != "failed":
             raise
         raise SystemExit(failure["exit_code"]) from error
-    ignore_stop_signals()
+    ignore_stop_signals()  # the state is saved; a signal must not end a rank before the others write the result
     if dist.get_rank() == 0:
         verify(job.run.root)
         write_json(job.run.result("train"), {**result, "seconds": round(time.time() - started, 1)})

@@ -24,7 +24,7 @@ from tests.benchmarks.peak import highest_bytes
 from trainer.checkpoint.checkpointer import Checkpointer, load_checkpoint
 from trainer.checkpoint.state import TrainState, newest_checkpoint
 from trainer.config.train import CheckpointConfig
-from trainer.coordinator import load_shared_tokens, make_all_sum
+from trainer.coordinator import load_shared_tokens, make_sum_over_ranks
 from trainer.engine import make_engine, train_step
 from trainer.job import read_job
 from trainer.model.load import load_tokenizer
@@ -57,7 +57,7 @@ def main() -> None:
     engine = make_engine(job, tokenizer, num_added, batches.grad_accum_steps, dist.get_world_size())
     train_step(engine, batches.micro_batches(0), 1000, 1e-4)
     found: dict[str, list] = {"alone": [], "ours": [], "held": [], "committed": [], "load": []}
-    state, all_sum = TrainState(0, 0, 0, 0, dist.get_world_size(), job_hash), make_all_sum(600)
+    state, all_sum = TrainState(0, 0, 0, 0, dist.get_world_size(), job_hash), make_sum_over_ranks(600)
     watchdog = Watchdog(600, dist.get_rank())
     config = CheckpointConfig(every_steps=1, keep_last=1)
     with Checkpointer(engine, job.run.checkpoints, config, all_sum, watchdog) as checkpointer:

@@ -1,6 +1,6 @@
 """Rows too long for one GPU: Ulysses sequence parallelism (Jacobs et al. 2023, arXiv 2309.14509) through DeepSpeed.
 
-A group of `sequence_parallel_size` neighbouring ranks shares its rows: each rank has one part of every row. For
+A group of `sequence_parallel_size` neighboring ranks shares its rows: each rank has one part of every row. For
 attention the ranks exchange data, so that each has all positions of a part of the heads. All other parts of a decoder
 work on each position separately.
 """
