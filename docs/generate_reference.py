@@ -14,11 +14,12 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from cluster.engines.config import Sampling
-from generation.config.common import SynthesisConfig
+from generation.config.common import RoleConfig, SynthesisConfig
 from generation.config.filters import FILTER_CONFIGS
 from generation.config.methods import METHOD_CONFIGS
 from launcher.cli import app
 from launcher.recipe import Recipe
+from launcher.slurm_config import JobConfig, OneNodeJobConfig
 
 PAGE = Path(__file__).with_name("reference.md")
 INTRODUCTION = """\
@@ -35,9 +36,7 @@ A recipe is a YAML file with these keys. An unknown key is an error. On the comm
 value.
 
 """
-SAMPLING = (
-    "The keys of every section that sets how an answer is sampled. Where such a section occurs, it has own defaults."
-)
+SAMPLING = "The keys of every section that sets how an answer is sampled. Each such section has its own defaults."
 FILTERS = """\
 ### Filters
 
@@ -45,6 +44,11 @@ The entries of `synthesize.instruction_filters` and `synthesize.row_filters`.
 
 """
 MAX_ITEMS = 8  # of a default that is a list
+SHARED = {  # sections of the same keys are described once, under this heading
+    RoleConfig: "synthesize.models.<role>",
+    JobConfig: "slurm.<stage>",
+    OneNodeJobConfig: "slurm.export and slurm.evaluate",
+}
 LIMITS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 NAMES = {
     int: "integer", float: "number", str: "text", bool: "`true` or `false`", Path: "path", type(None): "`null`",
@@ -116,16 +120,17 @@ def sections(
 ) -> Iterator[str]:
     """The section of a config model, and those of the models inside it that are not in `written` yet."""
     written[config] = path
-    inner = {}
+    places, new = {}, {}
     for name, field in config.model_fields.items():
         model = config_of(field.annotation)
         if model is not None and model not in FILTER_CONFIGS.values() and not issubclass(model, Sampling):
-            inner[name] = (model, written.setdefault(model, f"{path}.{name}"))
-    yield f"### {path}\n\n{introduction or paragraph(config.__doc__)}\n\n"
-    yield keys(config, {name: place for name, (_, place) in inner.items()})
-    for name, (model, place) in inner.items():
-        if place == f"{path}.{name}":
-            yield from sections(place, model, written)
+            if model not in written:
+                new[model] = written[model] = SHARED.get(model, f"{path}.{name}")
+            places[name] = written[model]
+    yield f"### {paragraph(path)}\n\n{introduction or paragraph(config.__doc__)}\n\n"
+    yield keys(config, places)
+    for model, place in new.items():
+        yield from sections(place, model, written)
 
 
 def keys(config: type[BaseModel], places: dict[str, str], without: frozenset[str] | set[str] = frozenset()) -> str:
@@ -141,7 +146,7 @@ def key_line(name: str, field: FieldInfo, place: str | None) -> str:
     ]
     kind = type_name(field.annotation)
     if place is not None:
-        kind = kind.replace("section", f"[section {place}](#{place.replace('.', '')})")
+        kind = kind.replace("section", f"[section {paragraph(place)}](#{anchor(place)})")
     facts = ", ".join([kind, *limits])
     if field.is_required():
         facts += "; required"
@@ -233,8 +238,13 @@ def plain(value: object) -> object:
 
 
 def paragraph(text: str | None) -> str:
-    """A docstring or description on one line, with `<name>` as Markdown shows it."""
-    return " ".join((text or "").split()).replace("<", r"\<")
+    """A docstring or description on one line, with `<name>` as Markdown shows it and None as YAML writes it."""
+    return " ".join((text or "").split()).replace("<", r"\<").replace("None means", "`null` means")
+
+
+def anchor(heading: str) -> str:
+    """The name that GitHub gives to a heading."""
+    return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
 
 
 if __name__ == "__main__":

@@ -222,7 +222,7 @@ class EngineEvents:
             for request_id in stats.quarantined.keys() - self._quarantined:
                 self._quarantined.add(request_id)
                 reason = stats.quarantined[request_id]
-                log.info(f"request {request_id[:16]} is set aside: every engine that had it died: {reason}")
+                log.info(f"request {request_id[:16]} is quarantined: every engine that had it died: {reason}")
                 self._run.event(STAGE, "request_quarantined", request_id=request_id, reason=reason)
 
     def _report_speed(self, key: tuple[int, int], engine: EngineStats) -> None:

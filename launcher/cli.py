@@ -34,7 +34,9 @@ Overrides = Annotated[
         metavar="[KEY=VALUE]...", help="values that replace those of the recipe, such as train.num_epochs=1"
     ),
 ]
-RunDirOption = Annotated[Path | None, typer.Option("--run-dir", help="folder of the run; default: runs/<name>")]
+RunDirOption = Annotated[
+    Path | None, typer.Option("--run-dir", help="folder of the run; default: the recipe's run_dir, else runs/<name>")
+]
 
 
 class Place(StrEnum):
@@ -91,7 +93,7 @@ def train(recipe: RecipePath, overrides: Overrides = None, run_dir: RunDirOption
 
 @app.command()
 def export(recipe: RecipePath, overrides: Overrides = None, run_dir: RunDirOption = None) -> None:
-    """Turn the newest checkpoint into a folder that transformers, peft and vLLM load."""
+    """Write a checkpoint as a model folder in Hugging Face format."""
     _one_stage("export", recipe, overrides, run_dir)
 
 
@@ -115,7 +117,7 @@ def plan(
         print_plan(resolved, recipe, Console())
 
 
-inspect = typer.Typer(help="Look at the data of a run.", no_args_is_help=True)
+inspect = typer.Typer(help="Look at training data.", no_args_is_help=True)
 app.add_typer(inspect, name="inspect")
 
 
@@ -126,7 +128,7 @@ def inspect_tokens(
     run_dir: RunDirOption = None,
     rows: Annotated[int, typer.Option("--rows", min=0, help="number of rows to show, in the order of training")] = 3,
 ) -> None:
-    """Show the rows that training sees: trained text in colour, the rest dim, with end tokens and document borders."""
+    """Show the rows that training sees: trained text in color, the rest dim, with end tokens and document borders."""
     if recipe.is_dir():
         recipe, run_dir = RunDir(recipe).recipe, run_dir or recipe
     resolved = load_recipe(recipe, overrides, run_dir)

@@ -81,7 +81,7 @@ def spans(tokenizer: PreTrainedTokenizerFast, input_ids: np.ndarray, labels: np.
 
 
 def styled(parts: list[Span], in_colour: bool) -> Text:
-    """The text in colour for a terminal, else with [[ ]] around what is trained."""
+    """The text in color for a terminal, else with [[ ]] around what is trained."""
     if in_colour:
         return Text.assemble(*((part.text, STYLES[part.kind]) for part in parts))
     text = ""

@@ -61,8 +61,10 @@ def list_runs(
 
 def logs(
     run: RunFolder,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="continue until the run has ended")] = False,
-    stage: Annotated[str | None, typer.Option("--stage", help="only this stage")] = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="keep printing until the run has ended")] = False,
+    stage: Annotated[
+        str | None, typer.Option("--stage", help="only this stage: synthesize, train, export or evaluate")
+    ] = None,
 ) -> None:
     """Show the output of a run's Slurm jobs, in all their attempts."""
     from launcher.slurm.client import Slurm
@@ -88,7 +90,7 @@ def cancel(run: RunFolder) -> None:
 
 
 def resume(run: RunFolder) -> None:
-    """Continue a run or a sweep, on Slurm or on this machine as it began. Finished stages are skipped."""
+    """Continue a run or a sweep where it began: on Slurm or on this machine. Finished stages are skipped."""
     from launcher.slurm.submitted import read_jobs
     from launcher.status import read_run
     from launcher.sweep import folders_of

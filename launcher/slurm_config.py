@@ -127,7 +127,7 @@ def seconds_of(time: str) -> int | None:
 
 
 class OneNodeJobConfig(JobConfig):
-    """The job of a stage that runs on one node, unless its own section sets more."""
+    """The job of export or evaluate. The default is one node."""
 
     nodes: int | None = Field(1, ge=1, description="number of nodes")
 

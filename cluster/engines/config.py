@@ -66,7 +66,11 @@ class EngineConfig(StrictModel):
         description="an engine below this fraction of the others' median speed is slow, and gets fewer requests",
     )
     max_restarts: int = Field(3, ge=0, description="restarts of an engine in a row without a finished request")
-    max_request_deaths: int = Field(3, ge=2, description="engine deaths after which a request is quarantined")
+    max_request_deaths: int = Field(
+        3,
+        ge=2,
+        description="a request that was in flight at this many engine deaths is quarantined: it is not sent again",
+    )
     backend: str = Field(
         "cluster.engines.engine:VLLMEngine", pattern=r"^[\w.]+:\w+$", description="class of the engine, module:Class"
     )
@@ -126,8 +130,12 @@ class Sampling(StrictModel):
         1.0, gt=0, le=1, description="sample from the most probable tokens with this total probability"
     )
     max_tokens: int = Field(512, ge=1, description="tokens of the answer at most")
-    presence_penalty: float = Field(0.0, ge=-2, le=2, description="lowers tokens that the answer has already")
-    frequency_penalty: float = Field(0.0, ge=-2, le=2, description="lowers tokens by how often the answer has them")
+    presence_penalty: float = Field(
+        0.0, ge=-2, le=2, description="lowers the probability of tokens that the answer has already"
+    )
+    frequency_penalty: float = Field(
+        0.0, ge=-2, le=2, description="lowers the probability of tokens by how often the answer has them"
+    )
     stop: tuple[str, ...] = Field((), description="texts that end the answer")
     stop_token_ids: tuple[int, ...] = Field((), description="token ids that end the answer")
     seed: int | None = Field(None, description="seed of the request. None means that the caller sets it")

@@ -1,4 +1,4 @@
-"""The run folder: the only place that knows the names of what lies in it, the event log, and the results of stages.
+"""The files and folders at the top of a run folder, its event log, and the results of its stages.
 
 run = RunDir(Path("runs/demo"))
 run.event("synthesize", "started", num_engines=1)

@@ -100,7 +100,8 @@ class SynthesisConfig(StrictModel):
         64,
         ge=1,
         description="proposals in flight at once. A proposal is one request for instructions, or one seed task. A "
-        "prompt shows only instructions from at least this many proposals before, so this decides the data",
+        "prompt shows only instructions that were accepted at least this many proposals earlier, so a change of this "
+        "value changes the data",
     )
     max_empty_requests: int = Field(
         200, ge=1, description="the run ends after this many requests in a row without an accepted instruction"
@@ -119,7 +120,7 @@ class SynthesisConfig(StrictModel):
         30.0,
         ge=0,
         description="seconds between two checkpoints of the progress. A restart reads the request log from the last "
-        "one",
+        "checkpoint on",
     )
 
     @field_validator("instruction_filters")

@@ -117,7 +117,7 @@ def test_a_prompt_that_kills_or_hangs_every_engine_costs_only_its_own_rows(
     assert (result["num_engine_restarts_hung"], result["num_quarantined"]) == (num_hung, 1)
     assert result["time"]["of_waiting"]["lost_engine"] > 0
     assert [event["event"] for event in events(tmp_path / "run")].count("request_quarantined") == 1
-    assert "is set aside: every engine that had it died" in capsys.readouterr().out
+    assert "is quarantined: every engine that had it died" in capsys.readouterr().out
 
 
 def test_a_spent_budget_seals_the_data_and_a_higher_one_makes_the_same_bytes(undisturbed, model, tmp_path, capsys):

@@ -24,8 +24,8 @@ class DataSource(StrictModel):
     epochs: float = Field(
         1.0,
         gt=0,
-        description="how many times each row occurs in one epoch of training. With 2.5, half of the rows occur twice "
-        "and half three times",
+        description="how many times each example occurs in one epoch of training. With 2.5, half of the examples occur "
+        "twice and half three times",
     )
     weight: float | None = Field(
         None,

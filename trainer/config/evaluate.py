@@ -7,11 +7,11 @@ from cluster.engines.config import Sampling
 
 
 class EvaluateConfig(StrictModel):
-    """Which questions the models answer, and how."""
+    """Which tasks the models answer, and how."""
 
     sets: tuple[str, ...] = Field(
         (),
-        description="JSON-lines files of questions: a path, or a list. Empty means the files that come with the model, "
+        description="JSON-lines files of tasks: a path, or a list. Empty means the files that come with the model, "
         "or the packaged ones if it has none",
     )
     sampling: Sampling = Field(Sampling(temperature=0.0, max_tokens=128), description="how the answers are sampled")

@@ -19,7 +19,7 @@ class ExportConfig(StrictModel):
         "train.checkpoint.keep_best kept",
     )
     dtype: Literal["same", "bf16", "fp32"] = Field(
-        "same", description="of a merged model's weights. same means train.precision"
+        "same", description="data type of a merged model's weights. same means train.precision"
     )
     max_shard_size: str = Field("4GB", description="largest size of one safetensors file, such as 500MB or 4GB")
     to: str | None = Field(

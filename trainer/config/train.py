@@ -52,7 +52,7 @@ class WatchConfig(StrictModel):
         6.0,
         gt=0,
         description="a loss is reported as a spike if it is more than this many standard deviations above the mean of "
-        "`spike_window`",
+        "the last `spike_window` losses",
     )
     stall_timeout_seconds: float | None = Field(
         None,
@@ -119,7 +119,7 @@ class TrainConfig(StrictModel):
         None, ge=1, description="end training after this many optimizer steps. None means after num_epochs"
     )
 
-    learning_rate: float = Field(2e-5, gt=0, description="the highest rate, at the end of the warm-up")
+    learning_rate: float = Field(2e-5, gt=0, description="the peak rate, reached after the warm-up")
     min_lr_ratio: float = Field(
         0.0, ge=0, le=1, description="the cosine schedule ends at this fraction of learning_rate"
     )
@@ -168,7 +168,7 @@ class TrainConfig(StrictModel):
         "of the machine",
     )
     precision: Literal["bf16", "fp32"] = Field(
-        "bf16", description="of weights and activations. AdamW's states are in float32 with both"
+        "bf16", description="data type of weights and activations. AdamW's states are in float32 with both"
     )
     sequence_parallel_size: int = Field(
         1, ge=1, description="number of ranks that share every row, for rows too long for one rank"
@@ -183,14 +183,18 @@ class TrainConfig(StrictModel):
     activation_checkpointing: Literal["none", "selective", "full"] = Field(
         "none",
         description="which activations of a layer the backward pass recomputes. selective recomputes all but the "
-        "outputs of matrix products and attention",
+        "outputs of matrix products and attention. It does not work with ZeRO-3 or compile",
     )
     liger: Literal["auto", True, False] = Field(
         "auto",
         description="use Liger's kernels for RMSNorm, rotary embedding and SwiGLU. auto means if there is a GPU and "
         "liger-kernel is installed",
     )
-    compile: bool = Field(False, description="compile every decoder layer with torch.compile. Not with ZeRO-3")
+    compile: bool = Field(
+        False,
+        description="compile every decoder layer with torch.compile. This does not work with ZeRO-3 or "
+        "`activation_checkpointing: selective`",
+    )
     loss_chunk_tokens: int = Field(
         1024,
         ge=1,

@@ -27,7 +27,7 @@ class ZeroConfig(StrictModel):
         None, description="a folder on a local NVMe disk of every node. None means no offloading to nvme"
     )
     pin_memory: bool = Field(
-        True, description="offload into page-locked host memory, which is faster. Only if there are GPUs"
+        True, description="offload into page-locked host memory, which is faster. Without GPUs it has no effect"
     )
     hpz_partition_size: int = Field(
         1,
@@ -36,13 +36,17 @@ class ZeroConfig(StrictModel):
         "(hpZ of ZeRO++, arXiv 2306.10209). 1 means no second copy",
     )
     reduce_bucket_size: int = Field(200_000_000, ge=1, description="gradients that one call sums over the ranks")
-    allgather_bucket_size: int = Field(200_000_000, ge=1, description="weights that one call gathers. ZeRO-1 and 2")
-    prefetch_bucket_size: int = Field(50_000_000, ge=0, description="weights that are gathered in advance. ZeRO-3")
+    allgather_bucket_size: int = Field(
+        200_000_000, ge=1, description="weights that one call gathers. Used by ZeRO-1 and 2"
+    )
+    prefetch_bucket_size: int = Field(
+        50_000_000, ge=0, description="weights that are gathered in advance. Used by ZeRO-3"
+    )
     param_persistence_threshold: int = Field(
-        100_000, ge=0, description="weights smaller than this are not partitioned. ZeRO-3"
+        100_000, ge=0, description="weights smaller than this are not partitioned. Used by ZeRO-3"
     )
     max_live_parameters: int = Field(
-        1_000_000_000, ge=1, description="limit of the weights gathered at the same time. ZeRO-3"
+        1_000_000_000, ge=1, description="limit of the weights gathered at the same time. Used by ZeRO-3"
     )
 
     @model_validator(mode="after")
