@@ -4,20 +4,26 @@ Loads neither torch nor Ray: the jobs of a run ask the same questions as the com
 """
 
 import json
-from typing import TYPE_CHECKING
 
 from cluster.run.manifest import MANIFEST, is_sealed
 from cluster.run.rundir import RunDir
+from launcher.recipe import Recipe
 from trainer.checkpoint.state import best_checkpoints, is_trained, newest_checkpoint, read_state
 from trainer.job import export_key
 
-if TYPE_CHECKING:
-    from launcher.recipe import Recipe
 
-
-def is_done(stage: str, recipe: "Recipe", run: RunDir) -> bool:
+def is_done(stage: str, recipe: Recipe, run: RunDir) -> bool:
     """True if the result of the stage is there, whole, and made of what lies there now."""
-    return _CHECKS[stage](recipe, run)
+    match stage:
+        case "synthesize":
+            return is_sealed(run.synthesized)
+        case "train":
+            return is_trained(run)
+        case "export":
+            return _is_exported(recipe, run)
+        case _:  # the figures are of the export that is there
+            is_evaluated = _has_result_done("evaluate", run) and _is_exported(recipe, run)
+            return is_evaluated and run.result("evaluate").stat().st_mtime >= (run.export / MANIFEST).stat().st_mtime
 
 
 def progress_of(stage: str, run: RunDir) -> float:
@@ -48,15 +54,7 @@ def resume_point(stage: str, run: RunDir) -> str:
     return "is done again"
 
 
-def _is_synthesized(recipe: "Recipe", run: RunDir) -> bool:
-    return is_sealed(run.synthesized)
-
-
-def _is_trained(recipe: "Recipe", run: RunDir) -> bool:
-    return is_trained(run)
-
-
-def _is_exported(recipe: "Recipe", run: RunDir) -> bool:
+def _is_exported(recipe: Recipe, run: RunDir) -> bool:
     """The export is of the checkpoint that the recipe wants, in the form that it wants, and where it wants it."""
     if not is_trained(run) or not is_sealed(run.export):
         return False
@@ -69,15 +67,5 @@ def _is_exported(recipe: "Recipe", run: RunDir) -> bool:
     return _has_result_done("export", run) and (recipe.export.to is None or "uploaded_to" in run.read_result("export"))
 
 
-def _is_evaluated(recipe: "Recipe", run: RunDir) -> bool:
-    """There are figures of the export that is there."""
-    if not _has_result_done("evaluate", run) or not _is_exported(recipe, run):
-        return False
-    return run.result("evaluate").stat().st_mtime >= (run.export / MANIFEST).stat().st_mtime
-
-
 def _has_result_done(stage: str, run: RunDir) -> bool:
     return (run.read_result(stage) or {}).get("status") == "done"
-
-
-_CHECKS = {"synthesize": _is_synthesized, "train": _is_trained, "export": _is_exported, "evaluate": _is_evaluated}

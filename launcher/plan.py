@@ -1,6 +1,5 @@
 """What a recipe would do: its stages, and the memory that training takes."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
@@ -17,10 +16,11 @@ def describe_stages(recipe: Recipe, place: str = " on this machine") -> list[tup
     """(stage, description, path of its result) for each stage of the recipe."""
     run = recipe.run
     models = "base and tuned model" if recipe.evaluate.compare_base else "tuned model"
+    uploaded = f", uploaded to {recipe.export.to}" if recipe.export.to else ""
     rows = [
         ("synthesize", _synthesis(recipe), str(run.synthesized)),
         ("train", _training(recipe.train, place), str(run.checkpoints)),
-        ("export", f"{recipe.export.form} model as safetensors{_to(recipe)}", str(run.export)),
+        ("export", f"{recipe.export.form} model as safetensors{uploaded}", str(run.export)),
         ("evaluate", f"{models} on held-out tasks: exact match, ROUGE-L", str(run.evaluation)),
     ]
     return [row for row in rows if row[0] in recipe.stages]
@@ -69,10 +69,6 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def _to(recipe: Recipe) -> str:
-    return f", uploaded to {recipe.export.to}" if recipe.export.to else ""
-
-
 def print_plan(recipe: Recipe, path: Path, console: Console) -> None:
     table = Table(title=f"{recipe.name}: {path}", title_justify="left", show_lines=True)
     for heading in ("stage", "what", "result"):
@@ -80,22 +76,15 @@ def print_plan(recipe: Recipe, path: Path, console: Console) -> None:
     for row in describe_stages(recipe):
         table.add_row(*row)
     console.print(table)
-    print_memory(recipe, console)
+    print_memory(recipe, console, usable_bytes(recipe.train, recipe.train.num_processes))
     console.print(f"Nothing was started. To run it: tunesmith run {path}", markup=False, highlight=False)
 
 
-def usable_here(train: TrainConfig) -> int:
-    """Bytes that a rank may use on this machine."""
-    return usable_bytes(train, train.num_processes)
-
-
-def print_memory(
-    recipe: Recipe, console: Console, usable_of: Callable[[TrainConfig], int | None] = usable_here
-) -> None:
+def print_memory(recipe: Recipe, console: Console, usable: int | None) -> None:
     """Print the memory of training on each rank for every ZeRO stage. Raises InputError if the recipe's does not fit.
 
-    Of the model only config.json has to be on this machine. `usable_of` returns the bytes that a rank may use; None
-    means that they are not known, so nothing is refused.
+    Of the model only config.json has to be on this machine. `usable` is the number of bytes that a rank may use. None
+    means that it is not known, so nothing is refused.
     """
     train = recipe.train
     if find_config(recipe.model) is None:
@@ -105,7 +94,6 @@ def print_memory(
         return
     facts = read_facts(locate_model(recipe.model), train)
     check_heads(facts, train)
-    usable = usable_of(train)
     chosen, refusal = None, None
     try:
         chosen = None if usable is None else choose_stage(facts, train, train.num_processes, usable)

@@ -19,13 +19,16 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import psutil
 
 from cluster.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED
 from cluster.processes.descendants import die_with_parent
 from cluster.processes.signals import StopRequest
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 HANDLED_BY_TORCH = "SIGINT,SIGQUIT"  # not SIGTERM
 POLL_SECONDS = 0.5
@@ -49,7 +52,7 @@ def run_torchrun(
     environ = {**os.environ, **(environ or {}), "PYTHONSAFEPATH": "1"}
     torchrun = subprocess.Popen(argv, env=environ, process_group=0)
     try:
-        while (code := _wait(torchrun)) is None:
+        while (code := torchrun.poll()) is None:
             check()
             ranks = find_ranks(torchrun.pid)
             for _ in range(len(stop.pending)):
@@ -59,6 +62,8 @@ def run_torchrun(
                     return EXIT_PREEMPTED  # no rank has begun, so there is nothing to save
                 if not ranks or not send_signal(ranks, signum):
                     stop.pending.append(signum)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                torchrun.wait(POLL_SECONDS)
         return code if code >= 0 else 128 - code
     finally:
         _kill_group(torchrun)
@@ -97,13 +102,6 @@ def _has_handler(process: psutil.Process, signum: int) -> bool:
     return False
 
 
-def _wait(process: subprocess.Popen) -> int | None:
-    try:
-        return process.wait(POLL_SECONDS)
-    except subprocess.TimeoutExpired:
-        return None
-
-
 def _kill_group(torchrun: subprocess.Popen) -> None:
     """End whatever is left of torchrun and its ranks, such as the data loaders of a rank that was killed."""
     with contextlib.suppress(ProcessLookupError):  # usually nothing is left
@@ -111,15 +109,11 @@ def _kill_group(torchrun: subprocess.Popen) -> None:
     torchrun.wait()
 
 
-class Failure(Protocol):
-    """The part of torch's ProcessFailure that decides the exit code."""
+def exit_code_of(failures: Iterable["ProcessFailure"]) -> int:
+    """The exit code of the first failure. Ranks that were ended because another had failed do not count.
 
-    exitcode: int  # negative: the number of the signal that killed the rank
-    timestamp: int  # seconds
-
-
-def exit_code_of(failures: Iterable[Failure]) -> int:
-    """The exit code of the first failure. Ranks that were ended because another had failed do not count."""
+    A negative `exitcode` is the number of the signal that killed the rank.
+    """
     ordered = sorted(failures, key=lambda failure: failure.timestamp)
     own = [failure for failure in ordered if failure.exitcode not in (-signal.SIGTERM, -signal.SIGKILL)]
     code = (own or ordered)[0].exitcode

@@ -26,7 +26,6 @@ from pathlib import Path
 
 from cluster.config import ModelConfig
 from cluster.engines.config import Completion, EngineConfig, EngineReport, GenerationRequest, Prompt, Sample, Sampling
-from cluster.engines.engine import EngineInfo
 
 LOG_LINE_BYTES = 65
 LIST_END = re.compile(r"\n\d+\.$")
@@ -72,9 +71,6 @@ class ScriptedEngine:
         if self._is_first():
             ms_per_token = self._script.get("slow_ms_per_token", ms_per_token)
         self._seconds_per_token = ms_per_token / 1000
-
-    def describe(self) -> EngineInfo:
-        return EngineInfo(str(self._folder), self._max_model_len)
 
     def report(self) -> EngineReport:
         return EngineReport(num_tokens=self._num_tokens, num_running=len(self._running))

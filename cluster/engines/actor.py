@@ -13,7 +13,6 @@ import ray
 
 from cluster.config import ModelConfig
 from cluster.engines.config import Completion, EngineConfig, EngineReport, GenerationRequest
-from cluster.engines.engine import EngineInfo
 from cluster.errors import TunesmithError
 from cluster.processes.descendants import start_reaper
 from cluster.ray.folder import use_ray_folder_for_temporary_files
@@ -44,9 +43,6 @@ class EngineActor:
             raise EngineStartError(_root_cause(error)) from None
         self._finished: asyncio.Queue[tuple[int, Answer]] = asyncio.Queue()
         self._running: set[asyncio.Task] = set()
-
-    async def describe(self) -> EngineInfo:
-        return self._backend.describe()
 
     async def node(self) -> tuple[str, str]:
         """Ray's id and the address of this node."""

@@ -92,7 +92,7 @@ class EngineConfig(StrictModel):
         return self.tensor_parallel_size * self.pipeline_parallel_size
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class EngineReport:
     """What an engine has done since it came up, and the sequences that it has now."""
 

@@ -1,6 +1,6 @@
 """One vLLM engine. The pool runs it inside a Ray actor, but nothing here depends on Ray.
 
-A backend is any class with this constructor, `describe`, `generate` and `report`; `EngineConfig.backend` names it.
+A backend is any class with this constructor, `generate` and `report`; `EngineConfig.backend` names it.
 
 Engines of one process on CPUs have been run, and vLLM with tensor_parallel_size=2 in two processes of one machine
 without GPUs ("mp" executor). Engines of several GPUs, on one node or over nodes ("ray" executor), follow vLLM 0.32's
@@ -11,7 +11,7 @@ import gc
 import json
 import os
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,14 +30,6 @@ LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vllm/config/lora.py, MaxL
 UNSERVED_LORA = ("modules_to_save", "use_dora", "lora_bias", "layer_replication", "trainable_token_indices")
 
 
-@dataclass(frozen=True, slots=True)
-class EngineInfo:
-    """What an engine reports when it is up."""
-
-    model: str
-    max_model_len: int  # tokens of prompt and completion
-
-
 class VLLMEngine:
     """vLLM's asynchronous engine, which gives final outputs only."""
 
@@ -53,33 +45,21 @@ class VLLMEngine:
         from vllm.v1.engine.async_llm import AsyncLLM
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        from cluster.engines.vllm_stats import ReportingLogger
-
-        loggers: list[ReportingLogger] = []
-
-        def make_logger(vllm_config, engine_index: int) -> ReportingLogger:
-            loggers.append(ReportingLogger(vllm_config, engine_index))
-            return loggers[-1]
-
+        self._sums = EngineReport()
         with core_process.forked_core() if is_forked else nullcontext():
             self._engine = AsyncLLM.from_engine_args(
                 engine_arguments(config, model, num_gpus, adapters),
                 usage_context=UsageContext.LLM_CLASS,  # as many tokens in a step as the offline engine, not as a server
-                stat_loggers=[make_logger],
+                stat_loggers=[stat_logger(self._sums)],
             )
-        self._logger = loggers[0]
         self._adapters = {path: LoRARequest(path, number, path) for number, path in enumerate(adapters, 1)}
         self._tokens_input = tokens_input
         self._engine_dead_error = EngineDeadError
         self._numbers = count()
-        self._model = model.path
         gc.freeze()  # the garbage collector need not scan what the imports made, a million objects, again and again
 
-    def describe(self) -> EngineInfo:
-        return EngineInfo(self._model, self._engine.model_config.max_model_len)
-
     def report(self) -> EngineReport:
-        return self._logger.report()
+        return replace(self._sums)
 
     async def generate(self, request: GenerationRequest) -> Completion:
         """Continue one prompt. The completion of a prompt that is longer than the model supports is "prompt_too_long".
@@ -143,6 +123,30 @@ def engine_arguments(
         **optional,
         **lora_arguments(config, adapters, num_gpus),
     )
+
+
+def stat_logger(sums: EngineReport) -> type:
+    """A class of loggers for vLLM, which calls `record` once per step: `sums` is kept up to date, nothing per token."""
+    from vllm.v1.metrics.loggers import StatLoggerBase
+
+    class SumsLogger(StatLoggerBase):
+        def __init__(self, vllm_config: object, engine_index: int = 0) -> None:
+            pass
+
+        def record(self, scheduler_stats, iteration_stats, mm_cache_stats=None, engine_idx: int = 0) -> None:
+            if iteration_stats is not None:
+                sums.num_tokens += iteration_stats.num_generation_tokens
+                sums.num_preemptions += iteration_stats.num_preempted_reqs
+            if scheduler_stats is not None:
+                sums.num_running = scheduler_stats.num_running_reqs
+                sums.num_waiting = scheduler_stats.num_waiting_reqs + scheduler_stats.num_skipped_waiting_reqs
+                sums.num_prefix_queries += scheduler_stats.prefix_cache_stats.queries
+                sums.num_prefix_hits += scheduler_stats.prefix_cache_stats.hits
+
+        def log_engine_initialized(self) -> None:
+            """vLLM calls it when the engine is up. There is nothing to log."""
+
+    return SumsLogger
 
 
 def prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt) -> list[int]:

@@ -152,7 +152,6 @@ class EnginePool:
         self._num_starting += 1
         try:
             async with asyncio.timeout(timeout):
-                await _result_of(engine.actor.describe.remote())
                 engine.node_id, engine.stats.node = await _result_of(engine.actor.node.remote())
         except TimeoutError:
             raise EngineDeath(f"it was not up after engine.start_timeout_seconds={timeout:g}") from None

@@ -32,10 +32,6 @@ class Topology:
     def num_nodes(self) -> int:
         return len(self.hosts)
 
-    @property
-    def rendezvous_id(self) -> str:
-        return f"{self.job_id}-{self.restart_count}"
-
     def attempt_dir(self, run: RunDir) -> Path:
         """Where the nodes of this attempt of the job leave files for each other."""
         return run.attempt_dir(self.job_id, self.restart_count)

@@ -15,7 +15,6 @@ import os
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, TunesmithError
@@ -35,50 +34,25 @@ FENCE_SECONDS = 5.0  # how often every node looks for a newer token
 AGREE_SECONDS = 60  # all ranks end together after a preemption, but a shared file system may show their files late
 
 
-@dataclass(frozen=True)
-class Rendezvous:
-    """Where the nodes of a job meet, as one of them sees it."""
+def torchrun_options(topology: Topology, run: RunDir) -> tuple[list[str], dict[str, str]]:
+    """Meet the other nodes, if there are any. Returns torchrun's options on this node, and variables for its ranks.
 
-    id: str
-    head_address: str
-    head_port: int
-    own_address: str
-    own_interface: str
-    is_head: bool
-
-
-def join_job(topology: Topology, run: RunDir) -> Rendezvous | None:
-    """Meet the other nodes of the job. None if there are no others."""
-    if topology.num_nodes == 1:
-        return None
-    own, head = meet(topology, run)
-    is_head = topology.node_rank == 0
-    return Rendezvous(topology.rendezvous_id, head.address, head.port, own.address, own.interface, is_head)
-
-
-def torchrun_options(topology: Topology, rendezvous: Rendezvous | None) -> list[str]:
-    """The options of torchrun on this node."""
+    The variables make NCCL and gloo use the interface by which the nodes met, unless the user chose another.
+    """
     options = [f"--nnodes={topology.num_nodes}", f"--nproc-per-node={topology.procs_per_node}"]
-    if rendezvous is None:
-        return [*options, "--standalone"]
-    return [
-        *options,
+    if topology.num_nodes == 1:
+        return [*options, "--standalone"], {}
+    own, head = meet(topology, run)
+    options += [
         "--rdzv-backend=c10d",
-        f"--rdzv-id={rendezvous.id}",
-        f"--rdzv-endpoint={rendezvous.head_address}:{rendezvous.head_port}",
+        f"--rdzv-id={topology.job_id}-{topology.restart_count}",
+        f"--rdzv-endpoint={head.address}:{head.port}",
         # torchrun would find out who hosts the store by resolving names.
-        f"--rdzv-conf=is_host={int(rendezvous.is_head)}",
-        f"--local-addr={rendezvous.own_address}",
+        f"--rdzv-conf=is_host={int(topology.node_rank == 0)}",
+        f"--local-addr={own.address}",
     ]
-
-
-def network_environ(rendezvous: Rendezvous | None) -> dict[str, str]:
-    """Variables that make NCCL and gloo use the interface by which the nodes met, unless the user chose another."""
-    if rendezvous is None:
-        return {}
-    interface = rendezvous.own_interface
-    wanted = {"NCCL_SOCKET_IFNAME": f"={interface}", "GLOO_SOCKET_IFNAME": interface}  # "=": exactly this name
-    return {name: value for name, value in wanted.items() if name not in os.environ}
+    variables = {"NCCL_SOCKET_IFNAME": f"={own.interface}", "GLOO_SOCKET_IFNAME": own.interface}  # "=": exactly this
+    return options, {name: value for name, value in variables.items() if name not in os.environ}
 
 
 def run_node(topology: Topology, run: RunDir, command: list[str], is_training: bool = False) -> int:
@@ -93,8 +67,7 @@ def run_node(topology: Topology, run: RunDir, command: list[str], is_training: b
     code, fence = EXIT_FAILED, Fence(run.root)
     with StopRequest(interrupts=True) as stop:
         try:
-            rendezvous = join_job(topology, run)
-            options, environ = torchrun_options(topology, rendezvous), network_environ(rendezvous)
+            options, environ = torchrun_options(topology, run)
             code = run_torchrun(options, command, stop, environ, lambda: fence.check_throttled(FENCE_SECONDS))
             if code != EXIT_DONE:
                 fence.check()

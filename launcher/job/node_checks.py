@@ -1,9 +1,11 @@
-"""The checks of a preflight: whether every node of a job is fit for it. They take seconds, and load no torch.
+"""The checks of a preflight: whether every node of a job is fit for it. They take seconds.
 
-check_node(report, run_root, num_gpus=8)       # on every node, at the same time
+check_node(report, run_root, num_gpus=8)       # on every node, at the same time; loads no torch
 compare_reports(reports)                       # on node 0
+sum_over_nodes(topology, own, head)            # on every node, once all are fit: whether they can compute together
 """
 
+import datetime
 import hashlib
 import os
 import platform
@@ -12,11 +14,13 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from cluster.files import MIB, write_json
+from cluster.nodes.rendezvous import NodeAddress
+from cluster.nodes.topology import Topology
 
 PACKAGES = ("cluster", "generation", "trainer", "launcher")
 LIBRARIES = ("torch", "deepspeed", "transformers", "ray", "vllm")
@@ -26,6 +30,10 @@ MIN_SHM_MIB = 16
 MIN_INODES = 1000
 MAX_SKEW_SECONDS = 30.0
 NVIDIA_SMI_SECONDS = 20
+NUM_NUMBERS = 2**18  # 1 MiB: more than one packet, and quick on any network
+NCCL_BYTES = 2**28
+NCCL_ROUNDS = 5
+SUM_TIMEOUT = datetime.timedelta(seconds=60)
 
 
 @dataclass(frozen=True)
@@ -171,7 +179,8 @@ def compare_reports(reports: list[NodeReport]) -> dict[str, list[Finding]]:
     code = _most_common([report.code for report in reports])
     skews = sorted(report.skew_seconds for report in reports)
     usual_skew = skews[len(skews) // 2]
-    versions = {name: _most_common([report.versions.get(name, "") for report in reports]) for name in _names(reports)}
+    names = sorted({name for report in reports for name in report.versions})
+    versions = {name: _most_common([report.versions.get(name, "") for report in reports]) for name in names}
     for report in reports:
         mine = findings[report.host]
         if report.code != code:
@@ -186,18 +195,64 @@ def compare_reports(reports: list[NodeReport]) -> dict[str, list[Finding]]:
     return {host: found for host, found in findings.items() if found}
 
 
-def to_json(report: NodeReport) -> dict:
-    return asdict(report)
-
-
 def from_json(fields: dict) -> NodeReport:
     return NodeReport(**fields | {"findings": [Finding(**finding) for finding in fields["findings"]]})
-
-
-def _names(reports: list[NodeReport]) -> list[str]:
-    return sorted({name for report in reports for name in report.versions})
 
 
 def _most_common(values: list[str]) -> str:
     """The most common value. In a tie, that of the node with the lowest number."""
     return max(dict.fromkeys(values), key=values.count)
+
+
+def sum_over_nodes(topology: Topology, own: NodeAddress, head: NodeAddress) -> list[Finding]:
+    """Sum a known tensor over all nodes, over gloo, and over NCCL on GPUs. Returns what is wrong here."""
+    # The interface by which the nodes met, unless the user chose one: gloo would resolve the host's name.
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", own.interface)
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={own.interface}")
+    import torch
+    import torch.distributed as dist
+
+    where = f"tcp://{head.address}:{head.port}"
+    try:
+        dist.init_process_group(
+            "gloo",
+            init_method=where,
+            rank=topology.node_rank,
+            world_size=topology.num_nodes,
+            timeout=SUM_TIMEOUT,
+        )
+        numbers = torch.full((NUM_NUMBERS,), float(topology.node_rank + 1))  # [N]
+        dist.all_reduce(numbers)
+        expected = topology.num_nodes * (topology.num_nodes + 1) / 2
+        wrong = int((numbers != expected).sum())
+        findings = [Finding("all-reduce", f"{wrong} of {NUM_NUMBERS} sums are not {expected:g}")] if wrong else []
+        if torch.cuda.is_available():
+            findings += _sum_on_gpus(expected)
+        dist.destroy_process_group()
+    except RuntimeError as error:
+        findings = [Finding("all-reduce", f"over {own.interface} with {where}: {' '.join(str(error).split())[:300]}")]
+    return findings
+
+
+def _sum_on_gpus(expected: float) -> list[Finding]:
+    """The same with NCCL, on the first GPU of each node. Prints the bandwidth."""
+    import torch
+    import torch.distributed as dist
+
+    torch.cuda.set_device(0)
+    group = dist.new_group(backend="nccl", timeout=SUM_TIMEOUT)
+    rank = dist.get_rank()
+    numbers = torch.full((NCCL_BYTES // 4,), float(rank + 1), device="cuda")  # [N]
+    dist.all_reduce(numbers, group=group)
+    wrong = int((numbers != expected).sum())
+    torch.cuda.synchronize()
+    started = time.monotonic()
+    for _ in range(NCCL_ROUNDS):
+        dist.all_reduce(numbers, group=group)
+    torch.cuda.synchronize()
+    seconds = (time.monotonic() - started) / NCCL_ROUNDS
+    size = dist.get_world_size()
+    if rank == 0:  # bus bandwidth as nccl-tests define it: each byte crosses a link 2(n-1)/n times
+        rate = NCCL_BYTES * 2 * (size - 1) / size / seconds / 1e9
+        print(f"preflight: NCCL bus bandwidth {rate:.1f} GB/s", flush=True)
+    return [Finding("NCCL all-reduce", f"{wrong} sums are not {expected:g}")] if wrong else []

@@ -14,6 +14,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 from cluster.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, Preempted, TunesmithError
@@ -23,7 +24,7 @@ from cluster.nodes.topology import Topology, read_topology
 from cluster.run.fence import own_token
 from cluster.run.rundir import RunDir
 from launcher.job import node_health
-from launcher.job.node_checks import Finding, NodeReport, check_node, compare_reports, from_json, to_json
+from launcher.job.node_checks import Finding, NodeReport, check_node, compare_reports, from_json, sum_over_nodes
 from launcher.slurm.client import Slurm
 from launcher.slurm.container import python_module
 
@@ -97,7 +98,7 @@ def run_node(topology: Topology, run: RunDir, with_all_reduce: bool, report_seco
         print(f"preflight: {report.host}: {finding.check}: {finding.message}", file=sys.stderr, flush=True)
     deadline = time.monotonic() + report_seconds
     report.nonce = await_json(folder / "preflight-nonce.json", deadline, topology.step_id)["nonce"]
-    write_json(path, to_json(report))
+    write_json(path, asdict(report))
     if topology.node_rank == 0:
         conclude(topology, folder, report_seconds)
     # Twice as long as node 0 waits, which may have begun to wait later.
@@ -105,13 +106,11 @@ def run_node(topology: Topology, run: RunDir, with_all_reduce: bool, report_seco
     if result["failures"]:
         return EXIT_FAILED
     if with_all_reduce and topology.num_nodes > 1:
-        from launcher.job.all_reduce import sum_over_nodes
-
         started = time.monotonic()
         own, head = meet(topology, run, report_seconds)
         report.findings += sum_over_nodes(topology, own, head)
         report.all_reduce_seconds = round(time.monotonic() - started, 3)
-        write_json(path, to_json(report))
+        write_json(path, asdict(report))
     return EXIT_FAILED if report.findings else EXIT_DONE
 
 

@@ -10,7 +10,6 @@ from rich.text import Text
 
 from launcher.plan import describe_stages, print_memory
 from launcher.recipe import Recipe
-from launcher.slurm.sbatch import PlannedJob
 from launcher.slurm.submit import Prepared
 from launcher.slurm_config import JobConfig
 from trainer.config.train import TrainConfig
@@ -24,12 +23,11 @@ def print_slurm_plan(prepared: Prepared, path: Path, console: Console) -> None:
     planned = on_the_cluster(prepared.submission.recipe)
     console.print(job_table(prepared, planned, path))
     if any(job.stage == "train" for job in prepared.jobs):
-        job = planned.slurm.of("train")
-        print_memory(planned, console, lambda train: usable_on_a_node(train, job))
+        print_memory(planned, console, usable_on_a_node(planned.train, planned.slurm.of("train")))
     print_line = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     print_line(f"Jobs start in {prepared.submission.folder} and run the code in {prepared.submission.snapshot}.")
     for job in prepared.jobs:
-        print_line(f"\n{job.stage}: {script_of(job)}")
+        print_line(f"\n{job.stage}: {job.arguments[-2]}")
         print_line(job.shell_line())
     if prepared.jobs:
         print_line(f"\nscontrol release ${prepared.jobs[0].stage}")
@@ -77,7 +75,3 @@ def usable_on_a_node(train: TrainConfig, job: JobConfig) -> int | None:
         return None
     number, unit = job.memory.rstrip("KMGT"), job.memory[-1]
     return int(int(number) * _UNITS.get(unit, _UNITS["M"]) * USABLE_FRACTION)  # one rank a node where there are no GPUs
-
-
-def script_of(job: PlannedJob) -> str:
-    return job.arguments[-2]

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +20,6 @@ from launcher.job.node_checks import (
     clock_skew,
     compare_reports,
     from_json,
-    to_json,
 )
 
 PROJECT = Path(__file__).parents[2]
@@ -29,7 +29,7 @@ SUM = """
 import sys
 from types import SimpleNamespace
 import torch.distributed as dist
-from launcher.job.all_reduce import sum_over_nodes
+from launcher.job.node_checks import sum_over_nodes
 from cluster.nodes.topology import Topology
 if sys.argv[1] == "wrong":
     dist.all_reduce = lambda numbers: numbers[0].add_(1)
@@ -54,7 +54,7 @@ def test_the_node_that_differs_from_most_is_named() -> None:
         "n2": [Finding("versions", "torch 1 here, 2 on the others")],
         "n3": [Finding("/tmp", "full"), Finding("clock", "-100 s from the others; at most 30 s are allowed")],
     }
-    assert from_json(json.loads(json.dumps(to_json(found[2])))) == found[2]
+    assert from_json(json.loads(json.dumps(asdict(found[2])))) == found[2]
 
 
 def test_a_clock_that_runs_as_its_file_server_does_is_right(tmp_path: Path) -> None:
