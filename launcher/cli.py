@@ -73,10 +73,10 @@ def run(
         run_commands.run_on_slurm(recipe, overrides or [], resolved)
         return
     members = members_of(recipe, overrides or [], resolved)
-    if members:
+    if resolved.sweep:
         save_index(resolved.run, members)
-    for one in [member.recipe for member in members] or [resolved]:
-        run_all(one)
+    for _, member in members:
+        run_all(member)
 
 
 @app.command()

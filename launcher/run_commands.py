@@ -29,15 +29,14 @@ def add_to(app: typer.Typer) -> None:
 
 def status(run: RunFolder) -> None:
     """Show the state of a run or a sweep, stage by stage. Asks squeue if the run has Slurm jobs."""
-    from launcher.print_status import print_runs, print_status
+    from launcher.print_status import print_status
     from launcher.slurm.client import Slurm
     from launcher.status import read_statuses
     from launcher.sweep import read_index
 
     if members := read_index(run):
         existing = [(folder, values) for folder, values in members if RunDir(folder).recipe.is_file()]
-        states = read_statuses([folder for folder, _ in existing], Slurm())
-        print_runs([(state, values) for state, (_, values) in zip(states, existing, strict=True)], Console())
+        _print_runs(existing)
         if missing := len(members) - len(existing):
             typer.echo(f"{missing} of the sweep's {len(members)} runs were not started.")
         return
@@ -50,12 +49,18 @@ def list_runs(
     ),
 ) -> None:
     """List the runs in a folder, with their states."""
+    from launcher.status import find_runs
+
+    _print_runs(find_runs(folder))
+
+
+def _print_runs(found: list[tuple[Path, dict[str, object]]]) -> None:
+    """Print the states of runs: (folder, values of a sweep)."""
     from launcher.print_status import print_runs
     from launcher.slurm.client import Slurm
-    from launcher.status import find_runs, read_statuses
+    from launcher.status import read_statuses
 
-    found = find_runs(folder)
-    states = read_statuses([place for place, _ in found], Slurm())
+    states = read_statuses([folder for folder, _ in found], Slurm())
     print_runs([(state, values) for state, (_, values) in zip(states, found, strict=True)], Console())
 
 
@@ -111,11 +116,10 @@ def run_on_slurm(path: Path, overrides: list[str], recipe: "Recipe") -> None:
     from launcher.sweep import members_of, save_index
 
     members = members_of(path, overrides, recipe)
-    if members:
+    if recipe.sweep:
         save_index(recipe.run, members)
-    _submit_all([member.recipe for member in members] or [recipe], Path.cwd(), recipe.run.code)
-    where = recipe.run_dir
-    typer.echo(f"\nNext: tunesmith status {where}    # or: logs -f, cancel, resume")
+    _submit_all([member for _, member in members], Path.cwd(), recipe.run.code)
+    typer.echo(f"\nNext: tunesmith status {recipe.run_dir}    # or: logs -f, cancel, resume")
 
 
 def _submit_all(recipes: list["Recipe"], folder: Path, code: Path) -> None:
@@ -128,23 +132,23 @@ def _submit_all(recipes: list["Recipe"], folder: Path, code: Path) -> None:
     from launcher.slurm.submitted import read_jobs
 
     slurm = Slurm()
-    chains = [prepare(recipe, folder, Path(os.path.abspath(code))) for recipe in recipes]
-    for prepared in chains:
-        refuse_live_jobs(prepared.submission.recipe, slurm)
-        check_with_slurm(prepared, slurm)
-    for prepared in chains:
-        run = prepared.submission.recipe.run
-        for stage in sorted(prepared.submission.skip):
+    submissions = [prepare(recipe, folder, Path(os.path.abspath(code))) for recipe in recipes]
+    for submission in submissions:
+        refuse_live_jobs(submission.recipe, slurm)
+        check_with_slurm(submission, slurm)
+    for submission in submissions:
+        run = submission.recipe.run
+        for stage in sorted(submission.skip):
             typer.echo(f"{stage}: done already, skipped")
         earlier = {job.stage for job in read_jobs(run)}
-        for job in prepared.jobs:
+        for job in submission.jobs:
             if job.stage in earlier:
                 typer.echo(f"{job.stage}: {resume_point(job.stage, run)}")
-        if not prepared.jobs:
+        if not submission.jobs:
             typer.echo(f"{run.root}: everything is done, so nothing was submitted")
             continue
-        ids = submit(prepared, slurm, lambda argv: typer.echo(f"$ {shlex.join(argv)}"))
-        typer.echo(f"$ scontrol release {ids[prepared.jobs[0].stage]}")
+        ids = submit(submission, slurm, lambda argv: typer.echo(f"$ {shlex.join(argv)}"))
+        typer.echo(f"$ scontrol release {ids[submission.jobs[0].stage]}")
         listed = ", ".join(f"{stage} {job_id}" for stage, job_id in ids.items())
         typer.echo(f"{run.root}: submitted {listed}")
 
@@ -157,12 +161,11 @@ def plan_on_slurm(path: Path, overrides: list[str], recipe: "Recipe") -> None:
     from launcher.sweep import members_of
 
     code = RunDir(Path(os.path.abspath(recipe.run_dir))).code
-    recipes = [member.recipe for member in members_of(path, overrides, recipe)] or [recipe]
     slurm = Slurm()
-    for one in recipes:
-        prepared = prepare(one, Path.cwd(), code)
-        print_slurm_plan(prepared, path, Console())
+    for _, member in members_of(path, overrides, recipe):
+        submission = prepare(member, Path.cwd(), code)
+        print_slurm_plan(submission, path, Console())
         try:
-            check_with_slurm(prepared, slurm)
+            check_with_slurm(submission, slurm)
         except NoSlurm:
             typer.echo("This machine has no Slurm, so it is not checked whether Slurm would accept these jobs.")

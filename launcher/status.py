@@ -65,16 +65,6 @@ class QueueAnswer:
     error: str = ""
 
 
-def ask_queue(slurm: Slurm, job_ids: list[str]) -> QueueAnswer:
-    """Call squeue once for all jobs. If Slurm does not answer, nothing is known of any of them."""
-    if not job_ids:
-        return QueueAnswer({})
-    try:
-        return QueueAnswer(slurm.queue(job_ids))
-    except SlurmError as error:
-        return QueueAnswer({}, str(error))
-
-
 def read_run(folder: Path) -> tuple[Recipe, RunDir]:
     """The recipe of a run folder, which may have been moved. Raises InputError if it is not a run folder."""
     run = RunDir(folder.resolve())
@@ -90,7 +80,10 @@ def read_statuses(folders: list[Path], slurm: Slurm) -> list[RunStatus]:
     """The statuses of several runs, with one call of squeue."""
     runs = [read_run(folder) for folder in folders]
     jobs = {run: read_jobs(run) for _, run in runs}
-    answer = ask_queue(slurm, [job.job_id for submitted in jobs.values() for job in submitted])
+    try:
+        answer = QueueAnswer(slurm.queue(job.job_id for submitted in jobs.values() for job in submitted))
+    except SlurmError as error:
+        answer = QueueAnswer({}, str(error))
     return [status_of_run(recipe, run, jobs[run], answer) for recipe, run in runs]
 
 
@@ -248,8 +241,7 @@ def find_runs(folder: Path) -> list[tuple[Path, dict[str, object]]]:
 def may_still_run(folder: Path, stage: str | None, slurm: Slurm) -> bool:
     """Whether jobs of the run, or of one stage, may still run. True also if Slurm does not answer."""
     _, run = read_run(folder)
-    jobs = [job for job in read_jobs(run) if stage in (None, job.stage)]
-    answer = ask_queue(slurm, [job.job_id for job in jobs])
-    if answer.error:
+    try:
+        return bool(slurm.live(job.job_id for job in read_jobs(run) if stage in (None, job.stage)))
+    except SlurmError:
         return True
-    return any(not queued.is_over for queued in answer.jobs.values())

@@ -6,7 +6,6 @@
 import itertools
 import json
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.errors import InputError
@@ -17,29 +16,23 @@ from launcher.recipe import Recipe, load
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._]+")
 
 
-@dataclass(frozen=True)
-class Member:
-    """One run of a sweep."""
+def members_of(path: Path, overrides: list[str], recipe: Recipe) -> list[tuple[dict[str, object], Recipe]]:
+    """(values, recipe) of each run of a sweep. A recipe that is none is its own only run.
 
-    name: str
-    values: dict[str, object]
-    recipe: Recipe
-
-
-def members_of(path: Path, overrides: list[str], recipe: Recipe) -> list[Member]:
-    """The runs of a sweep. Empty if the recipe is not one. Raises InputError naming the run that is not valid."""
+    Raises InputError naming the run that is not valid.
+    """
     if not recipe.sweep:
-        return []
-    keys, members = list(recipe.sweep), []
-    for number, values in enumerate(itertools.product(*recipe.sweep.values()), 1):
-        name = member_name(number, dict(zip(keys, values, strict=True)))
-        settings = [f"{key}={json.dumps(value)}" for key, value in zip(keys, values, strict=True)]
+        return [({}, recipe)]
+    members = []
+    for number, combination in enumerate(itertools.product(*recipe.sweep.values()), 1):
+        values = dict(zip(recipe.sweep, combination, strict=True))
+        name = member_name(number, values)
         try:
-            member = load(path, [*overrides, *settings])
+            member = load(path, [*overrides, *(f"{key}={json.dumps(value)}" for key, value in values.items())])
         except InputError as error:
             raise InputError(f"run {name} of the sweep: {error}") from error
         changes = {"name": f"{recipe.name}-{name}", "run_dir": recipe.run.sweep / name, "sweep": {}}
-        members.append(Member(name, dict(zip(keys, values, strict=True)), member.model_copy(update=changes)))
+        members.append((values, member.model_copy(update=changes)))
     return members
 
 
@@ -49,10 +42,10 @@ def member_name(number: int, values: dict[str, object]) -> str:
     return f"{number:03d}_{'_'.join(parts)}"[:100]
 
 
-def save_index(sweep: RunDir, members: list[Member]) -> None:
+def save_index(sweep: RunDir, members: list[tuple[dict[str, object], Recipe]]) -> None:
     """Write the list of the sweep's runs. Raises InputError if the folder holds a single run or another sweep."""
     file = sweep.create().sweep_index
-    index = {"runs": [{"name": member.name, "values": member.values} for member in members]}
+    index = {"runs": [{"name": recipe.run_dir.name, "values": values} for values, recipe in members]}
     if sweep.recipe.exists():
         raise InputError(
             f"{sweep.root} holds a single run. Choose another folder with `--run-dir`, or remove this one."

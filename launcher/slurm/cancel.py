@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 from cluster.errors import TunesmithError
-from launcher.slurm.client import QueuedJob, Slurm
+from launcher.slurm.client import Slurm
 from launcher.slurm.submitted import read_jobs
 from launcher.status import read_run
 
@@ -22,7 +22,8 @@ def cancel_run(folder: Path, slurm: Slurm) -> list[str]:
     cancelled: list[str] = []
     deadline = time.monotonic() + DEADLINE_SECONDS
     job_ids = [job.job_id for job in read_jobs(run)]
-    while live := live_jobs(slurm, job_ids):
+    # Jobs that wait come before jobs that run, and within both the last one first.
+    while live := sorted(reversed(slurm.live(job_ids)), key=lambda job: job.state != "PENDING"):
         new = [job.job_id for job in live if job.job_id not in cancelled]
         slurm.cancel(new)
         cancelled += new
@@ -36,10 +37,3 @@ def cancel_run(folder: Path, slurm: Slurm) -> list[str]:
         with contextlib.suppress(TunesmithError, OSError):  # a full disk must not hide that the jobs are cancelled
             run.event("slurm", "cancelled", jobs=cancelled)
     return cancelled
-
-
-def live_jobs(slurm: Slurm, job_ids: list[str]) -> list[QueuedJob]:
-    """Jobs that are not over. Jobs that wait come before jobs that run, and within both the last one first."""
-    known = slurm.queue(job_ids)
-    live = [known[job_id] for job_id in reversed(job_ids) if job_id in known and not known[job_id].is_over]
-    return sorted(live, key=lambda job: job.state != "PENDING")

@@ -148,7 +148,11 @@ class Slurm:
                     raise
                 continue
             found |= {job.job_id: job for job in map(parse_queue_line, lines)}
-        return {job_id: job for job_id, job in found.items() if job_id in wanted}
+        return {job_id: found[job_id] for job_id in wanted if job_id in found}
+
+    def live(self, job_ids: Iterable[str]) -> list[QueuedJob]:
+        """Those of these jobs that wait or run, in the same order."""
+        return [job for job in self.queue(job_ids).values() if not job.is_over]
 
     def show_job(self, job_id: str) -> str:
         """What `scontrol --details show job` prints."""

@@ -8,7 +8,6 @@ import json
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,53 +17,31 @@ if TYPE_CHECKING:
 ENVIRONMENT = "TUNESMITH_CONTAINER"
 
 
-@dataclass(frozen=True)
-class Container:
-    """An image and the folders that are mounted in it. `mounts` are OUTSIDE:INSIDE."""
+def make_settings(config: "ContainerConfig", folders: tuple[Path, ...]) -> dict[str, list[str]]:
+    """Options of srun for a step in the container, and the command line before `-m module`.
 
-    runtime: str
-    image: str
-    mounts: tuple[str, ...]
-    python: str
-
-    def srun_options(self) -> list[str]:
-        """Options that pyxis adds to srun. apptainer needs none: it is a command of the step."""
-        if self.runtime != "pyxis":
-            return []
-        return [f"--container-image={self.image}", f"--container-mounts={','.join(self.mounts)}"]
-
-    def command(self) -> list[str]:
-        """The command line before `-m module`: Python, and for apptainer the command that enters the image."""
-        if self.runtime == "pyxis":
-            return [self.python]
-        binds = [argument for mount in self.mounts for argument in ("--bind", mount)]
-        return ["apptainer", "exec", *binds, self.image, self.python]
-
-    def dump(self) -> str:
-        return json.dumps(asdict(self), indent=2) + "\n"
-
-
-def make_container(config: "ContainerConfig", folders: tuple[Path, ...]) -> Container:
-    """The container of a recipe, in which `folders` have the same paths as outside.
-
-    /tmp is mounted as well: Ray's driver and its raylet, steps of the same node, communicate there.
+    `folders` have the same paths inside as outside. So has /tmp: Ray's driver and its raylet, steps of the same node,
+    communicate there.
     """
-    own = tuple(f"{folder}:{folder}" for folder in dict.fromkeys((*folders, Path("/tmp"))))
-    return Container(config.runtime, config.image, (*own, *config.mounts), config.python)
+    own = (f"{folder}:{folder}" for folder in dict.fromkeys((*folders, Path("/tmp"))))
+    mounts = [*own, *config.mounts]
+    if config.runtime == "pyxis":  # it adds options to srun, and apptainer is a command of the step
+        options = [f"--container-image={config.image}", f"--container-mounts={','.join(mounts)}"]
+        return {"srun_options": options, "command": [config.python]}
+    binds = [argument for mount in mounts for argument in ("--bind", mount)]
+    return {"srun_options": [], "command": ["apptainer", "exec", *binds, config.image, config.python]}
 
 
-def job_container(environ: Mapping[str, str] = os.environ) -> Container | None:
-    """The container of the job that this process belongs to, or None."""
-    if not (path := environ.get(ENVIRONMENT)):
-        return None
-    values = json.loads(Path(path).read_text())
-    return Container(**values | {"mounts": tuple(values["mounts"])})
+def job_container(environ: Mapping[str, str] = os.environ) -> dict[str, list[str]] | None:
+    """The settings of the container of the job that this process belongs to. None means that it has no container."""
+    path = environ.get(ENVIRONMENT)
+    return json.loads(Path(path).read_text()) if path else None
 
 
 def step_options() -> list[str]:
     """Options of srun for a step of this job inside its container, if it has one."""
     inside = job_container()
-    return inside.srun_options() if inside else []
+    return inside["srun_options"] if inside else []
 
 
 def python_module(module: str, *arguments: str) -> list[str]:
@@ -73,4 +50,4 @@ def python_module(module: str, *arguments: str) -> list[str]:
     With -P Python imports nothing from the working directory, where a folder may have the same name.
     """
     inside = job_container()
-    return [*(inside.command() if inside else [sys.executable]), "-P", "-m", module, *arguments]
+    return [*(inside["command"] if inside else [sys.executable]), "-P", "-m", module, *arguments]

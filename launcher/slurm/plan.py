@@ -10,7 +10,7 @@ from rich.text import Text
 
 from launcher.plan import describe_stages, print_memory
 from launcher.recipe import Recipe
-from launcher.slurm.submit import Prepared
+from launcher.slurm.jobs import Submission
 from launcher.slurm_config import JobConfig
 from trainer.config.train import TrainConfig
 from trainer.memory import USABLE_FRACTION, usable_bytes
@@ -18,20 +18,20 @@ from trainer.memory import USABLE_FRACTION, usable_bytes
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-def print_slurm_plan(prepared: Prepared, path: Path, console: Console) -> None:
+def print_slurm_plan(submission: Submission, path: Path, console: Console) -> None:
     """The jobs, the memory of training on them, and every command."""
-    planned = on_the_cluster(prepared.submission.recipe)
-    console.print(job_table(prepared, planned, path))
-    if any(job.stage == "train" for job in prepared.jobs):
+    planned = on_the_cluster(submission.recipe)
+    console.print(job_table(submission, planned, path))
+    if any(job.stage == "train" for job in submission.jobs):
         print_memory(planned, console, usable_on_a_node(planned.train, planned.slurm.of("train")))
     print_line = partial(console.print, markup=False, highlight=False, soft_wrap=True)
-    print_line(f"Jobs start in {prepared.submission.folder} and run the code in {prepared.submission.snapshot}.")
-    for job in prepared.jobs:
+    print_line(f"Jobs start in {submission.folder} and run the code in {submission.snapshot}.")
+    for job in submission.jobs:
         print_line(f"\n{job.stage}: {job.arguments[-2]}")
         print_line(job.shell_line())
-    if prepared.jobs:
-        print_line(f"\nscontrol release ${prepared.jobs[0].stage}")
-    print_line(f"\nThe same is in {prepared.submission.recipe.run.plan}. Nothing was submitted.")
+    if submission.jobs:
+        print_line(f"\nscontrol release ${submission.jobs[0].stage}")
+    print_line(f"\nThe same is in {submission.recipe.run.plan}. Nothing was submitted.")
     print_line(f"To submit it: tunesmith run {shlex.quote(str(path))} --on slurm")
 
 
@@ -41,11 +41,11 @@ def on_the_cluster(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"train": recipe.train.model_copy(update={"num_processes": ranks})})
 
 
-def job_table(prepared: Prepared, planned: Recipe, path: Path) -> Table:
+def job_table(submission: Submission, planned: Recipe, path: Path) -> Table:
     table = Table(title=f"{planned.name}: {path}, on Slurm", title_justify="left", show_lines=True)
     for heading in ("job", "after", "asks for", "what", "result"):
         table.add_column(heading, overflow="fold")
-    jobs = {job.stage: job for job in prepared.jobs}
+    jobs = {job.stage: job for job in submission.jobs}
     for stage, what, result in describe_stages(planned, place=" in the job"):
         if stage in jobs:
             after = ", ".join(jobs[stage].parents) or "-"

@@ -1,6 +1,6 @@
 """A recipe as a chain of jobs. Runs no command and writes no file: what is printed is what is submitted.
 
-jobs = plan_jobs(submission)           # submission: Submission(recipe, folder, snapshot, python, environ, skip)
+jobs = Submission(recipe, folder, snapshot, python, environ, skip).jobs
 print(jobs[1].shell_line())            # train=$(sbatch ... --dependency=afterok:$synthesize ...)
 argv = jobs[1].argv({"synthesize": "41"})
 """
@@ -9,13 +9,17 @@ import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from cluster.errors import InputError
+from cluster.files import read_last_jsonl
+from cluster.run.manifest import MANIFEST
+from cluster.run.rundir import RunDir
 from launcher.recipe import Recipe
 from launcher.slurm import container
-from launcher.slurm.stop_margin import check_time, stop_margin_seconds
-from launcher.slurm_config import JobConfig
+from launcher.slurm_config import JobConfig, seconds_of
+from trainer.checkpoint.state import newest_checkpoint
 
 # Variables that a job gets if they are set where it is submitted. Values stay out of the command line.
 USUAL = frozenset(
@@ -29,6 +33,12 @@ USUAL = frozenset(
 USUAL_PREFIXES = ("CUDA_", "GLOO_", "NCCL_", "TORCH_NCCL_", "UCX_", "VLLM_")
 NOT_EXPORTED = frozenset({"CUDA_VISIBLE_DEVICES"})  # of the machine where the job is submitted, not of its nodes
 HUB_TOKEN = "HF_TOKEN"
+# How long before its time limit a job is asked to save and stop.
+SLURM_SECONDS = 60  # Slurm may send the signal as much too late
+SAVE_SECONDS = 90  # assumed for a first checkpoint; 300 s in all with the other values
+STEP_SECONDS = 60  # assumed for a first step
+FLUSH_SECONDS = 30  # other stages write as they go, or start from the beginning
+LAST_STEPS = 100
 _BAD_IN_PATHS = re.compile(r"[\x00-\x1f\x7f%\\,'\"]|\.sbatch")
 
 
@@ -42,6 +52,11 @@ class Submission:
     python: str
     environ: Mapping[str, str]
     skip: frozenset[str] = frozenset()  # stages that are done
+
+    @cached_property
+    def jobs(self) -> list["PlannedJob"]:
+        """Planned once, since the run folder decides the margins: what is printed is what is submitted."""
+        return plan_jobs(self)
 
 
 @dataclass(frozen=True)
@@ -83,7 +98,11 @@ def plan_jobs(submission: Submission) -> list[PlannedJob]:
 def plan_job(submission: Submission, stage: str, parents: tuple[str, ...]) -> PlannedJob:
     recipe = submission.recipe
     config, stop_margin = recipe.slurm.of(stage), stop_margin_seconds(recipe.run, stage)
-    check_time(stage, config, stop_margin)
+    if config.time is not None and (limit := seconds_of(config.time)) <= stop_margin:
+        raise InputError(
+            f"slurm.time={config.time} of {stage} is {limit} s, and the job is asked to save and stop {stop_margin} s "
+            "before its end. Give it more."
+        )
     log = str(recipe.run.job_log(stage))
     arguments = [
         f"--job-name={recipe.name}-{stage}",
@@ -99,6 +118,34 @@ def plan_job(submission: Submission, stage: str, parents: tuple[str, ...]) -> Pl
         str(recipe.run.recipe),
     ]
     return PlannedJob(stage, parents, config, tuple(arguments), log)
+
+
+def stop_margin_seconds(run: RunDir, stage: str) -> int:
+    """Seconds from the signal to the time limit. For training: twice the time to save, the longest of the last steps,
+    and the inaccuracy of Slurm.
+
+    Saving and steps are timed by what an earlier attempt left. Without an earlier attempt they are assumed.
+    """
+    if stage != "train":
+        return FLUSH_SECONDS + SLURM_SECONDS
+    saving, step = last_save_seconds(run), longest_step_seconds(run)
+    saving = SAVE_SECONDS if saving is None else saving
+    step = STEP_SECONDS if step is None else step
+    return round(2 * saving + step) + SLURM_SECONDS
+
+
+def last_save_seconds(run: RunDir) -> float | None:
+    """From the first to the last file of the newest checkpoint. The manifest is written last."""
+    folder = newest_checkpoint(run.checkpoints)
+    if folder is None:
+        return None
+    times = [path.stat().st_mtime for path in folder.rglob("*") if path.is_file()]
+    return max(0.0, (folder / MANIFEST).stat().st_mtime - min(times))
+
+
+def longest_step_seconds(run: RunDir) -> float | None:
+    seconds = [row["seconds"] for row in read_last_jsonl(run.metrics) if row.get("stage") == "train" and "step" in row]
+    return max(seconds[-LAST_STEPS:], default=None)
 
 
 def resources(config: JobConfig) -> list[str]:

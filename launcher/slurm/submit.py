@@ -10,7 +10,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from cluster.errors import InputError, TunesmithError
@@ -20,21 +20,13 @@ from launcher.done import is_done
 from launcher.recipe import Recipe
 from launcher.slurm import container
 from launcher.slurm.client import Partition, Slurm, clean_environment
-from launcher.slurm.sbatch import PlannedJob, Submission, plan_jobs
+from launcher.slurm.sbatch import PlannedJob, Submission
 from launcher.slurm.snapshot import take_snapshot
 from launcher.slurm.submitted import SubmittedJob, read_jobs
 from launcher.slurm_config import JobConfig, seconds_of
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """A submission and its jobs."""
-
-    submission: Submission
-    jobs: list[PlannedJob]
-
-
-def prepare(recipe: Recipe, folder: Path, code: Path) -> Prepared:
+def prepare(recipe: Recipe, folder: Path, code: Path) -> Submission:
     """The jobs of what is not done, with a copy of the code in the folder `code`. Submits nothing.
 
     Raises InputError if the run folder is another recipe's, or if the jobs could not be what the recipe says.
@@ -51,9 +43,8 @@ def prepare(recipe: Recipe, folder: Path, code: Path) -> Prepared:
         environ=clean_environment(os.environ),
         skip=frozenset(stage for stage in STAGES if is_done(stage, recipe, run)),
     )
-    prepared = Prepared(submission, plan_jobs(submission))
-    save_plan(prepared)
-    return prepared
+    save_plan(submission)
+    return submission
 
 
 def check_batch(recipe: Recipe) -> None:
@@ -72,9 +63,8 @@ def check_batch(recipe: Recipe) -> None:
         )
 
 
-def save_plan(prepared: Prepared) -> None:
+def save_plan(submission: Submission) -> None:
     """Write `plan.json`. A stage's id stands as $stage in the commands of those that wait for it."""
-    submission = prepared.submission
     jobs = [
         {
             "stage": job.stage,
@@ -83,7 +73,7 @@ def save_plan(prepared: Prepared) -> None:
             "log": job.log,
             "asks": job.config.model_dump(),
         }
-        for job in prepared.jobs
+        for job in submission.jobs
     ]
     submission.recipe.run.create()
     write_json(
@@ -95,10 +85,10 @@ def save_plan(prepared: Prepared) -> None:
     )  # fmt: skip
 
 
-def check_with_slurm(prepared: Prepared, slurm: Slurm) -> None:
+def check_with_slurm(submission: Submission, slurm: Slurm) -> None:
     """Raise InputError if a job of the chain could never run here, with the recipe's key for it."""
     partitions = slurm.partitions()
-    for job in prepared.jobs:
+    for job in submission.jobs:
         check_request(job.stage, job.config, partitions)
         try:
             slurm.test(job.argv(dict.fromkeys(job.parents, "1")))
@@ -139,38 +129,34 @@ def check_request(stage: str, config: JobConfig, partitions: list[Partition]) ->
 
 def refuse_live_jobs(recipe: Recipe, slurm: Slurm) -> None:
     """Raise InputError if jobs of the run wait or run: two at once would undo each other's work."""
-    ids = [job.job_id for job in read_jobs(recipe.run)]
-    known = slurm.queue(ids)
-    live = [
-        f"{job_id} ({known[job_id].state.lower()})" for job_id in ids if job_id in known and not known[job_id].is_over
-    ]
-    if live:
+    live = slurm.live(job.job_id for job in read_jobs(recipe.run))
+    if listed := ", ".join(f"{job.job_id} ({job.state.lower()})" for job in live):
         raise InputError(
-            f"{recipe.run.root} has jobs in the queue: {', '.join(live)}. See `tunesmith status {recipe.run.root}`, "
+            f"{recipe.run.root} has jobs in the queue: {listed}. See `tunesmith status {recipe.run.root}`, "
             f"or end them with `tunesmith cancel {recipe.run.root}`."
         )
 
 
-def submit(prepared: Prepared, slurm: Slurm, on_submit: Callable[[list[str]], None]) -> dict[str, str]:
+def submit(submission: Submission, slurm: Slurm, on_submit: Callable[[list[str]], None]) -> dict[str, str]:
     """Submit the chain and return the jobs' ids by stage. Calls `on_submit` with every sbatch command that was run."""
-    recipe = prepared.submission.recipe
+    recipe = submission.recipe
     run = recipe.run.create()
     with exclusive_lock(run.submission_lock, f"submission of {run.root}"):
         refuse_live_jobs(recipe, slurm)
         with exclusive_lock(run.lock, f"run folder {run.root}"):
             recipe.save(run)
-        prepare_run_folder(prepared)
+        prepare_run_folder(submission)
         file, ids = run.jobs, {}
         before = file.read_bytes() if file.is_file() else None
         try:
-            for job in prepared.jobs:
+            for job in submission.jobs:
                 argv = job.argv(ids)
                 ids[job.stage] = slurm.submit(argv)
                 on_submit(argv)
-            check_chain(prepared.jobs, ids, slurm)
-            for job in prepared.jobs:
+            check_chain(submission.jobs, ids, slurm)
+            for job in submission.jobs:
                 append_jsonl(file, row_of(job, ids))
-            slurm.release(ids[prepared.jobs[0].stage])
+            slurm.release(ids[submission.jobs[0].stage])
         except BaseException:
             if before is None:
                 file.unlink(missing_ok=True)
@@ -190,15 +176,14 @@ def undo_submission(job_ids: list[str], slurm: Slurm) -> None:
         raise TunesmithError(f"{error} A part of a chain is left in the queue: scancel {' '.join(job_ids)}") from error
 
 
-def prepare_run_folder(prepared: Prepared) -> None:
+def prepare_run_folder(submission: Submission) -> None:
     """Make what the jobs need in the run folder: folders for their logs, and the container's settings."""
-    recipe = prepared.submission.recipe
-    for job in prepared.jobs:
+    recipe = submission.recipe
+    for job in submission.jobs:
         Path(job.log).parent.mkdir(parents=True, exist_ok=True)
     if recipe.slurm.container is not None:
-        folders = (recipe.run.root, prepared.submission.folder)
-        settings = container.make_container(recipe.slurm.container, folders)
-        write_atomic(recipe.run.container, settings.dump())
+        folders = (recipe.run.root, submission.folder)
+        write_json(recipe.run.container, container.make_settings(recipe.slurm.container, folders))
 
 
 def check_chain(jobs: list[PlannedJob], ids: Mapping[str, str], slurm: Slurm) -> None:

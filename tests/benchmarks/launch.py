@@ -25,8 +25,7 @@ from rich.table import Table
 
 from launcher.print_status import print_status
 from launcher.slurm.plan import print_slurm_plan
-from launcher.slurm.sbatch import plan_jobs
-from launcher.slurm.submit import Prepared, submit
+from launcher.slurm.submit import submit
 from launcher.status import read_statuses
 from tests.launcher.slurm_chain import FakeSlurm, recipe_of, submission_of
 from tests.slurm.bed import SlurmBed
@@ -176,8 +175,8 @@ def of_a_thousand_nodes() -> tuple[float, float]:
         )
         console, slurm = Console(width=200, file=io.StringIO()), FakeSlurm()
         chain = submission_of(recipe)
-        planning = timed(lambda: print_slurm_plan(Prepared(chain, plan_jobs(chain)), Path("recipe.yaml"), console))
-        submit(Prepared(chain, plan_jobs(chain)), slurm, lambda argv: None)
+        planning = timed(lambda: print_slurm_plan(chain, Path("recipe.yaml"), console))
+        submit(chain, slurm, lambda argv: None)
         nodes = ",".join(f"node{number:04d}" for number in range(1000))
         for job_id in slurm.queue_lines:
             slurm.queue_lines[job_id] = f"{job_id}|RUNNING|1-02:03:04|1000|{nodes}|(null)|None"

@@ -8,12 +8,11 @@ import pytest
 
 from cluster.errors import InputError
 from cluster.files import write_json
-from launcher.slurm.container import Container, job_container, make_container
-from launcher.slurm.sbatch import plan_jobs
+from launcher.slurm.container import job_container, make_settings
+from launcher.slurm.sbatch import plan_jobs, stop_margin_seconds
 from launcher.slurm.snapshot import code_files, take_snapshot
-from launcher.slurm.stop_margin import stop_margin_seconds
 from launcher.slurm.submit import check_batch
-from launcher.slurm_config import SlurmConfig, refuse_option, seconds_of
+from launcher.slurm_config import ContainerConfig, SlurmConfig, refuse_option, seconds_of
 from tests.launcher.slurm_chain import ENVIRON, recipe_of, submission_of
 
 SLURM = {
@@ -171,14 +170,14 @@ def test_containers_are_options_of_srun_or_a_command_of_the_step(tmp_path: Path)
     recipe = recipe_of(tmp_path, slurm)
     [option] = [each for each in plan_jobs(submission_of(recipe))[0].arguments if each.startswith("--export=")]
     assert option.endswith(f",TUNESMITH_CONTAINER={tmp_path}/run/container.json")
-    pyxis = make_container(recipe.slurm.container, (Path("/run"), Path("/work"), Path("/run")))
+    pyxis = make_settings(recipe.slurm.container, (Path("/run"), Path("/work"), Path("/run")))
     mounts = ["/run:/run", "/work:/work", "/tmp:/tmp", "/data:/data:ro"]
-    assert pyxis.srun_options() == ["--container-image=org/image:1", f"--container-mounts={','.join(mounts)}"]
-    assert pyxis.command() == ["/venv/bin/python"]
-    apptainer = Container("apptainer", "/images/a.sif", ("/run:/run",), "python3")
-    assert apptainer.srun_options() == []
-    assert apptainer.command() == ["apptainer", "exec", "--bind", "/run:/run", "/images/a.sif", "python3"]
-    (tmp_path / "container.json").write_text(pyxis.dump())
+    options = ["--container-image=org/image:1", f"--container-mounts={','.join(mounts)}"]
+    assert pyxis == {"srun_options": options, "command": ["/venv/bin/python"]}
+    apptainer = make_settings(ContainerConfig(runtime="apptainer", image="/images/a.sif"), (Path("/run"),))
+    command = ["apptainer", "exec", "--bind", "/run:/run", "--bind", "/tmp:/tmp", "/images/a.sif", "python3"]
+    assert apptainer == {"srun_options": [], "command": command}
+    write_json(tmp_path / "container.json", pyxis)
     assert job_container({"TUNESMITH_CONTAINER": str(tmp_path / "container.json")}) == pyxis
     assert job_container({}) is None
 
@@ -189,9 +188,9 @@ def test_steps_get_the_whole_environment_and_the_container(tmp_path: Path, monke
 
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "4")
     assert supervisor.srun() == ["srun", "--export=ALL", "--cpus-per-task=4"]
-    (tmp_path / "container.json").write_text(Container("pyxis", "image", (), "python3").dump())
+    write_json(tmp_path / "container.json", make_settings(ContainerConfig(image="image"), ()))
     monkeypatch.setenv("TUNESMITH_CONTAINER", str(tmp_path / "container.json"))
-    assert supervisor.srun()[3:] == ["--container-image=image", "--container-mounts="]
+    assert supervisor.srun()[3:] == ["--container-image=image", "--container-mounts=/tmp:/tmp"]
     assert container.python_module("launcher.cli")[0] == "python3"
 
 

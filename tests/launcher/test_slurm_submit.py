@@ -11,21 +11,20 @@ from cluster.files import read_jsonl
 from cluster.run.rundir import RunDir
 from launcher.slurm.cancel import cancel_run
 from launcher.slurm.client import Partition, SlurmNoAnswer, SlurmRefused, clean_environment
-from launcher.slurm.sbatch import plan_jobs
-from launcher.slurm.submit import Prepared, check_request, submit
+from launcher.slurm.sbatch import Submission
+from launcher.slurm.submit import check_request, submit
 from launcher.slurm.submitted import read_jobs
 from launcher.slurm_config import JobConfig
 from tests.launcher.slurm_chain import FakeSlurm, recipe_of, submission_of
 
 
-def prepared(folder: Path) -> Prepared:
+def prepared(folder: Path) -> Submission:
     recipe = recipe_of(folder)
-    (recipe.run_dir).mkdir(exist_ok=True)
-    chain = submission_of(recipe)
-    return Prepared(chain, plan_jobs(chain))
+    recipe.run_dir.mkdir(exist_ok=True)
+    return submission_of(recipe)
 
 
-def submit_here(chain: Prepared, slurm: FakeSlurm) -> dict[str, str]:
+def submit_here(chain: Submission, slurm: FakeSlurm) -> dict[str, str]:
     return submit(chain, slurm, lambda argv: None)
 
 
@@ -35,7 +34,7 @@ def test_nothing_starts_before_all_is_there_and_all_is_written_down(tmp_path: Pa
     assert ids == {"train": "101", "export": "102", "evaluate": "103"}
     assert [words[0] for words in slurm.said] == ["sbatch", "sbatch", "sbatch", "squeue", "scontrol"]
     assert "--hold" in slurm.said[0] and slurm.said[-1] == ["scontrol", "release", "101"]
-    rows = read_jobs(chain.submission.recipe.run)
+    rows = read_jobs(chain.recipe.run)
     assert [list(row.argv) for row in rows] == slurm.said[:3] == [job.argv(ids) for job in chain.jobs]
     assert [row.parent_job_ids for row in rows] == [(), ("101",), ("102",)]
     assert rows[1].log == tmp_path / "run" / "logs" / "export-102.log"
@@ -71,7 +70,7 @@ def test_a_run_with_jobs_in_the_queue_is_refused_and_after_a_cancel_goes_on(tmp_
     with pytest.raises(InputError, match=r"has jobs in the queue: 101 \(pending\), 102 .*tunesmith cancel"):
         submit_here(prepared(tmp_path), slurm)
     assert cancel_run(tmp_path / "run", slurm) == ["103", "102", "101"]
-    run = prepared(tmp_path).submission.recipe.run
+    run = prepared(tmp_path).recipe.run
     submit_here(prepared(tmp_path), slurm)
     assert len(read_jobs(run)) == 6
 
@@ -98,7 +97,7 @@ def test_a_cancel_that_slurm_does_not_carry_out_changes_nothing(tmp_path: Path) 
 
 def test_another_runs_folder_is_refused(tmp_path: Path) -> None:
     chain = prepared(tmp_path)
-    run = chain.submission.recipe.run
+    run = chain.recipe.run
     other = recipe_of(tmp_path).model_copy(update={"seed": 7})
     other.save(run)
     (run.checkpoints / "step_000001").mkdir(parents=True)

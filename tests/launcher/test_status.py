@@ -16,8 +16,7 @@ from cluster.run.rundir import RunDir
 from launcher.print_status import print_runs, print_status
 from launcher.slurm.client import SlurmNoAnswer, parse_queue_line
 from launcher.slurm.logs import print_logs
-from launcher.slurm.sbatch import plan_jobs
-from launcher.slurm.submit import Prepared, submit
+from launcher.slurm.submit import submit
 from launcher.slurm.submitted import read_jobs
 from launcher.status import QueueAnswer, RunStatus, find_runs, may_still_run, read_run, read_statuses, status_of_run
 from tests.launcher.slurm_chain import FakeSlurm, recipe_of, submission_of
@@ -29,7 +28,7 @@ DATA = {"precision": "fp32", "data": ["rows.jsonl"]}
 def run(tmp_path: Path) -> RunDir:
     """A run whose jobs 101 (train), 102 and 103 were submitted."""
     chain = submission_of(recipe_of(tmp_path, train=DATA))
-    submit(Prepared(chain, plan_jobs(chain)), FakeSlurm(), lambda argv: None)
+    submit(chain, FakeSlurm(), lambda argv: None)
     return chain.recipe.run
 
 
@@ -143,7 +142,7 @@ def test_a_thousand_nodes_and_many_runs_are_a_few_questions_and_a_table(tmp_path
     slurm, recipe = FakeSlurm(), recipe_of(tmp_path, train=DATA)
     for number in range(20):
         chain = submission_of(recipe.model_copy(update={"run_dir": tmp_path / "runs" / f"r{number:03d}"}))
-        submit(Prepared(chain, plan_jobs(chain)), slurm, lambda argv: None)
+        submit(chain, slurm, lambda argv: None)
     nodes = ",".join(f"node{number:04d}" for number in range(1000))
     for job_id in slurm.queue_lines:
         slurm.queue_lines[job_id] = f"{job_id}|RUNNING|1-02:03:04|1000|{nodes}|(null)|None"

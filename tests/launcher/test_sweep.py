@@ -32,19 +32,21 @@ def members(path: Path, *overrides: str):
 
 def test_every_combination_is_a_run_of_its_own(tmp_path: Path) -> None:
     runs = members(write(tmp_path, sweep=SWEEP), "train.tuning=lora", "seed=3")
-    assert [run.name for run in runs] == [
+    assert [recipe.run_dir.name for _, recipe in runs] == [
         "001_learning_rate-1e-3_rank-4", "002_learning_rate-1e-3_rank-8", "003_learning_rate-0.01_rank-4",
         "004_learning_rate-0.01_rank-8",
     ]  # fmt: skip
-    settings = [(run.recipe.train.learning_rate, run.recipe.train.lora.rank, run.recipe.seed) for run in runs]
+    settings = [(recipe.train.learning_rate, recipe.train.lora.rank, recipe.seed) for _, recipe in runs]
     assert settings == [(0.001, 4, 3), (0.001, 8, 3), (0.01, 4, 3), (0.01, 8, 3)]
-    assert runs[0].recipe.run_dir == tmp_path / "run" / "sweep" / runs[0].name and runs[0].recipe.sweep == {}
-    again = Recipe(**yaml.safe_load(yaml.safe_dump(runs[0].recipe.model_dump(mode="json"))))
+    _, first = runs[0]
+    assert first.run_dir.parent == tmp_path / "run" / "sweep" and first.sweep == {}
+    again = Recipe(**yaml.safe_load(yaml.safe_dump(first.model_dump(mode="json"))))
     assert again.name == "tiny-001_learning_rate-1e-3_rank-4"
 
 
-def test_a_recipe_without_a_sweep_has_no_members(tmp_path: Path) -> None:
-    assert members(write(tmp_path)) == []
+def test_a_recipe_without_a_sweep_is_its_only_run(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    assert members(path) == [({}, load(path, []))]
 
 
 @pytest.mark.parametrize(
@@ -76,7 +78,7 @@ def test_the_folder_remembers_its_runs_and_refuses_others(tmp_path: Path) -> Non
     runs = members(write(tmp_path, sweep=SWEEP))
     save_index(RunDir(tmp_path / "run"), runs)
     save_index(RunDir(tmp_path / "run"), runs)
-    assert [values for _, values in read_index(tmp_path / "run")] == [run.values for run in runs]
+    assert [values for _, values in read_index(tmp_path / "run")] == [values for values, _ in runs]
     with pytest.raises(InputError, match="holds another sweep"):
         save_index(RunDir(tmp_path / "run"), runs[:2])
     (tmp_path / "single").mkdir()
@@ -88,14 +90,15 @@ def test_the_folder_remembers_its_runs_and_refuses_others(tmp_path: Path) -> Non
 def test_one_table_has_the_values_the_states_and_what_came_of_them(tmp_path: Path) -> None:
     runs = members(write(tmp_path, sweep={"train.learning_rate": [0.1, 0.2]}))
     save_index(RunDir(tmp_path / "run"), runs)
-    for run in runs:
-        run.recipe.save(run.recipe.run.create())
-    write_json(runs[1].recipe.run.result("train"), {"status": "failed", "message": "no", "validation_loss": 1.25})
+    recipes = [recipe for _, recipe in runs]
+    for recipe in recipes:
+        recipe.save(recipe.run.create())
+    write_json(recipes[1].run.result("train"), {"status": "failed", "message": "no", "validation_loss": 1.25})
     group = {"num_rows": 4, "exact_match": 0.5, "rouge_l": 0.1}
     figures = {"models": {"tuned": {"a": group, "b": group | {"exact_match": 1.0, "num_rows": 12}}}}
-    write_json(runs[1].recipe.run.result("evaluate"), {"status": "done", **figures})
+    write_json(recipes[1].run.result("evaluate"), {"status": "done", **figures})
     found = find_runs(tmp_path)
-    assert [place for place, _ in found] == folders_of(tmp_path / "run") == [run.recipe.run_dir for run in runs]
+    assert [place for place, _ in found] == folders_of(tmp_path / "run") == [recipe.run_dir for recipe in recipes]
     console = Console(width=200, record=True)
     print_runs(
         list(zip(read_statuses([p for p, _ in found], FakeSlurm()), (v for _, v in found), strict=True)), console

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from launcher.slurm.container import ENVIRONMENT, Container
+from cluster.files import write_json
+from launcher.slurm.container import ENVIRONMENT, make_settings
+from launcher.slurm_config import ContainerConfig
 from tests.fakes import generated_ids
 from tests.slurm.bed import SlurmBed
 from tests.slurm.machine import PROJECT
@@ -61,9 +63,9 @@ def lay_out_image(bed: SlurmBed, folder: Path, runtime: str) -> dict[str, str]:
     log = folder / "inside.log"
     shim.write_text(text.format(python=sys.executable, image=IMAGE, log=log, srun=srun, inside=inside))
     shim.chmod(0o755)
-    mounts = tuple(f"{place}:{place}" for place in (folder, PROJECT, "/tmp"))
+    config = ContainerConfig(runtime=runtime, image=IMAGE, python=sys.executable)
     container = folder / "container.json"
-    container.write_text(Container(runtime, IMAGE, mounts, sys.executable).dump())
+    write_json(container, make_settings(config, (folder, PROJECT)))
     return {"PATH": f"{shim.parent}:{bed.env['PATH']}", ENVIRONMENT: str(container)}
 
 
