@@ -83,13 +83,14 @@ def logs(
 
 def cancel(run: RunFolder) -> None:
     """Cancel all Slurm jobs of a run or a sweep. What is saved is kept."""
-    from launcher.slurm.cancel import cancel_run
     from launcher.slurm.client import Slurm
+    from launcher.slurm.submitted import cancel_run
+    from launcher.status import read_run
     from launcher.sweep import folders_of
 
     slurm = Slurm()
     for folder in folders_of(run):
-        cancelled = cancel_run(folder, slurm)
+        cancelled = cancel_run(read_run(folder)[1], slurm)
         typer.echo(f"{folder}: " + (f"cancelled {', '.join(cancelled)}" if cancelled else "no jobs in the queue"))
     typer.echo(f"To continue: tunesmith resume {run}")
 

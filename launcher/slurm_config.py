@@ -117,13 +117,10 @@ def seconds_of(time: str) -> int | None:
         return None
     days, *parts = match.groups()
     values = [int(part) for part in parts if part is not None]
-    if days is not None:
-        hours, minutes, seconds = values + [0] * (3 - len(values))
-        return ((int(days) * 24 + hours) * 60 + minutes) * 60 + seconds
-    if len(values) == 3:
-        return (values[0] * 60 + values[1]) * 60 + values[2]
-    minutes, seconds = values + [0] * (2 - len(values))
-    return minutes * 60 + seconds
+    if days is None and len(values) < 3:
+        values = [0, *values]  # M and M:S begin with minutes, all others with hours
+    hours, minutes, seconds = [*values, 0, 0][:3]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 class OneNodeJobConfig(JobConfig):

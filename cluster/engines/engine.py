@@ -93,21 +93,21 @@ def engine_arguments(
 ) -> "AsyncEngineArgs":
     from vllm import AsyncEngineArgs
 
-    optional = {
-        name: value
-        for name in ("max_model_len", "max_num_batched_tokens")
-        if (value := getattr(config, name)) is not None
-    }
+    executor = None  # one rank, else Ray on GPUs, so that the engine may span nodes, and local processes on CPUs
+    if config.gpus_per_engine > 1:
+        executor = "ray" if num_gpus else "mp"
     return AsyncEngineArgs(
         model=model.path,
         revision=model.revision,
         trust_remote_code=False,
         tensor_parallel_size=config.tensor_parallel_size,
         pipeline_parallel_size=config.pipeline_parallel_size,
-        distributed_executor_backend=executor_backend(config, num_gpus),
+        distributed_executor_backend=executor,
         dtype=weights_dtype(config, num_gpus),
         gpu_memory_utilization=config.gpu_memory_utilization,
+        max_model_len=config.max_model_len,
         max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
         enforce_eager=config.enforce_eager,
         enable_prefix_caching=config.enable_prefix_caching,
         seed=config.seed,
@@ -120,7 +120,6 @@ def engine_arguments(
         # On a CPU a seeded request whose prompt is computed in chunks kills the engine ("CPU Generator does not use
         # offset", vLLM 0.32.0).
         enable_chunked_prefill=num_gpus > 0,
-        **optional,
         **lora_arguments(config, adapters, num_gpus),
     )
 
@@ -204,13 +203,6 @@ def check_adapters(config: EngineConfig, adapters: tuple[str, ...]) -> None:
                 f"{path}: its rank {rank} is more than engine.max_lora_rank={config.max_lora_rank}. Raise it, or "
                 "remove it from the recipe."
             )
-
-
-def executor_backend(config: EngineConfig, num_gpus: int) -> str | None:
-    """The executor of an engine of several ranks: Ray on GPUs, so that it may span nodes, else local processes."""
-    if config.gpus_per_engine == 1:
-        return None
-    return "ray" if num_gpus else "mp"
 
 
 def weights_dtype(config: EngineConfig, num_gpus: int) -> str:

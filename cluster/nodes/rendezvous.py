@@ -26,6 +26,7 @@ from cluster.run.rundir import RunDir
 
 MEET_SECONDS = 300  # nodes of a job start within seconds, but NFS may show a new file a minute later
 POLL_SECONDS = 0.2
+CONNECT_SECONDS = 5.0
 FIRST_PORT, NUM_PORTS = 20000, 10000  # below 32768, the first port that Linux assigns by itself
 NUM_PORT_TRIES = 16  # also the distance between jobs with adjacent ids, so two jobs on a node try different ports
 
@@ -101,6 +102,15 @@ def free_port(job_id: str) -> int:
             return port
     first = FIRST_PORT + start % NUM_PORTS
     raise TunesmithError(f"{socket.gethostname()}: port {first} and the {NUM_PORT_TRIES - 1} after it are all taken.")
+
+
+def is_listening(address: str, port: int) -> bool:
+    """Whether a process answers at this address now."""
+    try:
+        socket.create_connection((address, port), timeout=CONNECT_SECONDS).close()
+    except OSError:
+        return False
+    return True
 
 
 def read_json(path: Path, step_id: int | None = None) -> Any:

@@ -35,15 +35,11 @@ def ray_session(run_root: Path) -> Iterator[None]:
     if ray.is_initialized():
         yield
     else:
-        address = _address_of_own_ray() or os.environ.get("RAY_ADDRESS")
+        address = os.environ.get("RAY_ADDRESS")
+        if path := os.environ.get(ADDRESS_FILE):  # if that Ray fails, its starter ends this process
+            address = await_json(Path(path), deadline=math.inf)
         with _joined(address) if address else _private(run_root):
             yield
-
-
-def _address_of_own_ray() -> str | None:
-    """The address in ADDRESS_FILE, as soon as it is there. If that Ray fails, its starter ends this process."""
-    path = os.environ.get(ADDRESS_FILE)
-    return None if path is None else await_json(Path(path), deadline=math.inf)
 
 
 @contextlib.contextmanager

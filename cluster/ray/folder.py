@@ -37,7 +37,8 @@ def new_token() -> str:
 @contextlib.contextmanager
 def private_folder(token: str) -> Iterator[Path]:
     """A new folder with the token in it, removed at the end. Also removes the folders of processes that were killed."""
-    parent = own_tmp()
+    # If /tmp is full, `tempfile.gettempdir` may choose a folder that nodes share.
+    parent = Path(os.environ.get("TMPDIR") or "/tmp")
     _remove_abandoned(parent)
     with contextlib.ExitStack() as stack:
         try:
@@ -63,11 +64,6 @@ def _write_token(folder: Path, token: str) -> TextIO:
     file.flush()
     os.rename(folder / "token.new", folder / "token")  # so the token exists only with its lock
     return file
-
-
-def own_tmp() -> Path:
-    """TMPDIR or /tmp. If /tmp is full, `tempfile.gettempdir` may choose a folder that nodes share."""
-    return Path(os.environ.get("TMPDIR") or "/tmp")
 
 
 def _remove_abandoned(parent: Path) -> None:

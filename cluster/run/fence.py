@@ -21,7 +21,7 @@ import re
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -68,9 +68,11 @@ def claim(
     folder = RunDir(run_root).claims
     with explain_full_disk(run_root):
         folder.mkdir(parents=True, exist_ok=True)
-        token = newest(run_root) + 1
-        while (descriptor := _create(_file(run_root, token))) is None:
-            token += 1  # another attempt took this one
+        token, descriptor = newest(run_root), None
+        while descriptor is None:
+            token += 1
+            with suppress(FileExistsError):  # another attempt took this one
+                descriptor = os.open(_file(run_root, token), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         now = round(time.time(), 3)
         own = Claim(token, stage, job_id, socket.gethostname(), os.getpid(), now, hosts, progress, restart_count)
         with open(descriptor, "w") as file:
@@ -164,11 +166,3 @@ def run_lock(path: Path) -> Iterator[None]:
 
 def _file(run_root: Path, token: int) -> Path:
     return RunDir(run_root).claims / f"{token:06d}.json"
-
-
-def _create(path: Path) -> int | None:
-    """Create a file and open it. None means that it exists already."""
-    try:
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    except FileExistsError:
-        return None

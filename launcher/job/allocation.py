@@ -5,7 +5,7 @@ for allocation in read_allocation(os.environ["SLURM_JOB_ID"], Slurm()):
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cluster.errors import InputError
@@ -35,17 +35,13 @@ def read_allocation(job_id: str, slurm: Slurm) -> list[NodeAllocation]:
 
     Raises InputError if the answer does not say what the job has on each node.
     """
-    return parse_allocation(slurm.show_job(job_id), slurm.host_names)
-
-
-def parse_allocation(details: str, expand: Callable[[str], list[str]]) -> list[NodeAllocation]:
-    allocations = {}
+    details, allocations = slurm.show_job(job_id), {}
     for hosts, cpu_ids, memory, gres in _NODES.findall(details):
         num_gpus = sum(map(int, _GPUS.findall(gres)))
-        for host in expand(hosts):
+        for host in slurm.host_names(hosts):
             allocations[host] = NodeAllocation(host, _count_ids(cpu_ids), num_gpus, int(memory))
     listed = re.search(r"^ *NodeList=(\S+)", details, re.MULTILINE)
-    order = expand(listed.group(1)) if listed else []
+    order = slurm.host_names(listed.group(1)) if listed else []
     if not allocations or set(order) != set(allocations):
         raise InputError(
             "`scontrol --details show job` does not show what the job has on each node. A line for each node such as "

@@ -29,6 +29,7 @@ from launcher.job import node_health
 from launcher.job.hang import WATCHED, HangWatch
 from launcher.job.preflight import OnAllNodes, check_nodes
 from launcher.recipe import Recipe, load
+from launcher.slurm.client import restart_count
 from launcher.slurm.submitted import SubmittedJob, read_jobs
 
 FENCE_CHECK_SECONDS = 5.0
@@ -165,11 +166,6 @@ class Attempt:
 
     def _event(self, event: str, **fields: object) -> None:
         self.run.event(self.stage, event, job=self.job.job_id, attempt=self.restart_count + 1, **fields)
-
-
-def restart_count() -> int:
-    """How often Slurm has requeued this job."""
-    return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 
 
 def open_attempt(stage: str, recipe_argv: list[str], hosts: tuple[str, ...]) -> Attempt | None:

@@ -6,15 +6,14 @@ Slurm takes the node out of the job, which keeps its other nodes until its time 
 
 import contextlib
 import os
-import socket
 import time
 from collections.abc import Callable
 
 from cluster.errors import TunesmithError
-from launcher.slurm.client import Slurm, SlurmError
+from cluster.nodes.rendezvous import is_listening
+from launcher.slurm.client import Slurm, SlurmError, restart_count
 
 CHECK_SECONDS = 10.0
-ANSWER_SECONDS = 3.0
 LINGER_SECONDS = 900.0  # Slurm takes a silent node for dead after 300 s, unless SlurmdTimeout says otherwise
 
 
@@ -29,7 +28,6 @@ class FirstNode:
         """`host` is its name in Slurm. `address` is the HOST:PORT where the head of Ray listens on it."""
         self._slurm = Slurm()
         self._job_id = os.environ["SLURM_JOB_ID"]
-        self._restart_count = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         self._host = host
         name, _, port = address.rpartition(":")
         self._address = (name, int(port))
@@ -42,7 +40,7 @@ class FirstNode:
         """
         if time.monotonic() < self._next_check:
             return
-        if not self._answers() and self._end_job_if_lost():
+        if not is_listening(*self._address) and self._end_job_if_lost():
             raise FirstNodeLost(f"the job's first node {self._host} is lost, so the job was ended.")
         self._next_check = time.monotonic() + CHECK_SECONDS
 
@@ -52,22 +50,15 @@ class FirstNode:
         `is_over` may wait a moment.
         """
         deadline = time.monotonic() + LINGER_SECONDS
-        while not is_over() and not self._answers() and time.monotonic() < deadline:
+        while not is_over() and not is_listening(*self._address) and time.monotonic() < deadline:
             self.check()
-
-    def _answers(self) -> bool:
-        try:
-            socket.create_connection(self._address, timeout=ANSWER_SECONDS).close()
-        except OSError:
-            return False
-        return True
 
     def _end_job_if_lost(self) -> bool:
         """Requeue the job, or cancel it if it may not be requeued. False if the node is not lost, or if Slurm gives no
         answer."""
         with contextlib.suppress(SlurmError):
             fields = self._slurm.job_fields(self._job_id)
-            is_ours = fields["JobState"] == "RUNNING" and int(fields["Restarts"]) == self._restart_count
+            is_ours = fields["JobState"] == "RUNNING" and int(fields["Restarts"]) == restart_count()
             if not is_ours or self._host in self._slurm.host_names(fields["NodeList"]):
                 return False
             if fields["Requeue"] == "1":

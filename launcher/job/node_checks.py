@@ -136,8 +136,11 @@ def check_port() -> str | None:
     return None
 
 
-def read_gpus() -> tuple[str, str | None]:
-    """The node's GPUs as `nvidia-smi` lists them, and a message if something is wrong with them."""
+def read_gpus(num_gpus: int) -> tuple[str, str | None]:
+    """The node's GPUs as `nvidia-smi` lists them, and a message if something is wrong with them.
+
+    `num_gpus` belong to the job.
+    """
     if shutil.which("nvidia-smi") is None:
         return "no nvidia-smi", None
     fields = "name,memory.total,ecc.errors.uncorrected.volatile.total"
@@ -150,7 +153,8 @@ def read_gpus() -> tuple[str, str | None]:
     if done.returncode:
         return "nvidia-smi fails", f"nvidia-smi: {(done.stderr or done.stdout).strip()}"
     bad = [line for line in lines if line.rsplit(",", 1)[-1].strip() not in ("0", "[N/A]", "N/A")]
-    return "; ".join(lines), f"uncorrected memory errors: {'; '.join(bad)}" if bad else None
+    message = f"{num_gpus} belong to the job, nvidia-smi lists {len(lines)}" if len(lines) < num_gpus else None
+    return "; ".join(lines), f"uncorrected memory errors: {'; '.join(bad)}" if bad else message
 
 
 def check_node(report: NodeReport, run_root: Path, num_gpus: int) -> None:
@@ -165,11 +169,8 @@ def check_node(report: NodeReport, run_root: Path, num_gpus: int) -> None:
     report.try_check("port", check_port)
     if not any(finding.check == "run folder" for finding in report.findings):
         report.skew_seconds = round(clock_skew(run_root, name), 3)
-    report.gpus, gpu_error = read_gpus()
+    report.gpus, gpu_error = read_gpus(num_gpus)
     report.try_check("GPUs", lambda: gpu_error)
-    num_listed = len(report.gpus.split("; ")) if shutil.which("nvidia-smi") else None
-    if num_listed is not None and num_listed < num_gpus and not gpu_error:
-        report.findings.append(Finding("GPUs", f"{num_gpus} belong to the job, nvidia-smi lists {num_listed}"))
     report.seconds = round(time.monotonic() - started, 3)
 
 

@@ -25,7 +25,7 @@ from cluster.run.fence import own_token
 from cluster.run.rundir import RunDir
 from launcher.job import node_health
 from launcher.job.node_checks import Finding, NodeReport, check_node, compare_reports, from_json, sum_over_nodes
-from launcher.slurm.client import Slurm
+from launcher.slurm.client import Slurm, restart_count
 from launcher.slurm.container import python_module
 
 REPORT_SECONDS = 60.0  # until every node has reported; a shared file system may show files late
@@ -50,7 +50,7 @@ def check_nodes(run: RunDir, job_id: str, hosts: tuple[str, ...], on_all_nodes: 
         return
     if code == EXIT_PREEMPTED:
         raise Preempted("the job was asked to stop before the stage began. The next attempt begins it.")
-    folder = run.attempt_dir(job_id, int(os.environ.get("SLURM_RESTART_COUNT", "0")))
+    folder = run.attempt_dir(job_id, restart_count())
     failures = read_failures(folder, hosts)
     failed = tuple(host for host in hosts if host in failures)
     checks = ", ".join(dict.fromkeys(finding.check for host in failed for finding in failures[host]))

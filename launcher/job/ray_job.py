@@ -16,7 +16,6 @@ import contextlib
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -26,7 +25,7 @@ from pathlib import Path
 from cluster.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, Preempted, TunesmithError
 from cluster.files import write_json
 from cluster.log import stage_logger
-from cluster.nodes.rendezvous import read_json
+from cluster.nodes.rendezvous import is_listening, read_json
 from cluster.processes.descendants import die_with_parent
 from cluster.processes.signals import StopRequest
 from cluster.ray.cluster import ADDRESS_FILE
@@ -35,9 +34,9 @@ from cluster.run.fence import Superseded, run_lock, verify
 from cluster.run.manifest import is_sealed
 from cluster.run.rundir import RunDir
 from launcher.job.allocation import NodeAllocation, node_step, read_allocation, step_environment
-from launcher.job.ray_node import DONE, KEEP_LOGS, RayNode
+from launcher.job.ray_node import DONE, KEEP_LOGS
 from launcher.recipe import Recipe, load
-from launcher.slurm.client import Slurm
+from launcher.slurm.client import Slurm, restart_count
 from launcher.slurm.container import python_module, step_options
 
 log = stage_logger("ray")
@@ -61,10 +60,9 @@ class NodeStep:
     def has_ended(self) -> bool:
         return self.srun.poll() is not None
 
-    def address(self) -> RayNode | None:
-        """The node's address. None means that the node has not written it yet."""
-        values = read_json(self.rendezvous_dir / f"node-{self.rank}.json")
-        return RayNode(**values) if values else None
+    def read_address(self) -> dict | None:
+        """What the node has written about itself: see ray_node.run. None means that it has not yet."""
+        return read_json(self.rendezvous_dir / f"node-{self.rank}.json")
 
     def failure_reason(self) -> str:
         """Why the node ended: from its exit report if it could write one."""
@@ -126,10 +124,10 @@ class RayJob:
         """Start Ray on all nodes and return the head's HOST:PORT. Raises TunesmithError naming a node that fails."""
         deadline = time.monotonic() + UP_SECONDS
         self._start_step(0, None)
-        while (node := self.steps[0].address()) is None:
+        while (node := self.steps[0].read_address()) is None:
             self._wait(deadline)
-        head = f"{node.address}:{node.head_port}"
-        while len(self._allocations) > 1 and not is_listening(node.address, node.head_port):
+        head = f"{node['address']}:{node['head_port']}"
+        while len(self._allocations) > 1 and not is_listening(node["address"], node["head_port"]):
             self._wait(deadline)
         for rank in range(1, len(self._allocations)):
             self._start_step(rank, head)
@@ -143,9 +141,9 @@ class RayJob:
         """Wait until the nodes that Ray counts as alive are those of this job."""
         addresses = []
         for step in self.steps:
-            while (node := step.address()) is None:
+            while (node := step.read_address()) is None:
                 self._wait(deadline)
-            addresses.append(node.address)
+            addresses.append(node["address"])
         if len(set(addresses)) < len(addresses):
             listed = ", ".join(map(" ".join, zip(self._hosts(), addresses, strict=True)))
             raise TunesmithError(
@@ -188,7 +186,7 @@ class RayJob:
         if self._stop.is_set:
             raise Preempted("the job was asked to stop before Ray was up. Nothing had begun.")
         if time.monotonic() > deadline:
-            late = [step.allocation.host for step in self.steps if step.address() is None] or self._hosts()
+            late = [step.allocation.host for step in self.steps if step.read_address() is None] or self._hosts()
             raise TunesmithError(
                 f"Ray is not up after {UP_SECONDS} s. Missing: {', '.join(late)}. Their errors may be above. "
                 f"If not, check that the run folder {self._run.root} is on a file system that all nodes share."
@@ -267,8 +265,10 @@ def run(stage: str, arguments: list[str], stop: StopRequest, checks: Sequence[Ca
     run = RunDir(recipe.run_dir.resolve()).create()
     with run_lock(run.lock):
         pass  # the driver will hold it; if another job does, the error comes now and not when Ray is up
-    job, attempt = os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-    rendezvous_dir = run.attempt_dir(job, attempt) / f"ray-{secrets.token_hex(4)}"  # new: no file of an earlier try
+    job = os.environ["SLURM_JOB_ID"]
+    rendezvous_dir = (
+        run.attempt_dir(job, restart_count()) / f"ray-{secrets.token_hex(4)}"
+    )  # new: no file of an earlier try
     rendezvous_dir.mkdir(parents=True)
     allocations = read_allocation(job, Slurm())
     log_idle_nodes(recipe, allocations)
@@ -312,11 +312,3 @@ def log_idle_nodes(recipe: Recipe, allocations: list[NodeAllocation]) -> None:
         log.info(f"engine.num_replicas={num_engines} leaves {idle} of {num_gpus} GPUs idle")
     elif not num_gpus and num_engines < len(allocations):
         log.info(f"engine.num_replicas={num_engines} leaves some of the {len(allocations)} nodes idle")
-
-
-def is_listening(address: str, port: int) -> bool:
-    try:
-        socket.create_connection((address, port), timeout=5).close()
-    except OSError:
-        return False
-    return True

@@ -21,7 +21,6 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
@@ -44,17 +43,6 @@ STORE_SHARE = 0.3  # of the node's memory and of what is free in /dev/shm, at mo
 EXITED = re.compile(r"(\w+) \[exit code=(-?\d+)\]")  # as `ray start --block` reports its processes
 COLOR = re.compile(r"\x1b\[[0-9;]*m")
 MAX_FILES = 65535
-
-
-@dataclass(frozen=True)
-class RayNode:
-    """What a node reports to the supervisor."""
-
-    host: str
-    address: str
-    interface: str
-    head_port: int  # where it listens if it is the head
-    step_id: str
 
 
 class Pipe:
@@ -86,8 +74,9 @@ def run(arguments: argparse.Namespace) -> int:
     first_node = FirstNode(arguments.head_host, arguments.head) if arguments.head else None
     address, interface = own_address()
     with claim_block(int(os.environ["SLURM_JOB_ID"])) as block, private_folder(token) as folder:
-        node = RayNode(socket.gethostname(), address, interface, block.head, os.environ["SLURM_STEP_ID"])
-        write_json(arguments.rendezvous_dir / f"node-{arguments.rank}.json", asdict(node))
+        host = socket.gethostname()
+        node = {"host": host, "address": address, "interface": interface, "head_port": block.head}  # if it is the head
+        write_json(arguments.rendezvous_dir / f"node-{arguments.rank}.json", node)
         message = None
         try:
             environment = {**ray_environ(folder, address), **block.environment()}
@@ -96,7 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
         finally:
             end_descendants(END_SECONDS)
             if message != DONE:
-                keep_logs(folder, arguments.logs / node.host)
+                keep_logs(folder, arguments.logs / host)
     return EXIT_FAILED if message == CLOSED else EXIT_DONE
 
 

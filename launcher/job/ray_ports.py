@@ -60,17 +60,16 @@ def claim_block(job_id: int) -> Iterator[PortBlock]:
 
     Raises TunesmithError if there is no such block.
     """
-    firsts = (FIRST_PORT + (job_id + number) % NUM_BLOCKS * BLOCK_SIZE for number in range(NUM_BLOCKS))
-    claims = ((first, _claim(first)) for first in firsts)
-    first, claim = next(((first, claim) for first, claim in claims if claim), (0, None))
-    if claim is None:
-        last = FIRST_PORT + NUM_BLOCKS * BLOCK_SIZE - 1
-        raise TunesmithError(
-            f"Ray cannot start on {socket.gethostname()}: it needs {BLOCK_SIZE} free ports in a row between "
-            f"{FIRST_PORT} and {last}, and there are none. `ss -tln` lists the ports in use."
-        )
-    with claim:
-        yield PortBlock(first)
+    for number in range(NUM_BLOCKS):
+        first = FIRST_PORT + (job_id + number) % NUM_BLOCKS * BLOCK_SIZE
+        if claim := _claim(first):
+            with claim:
+                yield PortBlock(first)
+            return
+    raise TunesmithError(
+        f"Ray cannot start on {socket.gethostname()}: it needs {BLOCK_SIZE} free ports in a row between {FIRST_PORT} "
+        f"and {FIRST_PORT + NUM_BLOCKS * BLOCK_SIZE - 1}, and there are none. `ss -tln` lists the ports in use."
+    )
 
 
 def _claim(first: int) -> socket.socket | None:

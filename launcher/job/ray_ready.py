@@ -6,12 +6,13 @@ This is a process of its own, because a client whose connection is refused or lo
 as soon as the nodes that are alive have exactly these addresses, and with 1 and a message if they do not in time.
 """
 
-import socket
 import sys
 import time
 
 from ray._raylet import GcsClient  # takes a second, which passes while Ray starts
 from ray.core.generated.gcs_pb2 import GcsNodeInfo
+
+from cluster.nodes.rendezvous import is_listening
 
 POLL_SECONDS = 0.1
 REPLY_SECONDS = 10.0
@@ -29,11 +30,8 @@ def await_nodes(head: str, expected: set[str], timeout_seconds: float) -> str:
     host, port = head.rsplit(":", 1)
     alive: set[str] = set()
     while time.monotonic() < deadline:
-        try:
-            socket.create_connection((host, int(port)), timeout=REPLY_SECONDS).close()
+        if is_listening(host, int(port)):
             alive = alive_addresses(head)
-        except OSError:  # not listening yet
-            pass
         if alive == expected:
             return ""
         time.sleep(POLL_SECONDS)

@@ -21,9 +21,8 @@ from cluster.processes.signals import ignore_stop_signals
 from cluster.run import fence
 from cluster.run.rundir import RunDir
 from launcher.job import node_health
-from launcher.job.attempt import restart_count
 from launcher.recipe import load
-from launcher.slurm.client import Slurm, SlurmError, SlurmNoAnswer
+from launcher.slurm.client import Slurm, SlurmError, SlurmNoAnswer, restart_count
 from launcher.slurm.submitted import SubmittedJob, read_jobs
 
 RETRY_SECONDS = 5.0

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from launcher.plan import describe_stages, print_memory
 from launcher.recipe import Recipe
-from launcher.slurm.jobs import Submission
+from launcher.slurm.sbatch import Submission
 from launcher.slurm_config import JobConfig
 from trainer.config.train import TrainConfig
 from trainer.memory import USABLE_FRACTION, usable_bytes
@@ -20,7 +20,9 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 def print_slurm_plan(submission: Submission, path: Path, console: Console) -> None:
     """The jobs, the memory of training on them, and every command."""
-    planned = on_the_cluster(submission.recipe)
+    recipe = submission.recipe  # with as many ranks as its training job has
+    ranks = {"num_processes": recipe.slurm.of("train").ranks}
+    planned = recipe.model_copy(update={"train": recipe.train.model_copy(update=ranks)})
     console.print(job_table(submission, planned, path))
     if any(job.stage == "train" for job in submission.jobs):
         print_memory(planned, console, usable_on_a_node(planned.train, planned.slurm.of("train")))
@@ -31,14 +33,8 @@ def print_slurm_plan(submission: Submission, path: Path, console: Console) -> No
         print_line(job.shell_line())
     if submission.jobs:
         print_line(f"\nscontrol release ${submission.jobs[0].stage}")
-    print_line(f"\nThe same is in {submission.recipe.run.plan}. Nothing was submitted.")
+    print_line(f"\nThe same is in {recipe.run.plan}. Nothing was submitted.")
     print_line(f"To submit it: tunesmith run {shlex.quote(str(path))} --on slurm")
-
-
-def on_the_cluster(recipe: Recipe) -> Recipe:
-    """The recipe with as many ranks as its training job has."""
-    ranks = recipe.slurm.of("train").ranks
-    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"num_processes": ranks})})
 
 
 def job_table(submission: Submission, planned: Recipe, path: Path) -> Table:

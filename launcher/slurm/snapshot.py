@@ -14,7 +14,6 @@ from cluster.files import explain_full_disk
 
 PROJECT = Path(__file__).resolve().parents[2]
 PARTS = ("cluster", "generation", "launcher", "trainer", "slurm", "pyproject.toml")
-LEFT_OUT = ("__pycache__",)
 
 
 def code_files(project: Path) -> list[Path]:
@@ -23,7 +22,7 @@ def code_files(project: Path) -> list[Path]:
         path.relative_to(project)
         for part in PARTS
         for path in ([project / part] if (project / part).is_file() else (project / part).rglob("*"))
-        if path.is_file() and not any(name in LEFT_OUT for name in path.parts)
+        if path.is_file() and "__pycache__" not in path.parts
     ]
     return sorted(files)
 

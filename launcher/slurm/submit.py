@@ -155,7 +155,9 @@ def submit(submission: Submission, slurm: Slurm, on_submit: Callable[[list[str]]
                 on_submit(argv)
             check_chain(submission.jobs, ids, slurm)
             for job in submission.jobs:
-                append_jsonl(file, row_of(job, ids))
+                parents = tuple(ids[parent] for parent in job.parents)
+                own = SubmittedJob(round(time.time(), 3), job.stage, ids[job.stage], parents, tuple(job.argv(ids)))
+                append_jsonl(file, asdict(own))
             slurm.release(ids[submission.jobs[0].stage])
         except BaseException:
             if before is None:
@@ -195,10 +197,3 @@ def check_chain(jobs: list[PlannedJob], ids: Mapping[str, str], slurm: Slurm) ->
         if entry is None or entry.state != "PENDING" or not awaited >= {ids[parent] for parent in job.parents}:
             found = "is unknown to it" if entry is None else f"is {entry.state}, waiting for {entry.dependency}"
             raise TunesmithError(f"Slurm took job {ids[job.stage]} ({job.stage}), which now {found}. Try again.")
-
-
-def row_of(job: PlannedJob, ids: Mapping[str, str]) -> dict:
-    """The job's line in jobs.jsonl."""
-    parents = tuple(ids[parent] for parent in job.parents)
-    argv = tuple(job.argv(ids))
-    return asdict(SubmittedJob(round(time.time(), 3), job.stage, ids[job.stage], parents, argv))

@@ -1,9 +1,11 @@
 """What a job has on each node, as Slurm shows it, and what a step of one node requests."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from cluster.errors import InputError
-from launcher.job.allocation import NodeAllocation, node_step, parse_allocation, step_environment
+from launcher.job.allocation import NodeAllocation, node_step, read_allocation, step_environment
 
 DETAILS = """JobId=7 JobName=tunesmith-synthesize
    NodeList=n[3,1-2]
@@ -14,12 +16,13 @@ DETAILS = """JobId=7 JobName=tunesmith-synthesize
 """
 
 
-def expand(host_list: str) -> list[str]:
-    return {"n[3,1-2]": ["n3", "n1", "n2"], "n[1-2]": ["n1", "n2"], "n3": ["n3"]}[host_list]
+def allocations_of(details: str) -> list[NodeAllocation]:
+    names = {"n[3,1-2]": ["n3", "n1", "n2"], "n[1-2]": ["n1", "n2"], "n3": ["n3"]}
+    return read_allocation("7", SimpleNamespace(show_job=lambda _: details, host_names=names.__getitem__))
 
 
 def test_each_node_has_its_own_share_in_the_order_of_the_job() -> None:
-    assert parse_allocation(DETAILS, expand) == [
+    assert allocations_of(DETAILS) == [
         NodeAllocation("n3", 1, 0, 0),
         NodeAllocation("n1", 5, 2, 4000),
         NodeAllocation("n2", 5, 2, 4000),
@@ -29,12 +32,12 @@ def test_each_node_has_its_own_share_in_the_order_of_the_job() -> None:
 @pytest.mark.parametrize("lost", ["     Nodes=n3 CPU_IDs=5 Mem=0 GRES=\n", "   NodeList=n[3,1-2]\n"])
 def test_a_node_that_slurm_does_not_show_is_an_error(lost: str) -> None:
     with pytest.raises(InputError, match="does not show what the job has on each node"):
-        parse_allocation(DETAILS.replace(lost, ""), expand)
+        allocations_of(DETAILS.replace(lost, ""))
 
 
 def test_gpus_of_several_kinds_add_up() -> None:
     details = DETAILS.replace("nic:1(IDX:0)", "gpu:h100:3(IDX:2-4)")
-    assert parse_allocation(details, expand)[1].num_gpus == 5
+    assert allocations_of(details)[1].num_gpus == 5
 
 
 def test_a_step_requests_all_of_its_node_and_not_what_the_whole_job_has() -> None:

@@ -9,11 +9,10 @@ import yaml
 from cluster.errors import InputError, TunesmithError
 from cluster.files import read_jsonl
 from cluster.run.rundir import RunDir
-from launcher.slurm.cancel import cancel_run
 from launcher.slurm.client import Partition, SlurmNoAnswer, SlurmRefused, clean_environment
 from launcher.slurm.sbatch import Submission
 from launcher.slurm.submit import check_request, submit
-from launcher.slurm.submitted import read_jobs
+from launcher.slurm.submitted import cancel_run, read_jobs
 from launcher.slurm_config import JobConfig
 from tests.launcher.slurm_chain import FakeSlurm, recipe_of, submission_of
 
@@ -69,7 +68,7 @@ def test_a_run_with_jobs_in_the_queue_is_refused_and_after_a_cancel_goes_on(tmp_
     submit_here(prepared(tmp_path), slurm)
     with pytest.raises(InputError, match=r"has jobs in the queue: 101 \(pending\), 102 .*tunesmith cancel"):
         submit_here(prepared(tmp_path), slurm)
-    assert cancel_run(tmp_path / "run", slurm) == ["103", "102", "101"]
+    assert cancel_run(RunDir(tmp_path / "run"), slurm) == ["103", "102", "101"]
     run = prepared(tmp_path).recipe.run
     submit_here(prepared(tmp_path), slurm)
     assert len(read_jobs(run)) == 6
@@ -83,7 +82,7 @@ def test_a_full_disk_does_not_keep_jobs_from_being_cancelled(tmp_path: Path, mon
         raise InputError("the disk is full")
 
     monkeypatch.setattr(RunDir, "event", full)
-    assert cancel_run(tmp_path / "run", slurm) == ["103", "102", "101"]
+    assert cancel_run(RunDir(tmp_path / "run"), slurm) == ["103", "102", "101"]
 
 
 def test_a_cancel_that_slurm_does_not_carry_out_changes_nothing(tmp_path: Path) -> None:
@@ -91,7 +90,7 @@ def test_a_cancel_that_slurm_does_not_carry_out_changes_nothing(tmp_path: Path) 
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     slurm = FakeSlurm(queue_lines={"101": "101|RUNNING|0:10|1|n1|(null)|None"}, refuse=("scancel",))
     with pytest.raises(SlurmRefused):
-        cancel_run(tmp_path / "run", slurm)
+        cancel_run(RunDir(tmp_path / "run"), slurm)
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 
 
