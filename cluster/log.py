@@ -9,7 +9,6 @@ with Progress(log) as progress:
 import logging
 import sys
 import time
-from types import TracebackType
 from typing import TextIO
 
 from rich.console import Console
@@ -58,7 +57,7 @@ class Progress:
             self._status.start()
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._status:
             self._status.stop()
 

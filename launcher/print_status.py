@@ -51,9 +51,9 @@ def print_runs(runs: list[tuple[RunStatus, dict[str, object]]], console: Console
     for heading in ("state", "stage", "job", *measured):
         table.add_column(Text(heading), overflow="fold")
     for (status, values), result in zip(runs, results, strict=True):
-        about = next((stage for stage in status.stages if stage.stage == status.stage), None)
         row = [status.run.root.name, *(str(values.get(key, "")) for key in keys)]
-        row += [status.state, status.stage or "-", about.job_id if about and about.job_id else "-"]
+        current = status.current
+        row += [status.state, *([current.stage, current.job_id or "-"] if current else ["-", "-"])]
         table.add_row(*map(Text, row), *(Text(result.get(name, "")) for name in measured))
     console.print(table)
 

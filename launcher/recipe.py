@@ -125,9 +125,8 @@ def load(path: Path, overrides: list[str]) -> Recipe:
         recipe = Recipe(**values)
     except ValidationError as error:
         raise InputError(explain(error, path, text, written, overrides)) from error
-    if recipe.run_dir == Path():
-        return recipe.model_copy(update={"run_dir": Path("runs") / recipe.name})
-    return recipe.model_copy(update={"run_dir": recipe.run_dir.expanduser()})
+    run_dir = Path("runs") / recipe.name if recipe.run_dir == Path() else recipe.run_dir.expanduser()
+    return recipe.model_copy(update={"run_dir": run_dir})
 
 
 def merge(written: dict, overrides: list[str]) -> dict:
@@ -176,15 +175,10 @@ def explain(error: ValidationError, path: Path, text: str, written: dict, overri
         dotted = ".".join(keys)
         message = fault["msg"].removeprefix("Value error, ")
         if fault["type"] == "extra_forbidden":
-            known = known_keys(keys[:-1], method)
-            near = difflib.get_close_matches(keys[-1], known, n=1)
-            hint = f"did you mean `{near[0]}`?" if near else f"known: {', '.join(known)}"
-            message = f"unknown key; {hint}"
+            message = f"unknown key; {nearest(keys[-1], known_keys(keys[:-1], method))}"
         elif fault["type"] == "union_tag_invalid":
             tag, known = fault["ctx"]["tag"], fault["ctx"]["expected_tags"].replace("'", "").split(", ")
-            near = difflib.get_close_matches(tag, known, n=1)
-            kind = "method" if keys == ["synthesize"] else "type"
-            message = f"unknown {kind} {tag}; {f'did you mean `{near[0]}`?' if near else 'known: ' + ', '.join(known)}"
+            message = f"unknown {'method' if keys == ['synthesize'] else 'type'} {tag}; {nearest(tag, known)}"
         is_set = any(f"{dotted}.".startswith(f"{override.split('=')[0]}.") for override in overrides)
         if is_set or (fault["loc"], fault["msg"]) not in faults_of_file:
             place = "command line"
@@ -192,6 +186,12 @@ def explain(error: ValidationError, path: Path, text: str, written: dict, overri
             place = f"{path}:{line_of(keys, text)}" if keys else str(path)
         lines.append(f"{place}: {dotted}: {message}" if keys else f"{place}: {message}")
     return "\n".join(lines)
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """What to write in place of an unknown name."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean `{near[0]}`?" if near else f"known: {', '.join(known)}"
 
 
 def find_faults(written: dict) -> set[tuple[tuple, str]]:

@@ -43,18 +43,14 @@ class RunStatus:
     stages: tuple[StageStatus, ...]
 
     @property
-    def state(self) -> str:
-        """RUNNING or WAITING if any stage is, else the state of the first stage that is not done."""
-        states = [stage.state for stage in self.stages]
-        for live in LIVE:
-            if live in states:
-                return live
-        return next((state for state in states if state != DONE), DONE)
+    def current(self) -> StageStatus | None:
+        """A stage that runs, else one that waits, else the first that is not done. None means that all are done."""
+        unfinished = [stage for stage in self.stages if stage.state != DONE]
+        return min(unfinished, key=lambda stage: (*LIVE, stage.state).index(stage.state), default=None)
 
     @property
-    def stage(self) -> str:
-        """The stage that `state` is about. Empty if all stages are done."""
-        return next((stage.stage for stage in self.stages if stage.state == self.state and stage.state != DONE), "")
+    def state(self) -> str:
+        return self.current.state if self.current else DONE
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from ray.util.placement_group import PlacementGroup
 
 from cluster.config import ModelConfig
 from cluster.engines.actor import Answer
-from cluster.engines.config import Completion, EngineConfig, EngineReport, GenerationRequest
+from cluster.engines.config import Completion, EngineConfig, GenerationRequest
 from cluster.engines.dispatch import Dispatcher, Engine, PendingRequest
 from cluster.engines.engine import check_adapters
 from cluster.engines.health import EngineDeath, EngineHealth, EngineHung, relative_speed
@@ -177,7 +177,9 @@ class EnginePool:
             now = time.monotonic()
             for key, answer in finished:
                 self._finish(engine, engine.in_flight.pop(key), answer, now)
-            self._count_report(engine, report)
+            for counts in (self.stats, engine.stats):
+                counts.add_report(engine.health.last_report, report)
+            engine.stats.num_running, engine.stats.num_waiting = report.num_running, report.num_waiting
             if engine.health.observe(report, bool(finished), num_held):
                 self._compare_speed(engine)
             self._dispatcher.restore_concurrency(engine)
@@ -195,11 +197,6 @@ class EnginePool:
             pending.future.set_exception(TunesmithError(message))
         else:
             pending.future.set_result(completion)
-
-    def _count_report(self, engine: Engine, report: EngineReport) -> None:
-        for counts in (self.stats, engine.stats):
-            counts.add_report(engine.health.last_report, report)
-        engine.stats.num_running, engine.stats.num_waiting = report.num_running, report.num_waiting
 
     def _compare_speed(self, engine: Engine) -> None:
         """Let an engine that is far slower than the others hold fewer requests, in proportion to its speed."""

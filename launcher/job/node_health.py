@@ -84,15 +84,9 @@ def to_exclude(run: RunDir, num_nodes: int, partition: str | None, slurm: Slurm)
 def within(bad: list[str], usable: set[str], num_nodes: int) -> list[str]:
     """The first of `bad`, the worst first, without which `num_nodes` usable nodes are left. A node that is not usable
     anyway is always excluded."""
-    spare = len(usable) - num_nodes
-    excluded = []
-    for host in bad:
-        if host not in usable:
-            excluded.append(host)
-        elif spare > 0:
-            excluded.append(host)
-            spare -= 1
-    return excluded
+    num_spare = max(0, len(usable) - num_nodes)
+    kept = [host for host in bad if host in usable][num_spare:]
+    return [host for host in bad if host not in kept]
 
 
 def _rows(run: RunDir) -> list[dict]:

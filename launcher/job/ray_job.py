@@ -266,9 +266,8 @@ def run(stage: str, arguments: list[str], stop: StopRequest, checks: Sequence[Ca
     with run_lock(run.lock):
         pass  # the driver will hold it; if another job does, the error comes now and not when Ray is up
     job = os.environ["SLURM_JOB_ID"]
-    rendezvous_dir = (
-        run.attempt_dir(job, restart_count()) / f"ray-{secrets.token_hex(4)}"
-    )  # new: no file of an earlier try
+    # A new folder has no file of an earlier try.
+    rendezvous_dir = run.attempt_dir(job, restart_count()) / f"ray-{secrets.token_hex(4)}"
     rendezvous_dir.mkdir(parents=True)
     allocations = read_allocation(job, Slurm())
     log_idle_nodes(recipe, allocations)

@@ -57,7 +57,7 @@ RUNNING = "101|RUNNING|0:12|2|n[1-2]|(null)|None"
 def test_the_queue_says_what_runs_and_what_waits_for_what(run: RunDir) -> None:
     run.metrics.write_text('{"stage": "train", "step": 3, "loss": 1.5}\n{"stage": "tr')
     found = state(run, RUNNING, "102|PENDING|0:00|1||afterok:101(unfulfilled)|Dependency")
-    assert found.state == "RUNNING" and found.stage == "train"
+    assert found.state == "RUNNING" and found.current.stage == "train"
     assert (found.stages[0].state, found.stages[0].detail) == ("RUNNING", "on n[1-2] for 0:12. step 3, loss 1.5000")
     assert (found.stages[1].state, found.stages[1].detail) == ("WAITING", "for job 101")
     claim(run.root, "train", "101")
