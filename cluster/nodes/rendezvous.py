@@ -92,13 +92,20 @@ def own_address() -> tuple[str, str]:
     return address, local[address]
 
 
+def is_free(port: int) -> bool:
+    """Whether this node can listen on a port now."""
+    with socket.socket() as probe, contextlib.suppress(OSError):
+        probe.bind(("", port))
+        return True
+    return False
+
+
 def free_port(job_id: str) -> int:
     """A port on which this node can listen now: the first free one from a start that depends on the job id."""
     start = int(job_id) * NUM_PORT_TRIES
     for offset in range(NUM_PORT_TRIES):
         port = FIRST_PORT + (start + offset) % NUM_PORTS
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("", port))
+        if is_free(port):
             return port
     first = FIRST_PORT + start % NUM_PORTS
     raise TunesmithError(f"{socket.gethostname()}: port {first} and the {NUM_PORT_TRIES - 1} after it are all taken.")

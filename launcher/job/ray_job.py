@@ -19,7 +19,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from cluster.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, Preempted, TunesmithError
@@ -81,35 +81,28 @@ class DriverEnded(Exception):
     """The driver ended before Ray was up."""
 
 
+@dataclass
 class RayJob:
     """Everything that one attempt starts."""
 
-    def __init__(
-        self,
-        run: RunDir,
-        rendezvous_dir: Path,
-        allocations: list[NodeAllocation],
-        stop: StopRequest,
-        checks: Sequence[Callable[[], None]] = (),
-    ) -> None:
-        self.steps: list[NodeStep] = []
-        self._run = run
-        self._rendezvous_dir = rendezvous_dir
-        self._allocations = allocations
-        self._stop = stop
-        self._checks = checks
-        self._token = new_token()
-        self._others: list[subprocess.Popen] = []  # processes on this node
-        self._driver: subprocess.Popen  # one of them, from `run` on
+    run_dir: RunDir
+    rendezvous_dir: Path
+    allocations: list[NodeAllocation]
+    stop: StopRequest
+    checks: Sequence[Callable[[], None]] = ()
+    steps: list[NodeStep] = field(default_factory=list)
+    token: str = field(default_factory=new_token)
+    _others: list[subprocess.Popen] = field(default_factory=list)  # processes on this node
+    _driver: subprocess.Popen | None = None  # one of them, from `run` on
 
     def run(self, command: list[str]) -> int:
         """Bring Ray up, run `command` on it, and take Ray down. Returns the exit code."""
         last_message = KEEP_LOGS
-        with private_folder(self._token) as folder:
+        with private_folder(self.token) as folder:
             environment = {**os.environ, **ray_environment(folder)}
             for name in ("RAY_AUTH_TOKEN", "RAY_ADDRESS"):  # Ray prefers these to our files
                 environment.pop(name, None)
-            address = self._rendezvous_dir / "address"
+            address = self.rendezvous_dir / "address"
             try:
                 self._driver = self._start(command, {**environment, ADDRESS_FILE: str(address)})
                 with contextlib.suppress(DriverEnded):
@@ -127,13 +120,13 @@ class RayJob:
         while (node := self.steps[0].read_address()) is None:
             self._wait(deadline)
         head = f"{node['address']}:{node['head_port']}"
-        while len(self._allocations) > 1 and not is_listening(node["address"], node["head_port"]):
+        while len(self.allocations) > 1 and not is_listening(node["address"], node["head_port"]):
             self._wait(deadline)
-        for rank in range(1, len(self._allocations)):
+        for rank in range(1, len(self.allocations)):
             self._start_step(rank, head)
         self._await_all(head, deadline, environment)
-        num_cpus = sum(node.num_cpus for node in self._allocations)
-        num_gpus = sum(node.num_gpus for node in self._allocations)
+        num_cpus = sum(node.num_cpus for node in self.allocations)
+        num_gpus = sum(node.num_gpus for node in self.allocations)
         log.info(f"Ray is up: {', '.join(self._hosts())}; {num_cpus} CPUs, {num_gpus} GPUs")
         return head
 
@@ -162,19 +155,19 @@ class RayJob:
         return [step.allocation.host for step in self.steps]
 
     def _start_step(self, rank: int, head: str | None) -> None:
-        allocation = self._allocations[rank]
-        arguments = [str(self._rendezvous_dir), str(rank), f"--logs={self._run.ray_logs}"]
+        allocation = self.allocations[rank]
+        arguments = [str(self.rendezvous_dir), str(rank), f"--logs={self.run_dir.ray_logs}"]
         arguments += [f"--cpus={allocation.num_cpus}", f"--gpus={allocation.num_gpus}"]
         arguments += [f"--memory-mib={allocation.memory_mib}"]
-        arguments += [] if head is None else [f"--head={head}", f"--head-host={self._allocations[0].host}"]
+        arguments += [] if head is None else [f"--head={head}", f"--head-host={self.allocations[0].host}"]
         srun = subprocess.Popen(
             [*node_step(allocation), *step_options(), *python_module("launcher.job.ray_node", *arguments)],
             env=step_environment(os.environ),
             stdin=subprocess.PIPE,
             preexec_fn=die_with_parent,
         )
-        self.steps.append(NodeStep(rank, allocation, srun, self._rendezvous_dir))
-        self.steps[-1].send(self._token)
+        self.steps.append(NodeStep(rank, allocation, srun, self.rendezvous_dir))
+        self.steps[-1].send(self.token)
 
     def _wait(self, deadline: float) -> None:
         """Wait a moment for nodes that are coming up. Raises if a node or the driver has ended, or at the deadline."""
@@ -183,13 +176,13 @@ class RayJob:
         for step in self.steps:
             if step.has_ended:
                 raise TunesmithError(step.failure_reason())
-        if self._stop.is_set:
+        if self.stop.is_set:
             raise Preempted("the job was asked to stop before Ray was up. Nothing had begun.")
         if time.monotonic() > deadline:
             late = [step.allocation.host for step in self.steps if step.read_address() is None] or self._hosts()
             raise TunesmithError(
                 f"Ray is not up after {UP_SECONDS} s. Missing: {', '.join(late)}. Their errors may be above. "
-                f"If not, check that the run folder {self._run.root} is on a file system that all nodes share."
+                f"If not, check that the run folder {self.run_dir.root} is on a file system that all nodes share."
             )
         time.sleep(POLL_SECONDS)
 
@@ -198,7 +191,7 @@ class RayJob:
         driver, head, workers = self._driver, self.steps[0], self.steps[1:]
         save_until = None  # set once the driver has been asked to stop
         while driver.poll() is None:
-            for check in self._checks:
+            for check in self.checks:
                 check()  # an error that it raises ends the job
             if self._should_stop() and save_until is None:
                 driver.send_signal(signal.SIGUSR2 if step_options() else signal.SIGTERM)  # TERM would end srun's step
@@ -223,12 +216,12 @@ class RayJob:
 
     def _should_stop(self) -> bool:
         """Whether Slurm has asked the job to stop: by a signal to this process, or to the step on this node."""
-        return self._stop.is_set or (self._rendezvous_dir / "node-0.stop").exists()
+        return self.stop.is_set or (self.rendezvous_dir / "node-0.stop").exists()
 
     def _start(self, argv: list[str], environment: dict[str, str], stdout: int | None = None) -> subprocess.Popen:
         """Start a process on this node that ends with this one. With a container it is a step: only steps run in it."""
         if options := step_options():
-            argv, environment = [*node_step(self._allocations[0]), *options, *argv], step_environment(environment)
+            argv, environment = [*node_step(self.allocations[0]), *options, *argv], step_environment(environment)
         process = subprocess.Popen(
             argv, env=environment, stdin=subprocess.DEVNULL, stdout=stdout, preexec_fn=die_with_parent
         )

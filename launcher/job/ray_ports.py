@@ -14,20 +14,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from cluster.errors import TunesmithError
+from cluster.nodes.rendezvous import is_free
 
 FIRST_PORT, BLOCK_SIZE, NUM_BLOCKS = 10000, 250, 40  # up to 19999: below the ports of cluster/nodes/rendezvous.py
+# The ports of a block in their order: the one that holds it, the head, the one without an option, and these.
+HEAD_OFFSET, DASHBOARD_METRICS_OFFSET, FIRST_OFFSET = 1, 2, 3
+NODE_PORTS = (
+    "node-manager", "object-manager", "runtime-env-agent", "dashboard-agent-listen", "dashboard-agent-grpc",
+    "metrics-export",
+)  # fmt: skip
+HEAD_PORTS = ("dashboard", "ray-client-server")  # Ray always starts the client server
 WORKER_OFFSET = 11  # the rest of a block is for Ray's worker processes: one port per engine and driver
-OFFSETS = {
-    "node-manager": 2,
-    "object-manager": 3,
-    "runtime-env-agent": 4,
-    "dashboard-agent-listen": 5,
-    "dashboard-agent-grpc": 6,
-    "metrics-export": 7,
-}
-HEAD_OFFSET = 1
-HEAD_OFFSETS = {"dashboard": 8, "ray-client-server": 9}  # Ray always starts the client server
-DASHBOARD_METRICS_OFFSET = 10
 
 
 @dataclass(frozen=True)
@@ -47,8 +44,8 @@ class PortBlock:
 
     def options(self, is_head: bool) -> list[str]:
         """The options of `ray start` for all other ports that it opens."""
-        offsets = OFFSETS | (HEAD_OFFSETS if is_head else {})
-        options = [f"--{name}-port={self.first + offset}" for name, offset in offsets.items()]
+        names = NODE_PORTS + HEAD_PORTS if is_head else NODE_PORTS
+        options = [f"--{name}-port={port}" for port, name in enumerate(names, self.first + FIRST_OFFSET)]
         options += [f"--min-worker-port={self.first + WORKER_OFFSET}"]
         options += [f"--max-worker-port={self.first + BLOCK_SIZE - 1}"]
         return [*options, f"--port={self.head}"] if is_head else options
@@ -78,16 +75,9 @@ def _claim(first: int) -> socket.socket | None:
     try:
         claim.bind(("", first))
         claim.listen(1)
-        if all(_is_free(port) for port in range(first + 1, first + BLOCK_SIZE)):
+        if all(is_free(port) for port in range(first + 1, first + BLOCK_SIZE)):
             return claim
     except OSError:  # another job has this block
         pass
     claim.close()
     return None
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe, contextlib.suppress(OSError):
-        probe.bind(("", port))
-        return True
-    return False
