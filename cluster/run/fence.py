@@ -11,8 +11,6 @@ token than the newest raises Superseded before its next commit.
 
 Microseconds pass between a check and its commit, unless the process is stopped right there. Files that this could harm
 carry the token in their names (checkpoints being written), or belong to one attempt (segments of the request log).
-
-A process without the variable, such as one of a local run, has no token. The lock of the run folder guards it.
 """
 
 import json
@@ -111,7 +109,7 @@ def read_claim(run_root: Path, token: int) -> Claim:
 
 
 def own_token() -> int | None:
-    """The token of this process. None means that it belongs to no job of a chain."""
+    """The token of this process. None means that it belongs to no job of a chain, and has only the lock of the run."""
     text = os.environ.get(TOKEN_VARIABLE, "")
     if text and not text.isdecimal():
         raise InputError(f"environment variable {TOKEN_VARIABLE}={text!r}: expected a number. Unset it.")

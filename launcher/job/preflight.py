@@ -31,6 +31,10 @@ from launcher.slurm.container import python_module
 REPORT_SECONDS = 60.0  # until every node has reported; a shared file system may show files late
 LIMIT_SECONDS = 240.0  # for the whole preflight
 
+NO_REPORT = Finding(
+    "run folder", "left no report: it cannot write to the run folder, or does not run. The log may have its error"
+)
+
 OnAllNodes = Callable[[list[str], float], int]
 
 
@@ -73,16 +77,10 @@ def read_failures(folder: Path, hosts: tuple[str, ...]) -> dict[str, list[Findin
     for rank, host in enumerate(hosts):
         path = folder / f"preflight-node-{rank}.json"
         if not path.exists():
-            failures.setdefault(host, [_no_report()])
+            failures.setdefault(host, [NO_REPORT])
         elif found := from_json(json.loads(path.read_text())).findings:
             failures.setdefault(host, found)
     return failures
-
-
-def _no_report() -> Finding:
-    return Finding(
-        "run folder", "left no report: it cannot write to the run folder, or does not run. The log may have its error"
-    )
 
 
 def run_node(topology: Topology, run: RunDir, with_all_reduce: bool, report_seconds: float) -> int:
@@ -130,7 +128,7 @@ def conclude(topology: Topology, folder: Path, report_seconds: float) -> None:
         if report.nonce != nonce:
             failures.setdefault(report.host, []).append(Finding("run folder", "it is not the folder that node 0 sees"))
     for host in missing:
-        failures[host] = [_no_report()]
+        failures[host] = [NO_REPORT]
     values = {host: [vars(finding) for finding in found] for host, found in failures.items()}
     write_json(folder / "preflight.json", {"failures": values, "step_id": topology.step_id, "time": time.time()})
 

@@ -20,9 +20,9 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 def print_slurm_plan(submission: Submission, path: Path, console: Console) -> None:
     """The jobs, the memory of training on them, and every command."""
-    recipe = submission.recipe  # with as many ranks as its training job has
-    ranks = {"num_processes": recipe.slurm.of("train").ranks}
-    planned = recipe.model_copy(update={"train": recipe.train.model_copy(update=ranks)})
+    recipe = submission.recipe
+    train = recipe.train.model_copy(update={"num_processes": recipe.slurm.of("train").ranks})
+    planned = recipe.model_copy(update={"train": train})
     console.print(job_table(submission, planned, path))
     if any(job.stage == "train" for job in submission.jobs):
         print_memory(planned, console, usable_on_a_node(planned.train, planned.slurm.of("train")))
