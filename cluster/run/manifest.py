@@ -46,7 +46,10 @@ def verify_manifest(folder: Path, below: str = "") -> dict:
     """
     path = folder / MANIFEST
     if not path.is_file():
-        raise InputError(f"{folder}: no {MANIFEST}, so the folder is unfinished. Run the stage that makes it.")
+        raise InputError(
+            f"{folder}: no {MANIFEST}, so the folder is unfinished. Run the stage that makes it again: synthesize for "
+            "a dataset, train for a checkpoint, export for a model."
+        )
     try:
         manifest = json.loads(path.read_text())
         entries = [(entry["name"], entry["bytes"], entry["sha256"]) for entry in manifest["files"]]

@@ -29,7 +29,7 @@ def print_slurm_plan(submission: Submission, path: Path, console: Console) -> No
     print_line = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     print_line(f"Jobs start in {submission.folder} and run the code in {submission.snapshot}.")
     for job in submission.jobs:
-        print_line(f"\n{job.stage}: {job.arguments[-2]}")
+        print_line(f"\n{job.stage}: {job.script}")
         print_line(job.shell_line())
     if submission.jobs:
         print_line(f"\nscontrol release ${submission.jobs[0].stage}")

@@ -61,12 +61,14 @@ class Submission:
 
 @dataclass(frozen=True)
 class PlannedJob:
-    """One job of a chain. `arguments` are those of the sbatch command, except its place in the chain."""
+    """One job of a chain. `options` are those of the sbatch command, except its place in the chain."""
 
     stage: str
     parents: tuple[str, ...]  # stages
     config: JobConfig
-    arguments: tuple[str, ...]
+    options: tuple[str, ...]
+    script: str
+    recipe: str  # the script's argument
     log: str  # with %j for the job's id
 
     def argv(self, job_ids: Mapping[str, str]) -> list[str]:
@@ -76,7 +78,7 @@ class PlannedJob:
             after = ":".join(job_ids[parent] for parent in self.parents)
             # A parent that is requeued has not ended. If it fails, Slurm cancels this job.
             place = [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"]
-        return ["sbatch", "--parsable", *place, *self.arguments]
+        return ["sbatch", "--parsable", *place, *self.options, self.script, self.recipe]
 
     def shell_line(self) -> str:
         """The same command for a shell, with the parents' ids as variables named after their stages."""
@@ -101,10 +103,10 @@ def plan_job(submission: Submission, stage: str, parents: tuple[str, ...]) -> Pl
     if config.time is not None and (limit := seconds_of(config.time)) <= stop_margin:
         raise InputError(
             f"slurm.time={config.time} of {stage} is {limit} s, and the job is asked to save and stop {stop_margin} s "
-            "before its end. Give it more."
+            f"before its end. Set slurm.{stage}.time above {stop_margin} s."
         )
     log = str(recipe.run.job_log(stage))
-    arguments = [
+    options = (
         f"--job-name={recipe.name}-{stage}",
         f"--chdir={submission.folder}",
         f"--output={log}",
@@ -114,10 +116,9 @@ def plan_job(submission: Submission, stage: str, parents: tuple[str, ...]) -> Pl
         f"--export={','.join(exported(submission))}",
         *resources(config),
         *config.options,
-        str(submission.snapshot / "slurm" / f"{stage}.sbatch"),
-        str(recipe.run.recipe),
-    ]
-    return PlannedJob(stage, parents, config, tuple(arguments), log)
+    )
+    script = submission.snapshot / "slurm" / f"{stage}.sbatch"
+    return PlannedJob(stage, parents, config, options, str(script), str(recipe.run.recipe), log)
 
 
 def stop_margin_seconds(run: RunDir, stage: str) -> int:
@@ -191,7 +192,7 @@ def exported(submission: Submission) -> list[str]:
 
 def check_paths(submission: Submission) -> None:
     """Raise InputError for a path that Slurm, or a list of variables, would split."""
-    paths = {"the run folder": submission.recipe.run.root, "this folder": submission.folder}
+    paths = {"the run folder": submission.recipe.run.root, "the current folder": submission.folder}
     paths["Python"] = submission.python
     for what, path in paths.items():
         if not Path(path).is_absolute() or _BAD_IN_PATHS.search(str(path)):

@@ -25,6 +25,8 @@ from launcher.slurm.snapshot import take_snapshot
 from launcher.slurm.submitted import SubmittedJob, read_jobs
 from launcher.slurm_config import JobConfig, seconds_of
 
+FAKE_ID = "1"  # of a parent, in a command that is only tested: it leaves out the dependency
+
 
 def prepare(recipe: Recipe, folder: Path, code: Path) -> Submission:
     """The jobs of what is not done, with a copy of the code in the folder `code`. Submits nothing.
@@ -34,14 +36,16 @@ def prepare(recipe: Recipe, folder: Path, code: Path) -> Submission:
     recipe = recipe.model_copy(update={"run_dir": Path(os.path.abspath(recipe.run_dir))})
     run = recipe.run
     recipe.check_run_folder(run)
-    check_batch(recipe)
+    done = frozenset(stage for stage in STAGES if is_done(stage, recipe, run))
+    if "train" not in done:
+        check_batch(recipe)
     submission = Submission(
         recipe=recipe,
         folder=folder,
         snapshot=take_snapshot(code),
         python=sys.executable,
         environ=clean_environment(os.environ),
-        skip=frozenset(stage for stage in STAGES if is_done(stage, recipe, run)),
+        skip=done,
     )
     save_plan(submission)
     return submission
@@ -50,16 +54,19 @@ def prepare(recipe: Recipe, folder: Path, code: Path) -> Submission:
 def check_batch(recipe: Recipe) -> None:
     """Raise InputError if the ranks of the training job cannot share its batches equally."""
     train, job = recipe.train, recipe.slurm.of("train")
-    ranks, parts = job.ranks, train.sequence_parallel_size
-    unit = "GPUs" if job.gpus_per_node else "rank"
-    what = f"{job.nodes or 1} nodes x {job.gpus_per_node or 1} {unit} = {ranks} ranks"
-    if ranks % parts:
-        raise InputError(f"slurm.train: {what}, and train.sequence_parallel_size={parts} does not divide them.")
-    per_pass = train.micro_batch_size * ranks // parts
+    ranks, sequence_parallel_size = job.ranks, train.sequence_parallel_size
+    key = "gpus_per_node" if job.gpus_per_node else "ranks per node"
+    what = f"slurm.train: the number of ranks is {ranks} (nodes={job.nodes or 1} x {key}={job.gpus_per_node or 1})"
+    if ranks % sequence_parallel_size:
+        raise InputError(
+            f"{what}, which train.sequence_parallel_size={sequence_parallel_size} does not divide. Change one of them."
+        )
+    data_parallel_size = ranks // sequence_parallel_size
+    per_pass = train.micro_batch_size * data_parallel_size
     if train.batch_unit == "rows" and train.global_batch_size % per_pass:
         raise InputError(
-            f"slurm.train: {what}; train.global_batch_size={train.global_batch_size} is not a multiple of "
-            f"micro_batch_size {train.micro_batch_size} x {ranks // parts} = {per_pass}. Change one of them."
+            f"{what}; train.global_batch_size={train.global_batch_size} is not a multiple of "
+            f"micro_batch_size {train.micro_batch_size} x {data_parallel_size} = {per_pass}. Change one of them."
         )
 
 
@@ -91,10 +98,10 @@ def check_with_slurm(submission: Submission, slurm: Slurm) -> None:
     for job in submission.jobs:
         check_request(job.stage, job.config, partitions)
         try:
-            slurm.test(job.argv(dict.fromkeys(job.parents, "1")))
+            slurm.test(job.argv(dict.fromkeys(job.parents, FAKE_ID)))
         except InputError as error:
             raise InputError(
-                f"Slurm would never run {job.stage}: {error} Asked with: {' '.join(job.arguments[:-2])}. "
+                f"Slurm would never run {job.stage}: {error} Asked with: {' '.join(job.options)}. "
                 f"Change slurm.{job.stage} or slurm in the recipe; `sinfo -l` shows what there is."
             ) from error
 
@@ -113,17 +120,17 @@ def check_request(stage: str, config: JobConfig, partitions: list[Partition]) ->
         chosen = [known[name] for name in config.partition.split(",")]
     if not chosen:
         return
+    names = " or ".join(partition.name for partition in chosen)
     if not any(partition.is_up for partition in chosen):
-        raise InputError(f"slurm.partition of {stage}: {chosen[0].name} is down. Choose another one; see `sinfo`.")
+        raise InputError(f"slurm.partition of {stage}: {names} is down. Choose another one; see `sinfo`.")
     nodes, most = config.nodes or 1, max(partition.num_nodes for partition in chosen)
     if nodes > most:
-        where = " or ".join(partition.name for partition in chosen)
-        raise InputError(f"slurm.nodes={nodes} of {stage}: partition {where} has {most}. Ask for fewer.")
+        raise InputError(f"slurm.nodes={nodes} of {stage}: partition {names} has {most}. Lower slurm.{stage}.nodes.")
     limits = [seconds_of(partition.time_limit) for partition in chosen]
     if config.time is not None and None not in limits and (wanted := seconds_of(config.time)) > max(limits):
         raise InputError(
-            f"slurm.time={config.time} of {stage} is {wanted} s, and partition {chosen[0].name} allows "
-            f"{max(limits)} s. Ask for less, or take another partition."
+            f"slurm.time={config.time} of {stage} is {wanted} s, and partition {names} allows "
+            f"{max(limits)} s. Lower slurm.{stage}.time, or choose another partition."
         )
 
 
@@ -145,9 +152,9 @@ def submit(submission: Submission, slurm: Slurm, on_submit: Callable[[list[str]]
         refuse_live_jobs(recipe, slurm)
         with exclusive_lock(run.lock, f"run folder {run.root}"):
             recipe.save(run)
-        prepare_run_folder(submission)
-        file, ids = run.jobs, {}
-        before = file.read_bytes() if file.is_file() else None
+        make_log_folders_and_container(submission)
+        jobs_file, ids = run.jobs, {}
+        before = jobs_file.read_bytes() if jobs_file.is_file() else None
         try:
             for job in submission.jobs:
                 argv = job.argv(ids)
@@ -157,13 +164,14 @@ def submit(submission: Submission, slurm: Slurm, on_submit: Callable[[list[str]]
             for job in submission.jobs:
                 parents = tuple(ids[parent] for parent in job.parents)
                 own = SubmittedJob(round(time.time(), 3), job.stage, ids[job.stage], parents, tuple(job.argv(ids)))
-                append_jsonl(file, asdict(own))
+                append_jsonl(jobs_file, asdict(own))
             slurm.release(ids[submission.jobs[0].stage])
         except BaseException:
+            # A cancelled job in the list would hide the state that an earlier job has left its stage in.
             if before is None:
-                file.unlink(missing_ok=True)
+                jobs_file.unlink(missing_ok=True)
             else:
-                write_atomic(file, before)
+                write_atomic(jobs_file, before)
             undo_submission(list(reversed(ids.values())), slurm)
             raise
     run.event("slurm", "submitted", jobs=ids)
@@ -178,8 +186,8 @@ def undo_submission(job_ids: list[str], slurm: Slurm) -> None:
         raise TunesmithError(f"{error} A part of a chain is left in the queue: scancel {' '.join(job_ids)}") from error
 
 
-def prepare_run_folder(submission: Submission) -> None:
-    """Make what the jobs need in the run folder: folders for their logs, and the container's settings."""
+def make_log_folders_and_container(submission: Submission) -> None:
+    """Make what the jobs need in the run folder."""
     recipe = submission.recipe
     for job in submission.jobs:
         Path(job.log).parent.mkdir(parents=True, exist_ok=True)
@@ -189,11 +197,18 @@ def prepare_run_folder(submission: Submission) -> None:
 
 
 def check_chain(jobs: list[PlannedJob], ids: Mapping[str, str], slurm: Slurm) -> None:
-    """Raise TunesmithError unless Slurm knows all jobs and what they wait for: it accepts unknown parents."""
+    """Raise TunesmithError unless Slurm knows all jobs and what they wait for.
+
+    Slurm accepts a job whose parent it does not know.
+    """
     known = slurm.queue(ids.values())
     for job in jobs:
         entry = known.get(ids[job.stage])
-        awaited = set() if entry is None else set(re.findall(r"[0-9]+", entry.dependency))
-        if entry is None or entry.state != "PENDING" or not awaited >= {ids[parent] for parent in job.parents}:
-            found = "is unknown to it" if entry is None else f"is {entry.state}, waiting for {entry.dependency}"
-            raise TunesmithError(f"Slurm took job {ids[job.stage]} ({job.stage}), which now {found}. Try again.")
+        if entry is None:
+            found = "is unknown to it"
+        else:
+            waits_for_all = {ids[parent] for parent in job.parents} <= set(re.findall(r"[0-9]+", entry.dependency))
+            if entry.state == "PENDING" and waits_for_all:
+                continue
+            found = f"is {entry.state}, waiting for {entry.dependency}"
+        raise TunesmithError(f"Slurm took job {ids[job.stage]} ({job.stage}), which now {found}. Try again.")

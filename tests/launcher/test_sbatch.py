@@ -139,7 +139,9 @@ def test_ranks_that_cannot_share_a_batch_are_refused(tmp_path: Path) -> None:
         {"nodes": 3, "gpus_per_node": 8},
         train={"precision": "fp32", "micro_batch_size": 1, "batch_unit": "rows"},
     )
-    with pytest.raises(InputError, match=r"3 nodes x 8 GPUs = 24 ranks; train.global_batch_size=128 is not a multiple"):
+    with pytest.raises(
+        InputError, match=r"24 \(nodes=3 x gpus_per_node=8\); train.global_batch_size=128 is not a multiple"
+    ):
         check_batch(recipe)
 
 
@@ -168,7 +170,7 @@ def test_a_run_folder_that_slurm_would_take_apart_is_refused(tmp_path: Path, nam
 def test_containers_are_options_of_srun_or_a_command_of_the_step(tmp_path: Path) -> None:
     slurm = {"container": {"image": "org/image:1", "mounts": ["/data:/data:ro"], "python": "/venv/bin/python"}}
     recipe = recipe_of(tmp_path, slurm)
-    [option] = [each for each in plan_jobs(submission_of(recipe))[0].arguments if each.startswith("--export=")]
+    [option] = [each for each in plan_jobs(submission_of(recipe))[0].options if each.startswith("--export=")]
     assert option.endswith(f",TUNESMITH_CONTAINER={tmp_path}/run/container.json")
     pyxis = make_settings(recipe.slurm.container, (Path("/run"), Path("/work"), Path("/run")))
     mounts = ["/run:/run", "/work:/work", "/tmp:/tmp", "/data:/data:ro"]
