@@ -145,8 +145,8 @@ def status_from_jobs(stage: str, run: RunDir, jobs: list[SubmittedJob], answer: 
 
 
 def num_attempts(run: RunDir, job_id: str) -> int:
-    """How often a job has begun its stage."""
-    return sum(claim.job_id == job_id for claim in claims(run.root)) if job_id else 0
+    """The number of the newest attempt of a job. 0 means that the job has not begun its stage."""
+    return max((claim.restart_count + 1 for claim in claims(run.root) if job_id and claim.job_id == job_id), default=0)
 
 
 def reason_of(queued: QueuedJob) -> str:

@@ -3,6 +3,7 @@
 topology = read_topology(os.environ)  # the SLURM_* variables of one task per node; without them one local node
 """
 
+import os
 import re
 import socket
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
@@ -42,6 +43,16 @@ def _integer(environ: Mapping[str, str], key: str, default: int | None = None) -
     if not re.fullmatch(r"[0-9]+", text):
         raise InputError(f"environment variable {key}={text!r}: expected a number. Start this with srun inside a job.")
     return int(text)
+
+
+def restart_count(environ: Mapping[str, str] = os.environ) -> int:
+    """How often Slurm has requeued the job that this process belongs to."""
+    return _integer(environ, "SLURM_RESTART_COUNT", default=0)
+
+
+def attempt_number() -> int:
+    """The number of this attempt of the job, from 1."""
+    return restart_count() + 1
 
 
 def export_hosts(environ: MutableMapping[str, str], hosts: Iterable[str]) -> None:
@@ -85,5 +96,5 @@ def read_topology(
     if _integer(environ, "SLURM_LOCALID", default=0) != 0:
         raise InputError("srun started several tasks on this node; expected one (--ntasks-per-node=1).")
     job_id = str(_integer(environ, "SLURM_JOB_ID"))
-    restart_count = _integer(environ, "SLURM_RESTART_COUNT", default=0)
-    return Topology(hosts, node_rank, procs, job_id, _integer(environ, "SLURM_STEP_ID", default=0), restart_count)
+    step_id = _integer(environ, "SLURM_STEP_ID", default=0)
+    return Topology(hosts, node_rank, procs, job_id, step_id, restart_count(environ))

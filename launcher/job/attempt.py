@@ -22,6 +22,7 @@ from pathlib import Path
 
 from cluster.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, InputError, TunesmithError
 from cluster.files import write_json
+from cluster.nodes.topology import attempt_number, restart_count
 from cluster.run import fence
 from cluster.run.rundir import RunDir
 from launcher.done import is_done, progress_of
@@ -29,7 +30,6 @@ from launcher.job import node_health
 from launcher.job.hang import WATCHED, HangWatch
 from launcher.job.preflight import OnAllNodes, check_nodes
 from launcher.recipe import Recipe, load
-from launcher.slurm.client import restart_count
 from launcher.slurm.submitted import SubmittedJob, read_jobs
 
 FENCE_CHECK_SECONDS = 5.0
@@ -126,7 +126,7 @@ class Attempt:
             return EXIT_DONE
         if result.get("kind") != "preflight":  # check_nodes has already recorded them
             folder = self.run.attempt_dir(self.job.job_id, self.restart_count)
-            failed = () if code == EXIT_PREEMPTED else node_health.culprits(folder, self.hosts)
+            failed = () if code == EXIT_PREEMPTED else node_health.failed_nodes(folder, self.hosts)
             node_health.note(self.run, self._fence.token, self.hosts, failed)
         if self._is_without_progress():
             return self._give_up_without_progress(message)
@@ -165,7 +165,7 @@ class Attempt:
         write_json(self.run.result(self.stage), result)
 
     def _event(self, event: str, **fields: object) -> None:
-        self.run.event(self.stage, event, job=self.job.job_id, attempt=self.restart_count + 1, **fields)
+        self.run.event(self.stage, event, job=self.job.job_id, attempt=attempt_number(), **fields)
 
 
 def open_attempt(stage: str, recipe_argv: list[str], hosts: tuple[str, ...]) -> Attempt | None:

@@ -11,7 +11,8 @@ from collections.abc import Callable
 
 from cluster.errors import TunesmithError
 from cluster.nodes.rendezvous import is_listening
-from launcher.slurm.client import Slurm, SlurmError, restart_count
+from cluster.nodes.topology import restart_count
+from launcher.slurm.client import Slurm, SlurmError
 
 CHECK_SECONDS = 10.0
 LINGER_SECONDS = 900.0  # Slurm takes a silent node for dead after 300 s, unless SlurmdTimeout says otherwise

@@ -20,12 +20,12 @@ from pathlib import Path
 from cluster.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, Preempted, TunesmithError
 from cluster.files import write_json
 from cluster.nodes.rendezvous import await_json, meet
-from cluster.nodes.topology import Topology, read_topology
+from cluster.nodes.topology import Topology, read_topology, restart_count
 from cluster.run.fence import own_token
 from cluster.run.rundir import RunDir
 from launcher.job import node_health
 from launcher.job.node_checks import Finding, NodeReport, check_node, compare_reports, from_json, sum_over_nodes
-from launcher.slurm.client import Slurm, restart_count
+from launcher.slurm.client import Slurm
 from launcher.slurm.container import python_module
 
 REPORT_SECONDS = 60.0  # until every node has reported; a shared file system may show files late

@@ -26,6 +26,7 @@ from cluster.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, Preempted, Tu
 from cluster.files import write_json
 from cluster.log import stage_logger
 from cluster.nodes.rendezvous import is_listening, read_json
+from cluster.nodes.topology import restart_count
 from cluster.processes.descendants import die_with_parent
 from cluster.processes.signals import StopRequest
 from cluster.ray.cluster import ADDRESS_FILE
@@ -36,7 +37,7 @@ from cluster.run.rundir import RunDir
 from launcher.job.allocation import NodeAllocation, node_step, read_allocation, step_environment
 from launcher.job.ray_node import DONE, KEEP_LOGS
 from launcher.recipe import Recipe, load
-from launcher.slurm.client import Slurm, restart_count
+from launcher.slurm.client import Slurm
 from launcher.slurm.container import python_module, step_options
 
 log = stage_logger("ray")

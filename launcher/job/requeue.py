@@ -17,12 +17,13 @@ from pathlib import Path
 
 from cluster.errors import EXIT_DONE, TunesmithError
 from cluster.files import write_json
+from cluster.nodes.topology import attempt_number, restart_count
 from cluster.processes.signals import ignore_stop_signals
 from cluster.run import fence
 from cluster.run.rundir import RunDir
 from launcher.job import node_health
 from launcher.recipe import load
-from launcher.slurm.client import Slurm, SlurmError, SlurmNoAnswer, restart_count
+from launcher.slurm.client import Slurm, SlurmError, SlurmNoAnswer
 from launcher.slurm.submitted import SubmittedJob, read_jobs
 
 RETRY_SECONDS = 5.0
@@ -36,7 +37,7 @@ def requeue(run: RunDir, job: SubmittedJob, slurm: Slurm) -> None:
     """
     while True:
         try:
-            if not is_requeued(slurm, job.job_id):
+            if not requeue_unless_ended(slurm, job.job_id):
                 return record_cancelled(run, job)
             break
         except SlurmNoAnswer as error:
@@ -48,22 +49,23 @@ def requeue(run: RunDir, job: SubmittedJob, slurm: Slurm) -> None:
             write_json(run.result(job.stage), {"status": "failed", "message": str(error)})
             raise
     node_health.catch_up(run)
-    suspects = node_health.to_exclude(
+    failed = node_health.to_exclude(
         run, int(os.environ["SLURM_JOB_NUM_NODES"]), os.environ.get("SLURM_JOB_PARTITION"), slurm
     )
-    excluded = [*filter(None, [job.option("exclude")]), *suspects]
-    event(run, job, "requeued", excluded=suspects)
+    excluded = [*filter(None, [job.option("exclude")]), *failed]
+    event(run, job, "requeued", excluded=failed)
     try:
         slurm.update(job.job_id, StartTime=f"now+{START_DELAY_SECONDS}", ExcNodeList=",".join(excluded))
     except SlurmError as error:  # the job starts a little later, and perhaps on the same nodes
         event(run, job, "requeued job not changed", reason=str(error))
 
 
-def is_requeued(slurm: Slurm, job_id: str) -> bool:
-    """Requeue the job if it still runs. False if Slurm has ended it for good."""
+def requeue_unless_ended(slurm: Slurm, job_id: str) -> bool:
+    """Requeue the job unless Slurm has done so. Returns False if Slurm has ended the job for good."""
     fields = slurm.job_fields(job_id)
     if int(fields["Restarts"]) > restart_count():
         return True
+    # At its time limit a job is no longer RUNNING, but its stage is to continue.
     if fields["JobState"] != "RUNNING" and fields["Reason"] != "TimeLimit":
         return False
     slurm.requeue(job_id)
@@ -89,7 +91,7 @@ def record_cancelled(run: RunDir, job: SubmittedJob) -> None:
 
 
 def event(run: RunDir, job: SubmittedJob, name: str, **fields: object) -> None:
-    run.event(job.stage, name, job=job.job_id, attempt=restart_count() + 1, **fields)
+    run.event(job.stage, name, job=job.job_id, attempt=attempt_number(), **fields)
 
 
 def main(argv: list[str]) -> int:
@@ -101,7 +103,7 @@ def main(argv: list[str]) -> int:
         job = next((job for job in read_jobs(run) if job.job_id == job_id), None)
         if job is not None:
             requeue(run, job, slurm)
-        elif not is_requeued(slurm, job_id):  # submitted by hand with --requeue
+        elif not requeue_unless_ended(slurm, job_id):  # submitted by hand with --requeue
             print(f"{stage}: Slurm has ended job {job_id}, which is not requeued.", flush=True)
     except TunesmithError as error:
         print(f"error: job {os.environ['SLURM_JOB_ID']} was not requeued: {error}", file=sys.stderr)

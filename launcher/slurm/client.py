@@ -87,11 +87,6 @@ def clean_environment(environ: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environ.items() if name in _KEPT or not _LEFT_OUT.fullmatch(name)}
 
 
-def restart_count() -> int:
-    """How often Slurm has requeued the job that this process belongs to."""
-    return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-
-
 @dataclass(frozen=True)
 class Slurm:
     """Slurm as the commands on this machine show it."""

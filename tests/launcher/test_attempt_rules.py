@@ -113,7 +113,9 @@ def test_a_node_that_is_cut_off_stops_asking_when_another_attempt_owns_the_run(t
         requeue.requeue(RunDir(tmp_path), JOB, JobSlurm(shown=["no answer"]))
 
 
-def test_suspect_nodes_are_excluded_besides_those_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nodes_that_failed_too_often_are_excluded_besides_those_of_the_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(node_health, "to_exclude", lambda *_: ["n1"])
     slurm = JobSlurm(shown=[RUNNING])
     requeue.requeue(RunDir(tmp_path), JOB, slurm)
@@ -160,26 +162,26 @@ def fail(run: RunDir, token: int, hosts: str, failed: str, preflight: str = "") 
     node_health.note(run, token, tuple(hosts.split()), tuple(failed.split()), preflight)
 
 
-def test_a_node_is_suspect_after_three_crashes_in_a_row_and_cleared_by_one_good_end(tmp_path: Path) -> None:
+def test_a_node_is_excluded_after_three_crashes_in_a_row_and_cleared_by_one_good_end(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     for job in range(2):
         fail(run, job, "a b", "a")
-    assert node_health.suspects(run) == []
+    assert node_health.often_failed(run) == []
     fail(run, 2, "a c", "a c")
-    assert node_health.suspects(run) == ["a"]
+    assert node_health.often_failed(run) == ["a"]
     fail(run, 3, "b c", "b", preflight="/tmp")
-    assert node_health.suspects(run) == ["a", "b"], "one preflight is enough"
+    assert node_health.often_failed(run) == ["a", "b"], "one preflight is enough"
     fail(run, 4, "a b", "")
-    assert node_health.suspects(run) == []
+    assert node_health.often_failed(run) == []
     fail(run, 5, "a", "a", preflight="port")
-    assert node_health.suspects(run) == ["a"]
+    assert node_health.often_failed(run) == ["a"]
     later = node_health.FORGET_SECONDS + 10
-    assert node_health.suspects(run, now=node_health._rows(run)[-1]["time"] + later) == [], "it counts for a day"
+    assert node_health.often_failed(run, now=node_health._rows(run)[-1]["time"] + later) == [], "it counts for a day"
 
 
 @given(st.sets(st.sampled_from("abcdef")), st.lists(st.sampled_from("abcdefgh"), unique=True), st.integers(1, 6))
 def test_what_is_left_is_always_enough_for_the_job(usable: set[str], bad: list[str], num_nodes: int) -> None:
-    excluded = node_health.within(bad, usable, num_nodes)
+    excluded = node_health.leave_enough(bad, usable, num_nodes)
     assert len(usable - set(excluded)) >= min(num_nodes, len(usable))
     assert [host for host in bad if host in excluded] == excluded, "the worst first"
 
@@ -193,7 +195,7 @@ def test_the_nodes_that_a_crash_began_on(tmp_path: Path) -> None:
             path.unlink()
         for number, (host, code) in enumerate(codes.items()):
             write_json(folder / f"node-{number}.exit.json", {"host": host, "exit_code": code})
-        return node_health.culprits(folder, hosts)
+        return node_health.failed_nodes(folder, hosts)
 
     assert leave() == hosts
     assert leave(a=143, c=1) == ("b",), "it left no exit report"

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from cluster.run.rundir import RunDir
-from launcher.job.node_health import culprits
+from launcher.job.node_health import failed_nodes
 from tests.slurm import faults
 from tests.slurm.bed import SlurmBed
 from tests.slurm.chained import ChainedRun
@@ -259,7 +259,7 @@ def test_8_under_our_supervisor_the_failing_nodes_exit_code_arrives_and_each_lea
     run = RunDir(bed.shared / "exits")
     report = json.loads((run.root / f"attempt-{job}-0" / "node-1.exit.json").read_text())
     assert (report["host"], report["exit_code"]) == ("n2", 3)
-    assert culprits(run.attempt_dir(str(job), 0), ("n1", "n2")) == ("n2",)
+    assert failed_nodes(run.attempt_dir(str(job), 0), ("n1", "n2")) == ("n2",)
 
 
 @pytest.mark.long
