@@ -8,7 +8,7 @@ TunesmithError            1   something went wrong while running
 EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
-EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h
+EXIT_RETRY = 75  # EX_TEMPFAIL of sysexits.h: ended early, by a request or a crash, and the same command continues
 
 
 class TunesmithError(Exception):
@@ -26,4 +26,4 @@ class InputError(TunesmithError):
 class Preempted(TunesmithError):
     """A signal asked the stage to stop; its progress is on disk."""
 
-    exit_code = EXIT_PREEMPTED
+    exit_code = EXIT_RETRY

@@ -4,7 +4,7 @@ import os
 import shutil
 from pathlib import Path
 
-from cluster.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_PREEMPTED, InputError, Preempted, TunesmithError
+from cluster.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_RETRY, InputError, Preempted, TunesmithError
 from cluster.log import stage_logger
 from cluster.processes.signals import StopRequest
 from cluster.run.fence import run_lock, verify
@@ -65,7 +65,7 @@ def train(recipe: Recipe, run: RunDir) -> None:
     with StopRequest(interrupts=True) as stop:
         command = ["-m", "trainer.train", str(run.root.resolve())]
         code = run_torchrun(options, command, stop, {"OMP_NUM_THREADS": threads})
-    if code == EXIT_PREEMPTED:
+    if code == EXIT_RETRY:
         raise Preempted(
             f"training was stopped; its last step is saved in {run.checkpoints}. The same command continues it."
         )

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from cluster.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED
+from cluster.errors import EXIT_DONE, EXIT_FAILED, EXIT_RETRY
 from cluster.processes.descendants import die_with_parent
 from cluster.processes.signals import StopRequest
 
@@ -59,7 +59,7 @@ def run_torchrun(
                 signum = stop.pending.popleft()
                 signum = signal.SIGTERM if signum == signal.SIGINT else signum
                 if signum == signal.SIGTERM and not ranks:
-                    return EXIT_PREEMPTED  # no rank has begun, so there is nothing to save
+                    return EXIT_RETRY  # no rank has begun, so there is nothing to save
                 if not ranks or not send_signal(ranks, signum):
                     stop.pending.append(signum)
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -137,7 +137,7 @@ def main() -> int:
             run(parse_args(["--signals-to-handle", HANDLED_BY_TORCH, "--log-dir", failures, *sys.argv[1:]]))
     except ChildFailedError as error:
         code = exit_code_of(error.failures.values()) if error.failures else EXIT_FAILED
-        if code != EXIT_PREEMPTED:  # which is no failure
+        if code != EXIT_RETRY:  # which is no failure
             print(error, file=sys.stderr)
         return code
     finally:

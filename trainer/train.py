@@ -25,7 +25,7 @@ set_accelerator_env()  # before DeepSpeed is imported
 import deepspeed
 import torch.distributed as dist
 
-from cluster.errors import EXIT_DONE, EXIT_PREEMPTED, InputError, TunesmithError
+from cluster.errors import EXIT_DONE, EXIT_RETRY, InputError, TunesmithError
 from cluster.files import write_json
 from cluster.log import stage_logger
 from cluster.processes.descendants import die_with_parent
@@ -191,7 +191,7 @@ def main() -> int:
         job.run.event("train", result["status"])
     dist.barrier()
     dist.destroy_process_group()
-    return EXIT_PREEMPTED if result["status"] == "preempted" else EXIT_DONE
+    return EXIT_RETRY if result["status"] == "preempted" else EXIT_DONE
 
 
 if __name__ == "__main__":

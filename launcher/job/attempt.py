@@ -20,7 +20,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
-from cluster.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, InputError, TunesmithError
+from cluster.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_RETRY, InputError, TunesmithError
 from cluster.files import write_json
 from cluster.nodes.topology import attempt_number, restart_count
 from cluster.run import fence
@@ -126,14 +126,14 @@ class Attempt:
             return EXIT_DONE
         if result.get("kind") != "preflight":  # check_nodes has already recorded them
             folder = self.run.attempt_dir(self.job.job_id, self.restart_count)
-            failed = () if code == EXIT_PREEMPTED else node_health.failed_nodes(folder, self.hosts)
+            failed = () if code == EXIT_RETRY else node_health.failed_nodes(folder, self.hosts)
             node_health.note(self.run, self._fence.token, self.hosts, failed)
         if self._is_without_progress():
             return self._give_up_without_progress(message)
         if code == EXIT_DONE:
             code, message = EXIT_FAILED, "it ended with exit code 0, but its output is not there"
-        self._event("preempted" if code == EXIT_PREEMPTED else "crashed", code=code, reason=message)
-        return EXIT_PREEMPTED
+        self._event("preempted" if code == EXIT_RETRY else "crashed", code=code, reason=message)
+        return EXIT_RETRY
 
     def _give_up_without_input(self, parent: SubmittedJob) -> int:
         return self._give_up(
@@ -160,7 +160,7 @@ class Attempt:
 
     def _write_result(self, code: int, message: str, kind: str) -> None:
         fence.verify(self.run.root)
-        status = "preempted" if code == EXIT_PREEMPTED else "failed"
+        status = "preempted" if code == EXIT_RETRY else "failed"
         result = {"status": status, "exit_code": code, "kind": kind, "message": message}
         write_json(self.run.result(self.stage), result)
 

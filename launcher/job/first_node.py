@@ -35,7 +35,7 @@ class FirstNode:
         self._next_check = time.monotonic() + CHECK_SECONDS
 
     def check(self) -> None:
-        """End the job and raise FirstNodeLost if the node is lost. Looks every CHECK_SECONDS.
+        """End the job and raise FirstNodeLost if the node is lost. Checks every CHECK_SECONDS.
 
         A node that does not answer from here may be up: Slurm alone decides.
         """

@@ -17,7 +17,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from cluster.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, TunesmithError
+from cluster.errors import EXIT_DONE, EXIT_FAILED, EXIT_RETRY, TunesmithError
 from cluster.files import write_json
 from cluster.log import stage_logger
 from cluster.nodes.rendezvous import await_json, meet
@@ -30,7 +30,7 @@ from launcher.torchrun import run_torchrun
 from trainer.checkpoint.state import is_trained
 
 log = stage_logger("train")
-FENCE_SECONDS = 5.0  # how often every node looks for a newer token
+FENCE_CHECK_SECONDS = 5.0  # how often every node checks for a newer token
 AGREE_SECONDS = 60  # all ranks end together after a preemption, but a shared file system may show their files late
 
 
@@ -68,7 +68,7 @@ def run_node(topology: Topology, run: RunDir, command: list[str], is_training: b
     with StopRequest(interrupts=True) as stop:
         try:
             options, environ = torchrun_options(topology, run)
-            code = run_torchrun(options, command, stop, environ, lambda: fence.check_throttled(FENCE_SECONDS))
+            code = run_torchrun(options, command, stop, environ, lambda: fence.check_throttled(FENCE_CHECK_SECONDS))
             if code != EXIT_DONE:
                 fence.check()
             code = exit_code_by_result(run, code) if is_training else code
@@ -79,7 +79,7 @@ def run_node(topology: Topology, run: RunDir, command: list[str], is_training: b
             report = {"host": topology.hosts[topology.node_rank], "exit_code": code, "signals": stop.names}
             report |= {"step_id": topology.step_id, "time": round(time.time(), 3)}
             write_json(folder / f"node-{topology.node_rank}.exit.json", report)
-        return agree_on_exit_code(topology, run) if code == EXIT_PREEMPTED else code
+        return agree_on_exit_code(topology, run) if code == EXIT_RETRY else code
 
 
 def exit_code_by_result(run: RunDir, code: int) -> int:
@@ -90,7 +90,7 @@ def exit_code_by_result(run: RunDir, code: int) -> int:
     """
     result = run.read_result("train")
     if code == EXIT_FAILED and result is not None:
-        return {"done": EXIT_DONE, "preempted": EXIT_PREEMPTED}.get(result["status"], code)
+        return {"done": EXIT_DONE, "preempted": EXIT_RETRY}.get(result["status"], code)
     return code
 
 
@@ -106,10 +106,10 @@ def agree_on_exit_code(topology: Topology, run: RunDir) -> int:
     deadline = time.monotonic() + AGREE_SECONDS
     if topology.node_rank > 0:
         agreed = _await_exit_code(folder / "end.json", topology.step_id, deadline + 1.0)
-        return EXIT_PREEMPTED if agreed is None else agreed
+        return EXIT_RETRY if agreed is None else agreed
     reports = [folder / f"node-{rank}.exit.json" for rank in range(topology.num_nodes)]
     codes = (_await_exit_code(report, topology.step_id, deadline) for report in reports)
-    code = next((code for code in codes if code not in (EXIT_DONE, EXIT_PREEMPTED, None)), EXIT_PREEMPTED)
+    code = next((code for code in codes if code not in (EXIT_DONE, EXIT_RETRY, None)), EXIT_RETRY)
     write_json(folder / "end.json", {"exit_code": code, "step_id": topology.step_id})
     return code
 

@@ -9,7 +9,7 @@ import json
 import time
 from pathlib import Path
 
-from cluster.errors import EXIT_PREEMPTED
+from cluster.errors import EXIT_RETRY
 from cluster.files import append_jsonl, read_jsonl
 from cluster.run import fence
 from cluster.run.rundir import RunDir
@@ -46,7 +46,7 @@ def failed_nodes(attempt_dir: Path, hosts: tuple[str, ...]) -> tuple[str, ...]:
         report = json.loads(path.read_text())
         exit_codes[report["host"]] = report["exit_code"]
     without_report = tuple(host for host in hosts if host not in exit_codes)
-    crashed = tuple(host for host in hosts if exit_codes.get(host, 0) not in (0, EXIT_PREEMPTED, *KILLED))
+    crashed = tuple(host for host in hosts if exit_codes.get(host, 0) not in (0, EXIT_RETRY, *KILLED))
     if without_report and len(without_report) < len(hosts):
         return without_report
     return crashed or hosts

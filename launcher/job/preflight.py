@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from cluster.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, Preempted, TunesmithError
+from cluster.errors import EXIT_DONE, EXIT_FAILED, EXIT_RETRY, Preempted, TunesmithError
 from cluster.files import write_json
 from cluster.nodes.rendezvous import await_json, meet
 from cluster.nodes.topology import Topology, read_topology, restart_count
@@ -52,7 +52,7 @@ def check_nodes(run: RunDir, job_id: str, hosts: tuple[str, ...], on_all_nodes: 
     code = on_all_nodes(python_module("launcher.job.preflight", str(run.root)), LIMIT_SECONDS)
     if code == EXIT_DONE:
         return
-    if code == EXIT_PREEMPTED:
+    if code == EXIT_RETRY:
         raise Preempted("the job was asked to stop before the stage began. The next attempt begins it.")
     folder = run.attempt_dir(job_id, restart_count())
     failures = read_failures(folder, hosts)

@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cluster.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, Preempted, TunesmithError
+from cluster.errors import EXIT_DONE, EXIT_FAILED, EXIT_RETRY, Preempted, TunesmithError
 from cluster.files import write_json
 from cluster.log import stage_logger
 from cluster.nodes.rendezvous import is_listening, read_json
@@ -109,7 +109,7 @@ class RayJob:
                 with contextlib.suppress(DriverEnded):
                     write_json(address, self._bring_up(environment))
                 code = self._drive()
-                last_message = DONE if code in (EXIT_DONE, EXIT_PREEMPTED) else KEEP_LOGS
+                last_message = DONE if code in (EXIT_DONE, EXIT_RETRY) else KEEP_LOGS
                 return code
             finally:
                 self._take_down(last_message)
@@ -275,11 +275,11 @@ def run(stage: str, arguments: list[str], stop: StopRequest, checks: Sequence[Ca
         raise
     except TunesmithError as error:
         code, message = error.exit_code, str(error)
-        run.event(stage, "preempted" if code == EXIT_PREEMPTED else "failed", reason=message, job_id=job)
+        run.event(stage, "preempted" if code == EXIT_RETRY else "failed", reason=message, job_id=job)
         raise
     finally:
         if code != EXIT_DONE:
-            status = "preempted" if code == EXIT_PREEMPTED else "failed"
+            status = "preempted" if code == EXIT_RETRY else "failed"
             write_result_file(run, stage, {"status": status, "exit_code": code, "message": message, "job_id": job})
     return code
 

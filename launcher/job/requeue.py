@@ -2,7 +2,7 @@
 
     python -P -m launcher.job.requeue STAGE RECIPE [key=value ...]
 
-The job's script runs it when the supervisor has ended with EXIT_PREEMPTED or was killed. Slurm has the first say: a
+The job's script runs it when the supervisor has ended with EXIT_RETRY or was killed. Slurm has the first say: a
 job that it has cancelled stays cancelled, and a job that it has requeued itself is not requeued again.
 
 Slurm lets a requeued job wait for AuthInfo's cred_expire, two minutes by default, unless the job has a start time in

@@ -3,7 +3,7 @@
     python -P -m launcher.job.supervisor STAGE RECIPE [key=value ...]
 
 It starts the stage's steps on the job's nodes with srun and passes the request to save and stop on to them. The job's
-script (slurm/attempt.sh) starts it, and requeues the job if the supervisor ends with EXIT_PREEMPTED or is killed. See
+script (slurm/attempt.sh) starts it, and requeues the job if the supervisor ends with EXIT_RETRY or is killed. See
 attempt.py for a job that `<run>/jobs.jsonl` lists: it decides whether there is another attempt.
 
 Nothing slow is imported here: until `main` has its handlers, a signal would kill it.
@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-from cluster.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, TunesmithError
+from cluster.errors import EXIT_BAD_INPUT, EXIT_RETRY, TunesmithError
 from cluster.nodes.topology import export_hosts
 from cluster.processes.signals import StopRequest
 from cluster.run.fence import Superseded
@@ -46,19 +46,19 @@ class Steps:
         tasks of all nodes. TERM would make srun end the step; Slurm sends it to the steps as well as to the script.
         """
         if self.stop.is_set:
-            return EXIT_PREEMPTED
+            return EXIT_RETRY
         step = subprocess.Popen(argv)
         deadline = time.monotonic() + limit_seconds
         while True:
             try:
                 code = step.wait(POLL_SECONDS)
                 if code and self.stop.is_set and not can_save:  # Slurm's signal to the step has ended it
-                    return EXIT_PREEMPTED
+                    return EXIT_RETRY
                 return code if code >= 0 else 128 - code
             except subprocess.TimeoutExpired:
                 if self.stop.is_set and not can_save:
                     end_step(step, 0)
-                    return EXIT_PREEMPTED
+                    return EXIT_RETRY
                 if self.stop.pending:
                     self.stop.pending.clear()
                     step.send_signal(signal.SIGUSR2)

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from cluster.errors import EXIT_PREEMPTED, Preempted
+from cluster.errors import EXIT_RETRY, Preempted
 from cluster.processes.signals import STOP_SIGNALS, StopRequest
 
 
@@ -66,4 +66,4 @@ def test_children_note_nothing_and_more_signals_change_nothing() -> None:
         signal.raise_signal(signal.SIGTERM)
         raise SystemExit(75)
     """
-    assert subprocess.run([sys.executable, "-c", script]).returncode == EXIT_PREEMPTED
+    assert subprocess.run([sys.executable, "-c", script]).returncode == EXIT_RETRY

@@ -19,7 +19,7 @@ from rich.console import Console
 import cluster.log
 import generation.metrics
 from cluster.config import ModelConfig
-from cluster.errors import EXIT_PREEMPTED, InputError, TunesmithError
+from cluster.errors import EXIT_RETRY, InputError, TunesmithError
 from cluster.files import sha256_file
 from cluster.run.manifest import verify_manifest
 from cluster.run.rundir import RunDir
@@ -219,7 +219,7 @@ def test_a_signal_preempts_the_stage_and_more_signals_change_nothing(undisturbed
     for number in signals:
         driver.send_signal(number)
     output, _ = driver.communicate()
-    assert driver.returncode == EXIT_PREEMPTED, output
+    assert driver.returncode == EXIT_RETRY, output
     logged = logged_ids(tmp_path / "run", tmp_path / "copy")
     assert f"Preempted: stopped by {signals[0].name}; {len(logged)} finished requests are saved" in output
     assert [event["event"] for event in events(tmp_path / "run")] == ["started", "preempted"]

@@ -16,7 +16,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from cluster.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, TunesmithError
+from cluster.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_RETRY, TunesmithError
 from cluster.files import append_jsonl, write_json
 from cluster.processes.descendants import die_with_parent
 from cluster.run.fence import Superseded, own_token, verify
@@ -51,13 +51,13 @@ def rank(run: RunDir) -> int:
     while os.environ["SLURM_PROCID"] != "0" and not is_trained(run):  # the first alone does the work
         time.sleep(script["step_seconds"])
         if stopped:
-            return EXIT_PREEMPTED
+            return EXIT_RETRY
     last = newest_checkpoint(run.checkpoints)
     step, text = (read_state(last).step, (last / "weights.txt").read_text()) if last else (0, "")
     while step < script["steps"]:
         time.sleep(script["step_seconds"])
         if stopped:
-            return EXIT_PREEMPTED
+            return EXIT_RETRY
         step, text = step + 1, f"{text}{step} "
         if fault and step == at_step:
             match fault:

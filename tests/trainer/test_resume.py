@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 
-from cluster.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_PREEMPTED, InputError, TunesmithError
+from cluster.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_RETRY, InputError, TunesmithError
 from cluster.run.manifest import verify_manifest
 from tests.trainer.tools import (
     DEADLINE_SECONDS,
@@ -143,7 +143,7 @@ def test_a_training_that_was_killed_and_then_stopped_resumes_bit_for_bit(
     write_recipe(tmp_path, chat_model, chat_data, checkpoint={"every_steps": 1000})
     code = stop_at_step(recipe, run, num_steps_shown(run) + 4, signal_until_ended)
     output = (tmp_path / "output.txt").read_text()
-    assert code == EXIT_PREEMPTED, output
+    assert code == EXIT_RETRY, output
     assert "The same command continues it" in output
     step = read_state(newest_checkpoint(run / "checkpoints")).step
     assert step == max(trace(run)) < NUM_STEPS
