@@ -129,7 +129,7 @@ def make_result(job: TrainJob, state: TrainState, batches: Batches, metrics: Ste
         "step": state.step,
         "num_steps": batches.num_steps,
         "tuning": job.config.tuning,
-        "num_rows": batches.tokens.num_documents,
+        "num_documents": batches.tokens.num_documents,
         "dropped": batches.tokens.dropped,
         "num_tokens": state.num_tokens,
         "num_trained_tokens": state.num_trained_tokens,
