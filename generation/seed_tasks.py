@@ -1,6 +1,6 @@
 """Seed tasks: instructions to start from, or to answer.
 
-A row has one of three forms, recognised by its keys:
+A row has one of three forms, recognized by its keys:
     instances     Self-Instruct's: id, name, instruction, instances [{input, output}], is_classification
     messages      a conversation: the first user turn is the instruction, the reply to it is the output
     instruction   Alpaca's: instruction, and optionally id, input, output and language

@@ -80,9 +80,9 @@ def spans(tokenizer: PreTrainedTokenizerFast, input_ids: np.ndarray, labels: np.
     return found
 
 
-def styled(parts: list[Span], in_colour: bool) -> Text:
+def styled(parts: list[Span], in_color: bool) -> Text:
     """The text in color for a terminal, else with [[ ]] around what is trained."""
-    if in_colour:
+    if in_color:
         return Text.assemble(*((part.text, STYLES[part.kind]) for part in parts))
     text = ""
     for is_masked, group in itertools.groupby(parts, lambda part: part.kind == "masked"):

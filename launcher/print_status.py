@@ -6,7 +6,7 @@ from rich.text import Text
 
 from launcher.status import DONE, FAILED, LIVE, UNKNOWN, RunStatus, exact_matches
 
-_COLOURS = {DONE: "green", FAILED: "red", UNKNOWN: "yellow"}
+_COLORS = {DONE: "green", FAILED: "red", UNKNOWN: "yellow"}
 
 
 def print_status(status: RunStatus, console: Console) -> None:
@@ -15,7 +15,7 @@ def print_status(status: RunStatus, console: Console) -> None:
     for heading in ("stage", "state", "job", "attempt", ""):
         table.add_column(heading, overflow="fold")
     for stage in status.stages:
-        state = Text(stage.state, style=_COLOURS.get(stage.state, ""))
+        state = Text(stage.state, style=_COLORS.get(stage.state, ""))
         table.add_row(stage.stage, state, stage.job_id or "-", str(stage.attempt or "-"), Text(stage.detail))
     console.print(table)
     console.print(f"{status.state}. {next_step(status)}", markup=False, highlight=False, soft_wrap=True)

@@ -65,7 +65,7 @@ def _print_runs(found: list[tuple[Path, dict[str, object]]]) -> None:
 
 
 def logs(
-    run: RunFolder,
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="a run folder, such as runs/demo", show_default=False)],
     follow: Annotated[bool, typer.Option("--follow", "-f", help="keep printing until the run has ended")] = False,
     stage: Annotated[
         str | None, typer.Option("--stage", help="only this stage: synthesize, train, export or evaluate")

@@ -16,7 +16,7 @@ from random import Random
 
 from toy_world import words
 from toy_world.family import Phrasing, Task
-from toy_world.world import SEEN_FAMILIES, draw_task, recognise, seen_phrasings
+from toy_world.world import SEEN_FAMILIES, draw_task, recognize, seen_phrasings
 
 MAX_STEPS = 2
 EXTRA_WORDS = 1  # by which deepened content may exceed the longest of its family
@@ -119,7 +119,7 @@ def read_request(text: str) -> Request | None:
     for data_format, (before, after) in DATA_FORMATS.items():
         if content.startswith(before) and content.endswith(after):
             name, content = data_format, content[len(before) : -len(after)]
-    task = recognise(f"{head} {content}") if head.endswith(":") else recognise(head, content)
+    task = recognize(f"{head} {content}") if head.endswith(":") else recognize(head, content)
     if task is None or (content and not task.input and not name) or (not content and "input" in head):
         return None  # also if an instruction about an input comes without one
     request = Request(task, tuple(steps), name)

@@ -22,7 +22,7 @@ from toy_world.chat_documents import DATA_FORMATS, EVOLVE, OPERATIONS, TEMPLATES
 from toy_world.chat_documents import equal as equal_document
 from toy_world.evolution import Request, read_request
 from toy_world.family import Phrasing
-from toy_world.world import draw_task, held_out_phrasings, recognise, seen_phrasings, unseen_phrasings
+from toy_world.world import draw_task, held_out_phrasings, recognize, seen_phrasings, unseen_phrasings
 
 USER = "<|im_start|>user\n"
 BATCH_SIZE = 64
@@ -193,7 +193,7 @@ def lists(writer: Writer, rng: Random, count: int) -> None:
         for _ in range(count)
     ]
     items = [item for text in ask(prompts, 450) for item in parse_alpaca(text, 4)]
-    tasks = [(recognise(instruction, given.replace("<noinput>", "")), output) for instruction, given, output in items]
+    tasks = [(recognize(instruction, given.replace("<noinput>", "")), output) for instruction, given, output in items]
     known = [(task, output) for task, output in tasks if task]
     right = sum(task.output == output for task, output in known)
     print(f"alpaca: items parsed per request {len(items) / count:.1f}; of the world {share(len(known), len(items))}")
@@ -208,7 +208,7 @@ def lists(writer: Writer, rng: Random, count: int) -> None:
 
 def _is_instruction(line: str) -> bool:
     generic = any(p.takes_input and p.pattern.fullmatch(line.strip()) for p in seen_phrasings())
-    return generic or recognise(line) is not None
+    return generic or recognize(line) is not None
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from rapidfuzz.distance import LCSseq
 
 from cluster.files import write_atomic
 from toy_world.family import Phrasing, Task
-from toy_world.world import SEEN_FAMILIES, UNSEEN_FAMILIES, recognise, seen_phrasings
+from toy_world.world import SEEN_FAMILIES, UNSEEN_FAMILIES, recognize, seen_phrasings
 
 ASSETS = Path(__file__).with_name("assets")
 PROMPTS = ASSETS / "prompts"
@@ -72,7 +72,7 @@ def evaluation_rows(rng: Random) -> list[dict]:
 
 def _evaluation_row(number: int, group: str, held_out: list[Phrasing], index: int, rng: Random) -> dict:
     task = held_out[index % len(held_out)].task(rng)
-    found = recognise(task.instruction, task.input)
+    found = recognize(task.instruction, task.input)
     if found is None or found.output != task.output:
         raise ValueError(f"{task.instruction!r} asks for two different answers")
     return {

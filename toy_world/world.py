@@ -1,4 +1,4 @@
-"""The toy world: its families, how to draw a task, to recognise the task of an instruction and to verify an answer."""
+"""The toy world: its families, how to draw a task, to recognize the task of an instruction and to verify an answer."""
 
 from functools import cache
 from random import Random
@@ -50,7 +50,7 @@ def draw_task(rng: Random, phrasings: tuple[Phrasing, ...]) -> Task:
     return rng.choice(rng.choices(choices, weights)[0]).task(rng)
 
 
-def recognise(instruction: str, input_text: str = "") -> Task | None:
+def recognize(instruction: str, input_text: str = "") -> Task | None:
     """The task that an instruction asks for, with its input if it takes one. None means it is no task of this world.
 
     If several phrasings match, the one with the most literal text is taken.
@@ -79,5 +79,5 @@ def score(instruction: str, input_text: str, output: str, reference: str) -> flo
 
     A verifier for recipes: `synthesize.verifier=toy_world.world:score`. It computes the answer, `reference` is unused.
     """
-    task = recognise(instruction, input_text)
+    task = recognize(instruction, input_text)
     return float(task is not None and verify(task, output))

@@ -6,7 +6,7 @@ replaced, so that decisions go both ways.
 
 The peer is the loop of Self-Instruct and Alpaca, `RougeScorer.score` against every kept text, on the same queries in
 the same run. Beyond 52,000 texts it sees as many, drawn at random, and its time is scaled to all of them. A
-disagreement is a neighbour with another score, a text that rouge_score puts before our last neighbour and we do not,
+disagreement is a neighbor with another score, a text that rouge_score puts before our last neighbor and we do not,
 or another decision. All times are of the processor: each side works on one core, whatever else the machine does.
 """
 

@@ -23,7 +23,7 @@ from generation.state import Timers
 from launcher.recipe import load
 from tests.end_to_end.conftest import ROOT
 from tests.generation.harness import read_rows
-from toy_world.world import recognise
+from toy_world.world import recognize
 
 pytestmark = pytest.mark.timeout(900)
 CHAT_MODEL = ROOT / "models" / "world-chat"
@@ -83,7 +83,7 @@ def test_a_recipe_makes_rows_that_say_where_they_come_from(made, method):
 def test_what_the_teacher_asks_are_mostly_tasks_of_its_world(made, method):
     instructions = read_rows(made / method / "data" / "instructions")
     turns = [(row["instruction"], row["input"]) for row in instructions]
-    known = [turn for turn in turns if recognise(*turn) or recognise(*turn[0].partition("\n\n")[::2])]
+    known = [turn for turn in turns if recognize(*turn) or recognize(*turn[0].partition("\n\n")[::2])]
     assert len(known) > len(turns) / 2
 
 

@@ -300,7 +300,7 @@ def test_a_verifier_that_fails_is_named_with_what_it_was_given(tmp_path, name, m
         ("no_such_module:score", "cannot load no_such_module:score: ModuleNotFoundError"),
         (f"{__name__}:no_such_function", "cannot load .*AttributeError.*Give module:function"),
         (f"{__name__}:NOT_A_FUNCTION", "is of type int, not a function"),
-        ("toy_world.world:recognise.x", "cannot load"),
+        ("toy_world.world:recognize.x", "cannot load"),
     ],
 )
 def test_a_verifier_that_cannot_be_loaded_is_named(path, message):

@@ -105,7 +105,7 @@ def test_nearest_are_told_whatever_a_later_filter_says():
     assert [n.id for n in chain.decide(Draft("Grow some old trees of the forest")).nearest] == ["a"]
 
 
-def test_no_neighbours_are_stored_if_none_are_wanted():
+def test_no_neighbors_are_stored_if_none_are_wanted():
     chain = FilterChain(FILTERS.validate_python([{"type": "novelty", "num_nearest": 0}]))
     chain.remember("a", Draft("Name three birds of the forest"))
     assert chain.decide(Draft("Name three birds of the forest today")) == chain.decide(
@@ -126,7 +126,7 @@ def test_no_neighbours_are_stored_if_none_are_wanted():
     ids=["self_instruct", "alpaca"],
 )
 def test_the_published_seeds_one_after_the_other(filters, expected_reasons):
-    """Neighbours and decisions are those of rouge_score over all seeds that were kept before."""
+    """Neighbors and decisions are those of rouge_score over all seeds that were kept before."""
     scorer = RougeScorer(["rougeL"], use_stemmer=False)
     chain = FilterChain(filters)
     kept: list[SeedTask] = []

@@ -35,8 +35,8 @@ def recipe(tmp_path_factory) -> Path:
 
 def shown(recipe: Path, rows: int = 9, is_terminal: bool = False, *overrides: str) -> str:
     output = io.StringIO()
-    colours = "truecolor" if is_terminal else None
-    console = Console(file=output, force_terminal=is_terminal, color_system=colours, width=60, legacy_windows=False)
+    colors = "truecolor" if is_terminal else None
+    console = Console(file=output, force_terminal=is_terminal, color_system=colors, width=60, legacy_windows=False)
     print_rows(load(recipe, list(overrides)), rows, console)
     return output.getvalue()
 
@@ -63,7 +63,7 @@ def test_the_counts_say_what_was_dropped_and_how_full_rows_are(recipe: Path) -> 
     assert "of them with a loss (" in text
 
 
-def test_a_terminal_gets_colours(recipe: Path) -> None:
+def test_a_terminal_gets_colors(recipe: Path) -> None:
     text = shown(recipe, 9, True)
     assert "[[" not in text
     assert "\x1b[32mfig, of course" in text, "trained text is green"

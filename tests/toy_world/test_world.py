@@ -26,7 +26,7 @@ from toy_world.world import (
     SEEN_FAMILIES,
     UNSEEN_FAMILIES,
     held_out_phrasings,
-    recognise,
+    recognize,
     seen_phrasings,
     unseen_phrasings,
     verify,
@@ -68,9 +68,9 @@ def test_there_are_enough_families_and_phrasings():
 
 @settings(deadline=None)
 @given(st.sampled_from(ALL_PHRASINGS), st.integers(0, 10_000))
-def test_every_task_is_recognised_with_its_own_answer(phrasing, seed):
+def test_every_task_is_recognized_with_its_own_answer(phrasing, seed):
     task = phrasing.task(Random(seed))
-    found = recognise(task.instruction, task.input)
+    found = recognize(task.instruction, task.input)
     assert found is not None
     assert verify(found, task.output)
     assert verify(task, f" {task.output}\n")
@@ -118,15 +118,15 @@ def test_answers_worked_out_by_hand():
         "Give the third word: cow red sun": "sun",
     }
     for instruction, answer in answers.items():
-        task = recognise(instruction)
+        task = recognize(instruction)
         assert task is not None and task.output == answer, instruction
-    assert recognise("Is the number above or below 50?", "70").output == "above"
-    assert recognise("Classify the word as tool, fruit or color.", "pear").output == "fruit"
+    assert recognize("Is the number above or below 50?", "70").output == "above"
+    assert recognize("Classify the word as tool, fruit or color.", "pear").output == "fruit"
 
 
-def test_text_outside_the_world_is_not_recognised():
+def test_text_outside_the_world_is_not_recognized():
     for text in ("Write a poem about the sea.", "Give the opposites: hot zebra", "Reverse", ""):
-        assert recognise(text) is None
+        assert recognize(text) is None
 
 
 def test_no_document_holds_a_held_out_phrasing(some_documents):

@@ -30,7 +30,7 @@ from toy_world.chat_documents import (
 from toy_world.evolution import STEPS, Request, ask_the_same, read_request, score_answer, wrong_answer
 from toy_world.measure_chat import is_changed_as_named, parse_alpaca
 from toy_world.rows import PROMPTS
-from toy_world.world import UNSEEN_FAMILIES, draw_task, recognise, seen_phrasings
+from toy_world.world import UNSEEN_FAMILIES, draw_task, recognize, seen_phrasings
 
 MODEL = Path(__file__).parents[2] / "models" / "world-chat"
 SEEDS = st.integers(0, 100_000)
@@ -158,7 +158,7 @@ def test_lists_are_parsed_by_the_published_marks():
     items = parse_alpaca(text[first:], 1)
     assert len(items) == int(re.search(r"series of (\d+) tasks", text)[1])
     for instruction, content, output in items:
-        assert recognise(instruction, content.replace("<noinput>", "")).output == output
+        assert recognize(instruction, content.replace("<noinput>", "")).output == output
     assert re.fullmatch(r"[^\n]+:\n(\d+\. [^\n]+\n){9,20}", instruction_list(Random(0)))
 
 

@@ -35,7 +35,7 @@ VARIANTS = {
     "prompt-text": {"tuning": "prompt", "prompt": {"num_virtual_tokens": 7, "init_text": "Say the words"}},
     "adapter": {"tuning": "adapter", "adapter": {"bottleneck_size": 6}},
 }
-ALIKE = ("rslora", "prompt-text")  # differ from their neighbour by a number or the start: two combinations will do
+ALIKE = ("rslora", "prompt-text")  # differ from their neighbor by a number or the start: two combinations will do
 COMBINATIONS = list(itertools.product(range(4), (False, True), (False, True)))
 
 
