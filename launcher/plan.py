@@ -1,5 +1,6 @@
 """What a recipe would do: its stages, and the memory that training takes."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
@@ -76,15 +77,15 @@ def print_plan(recipe: Recipe, path: Path, console: Console) -> None:
     for row in describe_stages(recipe):
         table.add_row(*row)
     console.print(table)
-    print_memory(recipe, console, usable_bytes(recipe.train, recipe.train.num_processes))
+    print_memory(recipe, console, lambda: usable_bytes(recipe.train, recipe.train.num_processes))
     console.print(f"Nothing was started. To run it: tunesmith run {path}", markup=False, highlight=False)
 
 
-def print_memory(recipe: Recipe, console: Console, usable: int | None) -> None:
+def print_memory(recipe: Recipe, console: Console, read_usable: Callable[[], int | None]) -> None:
     """Print the memory of training on each rank for every ZeRO stage. Raises InputError if the recipe's does not fit.
 
-    Of the model only config.json has to be on this machine. `usable` is the number of bytes that a rank may use. None
-    means that it is not known, so nothing is refused.
+    Of the model only config.json has to be on this machine. `read_usable` returns the bytes that a rank may use. None
+    means that they are not known, so nothing is refused. It may load torch, so it is called only if the table needs it.
     """
     train = recipe.train
     if find_config(recipe.model) is None:
@@ -94,6 +95,7 @@ def print_memory(recipe: Recipe, console: Console, usable: int | None) -> None:
         return
     facts = read_facts(locate_model(recipe.model), train)
     check_heads(facts, train)
+    usable = read_usable()
     chosen, refusal = None, None
     try:
         chosen = None if usable is None else choose_stage(facts, train, train.num_processes, usable)

@@ -25,7 +25,7 @@ def print_slurm_plan(submission: Submission, path: Path, console: Console) -> No
     planned = recipe.model_copy(update={"train": train})
     console.print(job_table(submission, planned, path))
     if any(job.stage == "train" for job in submission.jobs):
-        print_memory(planned, console, usable_on_a_node(planned.train, planned.slurm.of("train")))
+        print_memory(planned, console, lambda: usable_on_a_node(planned.train, planned.slurm.of("train")))
     print_line = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     print_line(f"Jobs start in {submission.folder} and run the code in {submission.snapshot}.")
     for job in submission.jobs:
