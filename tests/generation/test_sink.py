@@ -211,7 +211,7 @@ def test_a_checkpoint_leaves_at_most_one_tail_of_each_dataset(tmp_path):
 def test_data_made_from_other_inputs_is_refused(tmp_path):
     work(RunDir(tmp_path), until=7)
     before = contents(RunDir(tmp_path))
-    with pytest.raises(InputError, match=r"made with other settings.*--run-dir.*remove this one"):
+    with pytest.raises(InputError, match=r"saved with other inputs.*Remove .* to start again"):
         DataSink.open(RunDir(tmp_path), ROWS_PER_SHARD, "other")
     assert contents(RunDir(tmp_path)) == before
 
