@@ -64,7 +64,7 @@ def test_two_nodes_train_one_model_and_the_same_command_goes_on_after_a_notice(
     steps = [row["step"] for row in read_rows(run / "metrics.jsonl") if row["stage"] == "train"]
     assert steps == list(range(1, NUM_STEPS + 1))
     result = json.loads((run / "result-train.json").read_text())
-    assert (result["status"], result["step"], result["num_rows"]) == ("done", NUM_STEPS, 8)
+    assert (result["status"], result["step"], result["num_documents"]) == ("done", NUM_STEPS, 8)
     assert (run / "checkpoints" / f"step_{NUM_STEPS:06d}").is_dir()
     assert [(report["host"], report["exit_code"]) for report in exit_reports(run, job)] == [("n1", 0), ("n2", 0)]
 
