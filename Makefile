@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup demo test test-all chaos reference lint base-model chat-model bench bench-synthesis bench-training bench-launch clean-demo
+.PHONY: help setup demo english-model test test-all chaos reference lint base-model chat-model bench bench-synthesis bench-training bench-launch clean-demo
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -12,6 +12,9 @@ setup: ## Make .venv and install everything for a machine without a GPU
 
 demo: setup ## Run the demo: a small model instructs itself and is tuned (minutes); ARGS="key=value --run-dir DIR"
 	@$(BIN)/tunesmith run recipes/demo/self_instruct.yaml $(ARGS)
+
+english-model: setup ## Get SmolLM2, the real model of the tests and of the English demo (93 MB, once)
+	@$(BIN)/python -m english.model
 
 test: setup ## Run the tests, in two processes
 	@$(BIN)/python -m pytest -n 2 --dist loadgroup

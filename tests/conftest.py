@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from english.model import cached_model
 from tests.tiny_model import make_tiny_model
 
 
@@ -25,6 +26,16 @@ def tiny_model(tmp_path_factory) -> Path:
     """A folder with a random Llama of two layers and a byte-level BPE tokenizer."""
     folder = tmp_path_factory.mktemp("tiny-model")
     make_tiny_model(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def english_model() -> Path:
+    """A real model, from the user's cache: `make english-model` puts it there. Without it, tests fail in CI."""
+    folder = cached_model()
+    if folder is None:
+        missing = "the English model is not in the cache: `make english-model`"
+        pytest.fail(missing) if os.environ.get("CI") else pytest.skip(missing)
     return folder
 
 

@@ -27,7 +27,7 @@ from launcher.recipe import Recipe, load
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("cluster", "generation", "trainer", "launcher")
-FOLDERS = (*PACKAGES, "toy_world", "tests", "docs", "recipes", "slurm", "models")
+FOLDERS = (*PACKAGES, "toy_world", "english", "tests", "docs", "recipes", "slurm", "models")
 SUFFIXES = ("py", "sbatch", "yaml", "md", "jinja", "svg")
 OTHER_FILES = {
     *("recipe.yaml", "script.py"),  # in a run folder, and a user's
@@ -38,7 +38,7 @@ OTHER_FILES = {
 
 PATH = re.compile(rf"(?<![\w./<>{{}}*$-])(?:{'|'.join(FOLDERS)})/[\w./*-]*")
 FILE_NAME = re.compile(rf"(?<![\w./<>{{}}*$-])[\w-]+\.(?:{'|'.join(SUFFIXES)})(?!\.?\w)")
-MODULE = re.compile(rf"(?<![\w./-])(?:{'|'.join((*PACKAGES, 'toy_world', 'tests'))})(?:\.\w+)+(?::\w+)?")
+MODULE = re.compile(rf"(?<![\w./-])(?:{'|'.join((*PACKAGES, 'toy_world', 'english', 'tests'))})(?:\.\w+)+(?::\w+)?")
 KEY = re.compile(r"(?<![\w./-])(?:model|engine|synthesize|train|export|evaluate|slurm)(?:\.[a-z]\w*)+")
 COMMAND = re.compile(r"(?<![\w/-])tunesmith (?P<verbs>[a-z]+(?: ?\| ?[a-z]+(?: -\w)*)*)(?P<rest>[^`#\n]*)")
 MODULE_RUN = re.compile(r"python3? (?:-\w )*-m (?P<module>[\w.]+)(?P<rest>[^`#\n]*)")
@@ -130,7 +130,7 @@ def unknown_commands(text: str) -> Iterator[str]:
             yield match[0]
     for match in MODULE_RUN.finditer(text):
         module = match["module"]
-        if module.split(".")[0] in (*PACKAGES, "tests", "toy_world", "docs"):
+        if module.split(".")[0] in (*PACKAGES, "tests", "toy_world", "english", "docs"):
             spec = importlib.util.find_spec(module)
             source = Path(spec.origin).read_text() if spec and spec.origin else ""
             if not source or any(f'"{option}"' not in source for option in re.findall(r"--[a-z][\w-]*", match["rest"])):

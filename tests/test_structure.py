@@ -37,7 +37,7 @@ ROOMS = {
     "launcher.job": {"launcher", "launcher.slurm"},
     "launcher.slurm": {"launcher"},
 }
-NOT_IMPORTED = {"tests", "toy_world", "docs"}
+NOT_IMPORTED = {"tests", "toy_world", "english", "docs"}
 MAX_LINES = 400
 MIN_LINES, MAX_SHORT_FILES = 40, 10
 
