@@ -16,7 +16,8 @@ from cluster.errors import InputError
 from cluster.model_source import locate_model
 from launcher.recipe import Recipe
 from trainer.data.batches import Batches
-from trainer.data.chat import IGNORE, end_of_turn_ids
+from trainer.data.chat import IGNORE
+from trainer.data.template import ChatTemplate
 from trainer.data.tokens import Tokens, cache_key, load_tokens, prepare_tokens
 from trainer.job import TrainJob
 from trainer.model.load import load_tokenizer
@@ -41,7 +42,9 @@ def print_rows(recipe: Recipe, num_rows: int, console: Console) -> None:
     if not recipe.train.data and not Path(job.sources[0].path).exists():
         raise InputError(f"{recipe.run.root} has no dataset yet. Run `tunesmith synthesize` first, or set train.data.")
     tokenizer, _ = load_tokenizer(job.model, recipe.train.chat_template)
-    ends = end_of_turn_ids(tokenizer) if recipe.train.objective == "chat" else {tokenizer.eos_token_id}
+    ends = {tokenizer.eos_token_id}
+    if recipe.train.objective == "chat":
+        ends = set(ChatTemplate(tokenizer).ends.values())
     with _tokens(job, tokenizer) as tokens:
         try:
             batches = Batches(tokens, recipe.train, recipe.seed, 0, recipe.train.num_processes)

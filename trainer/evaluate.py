@@ -29,7 +29,7 @@ from cluster.run.fence import verify
 from cluster.run.manifest import is_sealed
 from cluster.run.rundir import RunDir
 from trainer.config.evaluate import EvaluateConfig
-from trainer.data.chat import user_turn
+from trainer.data.conversation import user_turn
 from trainer.model.load import load_tokenizer
 
 log = stage_logger("evaluate")

@@ -34,7 +34,7 @@ from trainer.checkpoint.state import best_checkpoints, newest_checkpoint, read_s
 from trainer.config.export import ExportConfig
 from trainer.config.train import TrainConfig
 from trainer.config.tuning import form_refusal
-from trainer.data.chat import end_of_turn_ids
+from trainer.data.template import ChatTemplate
 from trainer.job import export_key
 from trainer.model.adapters import BASE_FILE, load_adapter
 from trainer.model.bottleneck import CONFIG_FILE, WEIGHTS_FILE
@@ -174,7 +174,7 @@ def _load_adapted(model: ModelConfig, adapter: Path, tokenizer: PreTrainedTokeni
 
 def save_merged(lm: PreTrainedModel, job: ExportJob, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Write a whole model, one shard at a time."""
-    ends = sorted(end_of_turn_ids(tokenizer)) if job.train.objective == "chat" else [tokenizer.eos_token_id]
+    ends = sorted(ChatTemplate(tokenizer).ends.values()) if job.train.objective == "chat" else [tokenizer.eos_token_id]
     lm.generation_config = GenerationConfig(
         bos_token_id=lm.generation_config.bos_token_id, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id
     )

@@ -29,7 +29,7 @@ def tokenizer():
 @pytest.fixture(scope="session")
 def chatml(tokenizer):
     """The same with the ChatML template, as the trainer sets it."""
-    from trainer.data.chat import set_chat_template
+    from trainer.data.template import set_chat_template
 
     own = make_tokenizer(IM_START, IM_END)
     assert set_chat_template(own, None) == 0

@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 
 from cluster.errors import InputError
 from tests.trainer.tools import END, IM_END, IM_START, make_tokenizer
-from trainer.data.chat import IGNORE, Encoded, Unmaskable, encode_chat, encode_text, end_of_turn_ids, set_chat_template
+from trainer.data.chat import IGNORE, Encoded, check_template, encode_chat, encode_text
+from trainer.data.conversation import Unmaskable, read_conversation
+from trainer.data.template import ChatTemplate, set_chat_template
 
 STRIPPING = """
 {%- for message in messages %}
@@ -44,7 +46,8 @@ def chat(*turns: str, system: str | None = None) -> list[dict]:
 
 
 def encode(tokenizer, messages: list[dict], max_seq_len: int = 4096) -> Encoded:
-    return encode_chat(tokenizer, messages, max_seq_len, end_of_turn_ids(tokenizer))
+    (encoded,) = encode_chat(ChatTemplate(tokenizer), read_conversation(messages), max_seq_len)
+    return encoded
 
 
 def trained_text(tokenizer, encoded: Encoded) -> str:
@@ -118,11 +121,14 @@ def test_a_template_that_strips_is_followed() -> None:
     assert trained_text(tokenizer, encode(tokenizer, chat("q", "  a b \n"))) == "a b<|im_end|>"
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused_where_it_does() -> None:
+def test_an_answer_that_the_template_writes_otherwise_later_is_trained_in_its_own_document() -> None:
     tokenizer = with_template(REWRITING)
     thoughtful = chat("q", "hm</think>a", "r", "b")
-    with pytest.raises(Unmaskable, match="rewrites earlier turns"):
-        encode(tokenizer, thoughtful)
+    whole, first = encode_chat(ChatTemplate(tokenizer), read_conversation(thoughtful), 4096)
+    assert tokenizer.decode(whole.input_ids.tolist()) == tokenizer.apply_chat_template(thoughtful, tokenize=False)
+    assert trained_text(tokenizer, whole) == "b<|im_end|>"
+    assert tokenizer.decode(first.input_ids.tolist()) == tokenizer.apply_chat_template(thoughtful[:2], tokenize=False)
+    assert trained_text(tokenizer, first) == "hm</think>a<|im_end|>"
     assert trained_text(tokenizer, encode(tokenizer, chat("q", "a", "r", "b"))) == "a<|im_end|>b<|im_end|>"
 
 
@@ -134,7 +140,7 @@ def test_a_template_that_raises_leaves_that_conversation_out() -> None:
 
 def test_a_template_without_an_end_token_is_an_error() -> None:
     with pytest.raises(InputError, match="without a special token"):
-        end_of_turn_ids(with_template(PLAIN))
+        check_template(ChatTemplate(with_template(PLAIN)))
 
 
 def test_a_conversation_that_the_assistant_opens_is_left_out(chatml) -> None:
@@ -179,7 +185,7 @@ def test_a_tokenizer_without_chatml_gets_its_tokens_once() -> None:
     before = len(bare)
     assert set_chat_template(bare, None) == 2
     assert len(bare) == before + 2
-    assert end_of_turn_ids(bare) == {bare.convert_tokens_to_ids(IM_END), bare.convert_tokens_to_ids(END)}
+    assert ChatTemplate(bare).ends == {end: bare.convert_tokens_to_ids(end) for end in (IM_END, END)}
     assert trained_text(bare, encode(bare, chat("q", "a"))) == "a<|im_end|>"
 
 

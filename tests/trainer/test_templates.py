@@ -13,15 +13,9 @@ from transformers import PreTrainedTokenizerFast
 
 from cluster.errors import InputError
 from tests.trainer.tools import END, make_tokenizer
-from trainer.data.chat import (
-    IGNORE,
-    Encoded,
-    Unmaskable,
-    check_template,
-    encode_chat,
-    end_of_turn_ids,
-    set_chat_template,
-)
+from trainer.data.chat import IGNORE, Encoded, check_template, encode_chat
+from trainer.data.conversation import Conversation, Unmaskable, read_conversation
+from trainer.data.template import ChatTemplate, set_chat_template
 
 CHATML = """
 {%- for message in messages %}
@@ -108,8 +102,10 @@ def conversation(system: str | None, rounds: list[tuple[str, str]]) -> list[dict
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, messages: list[dict], max_seq_len: int = 4096) -> Encoded:
-    check_template(tokenizer)
-    return encode_chat(tokenizer, messages, max_seq_len, end_of_turn_ids(tokenizer))
+    template = ChatTemplate(tokenizer)
+    check_template(template)
+    (encoded,) = encode_chat(template, read_conversation(messages), max_seq_len)
+    return encoded
 
 
 def trained_text(tokenizer: PreTrainedTokenizerFast, encoded: Encoded) -> str:
@@ -134,7 +130,7 @@ def test_labels_spell_the_answers_and_their_ends(name: str, system: str | None, 
 def test_a_cut_conversation_has_the_ends_it_got_to_and_no_other(name: str, rounds: list, max_seq_len: int) -> None:
     tokenizer, messages = TOKENIZERS[name], conversation(None, rounds)
     whole = encode(tokenizer, messages)
-    ends = end_of_turn_ids(tokenizer)
+    ends = set(ChatTemplate(tokenizer).ends.values())
     try:
         cut = encode(tokenizer, messages, max_seq_len)
     except Unmaskable:
@@ -149,9 +145,9 @@ def test_a_cut_conversation_has_the_ends_it_got_to_and_no_other(name: str, round
 @given(ROUNDS)
 def test_an_unfinished_answer_has_all_but_its_end(name: str, rounds: list) -> None:
     tokenizer, messages = TOKENIZERS[name], conversation(None, rounds)
-    whole, ends = encode(tokenizer, messages), end_of_turn_ids(tokenizer)
+    whole, ends = encode(tokenizer, messages), set(ChatTemplate(tokenizer).ends.values())
     try:
-        cut = encode_chat(tokenizer, messages, 4096, ends, is_finished=False)
+        (cut,) = encode_chat(ChatTemplate(tokenizer), Conversation(messages, is_finished=False), 4096)
     except Unmaskable:
         assert [label for label in whole.labels.tolist() if label not in {IGNORE, *ends}] == []
         assert len(rounds) == 1
@@ -210,7 +206,7 @@ def test_a_generation_prompt_that_turns_do_not_begin_with_is_an_error() -> None:
 
 def test_a_template_that_fails_on_a_plain_exchange_is_an_error() -> None:
     with pytest.raises(
-        InputError, match="the chat template refuses the conversation: no \(for a simple conversation\)"
+        InputError, match=r"refuses the conversation: no\. It was a question and its answer\. Set train"
     ):
         encode(with_template("{{ raise_exception('no') }}"), conversation(None, [("a", "b")]))
 
@@ -223,7 +219,7 @@ def test_a_tokenizer_without_a_pad_token_is_enough_and_one_without_an_end_is_not
     endless = FAMILIES["zephyr"].tokenizer()
     endless.eos_token = endless.pad_token = None
     with pytest.raises(
-        InputError, match=r"a simple conversation|without a special token, and the tokenizer has no eos token"
+        InputError, match=r"a question and its answer|without a special token, and the tokenizer has no eos token"
     ):
         encode(endless, conversation(None, rounds))
     own_end = FAMILIES["chatml"].tokenizer()

@@ -92,7 +92,14 @@ class TrainConfig(StrictModel):
         "`text`",
     )
     chat_template: str | None = Field(
-        None, description="a Jinja file. None means the tokenizer's own template, or ChatML if it has none"
+        None,
+        description="a Jinja file, or the name of one of the tokenizer's templates. None means the tokenizer's own "
+        "template, or ChatML if it has none",
+    )
+    fold_system: bool = Field(
+        False,
+        description="put the text of a system turn before that of the user's next turn, for a chat template without "
+        "system turns, as Gemma's",
     )
     validation: ValidationConfig | None = Field(
         None, description="data to validate on during training. None means no validation"

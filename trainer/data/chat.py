@@ -4,21 +4,18 @@ The mask does not depend on a template's markers, and nothing is searched for in
 difference between two renderings of the conversation, one that stops before the turn and one that stops after it.
 """
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerFast
 
 from cluster.errors import InputError
+from trainer.data.conversation import Conversation, Unmaskable
+from trainer.data.template import ANSWER, FIX, QUESTION, THOUGHT, ChatTemplate
 
-CHATML_TEMPLATE = Path(__file__).with_name("chatml.jinja")
-CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
 IGNORE = -100  # the label that cross-entropy ignores
 TOO_LONG = "no label within max_seq_len"
-PROBE = ({"role": "user", "content": "fig"}, {"role": "assistant", "content": "plum"})
 
 
 @dataclass(frozen=True)
@@ -29,161 +26,135 @@ class Encoded:
     labels: np.ndarray  # int32 [T]
 
 
-class Unmaskable(Exception):
-    """A conversation cannot be masked correctly. The message is the reason under which the row is counted."""
-
-
-def user_turn(instruction: str, input_text: str | None) -> str:
-    """The user's message of a task: the instruction and, below it, the input if there is one."""
-    return f"{instruction}\n\n{input_text}" if input_text else instruction
-
-
-def set_chat_template(tokenizer: PreTrainedTokenizerFast, template_file: str | None) -> int:
-    """Set the recipe's template, or ChatML if `tokenizer` has none of its own. Returns the number of added tokens.
-
-    Raises InputError if the file does not exist.
-    """
-    if template_file is not None:
-        path = Path(template_file)
-        if not path.is_file():
-            raise InputError(f"train.chat_template: {path} does not exist. Set it to the path of a Jinja file.")
-        tokenizer.chat_template = path.read_text()
-        return 0
-    if tokenizer.chat_template:
-        return 0
-    tokenizer.chat_template = CHATML_TEMPLATE.read_text()
-    missing = [token for token in CHATML_TOKENS if token not in tokenizer.get_vocab()]
-    return tokenizer.add_special_tokens({"additional_special_tokens": missing}) if missing else 0
-
-
-def check_template(tokenizer: PreTrainedTokenizerFast) -> None:
-    """Raise InputError if the start of an assistant's turn is not the generation prompt.
+def check_template(template: ChatTemplate) -> None:
+    """Raise InputError if no simple answer can be masked.
 
     An assistant's message is what follows the generation prompt. If a turn starts with other text, that text would be
-    trained as part of the message.
+    trained as part of the message. Some templates write the start of a thought into the generation prompt, so an answer
+    with a thought is tried too.
     """
-    question, prompt = _probe(tokenizer, PROBE[:1]), _probe(tokenizer, PROBE[:1], add_generation_prompt=True)
-    answered = _probe(tokenizer, PROBE)
-    if not answered.startswith(prompt):
+    _ = template.ends  # raises InputError
+    prompt = template.render([QUESTION], add_generation_prompt=True)
+    answered = [template.render([QUESTION, answer]) for answer in (ANSWER, THOUGHT)]
+    if not any(text.startswith(prompt) for text in answered):
         raise InputError(
             "the chat template starts an assistant's turn with other text than its generation prompt "
-            f"({prompt[-40:]!r}), so training would differ from later use. Set another train.chat_template."
+            f"({prompt[-40:]!r}), so training would differ from later use. {FIX}"
         )
-    opening = answered[len(prompt) :].partition(PROBE[1]["content"])[0]
-    if prompt == question and opening.strip():
+    opening = answered[0][len(prompt) :].partition(ANSWER["content"])[0]
+    if prompt == template.render([QUESTION]) and opening.strip():
         raise InputError(
             f"the chat template has no generation prompt, but starts an assistant's turn with {opening.strip()!r}, "
-            "which would be trained. Write it under `add_generation_prompt` too, or set another train.chat_template."
+            f"which would be trained. Write it under `add_generation_prompt` too. Or {FIX[0].lower()}{FIX[1:]}"
         )
-
-
-def end_of_turn_ids(tokenizer: PreTrainedTokenizerFast) -> set[int]:
-    """Ids of the tokens that may end an assistant turn: eos, and the special token with which the template ends a turn.
-
-    Raises InputError if the template ends a turn without a special token.
-    """
-    last = tokenizer(_probe(tokenizer, PROBE).rstrip(), add_special_tokens=False)["input_ids"][-1]
-    if last not in set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder):
-        eos = "" if tokenizer.eos_token_id is not None else ", and the tokenizer has no eos token"
+    reasons = []
+    for answer in (ANSWER, THOUGHT):
+        try:
+            encode_chat(template, Conversation([QUESTION, answer]), 1 << 20)
+        except Unmaskable as error:
+            reasons.append(str(error))
+    if len(reasons) == 2:
         raise InputError(
-            f"the chat template ends an assistant turn without a special token{eos}, so the model could not learn to "
-            "stop. Set another train.chat_template."
+            f"the chat template and the tokenizer do not fit together: {reasons[0]} (the generation prompt ends with "
+            f"{prompt[-20:]!r}). {FIX}"
         )
-    return {last} | ({tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set())
 
 
-def encode_chat(
-    tokenizer: PreTrainedTokenizerFast,
-    messages: object,
-    max_seq_len: int,
-    terminators: set[int],
-    is_finished: bool = True,
-) -> Encoded:
-    """Tokens and labels of one conversation, cut at `max_seq_len` tokens.
+def encode_chat(template: ChatTemplate, conversation: Conversation, max_seq_len: int) -> list[Encoded]:
+    """Tokens and labels of one conversation, each document cut at `max_seq_len` tokens.
 
-    is_finished: False means that the last answer was cut off when it was generated. It then gets no end-of-turn token.
+    A document trains the turns that the template writes as if the conversation ended there. Some templates write
+    earlier turns otherwise, for example without their thoughts. Such an answer is trained in a document of its own,
+    which ends with it, because that is what the model sees in use.
 
-    Raises Unmaskable if the template refuses the conversation or rewrites earlier turns, if a token crosses the border
-    of an assistant turn, if an end-of-turn token is missing or is inside a message, or if the cut leaves no label.
+    Raises Unmaskable if the template refuses the conversation or leaves a turn out, if a token crosses the start of an
+    answer, if an end-of-turn token is missing or is inside a message, or if the cut leaves no label.
     """
-    check_messages(messages)
-    text = _render(tokenizer, messages)
-    answers = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
-    if not answers:
+    messages, tools = template.prepare(conversation), conversation.tools
+    pending = [
+        turn for turn, message in enumerate(messages) if message["role"] == "assistant" and message.get("train", True)
+    ]
+    if not pending:
         raise Unmaskable("no assistant turn")
-    ends = tokenizer.convert_ids_to_tokens(sorted(terminators))
-    if any(end in messages[turn]["content"] for turn in answers for end in ends):
+    if any(end in text for turn in pending for text in _texts(messages[turn]) for end in template.ends):
         raise Unmaskable("an assistant turn contains an end token")
-    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ids = np.asarray(encoding["input_ids"], dtype=np.int32)
-    starts, stops = np.asarray(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2).T
-    closing = np.isin(ids, list(terminators))
-    trained = np.zeros(len(ids), dtype=bool)
-    for turn in answers:
-        begin, end = _assistant_span(tokenizer, messages, turn, text)
-        overlapping = (starts < end) & (stops > begin)
-        inside = (
-            overlapping & (starts >= begin) & ((stops <= end) | closing)
-        )  # some end tokens include the space after them
-        if (inside != overlapping).any():
-            raise Unmaskable("a token crosses the border of an assistant turn")
-        if not inside.any() or not closing[np.flatnonzero(inside)[-1]]:
+    prompts = {turn: template.render(messages[:turn], tools, add_generation_prompt=True) for turn in pending}
+    answered = {turn: _without_end(template.render(messages[: turn + 1], tools), template.ends) for turn in pending}
+    if not all(answered[turn].startswith(prompts[turn]) for turn in pending):
+        raise Unmaskable("the chat template starts an answer with other text than its generation prompt")
+    documents: list[Encoded] = []
+    length = len(messages)
+    while pending:
+        text = template.render(messages[:length], tools)
+        spans = {
+            turn: slice(len(prompts[turn]), len(answered[turn]))
+            for turn in pending
+            if turn < length and _goes_on(text, answered[turn], template.ends)
+        }
+        if spans:
+            documents += _encode_spans(template, messages[:length], text, spans, max_seq_len, conversation.is_finished)
+        elif length == pending[-1] + 1:
             raise Unmaskable("an assistant turn has no end token")
-        trained |= inside
-    if not is_finished and answers[-1] == len(messages) - 1:
-        without_end = int(np.flatnonzero(trained)[-1])
-        ids, trained = ids[:without_end], trained[:without_end]
-    return _shifted(ids[:max_seq_len], trained[:max_seq_len])
+        pending = [turn for turn in pending if turn not in spans]
+        length = pending[-1] + 1 if pending else 0
+    if not documents:
+        raise Unmaskable(TOO_LONG)
+    return documents
 
 
 def encode_text(ids: Sequence[int], end_id: int, max_seq_len: int) -> Encoded:
-    """Tokens and labels of plain text. Every token gets a label, and so does the end if the text is not cut."""
+    """Tokens and labels of plain text: of every token but the first, and of the end if the text is not cut.
+
+    ids: as the tokenizer encodes a text, with a token for its begin if the model has one, and perhaps with `end_id`.
+    """
+    ids = ids[:-1] if len(ids) and ids[-1] == end_id else ids
     whole = np.asarray([*ids, end_id], dtype=np.int32)[:max_seq_len]
-    return _shifted(whole, np.ones(len(whole), dtype=bool))
+    return Encoded(whole, _shift(whole, np.ones(len(whole), dtype=bool)))
 
 
-def check_messages(messages: object) -> None:
-    """Raise Unmaskable if `messages` is not a list of {role, content} with text in both, or starts with an answer."""
-    if not isinstance(messages, list | tuple) or not messages:
-        raise Unmaskable("`messages` is not a list of turns")
-    for message in messages:
-        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            raise Unmaskable("a turn has no role or no text")
-    if messages[0]["role"] == "assistant":
-        raise Unmaskable("the assistant starts the conversation")
+def _encode_spans(
+    template: ChatTemplate, messages: Sequence[dict], text: str, spans: dict[int, slice], max_seq_len: int,
+    is_finished: bool,
+) -> list[Encoded]:  # fmt: skip
+    """The document of a rendered `text`, or none if the cut leaves no label.
+
+    spans: turn -> its characters without the token that ends it.
+    """
+    ids, starts, stops = template.tokenize(text, [span.start for span in spans.values()])
+    if len(messages) - 1 in spans and (opener := template.opener_after(messages[-1])) is not None:
+        ids, starts, stops = np.append(ids, opener), np.append(starts, len(text)), np.append(stops, len(text) + 1)
+    is_end = np.isin(ids, list(template.ends.values()))
+    trained = np.zeros(len(ids), dtype=bool)
+    for turn, span in spans.items():
+        ends = np.flatnonzero(is_end & (stops > span.stop))
+        if not len(ends) or text[span.stop : starts[ends[0]]].strip():
+            raise Unmaskable("an assistant turn has no end token")
+        trained[np.searchsorted(starts, span.start) : ends[0] + 1] = True
+        if turn == len(messages) - 1 and not is_finished:
+            ids, trained = ids[: ends[0]], trained[: ends[0]]
+    ids, labels = ids[:max_seq_len], _shift(ids[:max_seq_len], trained[:max_seq_len])
+    return [] if (labels == IGNORE).all() else [Encoded(ids.astype(np.int32), labels)]
 
 
-def _assistant_span(
-    tokenizer: PreTrainedTokenizerFast, messages: Sequence[dict], turn: int, text: str
-) -> tuple[int, int]:
-    """Character range of an assistant turn in the rendered `text`, including its end-of-turn token."""
-    before = _render(tokenizer, messages[:turn], add_generation_prompt=True)
-    through = _render(tokenizer, messages[: turn + 1])
-    if not (text.startswith(through) and through.startswith(before)):
-        raise Unmaskable("the chat template rewrites earlier turns")
-    return len(before), len(through.rstrip())
+def _goes_on(text: str, answered: str, ends: Iterable[str]) -> bool:
+    """Whether `text` begins with `answered` and the answer ends there: with an end token or with the text."""
+    rest = text[len(answered) :].lstrip()
+    return text.startswith(answered) and (not rest or rest.startswith(tuple(ends)))
 
 
-def _probe(tokenizer: PreTrainedTokenizerFast, messages: Sequence[dict], add_generation_prompt: bool = False) -> str:
-    """A simple conversation as the template renders it. Raises InputError if the template refuses it."""
-    try:
-        return _render(tokenizer, messages, add_generation_prompt)
-    except Unmaskable as error:
-        raise InputError(f"{error} (for a simple conversation). Set another train.chat_template.") from error
+def _without_end(text: str, ends: Iterable[str]) -> str:
+    """`text` without the end tokens at its end. A template may write one for the turn and one for the conversation."""
+    while end := next((end for end in ends if text.rstrip().endswith(end)), None):
+        text = text.rstrip().removesuffix(end)
+    return text
 
 
-def _render(tokenizer: PreTrainedTokenizerFast, messages: Sequence[dict], add_generation_prompt: bool = False) -> str:
-    try:
-        return tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-    except TemplateError as error:
-        raise Unmaskable(f"the chat template refuses the conversation: {error}") from error
+def _texts(message: dict) -> list[str]:
+    return [value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for value in message.values()]
 
 
-def _shifted(ids: np.ndarray, trained: np.ndarray) -> Encoded:
+def _shift(ids: np.ndarray, trained: np.ndarray) -> np.ndarray:
+    """The labels of tokens of which some are trained: position t predicts token t + 1."""
     labels = np.full(len(ids), IGNORE, dtype=np.int32)
     labels[:-1] = np.where(trained[1:], ids[1:], IGNORE)
-    if (labels == IGNORE).all():
-        raise Unmaskable(TOO_LONG)
-    return Encoded(ids, labels)
+    return labels

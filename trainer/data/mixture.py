@@ -21,7 +21,7 @@ def held_out_documents(tokens: Tokens, config: TrainConfig, seed: int) -> np.nda
     """The documents that `train.validation.fraction` holds out, ordered by hash. int64 [H]
 
     The hash is of the seed and the tokens. So the choice does not depend on the order of rows, and two equal documents
-    are never on different sides.
+    are never on different sides. Documents of one row have one hash.
     """
     if config.validation is None or config.validation.fraction is None:
         return np.empty(0, dtype=np.int64)
@@ -33,10 +33,13 @@ def held_out_documents(tokens: Tokens, config: TrainConfig, seed: int) -> np.nda
 
 
 def document_hashes(tokens: Tokens, seed: int) -> np.ndarray:
-    """A hash of every document's tokens and the seed. uint64 [D]"""
+    """A hash of the seed and the tokens of every document, or of the first one of the same row. uint64 [D]"""
     key = str(seed).encode()
     hashes = np.empty(tokens.num_documents, dtype=np.uint64)
     for document in range(tokens.num_documents):
+        if tokens.rows is not None and (first := tokens.rows[document]) != document:
+            hashes[document] = hashes[first]
+            continue
         content = tokens.input_ids[tokens.span(document)].tobytes()
         digest = hashlib.blake2b(content, digest_size=8, key=key).digest()
         hashes[document] = int.from_bytes(digest, "little")
@@ -60,6 +63,7 @@ class SourceShare:
         return (
             f"{source.path}: {source.num_documents:,} examples"
             + (f", {sum(source.dropped.values()):,} dropped ({reasons})" if reasons else "")
+            + "".join(f", {count:,} {note}" for note, count in source.notes.items())
             + (f", {held_out:,} held out" if held_out else "")
             + (f", each {times:.4g} times an epoch" if times != 1 else "")
         )

@@ -16,7 +16,7 @@ from cluster.errors import InputError
 from cluster.files import read_jsonl
 from cluster.run.manifest import is_sealed, verify_manifest
 from trainer.config.data import DataSource
-from trainer.data.chat import Unmaskable, user_turn
+from trainer.data.conversation import Unmaskable, user_turn
 
 LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
 # Speaker in ShareGPT's files and in files of the same format -> role. Every model is the assistant.
@@ -67,8 +67,8 @@ def _sharegpt(row: dict) -> list[dict]:
 
 # The first format whose required columns exist is used. `finish_reason` of synthesized rows: whether the answer ended.
 CHAT_FORMATS = (
-    Format("messages", ("messages",), ("finish_reason",), lambda row: row["messages"]),
-    Format("sharegpt", ("conversations",), (), _sharegpt),
+    Format("messages", ("messages",), ("finish_reason", "tools"), lambda row: row["messages"]),
+    Format("sharegpt", ("conversations",), ("tools",), _sharegpt),
     Format("alpaca", ("instruction", "output"), ("input",), _alpaca),
 )
 TEXT_FORMAT = Format("text", ("text",), (), lambda row: row["text"])

@@ -9,7 +9,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,23 +22,16 @@ from cluster.files import explain_full_disk, sha256_file, sha256_json, write_jso
 from cluster.run.fence import own_token, verify
 from trainer.config.data import DataSource
 from trainer.config.train import TrainConfig
-from trainer.data.chat import (
-    IGNORE,
-    TOO_LONG,
-    Encoded,
-    Unmaskable,
-    check_template,
-    encode_chat,
-    encode_text,
-    end_of_turn_ids,
-)
+from trainer.data.chat import IGNORE, TOO_LONG, Encoded, check_template, encode_chat, encode_text
+from trainer.data.conversation import Unmaskable, read_conversation, without_nulls
+from trainer.data.template import ChatTemplate
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
     from trainer.data.sources import Format
 
-ENCODING = 2  # increment it if the same rows give other tokens or labels, so that older caches are not used
+ENCODING = 3  # increment it if the same rows give other tokens or labels, so that older caches are not used
 
 
 @dataclass(frozen=True)
@@ -49,6 +42,7 @@ class SourceFacts:
     format: str
     num_documents: int
     dropped: dict[str, int]  # reason -> number of rows
+    notes: dict[str, int] = field(default_factory=dict)  # what is special about rows that are kept -> number of rows
 
 
 @dataclass(frozen=True)
@@ -59,6 +53,7 @@ class Tokens:
     labels: np.ndarray  # int32 [N], a memory map
     offsets: np.ndarray  # int64 [D + 1]
     sources: tuple[SourceFacts, ...]
+    rows: np.ndarray | None = None  # int64 [D]: the first document of the same row. None: every row is one document
 
     @property
     def num_documents(self) -> int:
@@ -104,7 +99,8 @@ def cache_key(config: TrainConfig, tokenizer: PreTrainedTokenizerFast, sources: 
         facts.append([content, source.format, source.columns])
     tokenizer_state = sha256_json(json.loads(tokenizer.backend_tokenizer.to_str()))
     ends = [tokenizer.eos_token, tokenizer.chat_template]
-    return sha256_json([ENCODING, facts, tokenizer_state, ends, config.max_seq_len, config.objective])[:16]
+    settings = [config.max_seq_len, config.objective, config.fold_system]
+    return sha256_json([ENCODING, facts, tokenizer_state, ends, *settings])[:16]
 
 
 def prepare_tokens(
@@ -128,7 +124,7 @@ def prepare_tokens(
         return folder
     partial = cache_folder / f".{folder.name}.partial{own_token() or ''}"
     facts: list[SourceFacts] = []
-    offsets = [0]
+    offsets, rows = [0], []
     with explain_full_disk(cache_folder.parent):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -140,14 +136,18 @@ def prepare_tokens(
         for source in sources:
             dataset, form = open_source(source, config.objective, key)
             dropped: Counter[str] = Counter()
+            notes: Counter[str] = Counter()
             before = len(offsets)
-            for encoded in _encode_rows(config, tokenizer, dataset, form, dropped):
-                ids.write(encoded.input_ids.tobytes())
-                labels.write(encoded.labels.tobytes())
-                offsets.append(offsets[-1] + len(encoded.input_ids))
-            facts.append(SourceFacts(source.path, form.name, len(offsets) - before, dict(dropped)))
+            for documents in _encode_rows(config, tokenizer, dataset, form, dropped, notes):
+                rows += [len(offsets) - 1] * len(documents)
+                for encoded in documents:
+                    ids.write(encoded.input_ids.tobytes())
+                    labels.write(encoded.labels.tobytes())
+                    offsets.append(offsets[-1] + len(encoded.input_ids))
+            facts.append(SourceFacts(source.path, form.name, len(offsets) - before, dict(dropped), dict(notes)))
             refuse_untrainable(facts[-1], config.max_seq_len, key)
         (partial / "offsets.bin").write_bytes(np.asarray(offsets, dtype=np.int64).tobytes())
+        (partial / "rows.bin").write_bytes(np.asarray(rows, dtype=np.int64).tobytes())
     write_json(partial / "tokens.json", {"num_tokens": offsets[-1], "sources": [asdict(source) for source in facts]})
     verify(cache_folder.parent)
     os.rename(partial, folder)
@@ -173,33 +173,40 @@ def load_tokens(folder: Path) -> Tokens:
         np.memmap(folder / "labels.bin", dtype=np.int32, mode="r"),
         np.fromfile(folder / "offsets.bin", dtype=np.int64),
         tuple(SourceFacts(**source) for source in facts["sources"]),
+        np.fromfile(folder / "rows.bin", dtype=np.int64),
     )
 
 
 def _encode_rows(
-    config: TrainConfig, tokenizer: PreTrainedTokenizerFast, dataset: "Dataset", form: "Format", dropped: Counter
-) -> Iterator[Encoded]:
+    config: TrainConfig, tokenizer: PreTrainedTokenizerFast, dataset: "Dataset", form: "Format", dropped: Counter,
+    notes: Counter,
+) -> Iterator[list[Encoded]]:  # fmt: skip
+    """The documents of every row that is kept. Counts the others in `dropped`, by reason."""
     if config.objective == "text":
         yield from _encode_texts(config, tokenizer, dataset, dropped)
         return
-    check_template(tokenizer)
-    terminators = end_of_turn_ids(tokenizer)
+    template = ChatTemplate(tokenizer, config.fold_system)
+    check_template(template)
     for row in dataset:
         try:
-            yield encode_chat(
-                tokenizer,
-                form.messages(row),
-                config.max_seq_len,
-                terminators,
+            conversation = read_conversation(
+                without_nulls(form.messages(row)),
+                without_nulls(row.get("tools")),
                 is_finished=row.get("finish_reason") != "length",
             )
+            documents = encode_chat(template, conversation, config.max_seq_len)
         except Unmaskable as reason:
             dropped[str(reason)] += 1
+            continue
+        notes.update(f"{part} left out by the chat template" for part in template.left_out(conversation))
+        if len(documents) > 1:
+            notes["in several examples, because the chat template writes earlier turns otherwise"] += 1
+        yield documents
 
 
 def _encode_texts(
     config: TrainConfig, tokenizer: PreTrainedTokenizerFast, dataset: "Dataset", dropped: Counter
-) -> Iterator[Encoded]:
+) -> Iterator[list[Encoded]]:
     if tokenizer.eos_token_id is None:
         raise InputError(
             "train.objective=text needs a tokenizer with an eos token, so that a text can end. Use another model."
@@ -208,8 +215,11 @@ def _encode_texts(
         texts = [text for text in batch["text"] if isinstance(text, str) and text]
         if missing := len(batch["text"]) - len(texts):
             dropped["no text"] += missing
-        for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else ():
-            if ids:
-                yield encode_text(ids, tokenizer.eos_token_id, config.max_seq_len)
-            else:
+        if not texts:
+            continue
+        encoded = tokenizer(texts, return_special_tokens_mask=True, verbose=False)
+        for ids, is_added in zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True):
+            if all(is_added):
                 dropped["no text"] += 1  # such as spaces that the tokenizer drops
+            else:
+                yield [encode_text(ids, tokenizer.eos_token_id, config.max_seq_len)]

@@ -16,7 +16,7 @@ from cluster.config import ModelConfig
 from cluster.errors import InputError
 from trainer.config.train import TrainConfig
 from trainer.config.tuning import METHODS
-from trainer.data.chat import set_chat_template
+from trainer.data.template import set_chat_template
 from trainer.model.adapters import adapt, base_of, has_virtual_tokens, with_virtual_tokens
 from trainer.model.attention import BY_DOCUMENT, choose_attention, cumulative_lengths
 from trainer.model.layers import configure_layers
