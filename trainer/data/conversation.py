@@ -4,8 +4,7 @@ conversation = read_conversation(row["messages"], row.get("tools"))
 """
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 NOT_TOOLS = "`tools` is not a list of tools"
 
@@ -19,12 +18,12 @@ class Conversation:
     """Turns in the form that chat templates take at inference.
 
     Every message has a role and text as `content`, and no key whose value is None. Calls and tools have OpenAI's form,
-    {"type": "function", "function": {...}}, and a call's `arguments` are a dict. `train: False` in a message of the
-    assistant means that the turn is not trained.
+    {"type": "function", "function": {...}}, and a call's `arguments` are a dict.
     """
 
-    messages: Sequence[dict]
-    tools: Sequence[dict] | None = None
+    messages: list[dict]
+    tools: list[dict] = field(default_factory=list)
+    untrained: frozenset[int] = frozenset()  # indices of answers that get no loss
     is_finished: bool = True  # False: the last answer was cut when it was generated, and gets no end-of-turn token
 
 
@@ -44,7 +43,7 @@ def read_conversation(messages: object, tools: object = None, is_finished: bool 
     turns = [_message(message) for message in messages]
     if turns[0]["role"] == "assistant":
         raise Unmaskable("the assistant starts the conversation")
-    return Conversation(turns, _tools(tools), is_finished)
+    return Conversation(turns, _tools(tools), is_finished=is_finished)
 
 
 def without_nulls(value: object) -> object:
@@ -55,23 +54,6 @@ def without_nulls(value: object) -> object:
     if isinstance(value, dict):
         return {key: without_nulls(item) for key, item in value.items() if item is not None}
     return [without_nulls(item) for item in value] if isinstance(value, list) else value
-
-
-def fold_system_turns(messages: Sequence[dict]) -> list[dict]:
-    """The messages with the text of every system turn at the start of the user's turn that follows it.
-
-    Raises Unmaskable if a system turn is not followed by the user's turn.
-    """
-    folded: list[dict] = []
-    for message in messages:
-        if folded and folded[-1]["role"] == "system":
-            if message["role"] not in ("system", "user"):
-                raise Unmaskable("no user turn follows a system turn")
-            message = {**message, "content": f"{folded.pop()['content']}\n\n{message['content']}"}
-        folded.append(message)
-    if folded[-1]["role"] == "system":
-        raise Unmaskable("no user turn follows a system turn")
-    return folded
 
 
 def _message(message: object) -> dict:
@@ -102,7 +84,7 @@ def _call(call: object) -> dict:
     return {"type": "function", **own_keys, "function": {**function, "arguments": arguments}}
 
 
-def _tools(tools: object) -> list[dict] | None:
+def _tools(tools: object) -> list[dict]:
     found = []
     for item in _parsed(tools, NOT_TOOLS):
         parsed = _parsed(item, NOT_TOOLS)
@@ -110,7 +92,7 @@ def _tools(tools: object) -> list[dict] | None:
             raise Unmaskable(NOT_TOOLS)
         (tool,) = parsed
         found.append({"type": "function", "function": tool} if "name" in tool and "function" not in tool else tool)
-    return found or None
+    return found
 
 
 def _parsed(value: object, reason: str) -> list:

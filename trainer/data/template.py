@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from cluster.errors import InputError
 from trainer.data.calls import CALL_FORMS, CallForm
-from trainer.data.conversation import Conversation, Unmaskable, fold_system_turns
+from trainer.data.conversation import Conversation, Unmaskable
 
 CHATML_TEMPLATE = Path(__file__).with_name("chatml.jinja")
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
@@ -43,10 +43,15 @@ class ChatTemplate:
         self._shown: dict[str, bool] = {}  # role or part of a conversation -> whether the template writes it
 
     def prepare(self, conversation: Conversation) -> list[dict]:
-        """The messages as the template takes them. Raises Unmaskable if it would leave something out."""
+        """The messages as the template takes them, with `train: False` in answers that get no loss.
+
+        Raises Unmaskable if the template would leave out a turn or a call.
+        """
         messages = list(conversation.messages)
+        for turn in conversation.untrained:
+            messages[turn] = {**messages[turn], "train": False}
         if self.fold_system:
-            messages = fold_system_turns(messages)
+            messages = _fold_system_turns(messages)
         for role in {message["role"] for message in messages} - {"user", "assistant"}:
             if not self._shows_role(role):
                 fix = " (train.fold_system=true puts its text into the user's turn)" if role == "system" else ""
@@ -57,14 +62,12 @@ class ChatTemplate:
             messages = self.call_form.adapt(messages)
         return messages
 
-    def render(
-        self, messages: Sequence[dict], tools: Sequence[dict] | None = None, add_generation_prompt: bool = False
-    ) -> str:
+    def render(self, messages: Sequence[dict], tools: Sequence[dict] = (), add_generation_prompt: bool = False) -> str:
         """The text of a conversation. Raises Unmaskable if the template refuses it."""
         try:
             return self.tokenizer.apply_chat_template(
                 [{key: value for key, value in message.items() if key != "train"} for message in messages],
-                tools=tools and list(tools),
+                tools=list(tools) or None,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
                 strftime_now=self._strftime,
@@ -151,7 +154,7 @@ class ChatTemplate:
                 "reasoning_content": ([QUESTION, THOUGHT], "pear"),
                 "text beside tool calls": ([QUESTION, {**CALL, "content": "olive"}], "olive"),
             }[part]
-            tools = TOOLS if part == "tools" else None
+            tools = TOOLS if part == "tools" else ()
             form = self.call_form or CALL_FORMS[0]
             self._shown[part] = word in (self._try_to_render(form.adapt(turns), tools) or word)
         return self._shown[part]
@@ -170,7 +173,7 @@ class ChatTemplate:
             self._shown[role] = any("kiwi" in text for text in texts) or (not texts and role != "system")
         return self._shown[role]
 
-    def _try_to_render(self, messages: Sequence[dict], tools: Sequence[dict] | None = None) -> str | None:
+    def _try_to_render(self, messages: Sequence[dict], tools: Sequence[dict] = ()) -> str | None:
         """The text of a conversation, or None if the template refuses it."""
         try:
             return self.render(messages, tools)
@@ -248,6 +251,20 @@ class ChatTemplate:
     def _adds_space(self) -> bool:
         """Whether the tokenizer puts a space before every text. It cannot encode the middle of a text alone then."""
         return self._backend.encode("fig", add_special_tokens=False).tokens[0][0] in "▁Ġ"
+
+
+def _fold_system_turns(messages: list[dict]) -> list[dict]:
+    """The messages with the text of every system turn at the start of the user's turn that follows it."""
+    folded: list[dict] = []
+    for message in messages:
+        if folded and folded[-1]["role"] == "system":
+            if message["role"] not in ("system", "user"):
+                raise Unmaskable("no user turn follows a system turn")
+            message = {**message, "content": f"{folded.pop()['content']}\n\n{message['content']}"}
+        folded.append(message)
+    if folded[-1]["role"] == "system":
+        raise Unmaskable("no user turn follows a system turn")
+    return folded
 
 
 def set_chat_template(tokenizer: PreTrainedTokenizerFast, chosen: str | None) -> int:
