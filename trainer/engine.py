@@ -13,7 +13,7 @@ from trainer.config.zero import ZeroConfig
 from trainer.data.batches import MicroBatch
 from trainer.job import TrainJob
 from trainer.model.adapters import is_decayed
-from trainer.model.attention import flash_attention_kwargs
+from trainer.model.attention import VARLEN, flash_attention_kwargs
 from trainer.model.load import CausalLMWithLoss, load_model
 from trainer.model.loss import loss_settings
 from trainer.model.sequence import use_ulysses
@@ -55,7 +55,8 @@ def model_inputs(engine: deepspeed.DeepSpeedEngine, batch: MicroBatch) -> dict[s
     """The arguments of `CausalLMWithLoss` on the engine's device. Copies to a GPU are asynchronous."""
     inputs: dict = dict(batch.inputs)
     attention = engine.module.lm.config._attn_implementation
-    if attention.startswith("flash") and len(batch.input_ids) == 1 and engine.sequence_parallel_size == 1:
+    one_row = attention.startswith("flash") and len(batch.input_ids) == 1 and engine.sequence_parallel_size == 1
+    if one_row or attention == VARLEN:
         inputs |= flash_attention_kwargs(batch)
     if engine.device.type == "cpu":
         return inputs

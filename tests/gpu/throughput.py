@@ -104,6 +104,8 @@ def make_module(job: Job, config: TrainConfig, device: torch.device) -> CausalLM
     configure_layers(lm, config)
     with tempfile.TemporaryDirectory() as nowhere, torch.device(device):
         adapted = adapt(lm, ModelConfig(path=nowhere), config, [])
+    for parameter in adapted.parameters():  # peft makes adapters in float32, and DeepSpeed casts them
+        parameter.data = parameter.data.to(DTYPES[config.precision])
     return CausalLMWithLoss(adapted, loss_settings(config)).to(device).train()
 
 
@@ -138,7 +140,7 @@ def step(module: CausalLMWithLoss, optimizer: MasterAdamW, batch: list[Row], dev
     total = torch.zeros((), device=device)
     for row in batch:
         inputs: dict = dict(row.batch.inputs)
-        if module.lm.config._attn_implementation.startswith("flash"):
+        if module.lm.config._attn_implementation.startswith(("flash", "varlen")):
             inputs |= flash_attention_kwargs(row.batch)
         on_device = {
             name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
@@ -151,11 +153,12 @@ def step(module: CausalLMWithLoss, optimizer: MasterAdamW, batch: list[Row], dev
     return total / num_labels
 
 
-def measure(name: str, max_seq_len: int, num_steps: int, rows_a_step: int, say: Callable[[str], None]) -> dict:
-    job, on_gpu = JOBS[name], torch.cuda.is_available()
+def measure(name: str, max_seq_len: int, arguments: argparse.Namespace, say: Callable[[str], None]) -> dict:
+    job, on_gpu, rows_a_step = JOBS[name], torch.cuda.is_available(), arguments.rows
     device = torch.device("cuda" if on_gpu else "cpu")
     wait = torch.cuda.synchronize if on_gpu else (lambda: None)
-    settings = {"micro_batch_size": 1, "global_batch_size": rows_a_step, "max_seq_len": max_seq_len, "zero_stage": 1}
+    settings = {"micro_batch_size": 1, "global_batch_size": rows_a_step, "max_seq_len": max_seq_len, "zero_stage": 1,
+                "attention": arguments.attention}  # fmt: skip
     config = TrainConfig(**settings | job.train)
     config = config.model_copy(update={"attention": choose_attention(config)})
     torch.manual_seed(0)
@@ -165,7 +168,7 @@ def measure(name: str, max_seq_len: int, num_steps: int, rows_a_step: int, say: 
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     rates, shares, losses = [], [], []
-    for number in range(NUM_WARM_UP + num_steps):
+    for number in range(NUM_WARM_UP + arguments.steps):
         batch = list(itertools.islice(source, rows_a_step))
         wait()
         started = time.perf_counter()
@@ -179,6 +182,11 @@ def measure(name: str, max_seq_len: int, num_steps: int, rows_a_step: int, say: 
             rates.append(float(lengths.sum() / seconds))
             labels = sum(row.batch.num_labels for row in batch)
             shares += [flops.count(lengths, labels) / seconds / peak] if peak else []
+    if arguments.profile:
+        with torch.profiler.profile() as profile:
+            step(module, optimizer, batch, device)
+            wait()
+        say(profile.key_averages().table(sort_by="self_device_time_total", row_limit=25, max_name_column_width=60))
     return {
         "job": name, "device": torch.cuda.get_device_name() if on_gpu else "CPU", "attention": config.attention,
         "liger": uses_liger(config), "max_seq_len": max_seq_len, "rows_a_step": rows_a_step,
@@ -195,11 +203,13 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--max-seq-len", type=int, nargs="+", default=[8192])
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--rows", type=int, default=4, help="rows a step, one to a forward pass")
+    parser.add_argument("--attention", default="auto", help="train.attention")
+    parser.add_argument("--profile", action="store_true", help="print the kernels that took most of one more step")
     arguments = parser.parse_args(words)
     found = []
     for name, max_seq_len in itertools.product(arguments.jobs, arguments.max_seq_len):
         try:
-            result = measure(name, max_seq_len, arguments.steps, arguments.rows, lambda text: print(text, flush=True))
+            result = measure(name, max_seq_len, arguments, lambda text: print(text, flush=True))
         except torch.cuda.OutOfMemoryError as error:
             result = {"job": name, "max_seq_len": max_seq_len, "error": str(error).splitlines()[0]}
         found.append(result)

@@ -1,5 +1,6 @@
 """What the backward pass recomputes, and what attention knows about packed documents."""
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,14 @@ from cluster.errors import InputError
 from tests.trainer.tools import write_job
 from trainer.config.train import TrainConfig
 from trainer.data.batches import MicroBatch
-from trainer.model.attention import attend_by_document, choose_attention, cumulative_lengths, flash_attention_kwargs
+from trainer.model import attention
+from trainer.model.attention import (
+    attend_by_document,
+    attend_varlen,
+    choose_attention,
+    cumulative_lengths,
+    flash_attention_kwargs,
+)
 from trainer.model.layers import uses_liger
 from trainer.model.load import CausalLMWithLoss, load_model, load_tokenizer
 
@@ -81,11 +89,27 @@ def test_bounds_match_the_documents(lengths: list[int]) -> None:
     assert type(bounds["max_length_q"]) is int  # a tensor would be waited for
 
 
+def varlen_attn_on_a_cpu(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa):
+    """As PyTorch documents `varlen_attn`, whose kernel is for GPUs only. query [T, H, D]; a window is (left, right)."""
+    assert torch.equal(cu_seq_q, cu_seq_k) and max_q == max_k == int(cu_seq_q.diff().max()) and window_size[1] == 0
+    outputs = []
+    for start, end in cu_seq_q.unfold(0, 2, 1).tolist():
+        distance = torch.arange(end - start)[:, None] - torch.arange(end - start)[None]
+        mask = (distance >= 0) & ((distance <= window_size[0]) if window_size[0] >= 0 else True)
+        parts = (states[start:end].transpose(0, 1)[None] for states in (query, key, value))
+        attended = F.scaled_dot_product_attention(*parts, attn_mask=mask, scale=scale, enable_gqa=enable_gqa)
+        outputs.append(attended[0].transpose(0, 1))
+    return torch.cat(outputs)
+
+
 @given(
     rows=st.lists(st.lists(st.integers(1, 12), min_size=1, max_size=4), min_size=1, max_size=3),
     window=st.sampled_from([None, 1, 4]),
 )
-def test_attention_by_document_equals_attention_with_a_mask(rows: list[list[int]], window: int | None) -> None:
+@pytest.mark.parametrize("attend", [attend_by_document, attend_varlen])
+def test_attention_inside_documents_equals_attention_with_a_mask(
+    attend: Callable, rows: list[list[int]], window: int | None
+) -> None:
     """Values and gradients, with fewer key heads than query heads. Rows end with documents of padding."""
     width = max(map(sum, rows)) + 1
     filled = [[*lengths, width - sum(lengths)] for lengths in rows]
@@ -96,10 +120,12 @@ def test_attention_by_document_equals_attention_with_a_mask(rows: list[list[int]
         allowed &= (torch.arange(width)[:, None] - torch.arange(width)[None]) < window
     generator = torch.Generator().manual_seed(0)
     states = [torch.randn(len(rows), heads, width, 8, generator=generator, requires_grad=True) for heads in (4, 2, 2)]
-    found, _ = attend_by_document(
-        SimpleNamespace(num_key_value_groups=2), *states, None, scaling=0.3, sliding_window=window,
-        cu_seq_lens_q=cumulative_lengths(position_ids),
-    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "varlen_attn", varlen_attn_on_a_cpu)
+        found, _ = attend(
+            SimpleNamespace(num_key_value_groups=2), *states, None, scaling=0.3, sliding_window=window,
+            cu_seq_lens_q=cumulative_lengths(position_ids),
+        )  # fmt: skip
     query, key, value = (part.repeat_interleave(4 // part.shape[1], dim=1) for part in states)
     expected = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed[:, None], scale=0.3).transpose(1, 2)
     torch.testing.assert_close(found, expected)

@@ -181,11 +181,19 @@ class TrainConfig(StrictModel):
         1, ge=1, description="number of ranks that share every row, for rows too long for one rank"
     )
     attention: Literal[
-        "auto", "sdpa", "sdpa_by_document", "eager", "flex_attention", "flash_attention_2", "flash_attention_3"
+        "auto",
+        "varlen",
+        "sdpa",
+        "sdpa_by_document",
+        "eager",
+        "flex_attention",
+        "flash_attention_2",
+        "flash_attention_3",
     ] = Field(
         "auto",
-        description="the attention implementation. auto chooses flash attention if it is installed, else for packed "
-        "rows flex_attention on a GPU and sdpa_by_document on a CPU, else sdpa",
+        description="the attention implementation. For packed rows auto chooses varlen, PyTorch's own flash attention, "
+        "on a GPU in bf16, else sdpa_by_document. For other rows it chooses flash attention if the package is "
+        "installed, else sdpa",
     )
     activation_checkpointing: Literal["none", "selective", "full"] = Field(
         "none",
@@ -305,8 +313,10 @@ class TrainConfig(StrictModel):
                 "documents in the position_ids of a single row. Set that, and for more work in a pass a longer "
                 "train.max_seq_len"
             )
-        if self.attention == "sdpa_by_document" and not self.packing:
-            raise ValueError("attention=sdpa_by_document is for packed rows only. Set train.attention=sdpa")
+        if self.attention in ("sdpa_by_document", "varlen") and not self.packing:
+            raise ValueError(f"attention={self.attention} is for packed rows only. Set train.attention=sdpa")
+        if self.attention == "varlen" and self.precision != "bf16":
+            raise ValueError("attention=varlen needs 16 bits. Set train.precision=bf16 or train.attention=auto")
         return self
 
     def _refuse_layers_that_do_not_combine(self) -> None:
@@ -325,7 +335,7 @@ class TrainConfig(StrictModel):
             )
 
     def _refuse_what_ulysses_lacks(self) -> None:
-        if self.packing and self.attention in ("sdpa", "sdpa_by_document", "flex_attention"):
+        if self.packing and self.attention in ("sdpa", "sdpa_by_document", "varlen", "flex_attention"):
             raise ValueError(
                 "packed rows with sequence_parallel_size need train.attention=flash_attention_2 or flash_attention_3, "
                 "because others would let documents see each other. Set one of them, or train.packing=false"

@@ -1,4 +1,4 @@
-"""Which attention implementation a job uses, its arguments for packed rows, and one for packed rows on a CPU."""
+"""Which attention implementation a job uses, its arguments for packed rows, and two for packed rows."""
 
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
@@ -17,33 +18,37 @@ if TYPE_CHECKING:
     from trainer.data.batches import MicroBatch
 
 BY_DOCUMENT = "sdpa_by_document"
+VARLEN = "varlen"
 HOPPER = 9  # compute capability (major) of the only GPUs that have the kernels of flash attention 3
 
 
 def choose_attention(config: TrainConfig) -> str:
     """The recipe's attention. For `auto`, the fastest one that this machine has.
 
-    Flash attention needs 16 bits and, if rows are packed, micro-batches of one row. Second is flex attention for packed
-    rows, because its mask takes no memory. On CPUs packed rows get SDPA one document at a time. Everything else gets
-    SDPA. `check_isolation` tests the choice before the first step.
+    On a GPU packed rows in bf16 get PyTorch's own flash attention, or version 3 of the package on the GPUs that it is
+    made for. On a CPU, and in float32, they get SDPA one document at a time, and SDPA with a mask in compiled layers,
+    which cannot loop over documents. Rows that are not packed get the flash attention package if it is installed and
+    the precision is bf16, otherwise SDPA. `check_isolation` tests the choice before the first step.
 
-    Raises InputError for flex attention on a CPU.
+    Raises InputError for flex attention or varlen on a CPU.
     """
-    if config.attention == "flex_attention" and not torch.cuda.is_available():
+    if config.attention in ("flex_attention", VARLEN) and not torch.cuda.is_available():
+        reason = "has no backward pass" if config.attention == "flex_attention" else "is not implemented"
         raise InputError(
-            "train.attention=flex_attention does not work on CPUs, where it has no backward pass. Set auto or sdpa."
+            f"train.attention={config.attention} does not work on CPUs, where it {reason}. Set auto or sdpa."
         )
     if config.attention != "auto":
         return config.attention
-    if not torch.cuda.is_available():
-        can_split = config.packing and config.sequence_parallel_size == 1 and not config.compile
-        return BY_DOCUMENT if can_split else "sdpa"
-    if config.precision == "bf16" and not (config.packing and config.micro_batch_size > 1):
+    flash = torch.cuda.is_available() and config.precision == "bf16"
+    is_packed = config.packing and config.sequence_parallel_size == 1
+    if flash and (config.micro_batch_size == 1 or not config.packing):
         if is_flash_attn_3_available() and torch.cuda.get_device_capability()[0] == HOPPER:
             return "flash_attention_3"
-        if is_flash_attn_2_available():
+        if is_flash_attn_2_available() and not is_packed:
             return "flash_attention_2"
-    return "flex_attention" if config.packing and config.sequence_parallel_size == 1 else "sdpa"
+    if is_packed:
+        return VARLEN if flash else "sdpa" if config.compile else BY_DOCUMENT
+    return "sdpa"
 
 
 def cumulative_lengths(position_ids: torch.Tensor) -> torch.Tensor:
@@ -54,7 +59,7 @@ def cumulative_lengths(position_ids: torch.Tensor) -> torch.Tensor:
 
 
 def flash_attention_kwargs(batch: "MicroBatch") -> dict[str, torch.Tensor | int]:
-    """transformers' FlashAttentionKwargs for a micro-batch of one packed row that is still on the CPU.
+    """transformers' FlashAttentionKwargs for a micro-batch of packed rows that is still on the CPU.
 
     Without them every layer would look for the documents in `position_ids` on the GPU, and wait for the result.
     """
@@ -101,6 +106,37 @@ def attend_by_document(
     return joined.transpose(1, 2).contiguous(), None
 
 
+def attend_varlen(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    **_: object,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention inside documents by the flash attention that PyTorch brings. Any number of rows in one call.
+
+    The arguments and the result are those of `attend_by_document`, and max_length_q is the length of the longest
+    document. Raises ValueError for masks, caches and dropout.
+    """
+    num_rows, _, width, _ = query.shape
+    if attention_mask is not None or key.shape[2] != width or cu_seq_lens_q is None or dropout:
+        raise ValueError(f"{VARLEN} supports neither masks, caches nor dropout: it is for training on packed rows.")
+    query, key, value = (states.transpose(1, 2).flatten(0, 1) for states in (query, key, value))  # [B * S, H, D]
+    longest = int(cu_seq_lens_q.diff().max()) if max_length_q is None else max_length_q
+    window = -1 if sliding_window is None else sliding_window - 1  # PyTorch does not count the query itself
+    joined = varlen_attn(
+        query, key, value, cu_seq_lens_q, cu_seq_lens_q, longest, longest,
+        scale=scaling, window_size=(window, 0), enable_gqa=query.shape[1] != key.shape[1],
+    )  # fmt: skip
+    return joined.unflatten(0, (num_rows, width)), None
+
+
 def _sliding_window_mask(length: int, window: int | None, device: torch.device) -> torch.Tensor | None:
     """The mask [length, length] of a sliding window. None means that the document is no longer than the window."""
     if window is None or length <= window:
@@ -110,4 +146,5 @@ def _sliding_window_mask(length: int, window: int | None, device: torch.device) 
     return (distance >= 0) & (distance < window)
 
 
-AttentionInterface.register(BY_DOCUMENT, attend_by_document)  # transformers makes no mask for an unknown name
+for name, attend in ((BY_DOCUMENT, attend_by_document), (VARLEN, attend_varlen)):
+    AttentionInterface.register(name, attend)  # transformers makes no mask for an unknown name

@@ -4,6 +4,7 @@ import functools
 import importlib.util
 
 import torch
+import torch.nn.attention.varlen  # defines its operation
 from torch import nn
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -20,6 +21,7 @@ SAVED_OPS = [
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.torch_attn._varlen_attn.default,
     torch._higher_order_ops.flex_attention,
 ]
 
@@ -29,7 +31,7 @@ def configure_layers(lm: nn.Module, config: TrainConfig) -> None:
     if uses_liger(config):
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
-        # Not tested on a GPU yet. The loss stays ours.
+        # The loss stays ours.
         _apply_liger_kernel_to_instance(
             model=lm, rope=True, rms_norm=True, swiglu=True, cross_entropy=False, fused_linear_cross_entropy=False
         )

@@ -18,7 +18,7 @@ from trainer.config.train import TrainConfig
 from trainer.config.tuning import METHODS
 from trainer.data.template import set_chat_template
 from trainer.model.adapters import adapt, base_of, has_virtual_tokens, with_virtual_tokens
-from trainer.model.attention import BY_DOCUMENT, choose_attention, cumulative_lengths
+from trainer.model.attention import BY_DOCUMENT, VARLEN, choose_attention, cumulative_lengths
 from trainer.model.layers import configure_layers
 from trainer.model.loss import PLAIN_LOSS, EmbeddingNoise, LossSettings, chunked_loss
 
@@ -67,7 +67,7 @@ class CausalLMWithLoss(nn.Module):
 
     def _hidden(self, input_ids: torch.Tensor, position_ids: torch.Tensor, flash_kwargs: dict) -> torch.Tensor:
         """The last hidden states without those of virtual tokens. [B, S, D]"""
-        if self.lm.config._attn_implementation == BY_DOCUMENT:
+        if self.lm.config._attn_implementation in (BY_DOCUMENT, VARLEN) and not flash_kwargs:
             flash_kwargs = {"cu_seq_lens_q": cumulative_lengths(position_ids)}
         if has_virtual_tokens(self.lm):
             inputs = with_virtual_tokens(self.lm, input_ids)
@@ -118,7 +118,7 @@ def load_model(
         trust_remote_code=False,
         **_quantization(config),
     )
-    if lm.config._attn_implementation == BY_DOCUMENT and not lm._supports_sdpa:
+    if lm.config._attn_implementation in (BY_DOCUMENT, VARLEN) and not lm._supports_sdpa:
         raise InputError(f"{type(lm).__name__} does not support sdpa. Set train.attention=eager.")
     if len(tokenizer) > lm.get_input_embeddings().num_embeddings:
         lm.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64, mean_resizing=True)
