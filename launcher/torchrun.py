@@ -71,12 +71,18 @@ def run_torchrun(
 
 def find_ranks(torchrun_pid: int) -> list[psutil.Process]:
     """The rank processes that torchrun has started so far."""
-    ranks = []
-    with contextlib.suppress(psutil.NoSuchProcess):  # torchrun, or a rank, has just ended
-        for child in psutil.Process(torchrun_pid).children():
-            if "LOCAL_RANK" in child.environ():
-                ranks.append(child)
-    return ranks
+    try:
+        children = psutil.Process(torchrun_pid).children()
+    except psutil.NoSuchProcess:  # torchrun has just ended
+        return []
+    return [child for child in children if _is_rank(child)]
+
+
+def _is_rank(process: psutil.Process) -> bool:
+    try:
+        return "LOCAL_RANK" in process.environ()
+    except (psutil.NoSuchProcess, psutil.AccessDenied):  # it has just ended, or starts: the kernel then denies a user
+        return False
 
 
 def send_signal(ranks: list[psutil.Process], signum: int) -> bool:

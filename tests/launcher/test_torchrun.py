@@ -1,5 +1,6 @@
 """torchrun's exit code, and the signals that its ranks get."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -7,7 +8,7 @@ from dataclasses import dataclass
 
 import psutil
 
-from launcher.torchrun import exit_code_of, send_signal
+from launcher.torchrun import exit_code_of, find_ranks, send_signal
 
 
 @dataclass
@@ -35,3 +36,21 @@ def test_a_process_without_a_handler_is_not_sent_the_signal_that_would_kill_it_o
                 process.kill()
             answers.append(process.wait(60))
     assert answers == [False, -signal.SIGKILL, True, 0]
+
+
+def test_a_process_whose_environment_cannot_be_read_is_no_rank(monkeypatch) -> None:
+    """For an ordinary user the kernel denies it while a process starts a program."""
+
+    class Process:
+        def __init__(self, answer: dict[str, str] | Exception):
+            self.answer = answer
+
+        def environ(self) -> dict[str, str]:
+            if isinstance(self.answer, Exception):
+                raise self.answer
+            return self.answer
+
+    rank = Process({"LOCAL_RANK": "0"})
+    others = [Process(psutil.AccessDenied(2)), Process(psutil.NoSuchProcess(3)), Process({})]
+    monkeypatch.setattr(psutil.Process, "children", lambda self: [*others, rank])
+    assert find_ranks(os.getpid()) == [rank]
