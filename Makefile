@@ -1,6 +1,7 @@
 # Every target sets up the environment first. If it is up to date, that takes no time.
 PYTHON ?= python3
 BIN := .venv/bin
+THEN := $(addprefix make ,$(firstword $(filter-out setup,$(MAKECMDGOALS))))
 
 .PHONY: help setup demo english-model test test-all chaos reference lint base-model chat-model bench bench-synthesis bench-training bench-launch clean-demo
 
@@ -8,7 +9,8 @@ help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 setup: ## Make .venv and install everything for a machine without a GPU
-	@$(PYTHON) launcher/bootstrap.py cpu dev
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) is missing. The README's first line installs it." >&2; exit 2; }
+	@$(PYTHON) launcher/bootstrap.py cpu dev --then "$(THEN)"
 
 demo: setup ## Run the demo: a small model instructs itself and is tuned (minutes); ARGS="key=value --run-dir DIR"
 	@$(BIN)/tunesmith run recipes/demo/self_instruct.yaml $(ARGS)

@@ -1,7 +1,6 @@
 """Run one stage of a recipe on this machine, or all of them in order. Stages that are done are skipped."""
 
 import os
-import shutil
 from pathlib import Path
 
 from cluster.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_RETRY, InputError, Preempted, TunesmithError
@@ -9,6 +8,7 @@ from cluster.log import stage_logger
 from cluster.processes.signals import StopRequest
 from cluster.run.fence import run_lock, verify
 from cluster.run.rundir import RunDir
+from cluster.system import require_system
 from launcher.recipe import Recipe
 
 
@@ -39,6 +39,7 @@ def run_all(recipe: Recipe) -> None:
 def synthesize(recipe: Recipe, run: RunDir) -> None:
     from generation import synthesize as stage
 
+    require_system(engines=True)
     stage.run(recipe.synthesize, recipe.model, recipe.engine, run, recipe.seed)
 
 
@@ -51,7 +52,7 @@ def train(recipe: Recipe, run: RunDir) -> None:
     if is_trained(run):
         stage_logger("train").info(f"done already: {run.checkpoints}")
         return
-    require_compiler()
+    require_system(engines=False)
     if recipe.train.tuning == "qlora":
         from trainer.model.load import require_four_bits
 
@@ -97,6 +98,7 @@ def evaluate(recipe: Recipe, run: RunDir) -> None:
     from generation.inputs import find_asset
     from trainer import evaluate as stage
 
+    require_system(engines=True)
     sets = tuple(Path(path) for path in recipe.evaluate.sets)
     sets = sets or (find_asset(recipe.model.path, "eval.jsonl", "seeds/eval_tasks.jsonl"),)
     plain_prompt = find_asset(recipe.model.path, "prompts/self_instruct/answer.jinja")
@@ -111,12 +113,6 @@ def evaluate(recipe: Recipe, run: RunDir) -> None:
             recipe.train.chat_template,
         )
     )
-
-
-def require_compiler() -> None:
-    """Raise InputError without a C++ compiler, with which DeepSpeed compiles its CPU communication kernel."""
-    if shutil.which("g++") is None:
-        raise InputError("g++ is missing: DeepSpeed compiles a kernel with it. Install it (Debian: apt install g++).")
 
 
 RUNNERS = {"synthesize": synthesize, "train": train, "export": export, "evaluate": evaluate}

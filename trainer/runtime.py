@@ -9,11 +9,17 @@ from pathlib import Path
 
 import torch
 
+from cluster.system import require_system, use_own_programs
+
 LOCK = "lock"  # the file that PyTorch's extension loader holds while it compiles
 
 
 def set_accelerator_env() -> None:
-    """Declare before DeepSpeed is imported that there is no GPU: otherwise every rank warns that it found none."""
+    """Prepare the environment before DeepSpeed is imported: its programs, such as ninja, and that there is no GPU.
+
+    Without the latter every rank warns that it found none.
+    """
+    use_own_programs()
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
@@ -63,4 +69,6 @@ def load_comm_kernel() -> None:
     with open(folder.parent / f"{builder.name}.turn", "w") as turn:
         fcntl.flock(turn, fcntl.LOCK_EX)
         (folder / LOCK).unlink(missing_ok=True)
+        if not (folder / f"{builder.name}.so").is_file():
+            require_system(engines=False)
         builder.load(verbose=False)

@@ -20,6 +20,7 @@ from cluster.config import ModelConfig
 from cluster.engines import core_process
 from cluster.engines.config import Completion, EngineConfig, EngineReport, GenerationRequest, Prompt, Sample, Sampling
 from cluster.errors import InputError, TunesmithError
+from cluster.system import require_system, use_own_programs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -242,11 +243,16 @@ def _num_cpus(config: EngineConfig) -> int:
 
 
 def set_environment(config: EngineConfig, model: ModelConfig, num_gpus: int) -> None:
-    """Set what vLLM reads from the environment: no usage reports, and no requests to the hub for a local model."""
+    """Set what vLLM reads from the environment: no usage reports, and no requests to the hub for a local model.
+
+    Raises InputError if this machine lacks what an engine on its CPUs needs.
+    """
+    use_own_programs()
     os.environ.update(VLLM_LOGGING_LEVEL="WARNING", VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1")
     if Path(model.path).is_dir():
         os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
     if num_gpus == 0:
+        require_system(engines=True)
         os.environ.update(
             VLLM_CPU_KVCACHE_SPACE=str(config.kv_cache_gib),
             VLLM_CPU_OMP_THREADS_BIND="nobind",

@@ -25,7 +25,15 @@ from tests.slurm.machine import Machine
 
 PARENT = Path("/var/tmp")  # not /tmp, which every machine has for itself
 PREFIX = "tunesmith-slurm-"
-PROGRAMS = ("munged", "mungekey", "slurmctld", "slurmd", "sbatch", "scontrol", "ip", "nsenter", "unshare", "setpriv")
+PROGRAMS = (
+    "munged",
+    "mungekey",
+    "slurmctld",
+    "slurmd",
+    "sbatch",
+    "scontrol",
+    *("ip", "nsenter", "unshare", "setpriv", "ps"),
+)
 FINAL_STATES = frozenset({"CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT"})
 SUBNET = "10.77.0"
 CONTROLLER_ADDRESS = f"{SUBNET}.1"
