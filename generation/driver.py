@@ -18,10 +18,10 @@ from dataclasses import asdict, dataclass, replace
 from generation.accepted import AcceptedList, Demonstration
 from generation.config.common import SynthesisConfig
 from generation.filters.chain import FilterChain
-from generation.filters.drafts import Draft
+from generation.filters.drafts import Draft, Rejection
 from generation.judge import Judge
 from generation.method import AcceptedInstruction, InstructionResult, Method, Proposal
-from generation.records import GenerationResult, Record, RejectedRecord, draft_of
+from generation.records import GenerationResult, Record, RejectedRecord, draft_of, instruction_and_output
 from generation.requester import BudgetReached
 from generation.sink import DataSink
 from generation.state import Counts, LoopState, Snapshot, Timers, from_json, to_json
@@ -108,10 +108,11 @@ class Driver:
             self._instruction_filters.remember_many(ids, instructions, inputs)
         self._accepted.restore(accepted, self.state.num_proposals, self.state.num_accepted_after)
         if self._config.row_filters:
-            for batch in self._sink.iter_columns("synthesized", ["id", "messages"]):
-                turns = [[message["content"] for message in row[-2:]] for row in batch["messages"].to_pylist()]
-                users, assistants = zip(*turns, strict=True) if turns else ((), ())
-                self._row_filters.remember_many(batch["id"].to_pylist(), users, None, assistants)
+            for batch in self._sink.iter_columns("synthesized", ["id", "messages", "input"]):
+                ids, messages, inputs = batch.to_pydict().values()
+                texts = list(map(instruction_and_output, messages, inputs))
+                instructions, outputs = zip(*texts, strict=True) if texts else ((), ())
+                self._row_filters.remember_many(ids, instructions, inputs, outputs)
 
     # -- propose and filter
 
@@ -164,8 +165,6 @@ class Driver:
             self._commit_queue.put_nowait(proposal.response)
         num_accepted_before = self.state.num_accepted
         for position, item in enumerate(proposal.items):
-            if self._has_enough():
-                break
             result = self._filter_draft(proposal, position, item) if isinstance(item, Draft) else item
             if isinstance(result, AcceptedInstruction):
                 self.state = replace(self.state, num_accepted=self.state.num_accepted + 1)
@@ -184,10 +183,12 @@ class Driver:
         self._commit_queue.put_nowait(self.state)
 
     def _filter_draft(self, proposal: Proposal, position: int, draft: Draft) -> AcceptedInstruction | RejectedRecord:
+        source = proposal.response.request_id if proposal.response else proposal.id_prefix
+        if self._has_enough():
+            return RejectedRecord("instruction", Rejection("more_than_num_instructions"), source, position, draft)
         with self._timers.measure("filter"):
             decision = self._instruction_filters.decide(draft)
             if decision.rejection:
-                source = proposal.response.request_id if proposal.response else proposal.id_prefix
                 return RejectedRecord("instruction", decision.rejection, source, position, draft, decision.nearest)
             accepted_id = f"{proposal.id_prefix}-{position}"
             self._instruction_filters.remember(accepted_id, draft)

@@ -15,6 +15,7 @@ from generation.config.common import Role, SynthesisConfig
 from generation.judge import PROMPTS as JUDGE_PROMPTS
 from generation.method import Method
 from generation.methods import METHODS
+from generation.prompt_checks import check_models, check_prompts, load_tokenizers
 from generation.seed_tasks import SeedTask, load_seed_tasks
 from generation.serving import RoleModel, resolve_models
 from generation.templates import Prompt, load_prompts
@@ -58,6 +59,9 @@ def load_inputs(config: SynthesisConfig, model: ModelConfig, engine: EngineConfi
     seeds_path = _seeds_path(config, method, first.source.path)
     seeds = load_seed_tasks(seeds_path) if seeds_path else ()
     prompts = _load_prompts(config, method, first.source.path)
+    tokenizers = load_tokenizers(models)
+    models = check_models(method, models, tokenizers)
+    check_prompts(config, method, models, tokenizers, prompts, seeds, seed)
     identity = {
         "synthesize": config.identity(),
         "seeds": seeds_path and (fingerprint_folder(seeds_path) if seeds_path.is_dir() else sha256_file(seeds_path)),
@@ -68,6 +72,7 @@ def load_inputs(config: SynthesisConfig, model: ModelConfig, engine: EngineConfi
                 "form": role_model.form,
                 "max_model_len": role_model.engine.max_model_len,
                 "dtype": role_model.engine.dtype,
+                **({"chat_template_kwargs": kwargs} if (kwargs := role_model.chat_template_kwargs) else {}),
             }
             for role, role_model in models.items()
         },

@@ -4,14 +4,14 @@ import asyncio
 from dataclasses import replace
 
 from cluster.engines.config import Sampling, StructuredOutput
-from generation.config.common import JudgeConfig
+from generation.config.common import MAX_SCORE, MIN_SCORE, JudgeConfig
 from generation.filters.drafts import Draft, Rejection
 from generation.method import InstructionResult
-from generation.records import GenerationResult, Record, RejectedRecord, draft_of
-from generation.requester import UNANSWERED, Requester
+from generation.records import GenerationResult, Record, RejectedRecord, draft_of, why_unanswered
+from generation.requester import Requester
 from generation.templates import Prompt
 
-SCORES = ("1", "2", "3", "4", "5")
+SCORES = tuple(str(score) for score in range(MIN_SCORE, MAX_SCORE + 1))
 PROMPTS = {"judge": ("instruction", "input", "output", "rubric")}
 
 
@@ -23,12 +23,14 @@ def score_sampling(sampling: Sampling) -> Sampling:
 def parse_score(response: GenerationResult) -> int | None:
     """The score in a response. None means that the judge did not answer."""
     text = response.completion.text.strip()
-    return int(text) if response.completion.finish_reason not in UNANSWERED and text in SCORES else None
+    return int(text) if text in SCORES else None
 
 
 def not_judged(response: GenerationResult) -> Rejection:
     """The rejection of a row that the judge gave no score for."""
-    completion = response.completion
+    why, completion = why_unanswered(response), response.completion
+    if why:
+        return Rejection("not_judged", f"{why.reason}: {why.detail}" if why.detail else why.reason)
     return Rejection("not_judged", completion.text.strip() or completion.finish_reason)
 
 
@@ -42,13 +44,13 @@ class Judge:
         self._sampling = score_sampling(config.sampling)
 
     async def score(self, result: InstructionResult) -> InstructionResult:
-        """The result, with rows of a low score moved to the rejected."""
+        """The result with the score of each row, and with rows of a low score moved to the rejected."""
         answers = await asyncio.gather(*(self._ask(record) for record in result.rows))
         rows, rejected = [], list(result.rejected)
         for record, response in zip(result.rows, answers, strict=True):
             score = parse_score(response)
             if score is not None and score >= self._config.min_score:
-                rows.append(record)
+                rows.append(replace(record, score=float(score)))
                 continue
             why = Rejection("low_score", str(score)) if score else not_judged(response)
             rejected.append(RejectedRecord("row", why, record.id, 0, draft_of(record)))
@@ -57,6 +59,6 @@ class Judge:
     async def _ask(self, record: Record) -> GenerationResult:
         draft: Draft = draft_of(record)
         text = self._prompt.render(
-            instruction=draft.instruction, input="", output=draft.output, rubric=self._config.rubric
+            instruction=draft.instruction, input=draft.input, output=draft.output, rubric=self._config.rubric
         )
         return await self._requester.ask("judge", "judge", self._prompt, text, self._sampling)

@@ -7,7 +7,7 @@ A method sends requests to models and parses their answers. The driver does the 
 """
 
 from collections.abc import Coroutine, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 from typing import ClassVar
 
@@ -15,8 +15,16 @@ from cluster.engines.config import Sampling
 from generation.accepted import Demonstration
 from generation.config.common import Role, SynthesisConfig
 from generation.filters.drafts import Draft, Neighbor, Rejection
-from generation.records import GenerationResult, Origin, Record, RejectedRecord, machine_record, user_turn
-from generation.requester import UNANSWERED, Requester
+from generation.records import (
+    GenerationResult,
+    Origin,
+    Record,
+    RejectedRecord,
+    machine_record,
+    user_turn,
+    why_unanswered,
+)
+from generation.requester import Requester
 from generation.seed_tasks import SeedTask
 from generation.state import Timers
 from generation.templates import Prompt
@@ -84,6 +92,14 @@ class Method:
         self._config = config
         self._inputs = inputs
 
+    @classmethod
+    def forms(cls, config: SynthesisConfig) -> Mapping[Role, str]:
+        """Those of FORMS whose roles are asked with these settings."""
+        return cls.FORMS
+
+    def check_seeds(self) -> None:
+        """Raise InputError, or log a warning, if the seeds do not fit the settings. Called before an engine starts."""
+
     def remembered(self) -> Sequence[tuple[str, Draft]]:
         """Ids and drafts that the filters remember before the first proposal."""
         return ()
@@ -113,28 +129,45 @@ class Method:
         text = prompt.render(instruction=draft.instruction, input=draft.input)
         return await self._inputs.requester.ask("answerer", "answer", prompt, text, sampling, replica, system)
 
-    async def _answer_once(
+    async def _answer(
         self, accepted: AcceptedInstruction, sampling: Sampling, system: str | None = None, replica: int = 0
     ) -> InstructionResult:
-        """One row of the instruction and its answer, or the rejected answer."""
-        draft = accepted.draft
-        response = await self._ask_for_answer(draft, sampling, system, replica)
-        if rejected := check_answer(draft, response):
-            return InstructionResult(rejected=(rejected,), responses=(response,))
-        user, answer = user_turn(draft.instruction, draft.input), response.completion.text.strip()
-        return InstructionResult((machine_record(self._origin(accepted), response, user, answer),), (), (response,))
+        """A row of the instruction and each of its `sampling.n` answers, or the rejected answer."""
+        response = await self._ask_for_answer(accepted.draft, sampling, system, replica)
+        rows, rejected, seen = [], [], set()
+        for sample, written in enumerate(response.completion.samples):
+            text = written.text.strip()
+            why = check_answer(accepted.draft, response, sample)
+            if why is None and text in seen:
+                why = reject_answer(accepted.draft, response, sample, Rejection("duplicate_answer"))
+            if why is None:
+                seen.add(text)
+                rows.append(self._answer_row(accepted, response, sample))
+            else:
+                rejected.append(why)
+        return InstructionResult(tuple(rows), tuple(rejected), (response,))
+
+    def _answer_row(self, accepted: AcceptedInstruction, response: GenerationResult, sample: int) -> Record:
+        """The row of the instruction and one sample of its answer."""
+        draft, text = accepted.draft, response.completion.samples[sample].text.strip()
+        user = user_turn(draft.instruction, draft.input)
+        return machine_record(self._origin(accepted), response, user, text, sample=sample, input_text=draft.input)
 
 
 def check_answer(draft: Draft, response: GenerationResult, sample: int = 0) -> RejectedRecord | None:
     """The rejected answer if it is missing, empty or cut at max_tokens; None if it can be a row."""
     written = response.completion.samples[sample]
-    if written.finish_reason in UNANSWERED:
-        why = Rejection(written.finish_reason)
-    elif not written.text.strip():
-        why = Rejection("empty_output")
-    elif written.finish_reason == "length":
-        why = Rejection("truncated_answer")
-    else:
-        return None
-    rejected = Draft(draft.instruction, draft.input, written.text, written.finish_reason)
-    return RejectedRecord("answer", why, response.request_id, sample, rejected)
+    if why := why_unanswered(response, sample):
+        return reject_answer(draft, response, sample, why)
+    if not written.text.strip():
+        return reject_answer(draft, response, sample, Rejection("empty_output"))
+    if written.finish_reason == "length":
+        return reject_answer(draft, response, sample, Rejection("truncated_answer"))
+    return None
+
+
+def reject_answer(draft: Draft, response: GenerationResult, sample: int, why: Rejection) -> RejectedRecord:
+    """A sample of the answers to `draft` as a rejected row, with its reasoning if there is nothing else."""
+    written = response.completion.samples[sample]
+    answered = replace(draft, output=written.text or written.reasoning_content, finish_reason=written.finish_reason)
+    return RejectedRecord("answer", why, response.request_id, sample, answered)

@@ -1,7 +1,8 @@
 """Rows: their columns, and how rows of a dataset and of its rejects are made.
 
 `messages` contains instruction, input and output: the user's turn is the instruction, followed by an empty line and the
-input if there is one, and the assistant's turn is the output.
+input if there is one, and the assistant's turn is the output. The column `input` has the input by itself, `score` what
+a judge or a verifier gave the row, and `reasoning_content` what a reasoning model thought before it wrote the output.
 """
 
 import json
@@ -9,7 +10,7 @@ from dataclasses import asdict, dataclass
 
 import pyarrow as pa
 
-from cluster.engines.config import Completion, Sampling
+from cluster.engines.config import UNANSWERED, Completion, Sampling
 from cluster.files import sha256_json
 from generation.filters.drafts import Draft, Instance, Neighbor, Rejection
 
@@ -18,6 +19,9 @@ SCHEMA = pa.schema(
     [
         ("id", pa.string()),
         ("messages", pa.list_(MESSAGE)),
+        ("input", pa.string()),
+        ("reasoning_content", pa.string()),
+        ("score", pa.float64()),
         ("method", pa.string()),
         ("task", pa.string()),
         ("round", pa.int32()),
@@ -42,6 +46,7 @@ REJECTED_SCHEMA = pa.schema(
         ("kind", pa.string()),
         ("reason", pa.string()),
         ("detail", pa.string()),
+        ("filter", pa.string()),
         ("instruction", pa.string()),
         ("input", pa.string()),
         ("output", pa.string()),
@@ -106,6 +111,9 @@ class Record:
     parent_ids: tuple[str, ...]
     seed_ids: tuple[str, ...]
     license: str | None
+    input: str = ""
+    reasoning_content: str | None = None
+    score: float | None = None
     model: str | None = None
     model_revision: str | None = None
     prompt_name: str | None = None
@@ -142,6 +150,7 @@ class RejectedRecord:
             "kind": self.kind,
             "reason": self.rejection.reason,
             "detail": self.rejection.detail,
+            "filter": self.rejection.filter,
             "instruction": self.draft.instruction,
             "input": self.draft.input,
             "output": self.draft.output or "",
@@ -151,9 +160,26 @@ class RejectedRecord:
 
 
 def draft_of(record: Record) -> Draft:
-    """A finished row as the row filters see it: the user's whole turn as instruction, and the assistant's turn."""
-    user, assistant = record.messages[-2:]
-    return Draft(user["content"], "", assistant["content"], record.finish_reason or "stop")
+    """A finished row as the row filters see it."""
+    instruction, output = instruction_and_output(record.messages, record.input)
+    return Draft(instruction, record.input, output, record.finish_reason or "stop")
+
+
+def instruction_and_output(messages: list[dict[str, str]], input_text: str) -> tuple[str, str]:
+    """The last user's turn without the input at its end, and the last assistant's turn.
+
+    In a layout of instruction and input other than `user_turn`, the instruction is the user's whole turn.
+    """
+    user, assistant = (message["content"] for message in messages[-2:])
+    return (user.removesuffix(f"\n\n{input_text}") if input_text else user), assistant
+
+
+def why_unanswered(response: GenerationResult, sample: int = 0) -> Rejection | None:
+    """Why a sample has no text at all, or None: no engine answered, or the model did nothing but reason."""
+    written = response.completion.samples[sample]
+    if written.finish_reason in UNANSWERED:
+        return Rejection(written.finish_reason, written.error)
+    return Rejection("only_reasoning") if written.reasoning_content and not written.text.strip() else None
 
 
 def user_turn(instruction: str, input_text: str) -> str:
@@ -167,24 +193,41 @@ def make_messages(user: str, assistant: str) -> list[dict[str, str]]:
 
 
 def human_record(
-    origin: Origin, instruction: str, instance: Instance, position: int, user: str | None = None
+    origin: Origin, instruction: str, instance: Instance, position: int, user: str | None = None, input_text: str = ""
 ) -> Record:
-    """The row of an instance that a person wrote. user: the user's turn; None means instruction and input."""
-    user = user_turn(instruction, instance.input) if user is None else user
+    """The row of an instance that a person wrote. user: the user's turn; None means instruction and input.
+
+    input_text: the input as it stands in `user`.
+    """
+    if user is None:
+        user, input_text = user_turn(instruction, instance.input), instance.input
     return Record(
         id=sha256_json([origin.method, origin.task, position, instruction, instance.input, instance.output]),
         messages=make_messages(user, instance.output),
+        input=input_text,
         **asdict(origin),
     )
 
 
 def machine_record(
-    origin: Origin, response: GenerationResult, user: str, assistant: str, position: int = 0, sample: int = 0
+    origin: Origin,
+    response: GenerationResult,
+    user: str,
+    assistant: str,
+    position: int = 0,
+    sample: int = 0,
+    input_text: str = "",
 ) -> Record:
-    """The row at `position` in a sample of a response. Token counts are those of the whole request."""
+    """The row at `position` in a sample of a response. Token counts are those of the whole request.
+
+    input_text: the input as it stands in `user`; empty if there is none.
+    """
+    written = response.completion.samples[sample]
     return Record(
         id=sha256_json([response.request_id, origin.task, origin.round, position, sample]),
         messages=make_messages(user, assistant),
+        input=input_text,
+        reasoning_content=written.reasoning_content or None,
         **asdict(origin),
         model=response.model,
         model_revision=response.model_revision,
@@ -193,5 +236,5 @@ def machine_record(
         sampling=json.dumps(response.sampling.model_dump(mode="json", exclude_none=True), sort_keys=True),
         num_prompt_tokens=response.completion.num_prompt_tokens,
         num_completion_tokens=response.completion.num_completion_tokens,
-        finish_reason=response.completion.samples[sample].finish_reason,
+        finish_reason=written.finish_reason,
     )

@@ -3,22 +3,21 @@
 import asyncio
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import Literal
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
 
 from cluster.config import ModelConfig
 from cluster.engines.config import Completion, GenerationRequest, Sampling
 from cluster.engines.config import Prompt as EnginePrompt
-from cluster.engines.pool import EnginePool
+from cluster.engines.pool import EnginePool, RequestRefused
 from cluster.errors import TunesmithError
 from cluster.files import sha256_json
 from generation.config.common import BudgetConfig, Role
+from generation.filters.reasoning import split_reasoning
 from generation.records import GenerationResult
 from generation.request_log import RequestLog
 from generation.state import Counts, Timers
 from generation.templates import Prompt
-
-UNANSWERED = ("prompt_too_long", "engine_died")  # finish reasons of a completion without a text
 
 
 class BudgetReached(TunesmithError):
@@ -31,7 +30,10 @@ class BudgetReached(TunesmithError):
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """A model in a role. name: as in the recipe; revision: identifies the weights and the adapter."""
+    """A model in a role. name: as in the recipe; revision: identifies the weights and the adapter.
+
+    reasoning_mark: with which the chat template begins the assistant's turn; empty if it begins with no reasoning.
+    """
 
     name: str
     source: ModelConfig
@@ -39,10 +41,15 @@ class ServedModel:
     pool: EnginePool
     form: Literal["completion", "chat"]
     adapter: str | None = None
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    reasoning_mark: str = ""
 
 
 class Requester:
-    """Gets the answers of a run's models, from the log or from their engines."""
+    """Gets the answers of a run's models, from the log or from their engines.
+
+    The log has the models' texts as they are. In the answers, the reasoning is apart from the text.
+    """
 
     def __init__(
         self,
@@ -117,6 +124,8 @@ class Requester:
     ) -> GenerationResult:
         """Answer from the log, from the same request if it is in flight, or else from the engines."""
         model = self._models[role]
+        is_chat = isinstance(rendered[0], dict) if rendered else False
+        kwargs = model.chat_template_kwargs if is_chat else {}
         identity = {
             "stage": stage,
             "prompt": rendered,
@@ -126,6 +135,8 @@ class Requester:
             "replica": replica,
             "seed": self._seed,
         }
+        if kwargs:
+            identity["chat_template_kwargs"] = kwargs
         request_id = sha256_json(identity)
         if sampling.seed is None:
             sampling = sampling.model_copy(update={"seed": int(request_id[:8], 16) >> 1})
@@ -133,7 +144,7 @@ class Requester:
             async with self._budget_lock:
                 await self._wait_for_budget(sampling)
                 if not self._is_known(request_id):  # another caller may have sent it meanwhile
-                    request = GenerationRequest(request_id, rendered, sampling, model.adapter, group=prompt_name)
+                    request = GenerationRequest(request_id, rendered, sampling, model.adapter, prompt_name, kwargs)
                     task = asyncio.create_task(self._generate(request, model.pool), name=request_id)
                     task.add_done_callback(self._forget)
                     self._in_flight[request_id] = task
@@ -143,13 +154,18 @@ class Requester:
             completion = Completion.from_dict(self._log.get(request_id))
             self.num_resumed += 1
             self._count(completion)
+        if not sampling.structured:  # else the form leaves no room for reasoning
+            completion = without_reasoning(completion, model.reasoning_mark if is_chat else "")
         return GenerationResult(request_id, model.name, model.revision, prompt_name, prompt_sha, sampling, completion)
 
     def _is_known(self, request_id: str) -> bool:
         return request_id in self._in_flight or request_id in self._log
 
     async def _generate(self, request: GenerationRequest, pool: EnginePool) -> Completion:
-        completion = await pool.generate(request)
+        try:
+            completion = await pool.generate(request)
+        except RequestRefused as refused:  # it would be refused again, and the others are not to wait for it
+            completion = Completion.failed(request, "refused", refused.error)
         samples = tuple(replace(sample, token_ids=()) for sample in completion.samples)  # longer than the text
         with self._timers.measure("log"):
             self._log.append(request.request_id, asdict(replace(completion, samples=samples)))
@@ -201,3 +217,14 @@ class Requester:
 
     def _seconds(self) -> float:
         return time.monotonic() - self._start
+
+
+def without_reasoning(completion: Completion, mark: str) -> Completion:
+    """The completion with each sample's reasoning apart. mark: begins every text, but stands in the prompt."""
+    samples = []
+    for sample in completion.samples:
+        text = sample.text if sample.text.lstrip().startswith(mark) else mark + sample.text  # some repeat it
+        answer, reasoning = split_reasoning(text)
+        is_split = reasoning or answer != text
+        samples.append(replace(sample, text=answer, reasoning_content=reasoning) if is_split else sample)
+    return replace(completion, samples=tuple(samples))

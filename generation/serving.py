@@ -4,8 +4,9 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import ray
 
@@ -32,6 +33,9 @@ class RoleModel:
     form: str
     adapter: str | None
     engine: EngineConfig
+    recipe_key: str  # of its settings, such as synthesize.models.writer
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    reasoning_mark: str = ""  # with which the chat template begins the assistant's turn, if it does
 
 
 def resolve_models(
@@ -41,7 +45,7 @@ def resolve_models(
 
     Raises InputError if a model or an adapter does not exist.
     """
-    forms = dict(method.FORMS)
+    forms = dict(method.forms(config))
     if config.judge:
         forms.setdefault("judge", "chat")
     models: dict[Role, RoleModel] = {}
@@ -51,20 +55,29 @@ def resolve_models(
         source = locate_model(named)
         revision = model_revision(source)
         adapter = None
+        recipe_key = f"synthesize.models.{config.models.recipe_role(role)}"
         if chosen.adapter:
-            recipe_role = "writer" if chosen is config.models.writer else role
-            adapter = str(_locate_adapter(recipe_role, chosen.adapter))
+            adapter = str(_locate_adapter(recipe_key, chosen.adapter))
             revision += f"+{fingerprint_folder(Path(adapter))}"
         name = f"{named.path}+{chosen.adapter}" if chosen.adapter else named.path
-        models[role] = RoleModel(name, source, revision, chosen.form or form, adapter, chosen.engine or engine)
+        models[role] = RoleModel(
+            name,
+            source,
+            revision,
+            chosen.form or form,
+            adapter,
+            chosen.engine or engine,
+            recipe_key,
+            chosen.chat_template_kwargs,
+        )
     return models
 
 
-def _locate_adapter(role: Role, path: str) -> Path:
+def _locate_adapter(recipe_key: str, path: str) -> Path:
     folder = Path(path).expanduser()
     if not (folder / "adapter_config.json").is_file():
         raise InputError(
-            f"synthesize.models.{role}.adapter: {folder.absolute()} has no adapter_config.json, so it is not a PEFT "
+            f"{recipe_key}.adapter: {folder.absolute()} has no adapter_config.json, so it is not a PEFT "
             "adapter. Set the folder that `tunesmith export` wrote with export.form=adapter."
         )
     return folder.resolve()
@@ -88,7 +101,14 @@ async def serving(models: Mapping[Role, RoleModel]) -> AsyncIterator[dict[Role, 
         }
         yield {
             role: ServedModel(
-                each.name, each.source, each.revision, pools[each.source, each.engine], each.form, each.adapter
+                each.name,
+                each.source,
+                each.revision,
+                pools[each.source, each.engine],
+                each.form,
+                each.adapter,
+                each.chat_template_kwargs,
+                each.reasoning_mark,
             )
             for role, each in models.items()
         }

@@ -13,6 +13,7 @@ rows after them. Any other file in the folders is newer than the checkpoint: ope
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import islice
 
 import pyarrow as pa
 
@@ -130,6 +131,20 @@ class DataSink:
         for entry in state_files(self._committed[name]):
             for batch in read_batches(self._run.data / name / entry["name"]):
                 yield batch.select(columns)
+
+    def seal_rejected(self, **fields: object) -> None:
+        """Seal what there is if no row was made. The next start makes all of it again, from the log."""
+        verify(self._run.root)
+        self._rejected.seal(**fields)
+        self._instructions.seal(**fields)
+        remove_checkpoint(self._run)
+
+    def rejected_examples(self, reason: str, num_examples: int) -> list[dict]:
+        """The first rejected rows of this reason, after sealing."""
+        files = state_files(self._rejected.state())
+        batches = (batch for entry in files for batch in read_batches(self._run.rejected / entry["name"]))
+        rows = (row for batch in batches for row in batch.to_pylist() if row["reason"] == reason)
+        return list(islice(rows, num_examples))
 
     def seal(self, **fields: object) -> None:
         """Seal all three datasets, `synthesized` last. `fields` go into the manifest of each."""

@@ -31,6 +31,8 @@ from generation.serving import serving
 from generation.sink import DataSink, remove_checkpoint
 from generation.state import Timers, from_json
 
+NUM_EXAMPLES = 3  # of what was rejected, in the message that nothing was kept
+MAX_EXAMPLE_CHARS = 200
 log = stage_logger(STAGE)
 
 
@@ -136,9 +138,11 @@ async def _synthesize(inputs: Inputs, run: RunDir, request_log: RequestLog, prog
             reporting.cancel()
         figures = reporter.result()
     counts = data_counts(driver, sink)
+    fields = {"inputs_sha": inputs.sha, "counts": counts, "budget": config.budget.model_dump()}
     if counts["num_rows"] == counts["num_seed_rows"]:
-        raise _no_row(counts, config.budget, request_log)
-    sink.seal(inputs_sha=inputs.sha, counts=counts, budget=config.budget.model_dump())
+        sink.seal_rejected(**fields)
+        raise _no_row(counts, config.budget, sink, run)
+    sink.seal(**fields)
     return {
         "status": "done",
         "method": method.NAME,
@@ -185,7 +189,7 @@ def data_counts(driver: Driver, sink: DataSink) -> dict:
     }
 
 
-def _no_row(counts: Mapping, budget: BudgetConfig, request_log: RequestLog) -> TunesmithError:
+def _no_row(counts: Mapping, budget: BudgetConfig, sink: DataSink, run: RunDir) -> TunesmithError:
     if counts["spent_budget"]:
         return InputError(
             f"{counts['stopped_because']} before a single row was made (there are {counts['num_seed_rows']} seed rows)."
@@ -194,8 +198,30 @@ def _no_row(counts: Mapping, budget: BudgetConfig, request_log: RequestLog) -> T
     return TunesmithError(
         f"no row was made from {counts['num_generated']} generated instructions: "
         f"{counts['stopped_because'] or 'all were rejected'}; rejected: {list_counts(counts['rejected']) or 'none'}. "
-        f"Look at what the model writes in {request_log.path}; a model that follows the prompts is needed."
+        f"{_most_rejected(counts['rejected'], sink)}All that was rejected is in {run.rejected}, and all that the "
+        f"models wrote in {run.requests}. If these texts are good, change what rejects them; if not, take a model that "
+        "follows the prompts."
     )
+
+
+def _most_rejected(rejected: Mapping[str, int], sink: DataSink) -> str:
+    """What rejected the most, with examples."""
+    if not rejected:
+        return ""
+    reason = max(rejected, key=rejected.__getitem__)
+    examples = sink.rejected_examples(reason, NUM_EXAMPLES)
+    texts = [row["output"] or row["instruction"] for row in examples]
+    if examples[0]["filter"]:
+        filters = "row_filters" if examples[0]["kind"] == "row" else "instruction_filters"
+        texts = [row["instruction"] if filters == "instruction_filters" else row["output"] for row in examples]
+        by = f"by the filter `{examples[0]['filter']}` of synthesize.{filters}"
+    else:
+        by = f"as {reason}"
+    shown = [
+        f"{text[:MAX_EXAMPLE_CHARS]!r}{f' ({detail})' if detail else ''}"
+        for text, detail in zip(texts, (row["detail"] for row in examples), strict=True)
+    ]
+    return f"Most, {rejected[reason]}, were rejected {by}: {'; '.join(shown)}. "
 
 
 def summary(result: dict) -> str:

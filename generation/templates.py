@@ -15,6 +15,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
 from cluster.errors import InputError
 
+SHOWN = ("instruction", "output", "first", "second", "demonstrations")  # variables that a template may not leave out
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -27,6 +29,8 @@ class Prompt:
     sha: str
     path: Path
     template: jinja2.Template
+    variables: frozenset[str] = frozenset()  # what it gets
+    uses: frozenset[str] = frozenset()  # what it reads of these
 
     def render(self, **variables: object) -> str:
         """Fill in the template. Raises InputError if the template needs a value or operation that it does not get."""
@@ -39,7 +43,8 @@ class Prompt:
 def load_prompts(folder: Path, variables: Mapping[str, tuple[str, ...]]) -> dict[str, Prompt]:
     """Load templates from a folder. `variables`: for each template's name the variables that it gets.
 
-    Raises InputError for a missing file, a syntax error (with its line), or a variable that the template does not get.
+    Raises InputError for a missing file, a syntax error (with its line), a variable that the template does not get, or
+    one that it has to show and does not read.
     """
     # A block on a line of its own leaves no blank line. The last line break of a file is not part of the prompt.
     environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -55,11 +60,17 @@ def _load(path: Path, environment: jinja2.Environment, known: tuple[str, ...]) -
         )
     text = path.read_text(encoding="utf-8")
     try:
-        unknown = meta.find_undeclared_variables(environment.parse(text)) - set(known)
+        read = meta.find_undeclared_variables(environment.parse(text))
         template = environment.from_string(text)
     except jinja2.TemplateSyntaxError as error:
         raise InputError(f"{path}:{error.lineno}: {error.message}. Fix the template.") from error
-    if unknown:
+    if unknown := read - set(known):
         raise InputError(f"{path}: uses {', '.join(sorted(unknown))}, but the template gets only {', '.join(known)}.")
+    missing = [name for name in known if name in SHOWN and name not in read]
+    if missing and not (missing == ["instruction"] and "input" in read):  # an input can be the whole prompt
+        raise InputError(
+            f"{path}: does not use {', '.join(missing)}, so its prompts are the same for different values. Put "
+            f"{' and '.join('{{ ' + name + ' }}' for name in missing)} into it."
+        )
     sha = hashlib.sha256(text.encode()).hexdigest()[:16]
-    return Prompt(f"{path.parent.name}/{path.stem}", sha, path, template)
+    return Prompt(f"{path.parent.name}/{path.stem}", sha, path, template, frozenset(known), read & set(known))

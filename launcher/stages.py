@@ -37,10 +37,11 @@ def run_all(recipe: Recipe) -> None:
 
 
 def synthesize(recipe: Recipe, run: RunDir) -> None:
-    from generation import synthesize as stage
+    with StopRequest(interrupts=True):  # from the imports on, which take seconds; the stage has its own later
+        from generation import synthesize as stage
 
-    require_system(engines=True)
-    stage.run(recipe.synthesize, recipe.model, recipe.engine, run, recipe.seed)
+        require_system(engines=True)
+        stage.run(recipe.synthesize, recipe.model, recipe.engine, run, recipe.seed)
 
 
 def train(recipe: Recipe, run: RunDir) -> None:

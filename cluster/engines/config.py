@@ -1,9 +1,10 @@
 """The configuration of the engines, and the requests and completions of the pool."""
 
-from dataclasses import dataclass
-from typing import Any, Self
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from cluster.config import StrictModel
 
@@ -110,7 +111,9 @@ class StructuredOutput(StrictModel):
     An answer that is cut at max_tokens may be incomplete; then its finish_reason is "length".
     """
 
-    choice: tuple[str, ...] | None = Field(None, min_length=1, description="the answer is one of these")
+    choice: tuple[Annotated[str, Field(min_length=1)], ...] | None = Field(
+        None, min_length=1, description="the answer is one of these"
+    )
     regex: str | None = Field(None, min_length=1, description="the answer matches this as a whole")
     json_schema: dict[str, Any] | None = Field(None, description="the answer is JSON of this schema")
 
@@ -121,11 +124,28 @@ class StructuredOutput(StrictModel):
             raise ValueError(f"set exactly one of choice, regex, json_schema; set are: {', '.join(names) or 'none'}")
         return self
 
+    @model_validator(mode="after")
+    def _can_be_enforced(self) -> Self:
+        if self.choice is not None:
+            return self
+        from llguidance import LLMatcher  # the engines' backend; recipes rarely name a form
+
+        if self.regex is not None:
+            grammar = LLMatcher.grammar_from_regex(self.regex)
+        else:
+            grammar = LLMatcher.grammar_from_json_schema(self.json_schema)
+        if error := LLMatcher.validate_grammar(grammar):
+            raise ValueError(f"the engines cannot enforce this form: {' '.join(error.split())}")
+        return self
+
+
+Temperature = Annotated[float, Field(ge=0, le=2, description="0 always takes the most probable token")]
+
 
 class Sampling(StrictModel):
-    """How a prompt is continued. Temperature 0 is greedy."""
+    """How a prompt is continued. Temperature 0 is greedy. The limits are those of vLLM's SamplingParams."""
 
-    temperature: float = Field(1.0, ge=0, description="0 always takes the most probable token")
+    temperature: Temperature = 1.0
     top_p: float = Field(
         1.0, gt=0, le=1, description="sample from the most probable tokens with this total probability"
     )
@@ -137,10 +157,38 @@ class Sampling(StrictModel):
         0.0, ge=-2, le=2, description="lowers the probability of tokens by how often the answer has them"
     )
     stop: tuple[str, ...] = Field((), description="texts that end the answer")
-    stop_token_ids: tuple[int, ...] = Field((), description="token ids that end the answer")
-    seed: int | None = Field(None, description="seed of the request. None means that the caller sets it")
-    n: int = Field(1, ge=1, description="samples of one prompt")
+    stop_token_ids: tuple[Annotated[int, Field(ge=0)], ...] = Field((), description="token ids that end the answer")
+    seed: int | None = Field(
+        None, ge=0, lt=2**63, description="seed of the request. None means that the caller sets it"
+    )
+    n: int = Field(1, ge=1, le=16_384, description="samples of one prompt")
     structured: StructuredOutput | None = None
+
+    @field_validator("stop")
+    @classmethod
+    def _stop_texts_are_not_empty(cls, stop: tuple[str, ...]) -> tuple[str, ...]:
+        if "" in stop:
+            raise ValueError("an empty text would end every answer at once. Remove it")
+        return stop
+
+    @model_validator(mode="after")
+    def _samples_can_differ(self) -> Self:
+        if self.temperature == 0 and self.n > 1:
+            raise ValueError(
+                f"temperature=0 is greedy, so all n={self.n} samples would be the same text. Set a temperature, or n=1"
+            )
+        return self
+
+
+class SingleSampling(Sampling):
+    """Sampling of a request of which one text is used."""
+
+    @field_validator("n")
+    @classmethod
+    def _one_text_is_used(cls, n: int) -> int:
+        if n > 1:
+            raise ValueError(f"one text of each of these requests is used, so {n - 1} of n={n} would be lost. Set n=1")
+        return n
 
 
 # text, to which the tokenizer adds its special tokens | token ids | messages of a chat: {"role": ..., "content": ...}
@@ -151,9 +199,9 @@ Prompt = str | list[int] | list[dict[str, str]]
 class GenerationRequest:
     """One prompt and how to continue it.
 
-    A chat is rendered by the model's chat template, up to the assistant's turn. `adapter` is the folder of a LoRA
-    adapter that the pool was started with. Requests of one `group` begin with the same text, which an engine that gets
-    them together computes once.
+    A chat is rendered by the model's chat template, up to the assistant's turn; the template gets
+    `chat_template_kwargs` too. `adapter` is the folder of a LoRA adapter that the pool was started with. Requests of
+    one `group` begin with the same text, which an engine that gets them together computes once.
     """
 
     request_id: str
@@ -161,6 +209,10 @@ class GenerationRequest:
     sampling: Sampling
     adapter: str | None = None
     group: str = ""
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+UNANSWERED = ("prompt_too_long", "engine_died", "refused")  # finish reasons of a completion without a text
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,13 +220,16 @@ class Sample:
     """One continuation.
 
     `finish_reason` is "stop" (end of text or a stop string) or "length" (cut at max_tokens). Without a text it is
-    "prompt_too_long" (longer than the model supports) or "engine_died" (several engines died with the request).
+    "prompt_too_long" (longer than the model supports), "engine_died" (several engines died with the request) or
+    "refused" (`error` is the engine's). `reasoning_content` is what a reasoning model thought before the text.
     """
 
     text: str
     finish_reason: str
     num_tokens: int
     token_ids: tuple[int, ...] = ()
+    reasoning_content: str = ""
+    error: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,9 +261,9 @@ class Completion:
         return sum(sample.num_tokens for sample in self.samples)
 
     @classmethod
-    def failed(cls, request: GenerationRequest, finish_reason: str) -> Self:
+    def failed(cls, request: GenerationRequest, finish_reason: str, error: str = "") -> Self:
         """The completion of a request that no engine could answer."""
-        return cls(request.request_id, (Sample("", finish_reason, 0),) * request.sampling.n, 0)
+        return cls(request.request_id, (Sample("", finish_reason, 0, error=error),) * request.sampling.n, 0)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:

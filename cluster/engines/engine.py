@@ -10,6 +10,7 @@ sources but have not been run.
 import gc
 import json
 import os
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import count
@@ -67,7 +68,7 @@ class VLLMEngine:
 
         Raises TunesmithError for a chat if the model has no chat template.
         """
-        token_ids = prompt_ids(self._engine.get_tokenizer(), request.prompt)
+        token_ids = prompt_ids(self._engine.get_tokenizer(), request.prompt, request.chat_template_kwargs)
         if len(token_ids) + 1 > self._engine.model_config.max_model_len:
             return Completion.failed(request, "prompt_too_long")
         prompt = self._tokens_input(token_ids)  # TokensPrompts would pass one by one through a thread of vLLM
@@ -149,7 +150,9 @@ def stat_logger(sums: EngineReport) -> type:
     return SumsLogger
 
 
-def prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt) -> list[int]:
+def prompt_ids(
+    tokenizer: "PreTrainedTokenizerBase", prompt: Prompt, chat_template_kwargs: Mapping[str, object] | None = None
+) -> list[int]:
     """Token ids of a prompt in any form. Raises TunesmithError for a chat if the model has no chat template."""
     if isinstance(prompt, str):
         return tokenizer.encode(prompt)
@@ -159,7 +162,9 @@ def prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt) -> list[int
         raise TunesmithError(
             "the model has no chat template. Use the completion form, or put a chat_template.jinja in its folder."
         )
-    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    text = tokenizer.apply_chat_template(
+        prompt, tokenize=False, add_generation_prompt=True, **(chat_template_kwargs or {})
+    )
     return tokenizer.encode(text, add_special_tokens=False)  # the template has written them
 
 

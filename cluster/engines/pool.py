@@ -43,6 +43,14 @@ FIRST_BACKOFF_SECONDS = 1.0  # before the second restart in a row without a fini
 MAX_BACKOFF_SECONDS = 60.0
 
 
+class RequestRefused(TunesmithError):
+    """An engine refused a request. error: what the engine raised."""
+
+    def __init__(self, request_id: str, error: str) -> None:
+        super().__init__(f"the engine refused request {request_id}: {error}")
+        self.error = error
+
+
 class EnginePool:
     """Engines of one model. `EnginePool.start` makes one."""
 
@@ -88,7 +96,7 @@ class EnginePool:
         """Complete one request. Any number of callers may wait here.
 
         `Sample.finish_reason` says how it ended. Raises InputError for an adapter that the pool was not started with,
-        and TunesmithError if the engine refuses the request or no engine is left.
+        RequestRefused if the engine refuses the request, and TunesmithError if no engine is left.
         """
         if self._failure:
             raise self._failure
@@ -193,8 +201,7 @@ class EnginePool:
         if pending.future.done():
             return
         if completion is None:
-            message = f"the engine refused request {pending.request.request_id}: {answer}"
-            pending.future.set_exception(TunesmithError(message))
+            pending.future.set_exception(RequestRefused(pending.request.request_id, answer))
         else:
             pending.future.set_result(completion)
 

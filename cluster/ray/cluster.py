@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from cluster.errors import InputError, TunesmithError
+from cluster.errors import InputError, Preempted, TunesmithError
 from cluster.nodes.rendezvous import await_json
 from cluster.ray.folder import RAY_FOLDER, keep_logs, new_token, private_folder, ray_environment
 from cluster.run.rundir import RunDir
@@ -52,7 +52,8 @@ def _joined(address: str) -> Iterator[None]:
     import ray
 
     try:
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+        with _preempted_by_sigterm():
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
         raise InputError(
             f"RAY_ADDRESS={address}: cannot connect ({_last_line(error)}). Check that this Ray is up and that "
@@ -67,7 +68,8 @@ def _joined(address: str) -> Iterator[None]:
 @contextlib.contextmanager
 def _private(run_root: Path) -> Iterator[None]:
     with private_folder(new_token()) as folder, _environment(ray_environment(folder)):
-        _start(folder)
+        with _preempted_by_sigterm():
+            _start(folder)
         import ray
 
         try:
@@ -77,6 +79,15 @@ def _private(run_root: Path) -> Iterator[None]:
             raise
         finally:
             ray.shutdown()
+
+
+@contextlib.contextmanager
+def _preempted_by_sigterm() -> Iterator[None]:
+    """Raise Preempted where Ray's own handler of SIGTERM, which it installs as it starts, exits without a message."""
+    try:
+        yield
+    except SystemExit as error:
+        raise Preempted("SIGTERM came while Ray started. The same command continues.") from error
 
 
 def _start(folder: Path) -> None:

@@ -1,14 +1,22 @@
 """Settings of every synthesis method: seeds and prompts, the models of the roles, the budget."""
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
 from cluster.config import StrictModel
-from cluster.engines.config import EngineConfig, Sampling
-from generation.config.filters import ExactDuplicateConfig, FilterConfig, NearDuplicateConfig, NoveltyConfig
+from cluster.engines.config import EngineConfig, SingleSampling, Temperature
+from generation.config.filters import (
+    ROW_FILTERS,
+    ExactDuplicateConfig,
+    FilterConfig,
+    NearDuplicateConfig,
+    NoveltyConfig,
+)
 
 Role = Literal["writer", "answerer", "judge"]
+MIN_SCORE, MAX_SCORE = 1, 5  # a judge's scale
+DEFAULT_MIN_SCORE = 4  # "good, with a small flaw"
 STATEFUL_FILTERS = (NoveltyConfig, ExactDuplicateConfig, NearDuplicateConfig)  # they remember accepted drafts
 
 
@@ -25,6 +33,9 @@ class RoleConfig(StrictModel):
         description="completion means that the model continues the prompt. chat means that the prompt is the user "
         "turn of a chat. None means the method's default",
     )
+    chat_template_kwargs: dict[str, Any] = Field(
+        {}, description="variables for the model's chat template, such as {enable_thinking: false}"
+    )
     engine: EngineConfig | None = Field(None, description="the engines of this model. None means the recipe's `engine`")
 
 
@@ -35,11 +46,15 @@ class RolesConfig(StrictModel):
     answerer: RoleConfig | None = Field(None, description="the model that answers instructions. None means the writer")
     judge: RoleConfig | None = Field(None, description="the model that judges answers. None means the answerer")
 
+    def recipe_role(self, role: Role) -> Role:
+        """The role whose settings a role has: its own, or those that it takes over."""
+        if role == "judge" and self.judge:
+            return "judge"
+        return "writer" if role == "writer" or self.answerer is None else "answerer"
+
     def of(self, role: Role) -> RoleConfig:
         """The model of a role."""
-        if role == "judge" and self.judge:
-            return self.judge
-        return self.writer if role == "writer" or self.answerer is None else self.answerer
+        return getattr(self, self.recipe_role(role))
 
 
 class BudgetConfig(StrictModel):
@@ -57,10 +72,10 @@ class BudgetConfig(StrictModel):
     )
 
 
-class JudgeSampling(Sampling):
+class JudgeSampling(SingleSampling):
     """Sampling of a judge's score."""
 
-    temperature: float = Field(0.0, ge=0)
+    temperature: Temperature = 0.0
     max_tokens: int = Field(8, ge=1)
 
 
@@ -71,7 +86,9 @@ class JudgeConfig(StrictModel):
         "The answer is correct, complete and clear, and does what the instruction asks.",
         description="what makes a row good. It is part of the judge's prompt",
     )
-    min_score: int = Field(4, ge=1, le=5, description="rows with a lower score are rejected")
+    min_score: int = Field(
+        DEFAULT_MIN_SCORE, ge=MIN_SCORE, le=MAX_SCORE, description="rows with a lower score are rejected"
+    )
     sampling: JudgeSampling = Field(JudgeSampling(), description="sampling of the score")
 
 
@@ -107,7 +124,11 @@ class SynthesisConfig(StrictModel):
         200, ge=1, description="the run ends after this many requests in a row without an accepted instruction"
     )
     instruction_filters: tuple[FilterConfig, ...] = Field((), description="filters of new instructions, in their order")
-    row_filters: tuple[FilterConfig, ...] = Field((), description="filters of finished rows, in their order")
+    row_filters: tuple[FilterConfig, ...] = Field(
+        ROW_FILTERS,
+        description="filters of finished rows, in their order. The default rejects reasoning, refusals, instructions "
+        "given back as the answer, and endless repetition (our choice; the published methods have none)",
+    )
     judge: JudgeConfig | None = Field(None, description="score finished rows by a model. None means no scores")
     license: str | None = Field(
         None, description="license of the generated rows, for the column `license` of the dataset. None means unknown"

@@ -29,9 +29,39 @@ PROMPT_MARKERS = (
     *("given prompt", "rewritten prompt", "created prompt", "new prompt"),
 )
 # Phrases of refusals and of assistants about themselves. "as an ai" and two more are from h2o-wizardlm (`wizardlm.py`).
+# A person who declines an invitation is "unable to attend" and "can't help but smile", so the verbs are an assistant's.
 REFUSALS = (
     *("as an ai", "ai assistant", "how can i assist", "as a language model", "as a large language model"),
-    *("i'm unable to", "i am unable to", "i cannot assist", "i can't assist", "i cannot help", "i can't help"),
+    *("i cannot help you", "i can't help you", "i do not have access to", "i don't have access to"),
+    *(
+        f"{start} {verb}"
+        for start in (
+            "i cannot",
+            "i can't",
+            "i can not",
+            "i'm unable to",
+            "i am unable to",
+            "i'm not able to",
+            "i am not able to",
+        )
+        for verb in (
+            *("assist", "help with", "fulfill", "comply", "provide", "access", "browse", "open", "generate", "create"),
+            *("answer", "complete this", "do that", "see the", "view the", "write a", "engage in"),
+        )
+    ),
+    *("sorry, but i can't", "sorry, but i cannot", "sorry, i can't", "sorry, i cannot", "i apologize, but i"),
+    *("作为一个人工智能", "作为人工智能", "作为一个ai", "作为ai", "作为一个语言模型", "我是一个人工智能"),
+    *("抱歉，我无法", "抱歉，我不能", "抱歉，但我", "对不起，我无法", "对不起，我不能", "对不起，但我", "我无法提供"),
+    *("als ki-sprachmodell", "als ki-modell", "als künstliche intelligenz", "tut mir leid, aber ich kann"),
+    *("en tant que modèle de langage", "en tant qu'ia", "en tant qu'assistant", "désolé, mais je ne peux"),
+    *("como modelo de lenguaje", "lo siento, pero no puedo", "como modelo de linguagem", "desculpe, mas não posso"),
+    *("как языковая модель", "как искусственный интеллект", "как ии", "извините, но я не могу"),
+    *("aiとして", "言語モデルとして", "申し訳ありませんが、お答え", "ai 언어 모델로서", "죄송하지만"),
+)
+# How the reasoning of a model begins that no mark sets apart from its answer.
+REASONING_BEGINNINGS = (
+    *(f"{start} the user" for start in ("okay,", "okay, so", "ok,", "ok, so", "alright,", "hmm,")),
+    *("the user wants me to", "the user is asking", "the user asks me", "we need to answer", "thinking process:"),
 )
 # English function words without `no`, `not`, `a` and `i`: each of these four is a whole answer to many tasks.
 STOP_WORDS = (
@@ -60,7 +90,11 @@ class EmptyConfig(FieldsConfig):
 
 
 class LengthConfig(FieldsConfig):
-    """Reject a field with too few or too many words or characters. White space separates words."""
+    """Reject a field with too few or too many words or characters.
+
+    White space separates words. In scripts without it (Chinese, Japanese, Thai, Lao, Khmer, Burmese), each character
+    counts as a word.
+    """
 
     type: Literal["length"] = "length"
     min_words: int = Field(4, ge=0, description="minimum number of words (Self-Instruct's code: 4)")
@@ -101,14 +135,18 @@ class BeginsWithConfig(FieldsConfig):
 
 
 class FirstCharacterConfig(FieldsConfig):
-    """Reject a field by its first character (Self-Instruct's and Alpaca's code: both kinds)."""
+    """Reject a field by its first character."""
 
     type: Literal["first_character"] = "first_character"
-    reject_punctuation: bool = Field(True, description=f"reject a field that begins with one of {string.punctuation}")
-    reject_non_ascii: bool = Field(
+    reject_punctuation: bool = Field(
         True,
-        description="reject a field that begins with a character outside ASCII. Set false for languages other than "
-        "English",
+        description=f"reject a field that begins with one of {string.punctuation} (Self-Instruct's and Alpaca's code), "
+        "or with a mark or symbol outside ASCII that opens nothing",
+    )
+    reject_non_ascii: bool = Field(
+        False,
+        description="reject a field that begins with a character outside ASCII (Self-Instruct's and Alpaca's code: "
+        "true, which leaves little of most languages but English)",
     )
 
 
@@ -130,8 +168,37 @@ class FormatLeakageConfig(FieldsConfig):
     )
 
 
+class ReasoningConfig(FieldsConfig):
+    """Reject a field in which the reasoning of a model is left.
+
+    Reasoning between marks such as <think> and </think> is taken off before any filter. What is left has a mark without
+    its partner, or begins as reasoning does.
+    """
+
+    type: Literal["reasoning"] = "reasoning"
+    fields: tuple[FieldName, ...] = Field(
+        ("instruction", "output"), min_length=1, description="fields that the filter reads"
+    )
+    beginnings: tuple[str, ...] = Field(
+        REASONING_BEGINNINGS, description="how reasoning without marks begins, in lower case"
+    )
+
+
+class RepeatsInstructionConfig(StrictModel):
+    """Reject a row whose output is the instruction again. Case, punctuation and line breaks make no difference."""
+
+    type: Literal["repeats_instruction"] = "repeats_instruction"
+    min_similarity: float = Field(
+        0.9,
+        gt=0,
+        le=1,
+        description="an output is the instruction again if the share of characters that both have in the same order "
+        "(rapidfuzz's ratio) is at least this (our choice)",
+    )
+
+
 class RefusalConfig(FieldsConfig):
-    """Reject a field in which an assistant refuses or speaks about itself."""
+    """Reject a field in which an assistant refuses or speaks about itself. Quotations do not count."""
 
     type: Literal["refusal"] = "refusal"
     fields: tuple[FieldName, ...] = Field(("output",), min_length=1, description="fields that the filter reads")
@@ -156,7 +223,7 @@ class RepetitionConfig(FieldsConfig):
     """Reject a field that repeats itself: a large share of repeated n-grams, or one word too often in a row.
 
     The share is Gopher's (Rae et al., 2021, table A1): characters inside repeated n-grams, each counted once. The first
-    occurrence of an n-gram does not count.
+    occurrence of an n-gram does not count. In scripts without spaces a word is three characters.
     """
 
     type: Literal["repetition"] = "repetition"
@@ -202,8 +269,9 @@ class NoveltyConfig(FieldsConfig):
         0.7, ge=0, le=1, description="a draft with a higher ROUGE-L F is rejected (Self-Instruct §2.2: 0.7)"
     )
     tokenizer: Literal["rouge", "unicode"] = Field(
-        "rouge",
-        description="rouge reads only a-z and 0-9, as rouge_score does. unicode reads words of every script",
+        "unicode",
+        description="unicode reads words of every script. rouge reads only a-z and 0-9, as rouge_score does "
+        "(Self-Instruct's and Alpaca's code), and so finds no two texts of another script alike",
     )
     num_nearest: int = Field(
         10, ge=0, description="nearest neighbors to store with each draft (Self-Instruct's code: 10)"
@@ -253,7 +321,9 @@ FilterConfig = Annotated[
     | FirstCharacterConfig
     | TruncationConfig
     | FormatLeakageConfig
+    | ReasoningConfig
     | RefusalConfig
+    | RepeatsInstructionConfig
     | OnlyStopwordsConfig
     | RepetitionConfig
     | LanguageConfig
@@ -280,6 +350,13 @@ ALPACA_FILTERS: tuple[FilterConfig, ...] = (
     BeginsWithConfig(),
     FirstCharacterConfig(),
     NoveltyConfig(),
+)
+# What no row should be, whatever its method and its language. A looser share than Gopher's: songs and tables repeat.
+ROW_FILTERS: tuple[FilterConfig, ...] = (
+    ReasoningConfig(),
+    RefusalConfig(short_phrases=()),
+    RepeatsInstructionConfig(),
+    RepetitionConfig(max_duplicate_share=0.5),
 )
 # Instructions of users in any language: reject only empty, long and known ones.
 INSTRUCTION_WILD_FILTERS: tuple[FilterConfig, ...] = (

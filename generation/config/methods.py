@@ -6,8 +6,11 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from cluster.engines.config import Sampling
+from cluster.engines.config import Sampling, SingleSampling, Temperature
 from generation.config.common import (
+    DEFAULT_MIN_SCORE,
+    MAX_SCORE,
+    MIN_SCORE,
     ExistingInstructionsConfig,
     GeneratedInstructionsConfig,
     JudgeSampling,
@@ -27,7 +30,7 @@ DEFAULT_METHOD = "self_instruct"
 class AnswerSampling(Sampling):
     """Sampling of an answer (our choice)."""
 
-    temperature: float = Field(0.7, ge=0)
+    temperature: Temperature = 0.7
     max_tokens: int = Field(1024, ge=1)
 
 
@@ -36,28 +39,28 @@ class AnswerSampling(Sampling):
 # that sets one value keeps the published others.
 
 
-class InstructionSampling(Sampling):
+class InstructionSampling(SingleSampling):
     """Sampling of instructions."""
 
-    temperature: float = Field(0.7, ge=0)
+    temperature: Temperature = 0.7
     top_p: float = Field(0.5, gt=0, le=1)
     presence_penalty: float = Field(2.0, ge=-2, le=2)
     max_tokens: int = Field(1024, ge=1)
     stop: tuple[str, ...] = ("\n\n", "\n16", "16.", "16 .")
 
 
-class ClassificationSampling(Sampling):
+class ClassificationSampling(SingleSampling):
     """Sampling of the decision whether an instruction is a classification task."""
 
-    temperature: float = Field(0.0, ge=0)
+    temperature: Temperature = 0.0
     max_tokens: int = Field(3, ge=1)
     stop: tuple[str, ...] = ("\n", "Task")
 
 
-class InputFirstSampling(Sampling):
+class InputFirstSampling(SingleSampling):
     """Sampling of instances of tasks that are not classification."""
 
-    temperature: float = Field(0.0, ge=0)
+    temperature: Temperature = 0.0
     presence_penalty: float = Field(1.5, ge=-2, le=2)
     max_tokens: int = Field(350, ge=1)
     stop: tuple[str, ...] = ("Example 6", "Task:")
@@ -138,14 +141,14 @@ class SelfInstructConfig(GeneratedInstructionsConfig):
 # -- Alpaca (Taori et al., 2023). The defaults are those of the released `generate_instruction.py` and `prompt.txt`.
 
 
-class TaskSampling(Sampling):
+class TaskSampling(SingleSampling):
     """Sampling of a list of tasks (`generate_instruction.py`).
 
     The released code also forbids the end-of-text token, so that davinci writes up to the stop strings. A chat model
     would then continue after its answer, so here the token is allowed.
     """
 
-    temperature: float = Field(1.0, ge=0)
+    temperature: Temperature = 1.0
     top_p: float = Field(1.0, gt=0, le=1)
     max_tokens: int = Field(3072, ge=1)
     stop: tuple[str, ...] = Field(("\n20", "20."), description="where the last task begins, number `num_tasks`")
@@ -179,10 +182,10 @@ class AlpacaConfig(GeneratedInstructionsConfig):
 # where it names them, else Alpaca, on which the project builds.
 
 
-class WildInstructionSampling(Sampling):
+class WildInstructionSampling(SingleSampling):
     """Sampling of instructions: Alpaca's temperature and last number. Fewer tokens, because there are no outputs."""
 
-    temperature: float = Field(1.0, ge=0)
+    temperature: Temperature = 1.0
     max_tokens: int = Field(1024, ge=1)
     stop: tuple[str, ...] = ("\n20.",)
 
@@ -209,10 +212,10 @@ class InstructionWildConfig(GeneratedInstructionsConfig):
 # -- Magpie (Xu et al., 2024, arXiv 2406.08464)
 
 
-class UserTurnSampling(Sampling):
+class UserTurnSampling(SingleSampling):
     """Sampling of user turns (released `gen_ins.py`)."""
 
-    temperature: float = Field(1.0, ge=0)
+    temperature: Temperature = 1.0
     top_p: float = Field(1.0, gt=0, le=1)
     max_tokens: int = Field(2048, ge=1)
 
@@ -220,7 +223,7 @@ class UserTurnSampling(Sampling):
 class GreedyAnswerSampling(Sampling):
     """Sampling of answers (released `gen_res.py`: greedy)."""
 
-    temperature: float = Field(0.0, ge=0)
+    temperature: Temperature = 0.0
     max_tokens: int = Field(4096, ge=1)
 
 
@@ -248,18 +251,18 @@ Operation = Literal["add_constraints", "deepen", "concretize", "add_reasoning", 
 OPERATIONS: tuple[Operation, ...] = get_args(Operation)
 
 
-class EvolutionSampling(Sampling):
+class EvolutionSampling(SingleSampling):
     """Sampling of an evolved instruction, and of an answer (released `openai_access.py`)."""
 
-    temperature: float = Field(1.0, ge=0)
+    temperature: Temperature = 1.0
     top_p: float = Field(0.95, gt=0, le=1)
     max_tokens: int = Field(2048, ge=1)
 
 
-class EqualitySampling(Sampling):
+class EqualitySampling(SingleSampling):
     """Sampling of the judge's decision whether two instructions are equal."""
 
-    temperature: float = Field(0.0, ge=0)
+    temperature: Temperature = 0.0
     max_tokens: int = Field(
         32,
         ge=1,
@@ -319,7 +322,7 @@ class AnswerOnlyConfig(ExistingInstructionsConfig):
 class CandidateSampling(AnswerSampling):
     """Sampling of several answers to one instruction (our choice)."""
 
-    temperature: float = Field(1.0, ge=0)
+    temperature: Temperature = 1.0
     n: int = Field(4, ge=2, description="answers to each instruction")
 
 
@@ -339,11 +342,11 @@ class RejectionSamplingConfig(ExistingInstructionsConfig):
         description="a Python function, as module:function. It gets instruction, input, output and reference as text "
         "and returns a score, usually 0 to 1. None means no function",
     )
-    min_score: float = Field(
-        1.0,
+    min_score: float | None = Field(
+        None,
         ge=0,
         description="the best answer is kept if its score is at least this. Of equal scores, the first answer is the "
-        "best",
+        "best. None means 4 of 5 with a judge, and 1 with a verifier",
     )
     judge_sampling: JudgeSampling = Field(JudgeSampling(), description="sampling of the judge's scores")
 
@@ -352,6 +355,21 @@ class RejectionSamplingConfig(ExistingInstructionsConfig):
         if (self.choose_by == "verifier") != (self.verifier is not None):
             raise ValueError("choose_by=verifier needs verifier=module:function, and choose_by=judge takes none")
         return self
+
+    @model_validator(mode="after")
+    def _threshold_is_on_the_scale(self) -> "RejectionSamplingConfig":
+        if self.choose_by == "judge" and not MIN_SCORE <= self.threshold <= MAX_SCORE:
+            raise ValueError(
+                f"min_score={self.min_score:g} is outside the judge's scale, which goes from {MIN_SCORE} to {MAX_SCORE}"
+            )
+        return self
+
+    @property
+    def threshold(self) -> float:
+        """`min_score`, or its default for a judge or a verifier."""
+        if self.min_score is not None:
+            return self.min_score
+        return DEFAULT_MIN_SCORE if self.choose_by == "judge" else 1.0
 
 
 METHOD_CONFIGS: dict[str, type[SynthesisConfig]] = {

@@ -1,6 +1,7 @@
 """The filters of a recipe, in their order."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from generation.config.filters import FilterConfig
 from generation.filters import rules
@@ -17,7 +18,9 @@ CHECKS = {
     "truncation": rules.truncation,
     "same_as_input": rules.same_as_input,
     "format_leakage": rules.format_leakage,
+    "reasoning": rules.reasoning,
     "refusal": rules.refusal,
+    "repeats_instruction": rules.repeats_instruction,
     "only_stopwords": rules.only_stopwords,
     "repetition": rules.repetition,
     "language": rules.language,
@@ -32,14 +35,14 @@ class FilterChain:
     def __init__(self, configs: Sequence[FilterConfig]) -> None:
         """Raises InputError if a filter's configuration is wrong."""
         self._stateful: list[Novelty | ExactDuplicates | NearDuplicates] = []
-        self._filters: list[Callable[[Draft], Decision]] = []
+        self._filters: list[tuple[str, Callable[[Draft], Decision]]] = []  # each with its type
         for config in configs:
             if config.type in STATEFUL_FILTERS:
                 stateful = STATEFUL_FILTERS[config.type](config)
                 self._stateful.append(stateful)
-                self._filters.append(stateful.decide)
+                self._filters.append((config.type, stateful.decide))
             else:
-                self._filters.append(_decision_of(CHECKS[config.type](config)))
+                self._filters.append((config.type, _decision_of(CHECKS[config.type](config))))
 
     def decide(self, draft: Draft) -> Decision:
         """The decision of the first filter that rejects. `nearest` is that of the last novelty filter applied.
@@ -47,11 +50,11 @@ class FilterChain:
         Remembers nothing.
         """
         nearest = ()
-        for decide in self._filters:
+        for name, decide in self._filters:
             decision = decide(draft)
             nearest = decision.nearest or nearest
             if decision.rejection:
-                return Decision(decision.rejection, nearest)
+                return Decision(replace(decision.rejection, filter=name), nearest)
         return Decision(None, nearest)
 
     def remember(self, draft_id: str, draft: Draft) -> None:

@@ -1,17 +1,21 @@
 """What filters read and what they return."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from generation.config.filters import FieldName
 
 
 @dataclass(frozen=True, slots=True)
 class Rejection:
-    """Why something was rejected. `reason` is a name to count by; `detail` gives the particulars."""
+    """Why something was rejected. `reason` is a name to count by; `detail` gives the particulars.
+
+    `filter`: type of the filter that rejected it; empty if a rule of the method did.
+    """
 
     reason: str
     detail: str = ""
+    filter: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from rapidfuzz.distance import LCSseq
 from rapidfuzz.process import cdist
 
 from generation.filters.drafts import Neighbor
+from generation.filters.words import UNSPACED, UNSPACED_CHARACTER
 
 BULK_SIZE = 50_000  # texts added at one time
 NUM_PROBED = 64  # texts scored first, to learn which score the others have to reach
@@ -27,10 +28,8 @@ MIN_TEXTS_FOR_COLUMNS = 2048
 ALPHANUMERIC = (string.ascii_lowercase + string.digits).encode()
 ROUGE_BYTES = bytes(byte if byte in ALPHANUMERIC else ord(" ") for byte in range(256))
 
-# Scripts without spaces between words (UAX #29 leaves their word boundaries to dictionaries). In these a character with
-# its marks is a token. In all others a run of letters, digits and marks is a token.
-UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
-UNICODE_WORD = regex.compile(rf"(?V1)[[{UNSPACED}]&&\p{{L}}]\p{{M}}*|[\w--[[{UNSPACED}]&&\p{{L}}]]+")
+# In scripts without spaces a character with its marks is a token, in all others a run of letters, digits and marks.
+UNICODE_WORD = regex.compile(rf"{UNSPACED_CHARACTER.pattern}|[\w--[[{UNSPACED}]&&\p{{L}}]]+")
 
 Feature = tuple[int, int]  # (token, k): the occurrence number k of the token in a text, from 0
 

@@ -7,9 +7,12 @@ copied prompt, a refusal, no content, repetition, a wrong language.
 
 import re
 import string
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from itertools import groupby
+
+from rapidfuzz import fuzz
 
 from cluster.errors import InputError
 from generation.config.filters import (
@@ -22,15 +25,20 @@ from generation.config.filters import (
     LanguageConfig,
     LengthConfig,
     OnlyStopwordsConfig,
+    ReasoningConfig,
     RefusalConfig,
+    RepeatsInstructionConfig,
     RepetitionConfig,
     SameAsInputConfig,
     TruncationConfig,
 )
 from generation.filters.drafts import Draft, Instance, Rejection
+from generation.filters.reasoning import marks as reasoning_marks
+from generation.filters.words import UNSPACED_CHARACTER, split_words
 
 Check = Callable[[Draft], Rejection | None]
 WORD = re.compile(r"\w+(?:'\w+)*")
+QUOTATION = re.compile(r'"[^"\n]*"|“[^”]*”|«[^»]*»|「[^」]*」')
 STRAIGHT = str.maketrans("‘’", "''")  # models write either apostrophe
 
 
@@ -54,9 +62,17 @@ def check_fields(fields: tuple[FieldName, ...], check_text: Callable[[str], Reje
 
 
 def any_phrase(phrases: Iterable[str], whole_words: bool = True) -> re.Pattern:
-    """A pattern of the phrases in upper or lower case. At one place it finds the longest phrase."""
-    choices = "|".join(re.escape(phrase) for phrase in sorted(phrases, key=len, reverse=True)) or "(?!)"  # never found
-    return re.compile(rf"(?<!\w)(?:{choices})(?!\w)" if whole_words else choices, re.IGNORECASE)
+    """A pattern of the phrases in upper or lower case. At one place it finds the longest phrase.
+
+    In scripts without spaces, a phrase is whole wherever it is.
+    """
+
+    def pattern(phrase: str) -> str:
+        begin, end = ("" if UNSPACED_CHARACTER.match(edge) else r"(?{}\w)" for edge in (phrase[:1], phrase[-1:]))
+        return begin.format("<!") + re.escape(phrase) + end.format("!") if whole_words else re.escape(phrase)
+
+    choices = "|".join(map(pattern, sorted(phrases, key=len, reverse=True))) or "(?!)"  # never found
+    return re.compile(choices, re.IGNORECASE)
 
 
 def _reject_found(fields: tuple[FieldName, ...], pattern: re.Pattern, reason: str) -> Check:
@@ -81,7 +97,7 @@ def empty(config: EmptyConfig) -> Check:
 def length(config: LengthConfig) -> Check:
     def check_text(text: str) -> Rejection | None:
         for num, unit, low, high in (
-            (len(text.split()), "words", config.min_words, config.max_words),
+            (len(split_words(text)), "words", config.min_words, config.max_words),
             (len(text), "characters", config.min_characters, config.max_characters),
         ):
             if num < low:
@@ -110,13 +126,21 @@ def begins_with(config: BeginsWithConfig) -> Check:
 
 def first_character(config: FirstCharacterConfig) -> Check:
     def check_text(text: str) -> Rejection | None:
-        if config.reject_punctuation and text[:1] and text[0] in string.punctuation:
+        if config.reject_punctuation and text[:1] and is_mark(text[0]):
             return Rejection("starts_with_punctuation", text[0])
         if config.reject_non_ascii and not text[:1].isascii():
             return Rejection("starts_with_non_ascii", text[0])
         return None
 
     return check_fields(config.fields, check_text)
+
+
+def is_mark(character: str) -> bool:
+    """Whether a character is punctuation of ASCII, or another mark or symbol that does not open a sentence or quote."""
+    if character in string.punctuation:
+        return True
+    category = unicodedata.category(character)
+    return category[0] in "PS" and category not in ("Ps", "Pi") and character not in "¿¡"
 
 
 def truncation(config: TruncationConfig) -> Check:
@@ -141,13 +165,42 @@ def refusal(config: RefusalConfig) -> Check:
     in_short_texts = any_phrase(phrase.translate(STRAIGHT) for phrase in config.short_phrases)
 
     def check_text(text: str) -> Rejection | None:
-        text = text.translate(STRAIGHT)
+        text = QUOTATION.sub(" ", text.translate(STRAIGHT))
         found = anywhere.search(text)
-        if not found and len(text.split()) < config.max_words:
+        if not found and len(split_words(text)) < config.max_words:
             found = in_short_texts.search(text)
         return Rejection("refusal", found.group()) if found else None
 
     return check_fields(config.fields, check_text)
+
+
+def reasoning(config: ReasoningConfig) -> Check:
+    beginning = re.compile(rf"\s*(?:{'|'.join(map(re.escape, config.beginnings)) or '(?!)'})\b", re.IGNORECASE)
+
+    def check_text(text: str) -> Rejection | None:
+        found = beginning.match(text) or next(reasoning_marks(text), None)
+        return Rejection("reasoning", found.group().strip()) if found else None
+
+    return check_fields(config.fields, check_text)
+
+
+def repeats_instruction(config: RepeatsInstructionConfig) -> Check:
+    def is_same(first: str, second: str) -> bool:
+        return bool(first) and fuzz.ratio(first, second) >= 100 * config.min_similarity
+
+    def check(draft: Draft) -> Rejection | None:
+        if draft.output is None:
+            return None
+        instruction, output = _letters(draft.instruction), _letters(draft.output)
+        whole = f"{instruction}{_letters(draft.input)}"
+        is_repeated = is_same(instruction, output) or (output.startswith(instruction) and is_same(whole, output))
+        return Rejection("repeats_instruction") if is_repeated else None
+
+    return check
+
+
+def _letters(text: str) -> str:
+    return "".join(WORD.findall(text.translate(STRAIGHT).casefold()))
 
 
 def only_stopwords(config: OnlyStopwordsConfig) -> Check:
@@ -164,7 +217,7 @@ def only_stopwords(config: OnlyStopwordsConfig) -> Check:
 
 def repetition(config: RepetitionConfig) -> Check:
     def check_text(text: str) -> Rejection | None:
-        words = text.casefold().split()
+        words = _units_of_repetition(text.casefold())
         run = max((len(list(group)) for _, group in groupby(words)), default=0)
         if run > config.max_run:
             return Rejection("repetition", f"one word {run} times in a row")
@@ -176,6 +229,14 @@ def repetition(config: RepetitionConfig) -> Check:
         return None
 
     return check_fields(config.fields, check_text)
+
+
+def _units_of_repetition(text: str) -> list[str]:
+    """Words, and in scripts without spaces groups of three characters, one from each character on."""
+    characters = UNSPACED_CHARACTER.findall(text)
+    if 2 * len(characters) <= len(text):
+        return text.split()
+    return ["".join(characters[place : place + 3]) for place in range(len(characters))]
 
 
 def duplicate_share(words: list[str], ngram_words: int) -> float:

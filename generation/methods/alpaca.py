@@ -66,6 +66,6 @@ class Alpaca(GeneratedInstructions):
             rejected = RejectedRecord("instance", why, response.request_id, accepted.position, draft)
             return InstructionResult(rejected=(rejected,))
         user = user_turn(draft.instruction, draft.input)
-        return InstructionResult(
-            (machine_record(self._origin(accepted), response, user, draft.output, accepted.position),)
-        )
+        position = accepted.position
+        row = machine_record(self._origin(accepted), response, user, draft.output, position, input_text=draft.input)
+        return InstructionResult((row,))

@@ -1,4 +1,4 @@
-"""Answer only: one answer to each existing instruction."""
+"""Answer only: existing instructions are answered, each by one text or by `answer_sampling.n`."""
 
 from typing import ClassVar
 
@@ -8,11 +8,11 @@ from generation.methods.base import ExistingInstructions
 
 
 class AnswerOnly(ExistingInstructions):
-    """An instruction with several inputs gets one answer for each input."""
+    """An instruction with several inputs gets its answers for each input."""
 
     NAME = "answer_only"
     PROMPTS: ClassVar[dict[str, tuple[str, ...]]] = {"answer": ("instruction", "input")}
     FORMS: ClassVar[dict[Role, str]] = {"answerer": "chat"}
 
     async def finish(self, accepted: AcceptedInstruction) -> InstructionResult:
-        return await self._answer_once(accepted, self._config.answer_sampling, replica=accepted.position)
+        return await self._answer(accepted, self._config.answer_sampling, replica=accepted.position)

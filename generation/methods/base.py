@@ -8,8 +8,7 @@ from generation.accepted import Demonstration
 from generation.config.common import SynthesisConfig
 from generation.filters.drafts import Draft, Rejection
 from generation.method import Method, MethodInputs, Proposal
-from generation.records import GenerationResult, Origin, Record, RejectedRecord, human_record
-from generation.requester import UNANSWERED
+from generation.records import GenerationResult, Origin, Record, RejectedRecord, human_record, why_unanswered
 from generation.seed_tasks import SeedTask
 
 
@@ -55,8 +54,9 @@ class GeneratedInstructions(Method):
         seed_ids: tuple[str, ...] = (),
     ) -> Proposal:
         items: tuple[Draft | RejectedRecord, ...]
-        if response.completion.finish_reason in UNANSWERED:
-            items = (reject_response(response, response.completion.finish_reason),)
+        if why := why_unanswered(response):
+            text = response.completion.samples[0].reasoning_content
+            items = (RejectedRecord("response", why, response.request_id, 0, Draft("", "", text)),)
         else:
             with self._inputs.timers.measure("parse"):
                 items = tuple(self._parse(response, first_number))
@@ -100,16 +100,19 @@ def one_line(instruction: str) -> str:
 def seed_records(
     seeds: Sequence[SeedTask],
     license_name: str | None,
-    layout: Callable[[SeedTask, int], str] | None = None,
+    layout: Callable[[SeedTask, int], tuple[str, str]] | None = None,
 ) -> list[Record]:
-    """Rows of the seeds' instances whose output is known. `layout` makes the user turn of a task's instance."""
+    """Rows of the seeds' instances whose output is known.
+
+    `layout` makes the user's turn of a task's instance, and returns the input as it stands there too.
+    """
     return [
         human_record(
             Origin("seed", task.id, seed_ids=(task.id,), license=license_name),
             task.instruction,
             instance,
             position,
-            layout(task, position) if layout else None,
+            *(layout(task, position) if layout else ()),
         )
         for task in seeds
         for position, instance in enumerate(task.instances)

@@ -7,7 +7,7 @@ operation. The rounds of one instruction depend on no other instruction. So inst
 concurrently, and the data is the same as if all of them went through each round together.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -20,8 +20,14 @@ from generation.filters.drafts import Draft, Rejection
 from generation.judge import not_judged
 from generation.method import AcceptedInstruction, InstructionResult, MethodInputs, check_answer
 from generation.methods.base import ExistingInstructions
-from generation.records import GenerationResult, Record, RejectedRecord, machine_record, user_turn
-from generation.requester import UNANSWERED
+from generation.records import (
+    GenerationResult,
+    Record,
+    RejectedRecord,
+    machine_record,
+    user_turn,
+    why_unanswered,
+)
 from generation.seed_tasks import SeedTask
 
 EQUAL, NOT_EQUAL = "Equal", "Not equal"
@@ -64,6 +70,10 @@ class EvolInstruct(ExistingInstructions):
         choice = StructuredOutput(choice=(EQUAL, NOT_EQUAL))
         self._equality_sampling = config.equality_sampling.model_copy(update={"structured": choice})
 
+    @classmethod
+    def forms(cls, config: EvolInstructConfig) -> Mapping[Role, str]:
+        return {role: form for role, form in cls.FORMS.items() if role != "judge" or config.judge_equality}
+
     def _drafts(self, task: SeedTask) -> Iterable[Draft]:
         """An instruction with its input is one text, as published."""
         return (Draft(user_turn(task.instruction, instance.input)) for instance in task.instances)
@@ -105,10 +115,9 @@ class EvolInstruct(ExistingInstructions):
         self, lineage: _Lineage, response: GenerationResult, evolved: str
     ) -> Rejection | None:
         """Why an evolved instruction is eliminated before it is answered, or None."""
-        finish_reason = response.completion.finish_reason
-        if finish_reason in UNANSWERED:
-            return Rejection(finish_reason)
-        if finish_reason == "length":
+        if why := why_unanswered(response):
+            return why
+        if response.completion.finish_reason == "length":
             return Rejection("truncated_evolution")
         if not evolved:
             return Rejection("empty")

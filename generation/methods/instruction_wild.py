@@ -57,4 +57,4 @@ class InstructionWild(GeneratedInstructions):
         return (Draft(text) for text in (texts[:-1] if response.completion.finish_reason == "length" else texts))
 
     async def finish(self, accepted: AcceptedInstruction) -> InstructionResult:
-        return await self._answer_once(accepted, self._config.answer_sampling)
+        return await self._answer(accepted, self._config.answer_sampling)

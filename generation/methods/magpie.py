@@ -50,7 +50,7 @@ class Magpie(GeneratedInstructions):
         return (Draft(completion.text.strip(), finish_reason=completion.finish_reason),)
 
     async def finish(self, accepted: AcceptedInstruction) -> InstructionResult:
-        return await self._answer_once(accepted, self._config.answer_sampling, self._config.system_prompt)
+        return await self._answer(accepted, self._config.answer_sampling, self._config.system_prompt)
 
 
 SENTINEL = "\N{OBJECT REPLACEMENT CHARACTER}user\N{OBJECT REPLACEMENT CHARACTER}"  # no template contains this

@@ -6,16 +6,22 @@ import math
 import os
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from itertools import islice
 from typing import ClassVar
 
 from cluster.errors import InputError
+from cluster.log import stage_logger
 from generation.config.common import Role
 from generation.config.methods import RejectionSamplingConfig
 from generation.filters.drafts import Draft, Rejection
 from generation.judge import not_judged, parse_score, score_sampling
-from generation.method import AcceptedInstruction, InstructionResult, MethodInputs, check_answer
+from generation.method import AcceptedInstruction, InstructionResult, MethodInputs, check_answer, reject_answer
 from generation.methods.base import ExistingInstructions
-from generation.records import GenerationResult, RejectedRecord, machine_record, user_turn
+from generation.records import GenerationResult
+
+NUM_TRIED_OUTPUTS = 20
+log = stage_logger("synthesize")
 
 # A function of the user: (instruction, input, output, reference) -> score. A higher score is better. The reference is
 # the seed's output, and empty if that is not known.
@@ -37,6 +43,25 @@ class RejectionSampling(ExistingInstructions):
         self._judge_sampling = score_sampling(config.judge_sampling)
         self._verify = load_verifier(config.verifier) if config.verifier else None
 
+    @classmethod
+    def forms(cls, config: RejectionSamplingConfig) -> Mapping[Role, str]:
+        return {role: form for role, form in cls.FORMS.items() if role != "judge" or config.choose_by == "judge"}
+
+    def check_seeds(self) -> None:
+        """Log a warning if the verifier rejects even the seeds' own outputs: then it is hardly made for these seeds."""
+        if self._verify is None:
+            return
+        known = ((task.instruction, each) for task in self._inputs.seeds for each in task.instances if each.output)
+        tried = list(islice(known, NUM_TRIED_OUTPUTS))
+        best = max((self._verify(text, each.input, each.output, each.output) for text, each in tried), default=math.inf)
+        if best < self._config.threshold:
+            log.warning(
+                f"synthesize.verifier: {self._config.verifier} gives the outputs of the first {len(tried)} seeds "
+                f"{best:g} at most, less than min_score={self._config.threshold:g}. If it is not made for these seeds, "
+                "it will reject all answers: let a judge choose, with synthesize.choose_by=judge "
+                "synthesize.verifier=null."
+            )
+
     async def finish(self, accepted: AcceptedInstruction) -> InstructionResult:
         draft, sampling = accepted.draft, self._config.answer_sampling
         response = await self._ask_for_answer(draft, sampling, replica=accepted.position)
@@ -44,12 +69,10 @@ class RejectionSampling(ExistingInstructions):
         rejected = {s: why for s in samples if (why := check_answer(draft, response, s))}
         usable = [sample for sample in samples if sample not in rejected]
         scores, judge_responses = await self._score(draft, response, usable)
-        for sample, why in choose_best(scores, self._config.min_score).items():
-            answered = Draft(draft.instruction, draft.input, _text(response, sample))
-            rejected[sample] = RejectedRecord("answer", why, response.request_id, sample, answered)
-        user = user_turn(draft.instruction, draft.input)
+        for sample, why in choose_best(scores, self._config.threshold).items():
+            rejected[sample] = reject_answer(draft, response, sample, why)
         rows = tuple(
-            machine_record(self._origin(accepted), response, user, _text(response, sample), sample=sample)
+            replace(self._answer_row(accepted, response, sample), score=float(scores[sample]))
             for sample in usable
             if sample not in rejected
         )

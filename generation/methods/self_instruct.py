@@ -20,8 +20,14 @@ from generation.filters.rules import check_instances
 from generation.method import AcceptedInstruction, InstructionResult, MethodInputs, Proposal
 from generation.methods.base import GeneratedInstructions, one_line, reject_response, seed_records
 from generation.methods.parsing import parse_input_first, parse_instructions, parse_output_first, parse_yes
-from generation.records import GenerationResult, Record, RejectedRecord, machine_record, user_turn
-from generation.requester import UNANSWERED
+from generation.records import (
+    GenerationResult,
+    Record,
+    RejectedRecord,
+    machine_record,
+    user_turn,
+    why_unanswered,
+)
 from generation.seed_tasks import SeedTask
 
 # The released `prepare_for_finetuning.py` draws one of these forms for every instance, also for those of the seeds. So
@@ -68,15 +74,16 @@ class SelfInstruct(GeneratedInstructions):
         if not self._config.include_seed_tasks:
             return ()
 
-        def layout(task: SeedTask, position: int) -> str:
+        def layout(task: SeedTask, position: int) -> tuple[str, str]:
             draw = self._inputs.draw(task.id, position)
             return self._layout(task.instruction, task.instances[position].input, draw)
 
         return seed_records(self._inputs.seeds, self._config.seed_license, layout)
 
-    def _layout(self, instruction: str, input_text: str, draw: Random) -> str:
+    def _layout(self, instruction: str, input_text: str, draw: Random) -> tuple[str, str]:
+        """The user's turn, and the input as it stands there."""
         input_text = clean_input(input_text, draw, self._config.clean_input_probability)
-        return encode(instruction, input_text, self._config.encoding, draw)
+        return encode(instruction, input_text, self._config.encoding, draw), input_text
 
     # -- instructions
 
@@ -108,8 +115,7 @@ class SelfInstruct(GeneratedInstructions):
         """Ask whether the task is classification, then for instances: label first if it is, else input first."""
         config, text = self._config, accepted.draft.instruction
         answer = await self._ask_about(text, "classify", config.classification_sampling)
-        if answer.completion.finish_reason in UNANSWERED:
-            why = Rejection(answer.completion.finish_reason)
+        if why := why_unanswered(answer):
             rejected = RejectedRecord("classification", why, answer.request_id, 0, accepted.draft)
             return InstructionResult(rejected=(rejected,), responses=(answer,))
         is_classification = parse_yes(answer.completion.text)
@@ -133,11 +139,11 @@ class SelfInstruct(GeneratedInstructions):
         """Turn parsed instances into rows and rejections. At most `max_instances` become rows, drawn at random."""
         config, instruction = self._config, accepted.draft.instruction
         completion = response.completion
-        if completion.finish_reason in UNANSWERED or not parsed:
+        why = why_unanswered(response)
+        if why or not parsed:
             was_cut = completion.finish_reason == "length"
-            unanswered = completion.finish_reason if completion.finish_reason in UNANSWERED else "no_instance"
-            why = Rejection("truncated_instance" if was_cut else unanswered)
-            draft = Draft(instruction, "", completion.text)
+            why = why or Rejection("truncated_instance" if was_cut else "no_instance")
+            draft = Draft(instruction, "", completion.text or completion.samples[0].reasoning_content)
             return [], [RejectedRecord("instance", why, response.request_id, 0, draft)]
         results = check_instances(parsed, config.drop_contradictions)
         good = [position for position, (_, rejection) in enumerate(results) if rejection is None]
@@ -147,8 +153,8 @@ class SelfInstruct(GeneratedInstructions):
         origin, rows, rejected = self._origin(accepted), [], []
         for position, (instance, rejection) in enumerate(results):
             if position in good:
-                user = self._layout(instruction, instance.input, draw)
-                rows.append(machine_record(origin, response, user, instance.output, position))
+                user, input_text = self._layout(instruction, instance.input, draw)
+                rows.append(machine_record(origin, response, user, instance.output, position, input_text=input_text))
                 continue
             why = rejection or Rejection("more_than_max_instances")
             draft = Draft(instruction, instance.input, instance.output)

@@ -129,7 +129,7 @@ def test_what_becomes_of_each_item(tmp_path):
         task(6, "Compose some music for a rainy day."),
         task(7, "Write a program that adds two numbers."),
         task(8, "(Parts of it) explain the tides."),
-        task(9, "Überlege dir einen guten Namen."),
+        task(9, "• Überlege dir einen guten Namen."),
         task(10, "Sort these three words by their length."),
         task(12, "Number eleven has another number."),
         task(12, "Say nothing at all to this.", output=""),
@@ -145,7 +145,7 @@ def test_what_becomes_of_each_item(tmp_path):
         ("instruction", "blacklisted_word", "music"),
         ("instruction", "begins_with", "Write a program"),
         ("instruction", "starts_with_punctuation", "("),
-        ("instruction", "starts_with_non_ascii", "Ü"),
+        ("instruction", "starts_with_punctuation", "•"),
         ("instruction", "not_novel", made.rejected[5]["detail"]),
         ("response", "malformed_task", ""),
     ]

@@ -185,8 +185,8 @@ def test_unchanged_text_is_equal_without_asking_the_judge(tmp_path):
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [
-        ("Sorry" + " word" * 78, "refusal"),  # 79 words
-        ("Sorry" + " word" * 79, None),  # 80
+        ("Sorry" + " this word" * 39, "refusal"),  # 79 words
+        ("Sorry" + " ".join(f" {number}" for number in range(79)), None),  # 80
         ("I am sorry, I can't.", "refusal"),
         ("The sorrow of rivers.", None),
         ("", "empty_output"),

@@ -12,7 +12,14 @@ from pydantic import ValidationError
 
 from cluster.engines.config import GenerationRequest
 from cluster.errors import InputError
-from generation.config.methods import AnswerOnlyConfig, RejectionSamplingConfig
+from generation.config.methods import (
+    AlpacaConfig,
+    AnswerOnlyConfig,
+    EvolInstructConfig,
+    MagpieConfig,
+    RejectionSamplingConfig,
+    SelfInstructConfig,
+)
 from generation.dataset_writer import DatasetWriter
 from generation.filters.drafts import Instance
 from generation.methods.rejection_sampling import load_verifier
@@ -146,7 +153,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
 
 def test_every_given_instruction_is_answered_with_its_input(tmp_path):
     pool = CoroutinePool(answer=lambda request: f" To {prompt_text(request)!r}.\n")
-    made = drive(tmp_path / "run", pool, AnswerOnlyConfig(), seeds=given(tmp_path))
+    made = drive(tmp_path / "run", pool, AnswerOnlyConfig(row_filters=()), seeds=given(tmp_path))
     users = ["Name a river.", "Sort the words.\n\nb a", "Name a river."]
     assert made.turns() == [(user, f"To {user!r}.") for user in users]
     assert len({row["id"] for row in made.rows}) == 3
@@ -221,9 +228,62 @@ def test_the_answer_that_the_judge_likes_best_is_kept(tmp_path, scores, min_scor
     assert made.driver.committed.num_requests == 5
 
 
+def test_the_score_of_a_kept_answer_is_in_its_row_and_four_is_enough(tmp_path):
+    answers = ["Red.", "Green.", "Blue.", "White."]
+    made = best_of(tmp_path / "1", answers, lambda output: "1243"[answers.index(output)])
+    assert [(row["messages"][1]["content"], row["score"]) for row in made.rows] == [("Blue.", 4.0)]
+    assert best_of(tmp_path / "2", answers, lambda output: "3").rows == []
+    made = best_of(tmp_path / "3", answers, None, min_score=0.5, **verified_by("by_length"))
+    assert [row["score"] for row in made.rows] == [0.6]
+
+
+@pytest.mark.parametrize(
+    ("config", "fields", "message"),
+    [
+        (RejectionSamplingConfig, {"min_score": 9}, "min_score=9 is outside the judge's scale"),
+        (RejectionSamplingConfig, {"min_score": 0}, "min_score=0 is outside the judge's scale"),
+        (AnswerOnlyConfig, {"answer_sampling": {"n": 3, "temperature": 0}}, "temperature=0 is greedy"),
+        (MagpieConfig, {"answer_sampling": {"n": 3}}, "temperature=0 is greedy"),
+        (AnswerOnlyConfig, {"answer_sampling": {"stop": ["x", ""]}}, "empty text"),
+        (AnswerOnlyConfig, {"answer_sampling": {"temperature": 2.5}}, "less than or equal to 2"),
+        (AnswerOnlyConfig, {"answer_sampling": {"seed": -1}}, "greater than or equal to 0"),
+        (AnswerOnlyConfig, {"answer_sampling": {"structured": {"regex": "[a"}}}, "cannot enforce this form"),
+        (AnswerOnlyConfig, {"answer_sampling": {"structured": {"choice": [""]}}}, "at least 1 character"),
+        (SelfInstructConfig, {"instruction_sampling": {"n": 2}}, "1 of n=2 would be lost"),
+        (EvolInstructConfig, {"answer_sampling": {"n": 2}}, "1 of n=2 would be lost"),
+        (AlpacaConfig, {"task_sampling": {"n": 2}}, "1 of n=2 would be lost"),
+        (AnswerOnlyConfig, {"judge": {"sampling": {"n": 2, "temperature": 1}}}, "1 of n=2 would be lost"),
+    ],
+)
+def test_settings_that_the_engine_refuses_or_whose_texts_are_lost_are_errors(config, fields, message):
+    with pytest.raises(ValidationError, match=message):
+        config(**fields)
+
+
+def test_all_answers_to_an_instruction_are_rows(tmp_path):
+    pool = CoroutinePool(answer=lambda _: ["Red.", "Blue.", "Red. ", ""])
+    made = drive(tmp_path, pool, AnswerOnlyConfig(answer_sampling={"n": 4}), seeds=SEEDS[:1])
+    assert [assistant for _, assistant in made.turns()] == ["Red.", "Blue."]
+    assert [(row["kind"], row["reason"]) for row in made.rejected] == [
+        ("answer", "duplicate_answer"),
+        ("answer", "empty_output"),
+    ]
+    assert len({row["id"] for row in (*made.rows, *made.rejected)}) == 4
+
+
+def test_row_filters_see_the_input_of_an_instance(tmp_path):
+    seeds = [SeedTask(f"{i}", "", "Fix it.", (Instance(text, ""),), False) for i, text in enumerate(("a b", "secret"))]
+    filters = ({"type": "same_as_input"}, {"type": "blacklist", "fields": ["input"], "words": ["secret"]})
+    made = drive(tmp_path, CoroutinePool(answer=lambda _: "a b"), AnswerOnlyConfig(row_filters=filters), seeds=seeds)
+    assert [(row["reason"], row["filter"], row["instruction"], row["input"]) for row in made.rejected] == [
+        ("input_equals_output", "same_as_input", "Fix it.", "a b"),
+        ("blacklisted_word", "blacklist", "Fix it.", "secret"),
+    ]
+
+
 def test_only_usable_answers_are_judged(tmp_path):
     asked = []
-    made = best_of(tmp_path, ["", "Blue.", " ", ""], lambda output: asked.append(output) or "3")
+    made = best_of(tmp_path, ["", "Blue.", " ", ""], lambda output: asked.append(output) or "4")
     assert asked == ["Blue."]
     assert [assistant for _, assistant in made.turns()] == ["Blue."]
     assert [row["reason"] for row in made.rejected] == ["empty_output"] * 3

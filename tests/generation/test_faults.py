@@ -19,7 +19,7 @@ from generation.config.methods import SelfInstructConfig
 from generation.inputs import check_inputs, load_inputs
 from generation.request_log import RequestLog
 from tests.conftest import SmallDisk
-from tests.fakes import write_script
+from tests.fakes import scripted, write_script
 from tests.generation.harness import CoroutinePool, Made, drive, prompt_text, read_rows
 
 CONFIG = SelfInstructConfig(
@@ -202,7 +202,7 @@ def test_a_request_that_no_engine_answers_costs_its_own_rows_only(undisturbed, t
 def recorded(tmp_path) -> tuple[RunDir, ModelConfig]:
     model = write_script(tmp_path / "model")
     run = RunDir(tmp_path / "run")
-    check_inputs(run, load_inputs(CONFIG, model, EngineConfig(), seed=1))
+    check_inputs(run, load_inputs(CONFIG, model, scripted(), seed=1))
     return run, model
 
 
@@ -218,18 +218,18 @@ def test_another_recipe_is_refused_and_what_changed_is_named(recorded, fields, c
     run, model = recorded
     changed = CONFIG.model_copy(update=fields)
     with pytest.raises(InputError, match="made with other settings") as caught:
-        check_inputs(run, load_inputs(changed, model, EngineConfig(), seed=1))
+        check_inputs(run, load_inputs(changed, model, scripted(), seed=1))
     assert change in str(caught.value)
-    check_inputs(run, load_inputs(CONFIG, model, EngineConfig(), seed=1))
+    check_inputs(run, load_inputs(CONFIG, model, scripted(), seed=1))
 
 
 def test_another_seed_model_or_prompt_is_refused(recorded, tmp_path):
     run, model = recorded
     with pytest.raises(InputError, match="seed: was 1, is 2"):
-        check_inputs(run, load_inputs(CONFIG, model, EngineConfig(), seed=2))
+        check_inputs(run, load_inputs(CONFIG, model, scripted(), seed=2))
     (Path(model.path) / "config.json").write_text('{"model_type": "another"}')
     with pytest.raises(InputError, match=r"models\.writer\.revision"):
-        check_inputs(run, load_inputs(CONFIG, model, EngineConfig(), seed=1))
+        check_inputs(run, load_inputs(CONFIG, model, scripted(), seed=1))
 
 
 def test_what_does_not_decide_the_data_may_change(recorded):

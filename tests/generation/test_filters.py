@@ -9,6 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 from cluster.errors import InputError
 from generation.config.filters import (
     ALPACA_FILTERS,
+    ROW_FILTERS,
     SELF_INSTRUCT_FILTERS,
     STOP_WORDS,
     FilterConfig,
@@ -16,6 +17,8 @@ from generation.config.filters import (
 from generation.filters.chain import FilterChain
 from generation.filters.drafts import Draft, Instance
 from generation.filters.rules import check_instance, check_instances, duplicate_share
+from generation.seed_tasks import load_seed_tasks
+from tests.generation.harness import ROOT
 
 FILTERS = TypeAdapter(list[FilterConfig])
 
@@ -54,8 +57,18 @@ HEURISTICS = [
     ("Please Write a program that sorts", None),
     ("'Sort' these words by length", "starts_with_punctuation"),
     ("_Sort_ these words by length", "starts_with_punctuation"),
-    ("Écrivez une lettre à votre mère", "starts_with_non_ascii"),
-    ("“Sort” these words by length", "starts_with_non_ascii"),
+    ("Écrivez une lettre à votre mère", None),
+    ("“Sort” these words by length", None),
+    ("• Sort these words by length", "starts_with_punctuation"),
+    ("🙂 Sort these words by length", "starts_with_punctuation"),
+    ("¿Cuál es la capital de Perú?", None),
+    ("Объясните, почему небо голубое.", None),
+    ("给出三个健康早餐的建议。", None),
+    ("「写」一封感谢信给你的老师。", None),
+    ("写信", "too_short"),
+    ("写" * 151, "too_long"),
+    ("空はなぜ青いのですか", None),
+    ("อธิบายว่าทำไมท้องฟ้าเป็นสีฟ้า", None),
     ("Write a letter to François now", None),
     ("7 is a prime number, why?", None),
 ]
@@ -78,7 +91,7 @@ def test_alpaca_forbids_more_words(word):
 @pytest.mark.parametrize("filters", [SELF_INSTRUCT_FILTERS, ALPACA_FILTERS])
 def test_the_published_chains_end_with_novelty_at_seven_tenths(filters):
     novelty = filters[-1]
-    assert (novelty.type, novelty.max_score, novelty.num_nearest, novelty.tokenizer) == ("novelty", 0.7, 10, "rouge")
+    assert (novelty.type, novelty.max_score, novelty.num_nearest, novelty.tokenizer) == ("novelty", 0.7, 10, "unicode")
     chain = FilterChain(filters)
     chain.remember("a", Draft("one two three four five six seven eight nine ten"))
     # Nine and nine of ten tokens in common: 0.9; seven of ten: 0.7, which is not more than 0.7.
@@ -107,7 +120,7 @@ def test_lists_without_entries_reject_nothing():
         ({"type": "begins_with", "ignore_case": True}, "WRITE A PROGRAM", "begins_with"),
         ({"type": "begins_with", "texts": ["", "x"]}, "anything", "begins_with"),
         ({"type": "first_character", "reject_punctuation": False}, "'Sort' it", None),
-        ({"type": "first_character", "reject_non_ascii": False}, "Écrivez", None),
+        ({"type": "first_character", "reject_non_ascii": True}, "Écrivez", "starts_with_non_ascii"),
         ({"type": "first_character"}, "", None),
         ({"type": "first_character"}, " 'Sort'", None),
     ],
@@ -365,3 +378,48 @@ def test_a_rejected_instance_contradicts_nothing():
 
 def test_a_repeated_instance_counts_once():
     assert reasons(("a", "1"), ("a", "1"), ("b", "2")) == [None, "duplicate_instance", None]
+
+
+# -- the filters of rows
+
+QUESTION = "Write a short poem about rain."
+
+
+@pytest.mark.parametrize(
+    ("instruction", "input_text", "output", "expected"),
+    [
+        (QUESTION, "", "Drops fall on the town.", None),
+        (QUESTION, "", "write a short poem -- about Rain", "repeats_instruction"),
+        (QUESTION, "", "“Write a short poem about the rain.”", "repeats_instruction"),
+        ("Fix the spelling.", "teh cat", "Fix the spelling: teh cat", "repeats_instruction"),
+        ("Fix the spelling.", "A long text without any mistake.", "A long text without any mistake.", None),
+        ("写一首关于秋天的短诗。", "", "写一首关于秋天的短诗", "repeats_instruction"),
+        (QUESTION, "", "I'm sorry, but I can't help with that.", "refusal"),
+        (QUESTION, "", "As an AI language model, I do not feel rain.", "refusal"),
+        (QUESTION, "", "I am not able to browse the web.", "refusal"),
+        (QUESTION, "", "对不起，我无法提供该信息。", "refusal"),
+        (QUESTION, "", "作为一个人工智能语言模型，我没有感情。", "refusal"),
+        (QUESTION, "", "Als KI-Sprachmodell kenne ich keinen Regen.", "refusal"),
+        (QUESTION, "", "Dear Ann, I am sorry that I am unable to come. I can't help but wish you well.", None),
+        (QUESTION, "", "Hm, rain.</think> Drops.", "reasoning"),
+        (QUESTION, "", "Okay, the user wants a poem.", "reasoning"),
+        (QUESTION, "", "Close it with `</think>`.", None),
+        (QUESTION, "", "drip " * 9, "repetition"),
+        (QUESTION, "", "drip and drop " * 30, "repetition"),
+        (QUESTION, "", "好的" * 60, "repetition"),
+    ],
+)
+def test_the_default_filters_of_rows(instruction, input_text, output, expected):
+    rejection = FilterChain(ROW_FILTERS).decide(Draft(instruction, input_text, output)).rejection
+    assert (rejection and rejection.reason) == expected
+
+
+def test_the_seed_tasks_pass_the_default_filters():
+    chain = FilterChain(ROW_FILTERS)
+    for task in load_seed_tasks(ROOT / "generation" / "seeds" / "seed_tasks.jsonl"):
+        for each in task.instances:
+            assert chain.decide(Draft(task.instruction, each.input, each.output)).rejection is None, task
+
+
+def test_a_rejection_names_its_filter():
+    assert FilterChain(SELF_INSTRUCT_FILTERS).decide(Draft("Too short")).rejection.filter == "length"

@@ -46,6 +46,7 @@ def test_rows_that_score_too_low_are_rejected_with_their_score(tmp_path):
     pool = judging({"about boats": "3", "about drums": "1", "about inks": "4"})
     made = drive(tmp_path, pool, config())
     assert len(made.rows) == len(SEEDS) - 2
+    assert {row["task"]: row["score"] for row in made.rows}["seed-8-0"] == 4
     assert not {"seed-1", "seed-3"} & {row["task"] for row in made.rows}
     rejected = [(row["kind"], row["task"], row["reason"], row["detail"]) for row in made.rejected]
     assert rejected == [("row", "seed-1-0", "low_score", "3"), ("row", "seed-3-0", "low_score", "1")]

@@ -2,6 +2,7 @@
 
 import random
 import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from cluster.config import ModelConfig
 from cluster.engines.config import GenerationRequest
+from cluster.engines.pool import RequestRefused
 from generation.config.common import JudgeConfig, SynthesisConfig
 from generation.config.methods import (
     AlpacaConfig,
@@ -152,6 +154,56 @@ def test_no_request_is_made_twice_and_no_id_given_twice(undisturbed, method):
     for rows in made.data:
         ids = [row["id"] for row in rows]
         assert len(ids) == len(set(ids))
+
+
+@by_method
+def test_all_that_was_generated_is_kept_or_rejected(undisturbed, method):
+    made, asked = undisturbed[method]
+    done = {row["task"] for row in made.rows} | {row["task"] for row in made.rejected}
+    assert done >= {row["id"] for row in made.instructions}
+    kinds = Counter(row["kind"] for row in made.rejected)
+    committed = made.driver.committed
+    assert committed.num_generated == len(made.instructions) + kinds["instruction"]
+    proposals = {row["request_id"] for row in made.instructions} | {row["source"] for row in made.rejected}
+    assert sum(request_id in proposals for request_id in asked) <= committed.num_requests <= len(asked)
+    if method in ("answer_only", "rejection_sampling"):
+        n = CONFIGS[method].answer_sampling.n
+        assert len(made.rows) + len(made.rejected) - kinds["instruction"] == n * len(made.instructions)
+
+
+@by_method
+def test_reasoning_is_kept_apart_and_changes_no_text(tmp_path, run_method, undisturbed, method):
+    def think(request: GenerationRequest) -> str | list[str]:
+        said = say(request)
+        if request.sampling.structured:
+            return said
+        texts = [
+            f"<think>\nOkay, 1. the user wants this.\n\n2. Output: fine\n</think>\n\n{text}"
+            for text in (said if isinstance(said, list) else [said])
+        ]
+        return texts if isinstance(said, list) else texts[0]
+
+    made = run_method(tmp_path, CoroutinePool(1, answer=think), method)
+    assert made.turns() == undisturbed[method][0].turns()
+    assert [row["reason"] for row in made.rejected] == [row["reason"] for row in undisturbed[method][0].rejected]
+    for row in made.rows:
+        assert (row["reasoning_content"] or "").startswith("Okay, 1. the user") == (row["method"] == method)
+        assert "think" not in row["messages"][0]["content"] + row["messages"][1]["content"]
+
+
+@by_method
+def test_requests_that_the_engine_refuses_cost_their_own_rows_alone(tmp_path, run_method, method):
+    def refuse(request: GenerationRequest) -> str | list[str]:
+        if int(request.request_id[:8], 16) % 5 == 0:
+            raise RequestRefused(request.request_id, "ValueError: the prompt is empty")
+        return say(request)
+
+    made = run_method(tmp_path / "1", CoroutinePool(1, answer=refuse), method)
+    assert any(row["method"] == method for row in made.rows)
+    refused = [row for row in made.rejected if "refused" in (row["reason"], row["detail"].partition(":")[0])]
+    assert refused and all("ValueError: the prompt is empty" in row["detail"] for row in refused)
+    again = CoroutinePool(2, answer=refuse)
+    assert run_method(tmp_path / "2", again, method).data == made.data
 
 
 @by_method

@@ -279,10 +279,13 @@ def test_an_incomplete_dataset_is_reported(model, tmp_path, capsys):
     assert "INCOMPLETE (max_requests=2 reached)" in capsys.readouterr().out
 
 
-def test_no_row_is_a_failure_with_the_reasons(model, tmp_path):
+def test_no_row_is_a_failure_with_the_reasons_and_the_rejects_are_written(model, tmp_path):
     config = SelfInstructConfig(instruction_filters=(LengthConfig(min_words=100),), max_empty_requests=3)
-    with pytest.raises(TunesmithError, match=r"no row was made from 21 generated instructions: .*too_short"):
+    message = r"no row was made from 21 generated instructions: .*Most, 21, were rejected by the filter `length` of "
+    with pytest.raises(TunesmithError, match=message + r"synthesize\.instruction_filters: .* \(\d words\)(; .*){2}\. "):
         run(config, ModelConfig(path=str(model)), scripted(), RunDir(tmp_path / "run"), 0)
+    rejected = load_from_disk(str(tmp_path / "run" / "data" / "rejected"))
+    assert rejected["filter"] == ["length"] * 21 and verify_manifest(tmp_path / "run" / "data" / "rejected")
     assert not (tmp_path / "run" / "data" / "synthesized" / "manifest.json").exists()
 
 

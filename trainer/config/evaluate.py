@@ -3,7 +3,7 @@
 from pydantic import Field, field_validator
 
 from cluster.config import StrictModel
-from cluster.engines.config import Sampling
+from cluster.engines.config import SingleSampling
 
 
 class EvaluateConfig(StrictModel):
@@ -14,7 +14,9 @@ class EvaluateConfig(StrictModel):
         description="JSON-lines files of tasks: a path, or a list. Empty means the files that come with the model, "
         "or the packaged ones if it has none",
     )
-    sampling: Sampling = Field(Sampling(temperature=0.0, max_tokens=128), description="how the answers are sampled")
+    sampling: SingleSampling = Field(
+        SingleSampling(temperature=0.0, max_tokens=128), description="how the answers are sampled"
+    )
     compare_base: bool = Field(True, description="also evaluate the model as it was before tuning")
 
     @field_validator("sets", mode="before")
