@@ -75,31 +75,34 @@ def check_prompts(
         lengths.check(_first_request(trial.propose(number, ())) for number in first)
     shortest = min((task.instruction for task in seeds), key=len, default="x")
     for name, prompt in prompts.items():
-        if "demonstrations" not in prompt.variables and _role(name) in models:
+        is_checked = "demonstrations" in prompt.variables or (name == "answer" and trial.num_wanted is None)
+        if not is_checked and _role(name) in models:
             text = prompt.render(**{variable: _shortest(variable, shortest, config) for variable in prompt.variables})
             lengths.check([lengths.rendered(_role(name), prompt, text)])
+    if lengths.faults:
+        raise InputError("\n".join(dict.fromkeys(lengths.faults)))
 
 
 def _check_answers(prompt: Prompt, method: Method, lengths: "_Lengths") -> None:
     """Check the prompts of the instructions that are there already."""
-    texts: set[str] = set()  # the first two that differ
-    num_drafts = 0
+    instructions: set[tuple[str, str]] = set()  # with their inputs; the first two that differ
+    texts: set[str] = set()  # likewise
 
     def requests() -> Iterator[_Request]:
-        nonlocal num_drafts
         for number in range(method.max_proposals):
             for draft in _first_request(method.propose(number, ())).items:
                 text = prompt.render(instruction=draft.instruction, input=draft.input)
-                num_drafts += 1
-                if len(texts) < 2:
-                    texts.add(text)
+                for found, value in ((instructions, (draft.instruction, draft.input)), (texts, text)):
+                    if len(found) < 2:
+                        found.add(value)
                 yield lengths.rendered("answerer", prompt, text)
 
     lengths.check(requests())
-    if len(texts) == 1 and (num_drafts > 1 or "instruction" not in prompt.uses):
+    shows_nothing = "instruction" not in prompt.uses and not any(input_text for _, input_text in instructions)
+    if len(texts) == 1 and (len(instructions) > 1 or shows_nothing):
         raise InputError(
-            f"{prompt.path}: it gives the same prompt for all {num_drafts} instructions, because it does not show "
-            "`instruction`, and no seed has an `input` of its own. Put {{ instruction }} into it."
+            f"{prompt.path}: it gives the same prompt for all instructions, because it does not show `instruction`, "
+            "and no seed has an `input` of its own. Put {{ instruction }} into it."
         )
 
 
@@ -156,7 +159,7 @@ def _first_request(work: Coroutine) -> Any:
 
 
 class _Lengths:
-    """Compares the lengths of prompts with what their models support."""
+    """Compares the lengths of prompts with what their models support. faults: the prompts that never fit."""
 
     def __init__(self, models: Mapping[Role, RoleModel], tokenizers: Tokenizers, system: str | None) -> None:
         self.recorder = _Recorder(
@@ -167,6 +170,7 @@ class _Lengths:
             log=None,
             seed=0,
         )
+        self.faults: list[str] = []
         self._models = models
         self._tokenizers = tokenizers
         self._system = system
@@ -176,7 +180,7 @@ class _Lengths:
         return _first_request(self.recorder.ask(role, "", prompt, text, Sampling(), system=self._system))
 
     def check(self, requests: Iterable[_Request]) -> None:
-        """Raise InputError if none of these requests of one template leaves room for an answer; log how many do not."""
+        """Note if none of these requests of one template leaves room for an answer, else log how many do not."""
         num_requests, too_long = 0, []
         for request in requests:
             num_requests += 1
@@ -188,14 +192,15 @@ class _Lengths:
         model = self._models[role]
         room = f"{model.name} has room for {limit:,} tokens of prompt and answer (engine.max_model_len)"
         if len(too_long) == num_requests:
-            raise InputError(
+            self.faults.append(
                 f"the prompt {name} has {min(too_long):,} tokens at least, and {room}. Raise engine.max_model_len if "
                 f"the model supports more, shorten the prompt or its seeds, or set {model.recipe_key} to another model."
             )
-        log.warning(
-            f"{len(too_long)} of {num_requests} prompts {name} are too long, up to {max(too_long):,} tokens, and "
-            f"{room}. They will be rejected as prompt_too_long."
-        )
+        else:
+            log.warning(
+                f"{len(too_long)} of {num_requests} prompts {name} are too long, up to {max(too_long):,} tokens, and "
+                f"{room}. They will be rejected as prompt_too_long."
+            )
 
     def _num_tokens(self, request: _Request, limit: int) -> int:
         """The tokens of a prompt. One that is surely short enough counts as 0: a token is a byte at least."""

@@ -209,7 +209,7 @@ def paths_of(content: dict, prefix: str = "") -> Iterator[str]:
     for key, value in content.items():
         yield prefix + key
         for inner in value if isinstance(value, list) else [value]:
-            if isinstance(inner, dict) and key not in ("columns", "sweep"):
+            if isinstance(inner, dict) and key not in ("columns", "sweep", "chat_template_kwargs"):
                 yield from paths_of(inner, f"{prefix}{key}.")
 
 
