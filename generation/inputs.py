@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.config import ModelConfig, flatten
+from cluster.data.rows import find_files, is_dataset
 from cluster.engines.config import EngineConfig
 from cluster.errors import InputError
 from cluster.files import sha256_file, sha256_json, write_json
@@ -64,7 +65,7 @@ def load_inputs(config: SynthesisConfig, model: ModelConfig, engine: EngineConfi
     check_prompts(config, method, models, tokenizers, prompts, seeds, seed)
     identity = {
         "synthesize": config.identity(),
-        "seeds": seeds_path and (fingerprint_folder(seeds_path) if seeds_path.is_dir() else sha256_file(seeds_path)),
+        "seeds": seeds_path and _fingerprint_seeds(seeds_path),
         "prompts": {name: prompt.sha for name, prompt in prompts.items()},
         "models": {
             role: {
@@ -93,6 +94,13 @@ def _seeds_path(config: SynthesisConfig, method: type[Method], model_path: str) 
     if config.seeds != "auto":
         return Path(config.seeds).expanduser()
     return find_asset(model_path, "seed_tasks.jsonl", f"seeds/{SEED_FILES.get(method.NAME, 'seed_tasks.jsonl')}")
+
+
+def _fingerprint_seeds(path: Path) -> str:
+    if is_dataset(path):
+        return fingerprint_folder(path)
+    hashes = [sha256_file(file) for file in find_files(path, "synthesize.seeds")]
+    return hashes[0] if len(hashes) == 1 else sha256_json(hashes)
 
 
 def _load_prompts(config: SynthesisConfig, method: type[Method], model_path: str) -> dict[str, Prompt]:

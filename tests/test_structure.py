@@ -19,6 +19,7 @@ MAY_IMPORT = {
 # Room of a package -> the other rooms of the package that it may import. Modules of the package itself are a room too.
 ROOMS = {
     "cluster": set(),
+    "cluster.data": {"cluster", "cluster.run"},
     "cluster.engines": {"cluster", "cluster.processes", "cluster.ray"},
     "cluster.nodes": {"cluster", "cluster.run"},
     "cluster.processes": {"cluster"},

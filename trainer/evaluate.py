@@ -17,6 +17,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from transformers import PreTrainedTokenizerFast
 
 from cluster.config import ModelConfig
+from cluster.data.conversations import user_turn
 from cluster.engines.config import EngineConfig, GenerationRequest, Sampling
 from cluster.engines.pool import EnginePool
 from cluster.errors import InputError
@@ -29,7 +30,6 @@ from cluster.run.fence import verify
 from cluster.run.manifest import is_sealed
 from cluster.run.rundir import RunDir
 from trainer.config.evaluate import EvaluateConfig
-from trainer.data.conversation import user_turn
 from trainer.model.load import load_tokenizer
 
 log = stage_logger("evaluate")

@@ -103,8 +103,8 @@ class SynthesisConfig(StrictModel):
 
     seeds: str = Field(
         "auto",
-        description="seed tasks: a JSON Lines or Parquet file, or a dataset folder. auto means those in the model "
-        "folder's `tunesmith/`, else the packaged ones",
+        description="seed tasks: any file or folder that train.data takes. Of a conversation, the first user turn and "
+        "the answer to it are used. auto means those in the model folder's `tunesmith/`, else the packaged ones",
     )
     prompts: str = Field(
         "auto",

@@ -115,19 +115,19 @@ def test_one_of_our_datasets_can_be_answered_anew(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"instruction": "a"}, {"instruction": " "}], r"rows\.parquet:2: 'instruction' is empty"),
-        ([{"instruction": "a"}, {"instruction": None}], r"rows\.parquet:2: 'instruction' is empty"),
-        ([{"instruction": 7}], r"rows\.parquet:1: 'instruction' is int, expected str"),
-        ([{"text": "a"}], r"rows\.parquet:1: no key 'instruction', 'messages' or 'instances'"),
+        ([{"instruction": "a"}, {"instruction": " "}], r"rows\.parquet:2: the instruction is empty"),
+        ([{"instruction": "a"}, {"instruction": None}], r"rows\.parquet:2: the instruction is empty"),
+        ([{"instruction": 7}], r"rows\.parquet:1: `instruction` is a number, not text"),
+        ([{"text": "a"}], r"rows\.parquet:1: the columns \(text\) hold no task"),
         (
             [{"id": i, "instruction": "a"} for i in "aabca"],
             r"rows\.parquet:2: id 'a' is already used in rows\.parquet:1",
         ),
         ([CHATS[0], {"messages": [{"role": "system", "content": "a"}]}], r"rows\.parquet:2: .* no turn of a user"),
-        ([*CHATS, {"messages": [{"role": "user", "content": ""}]}], r"rows\.parquet:4: 'instruction' is empty"),
-        ([*CHATS, {"messages": []}], r"rows\.parquet:4: .* no turn of a user"),
-        ([{"messages": ["a"]}], r"rows\.parquet:1: 'messages' is not a list of"),
-        ([{"messages": "a"}], r"rows\.parquet:1: 'messages' is not a list of"),
+        ([*CHATS, {"messages": [{"role": "user", "content": ""}]}], r"rows\.parquet:4: the instruction is empty"),
+        ([*CHATS, {"messages": []}], r"rows\.parquet:4: `messages` is not a list of turns"),
+        ([{"messages": ["a"]}], r"rows\.parquet:1: `messages` is not a list of"),
+        ([{"messages": "a"}], r"rows\.parquet:1: `messages` is text, but not JSON"),
     ],
 )
 def test_a_bad_row_of_a_column_file_is_named(tmp_path, rows, message):
@@ -139,7 +139,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
     (tmp_path / "bad.parquet").write_text("no such thing")
     with pytest.raises(InputError, match=r"bad\.parquet: not a Parquet file"):
         load_seed_tasks(tmp_path / "bad.parquet")
-    with pytest.raises(InputError, match=r"none\.parquet: no such file"):
+    with pytest.raises(InputError, match=r"synthesize\.seeds: .*none\.parquet does not exist"):
         load_seed_tasks(tmp_path / "none.parquet")
     with pytest.raises(InputError, match="holds no seed task"):
         load_seed_tasks(empty_dataset(tmp_path / "empty"))

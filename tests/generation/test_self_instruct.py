@@ -227,7 +227,7 @@ GOOD = '{"id": "a", "name": "n", "instruction": "Do it.", "instances": [], "is_c
         (f"{GOOD}\n\n" + GOOD.replace("name", "title"), r"seeds:3: no key 'name'"),
         (GOOD.replace("false", '"no"'), r"seeds:1: 'is_classification' is str, expected bool"),
         (GOOD.replace("[]", '[{"input": ""}]'), r"seeds:1: 'instances'\[0\] has no text 'output'"),
-        (GOOD.replace("Do it.", " "), r"seeds:1: 'instruction' is empty"),
+        (GOOD.replace("Do it.", " "), r"seeds:1: the instruction is empty"),
         (f"{GOOD}\n{GOOD}", r"seeds:2: id 'a' is already used in seeds:1"),
     ],
 )

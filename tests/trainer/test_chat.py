@@ -6,10 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster.data.conversations import Conversation, read_conversation
+from cluster.data.turns import UnusableRow
 from cluster.errors import InputError
 from tests.trainer.tools import END, IM_END, IM_START, make_tokenizer
 from trainer.data.chat import IGNORE, Encoded, check_template, encode_chat, encode_text
-from trainer.data.conversation import Unmaskable, read_conversation
 from trainer.data.template import ChatTemplate, set_chat_template
 
 STRIPPING = """
@@ -46,7 +47,7 @@ def chat(*turns: str, system: str | None = None) -> list[dict]:
 
 
 def encode(tokenizer, messages: list[dict], max_seq_len: int = 4096) -> Encoded:
-    (encoded,) = encode_chat(ChatTemplate(tokenizer), read_conversation(messages), max_seq_len)
+    (encoded,) = encode_chat(ChatTemplate(tokenizer), Conversation(messages), max_seq_len)
     return encoded
 
 
@@ -105,7 +106,7 @@ def test_a_cut_conversation_is_a_prefix_and_gets_no_end_it_did_not_have(chatml, 
     whole = encode(chatml, messages)
     try:
         cut = encode(chatml, messages, max_seq_len)
-    except Unmaskable as reason:
+    except UnusableRow as reason:
         assert "no label within" in str(reason)
         assert (whole.labels[: max_seq_len - 1] == IGNORE).all()
         return
@@ -124,7 +125,7 @@ def test_a_template_that_strips_is_followed() -> None:
 def test_an_answer_that_the_template_writes_otherwise_later_is_trained_in_its_own_document() -> None:
     tokenizer = with_template(REWRITING)
     thoughtful = chat("q", "hm</think>a", "r", "b")
-    whole, first = encode_chat(ChatTemplate(tokenizer), read_conversation(thoughtful), 4096)
+    whole, first = encode_chat(ChatTemplate(tokenizer), Conversation(thoughtful), 4096)
     assert tokenizer.decode(whole.input_ids.tolist()) == tokenizer.apply_chat_template(thoughtful, tokenize=False)
     assert trained_text(tokenizer, whole) == "b<|im_end|>"
     assert tokenizer.decode(first.input_ids.tolist()) == tokenizer.apply_chat_template(thoughtful[:2], tokenize=False)
@@ -134,7 +135,7 @@ def test_an_answer_that_the_template_writes_otherwise_later_is_trained_in_its_ow
 
 def test_a_template_that_raises_leaves_that_conversation_out() -> None:
     tokenizer = with_template(ALTERNATING)
-    with pytest.raises(Unmaskable, match="template refuses"):
+    with pytest.raises(UnusableRow, match="template refuses"):
         encode(tokenizer, [{"role": "user", "content": "a"}, *chat("b", "c")])
 
 
@@ -143,29 +144,25 @@ def test_a_template_without_an_end_token_is_an_error() -> None:
         check_template(ChatTemplate(with_template(PLAIN)))
 
 
-def test_a_conversation_that_the_assistant_opens_is_left_out(chatml) -> None:
-    """There is no prompt before its first turn, so where it begins cannot be told from the header."""
-    with pytest.raises(Unmaskable, match="assistant starts"):
-        encode(chatml, [{"role": "assistant", "content": "hello"}, *chat("a", "b")])
-
-
 @pytest.mark.parametrize(
     ("messages", "reason"),
     [
         (chat("alone"), "no assistant turn"),
         ([], "not a list of turns"),
         (None, "not a list of turns"),
-        ("text", "not a list of turns"),
-        ([{"role": "user"}], "no role or no text"),
-        ([{"role": None, "content": "a"}], "no role or no text"),
-        ([{"content": "a"}], "no role or no text"),
-        ([{"role": "assistant", "content": None}], "no role or no text"),
-        (["turn"], "no role or no text"),
+        ("text", "text, but not JSON"),
+        ([{"role": "user"}], "no text"),
+        ([{"role": None, "content": "a"}], "no role"),
+        ([{"content": "a"}], "no role"),
+        ([{"role": "user", "content": "a"}, {"role": "assistant", "content": None}], "an answer is empty"),
+        (["turn"], "not a list of turns"),
+        # There is no prompt before such a turn, so where it begins cannot be seen from the header.
+        ([{"role": "assistant", "content": "hello"}, *chat("a", "b")], "assistant starts"),
     ],
 )
-def test_malformed_conversations_are_refused_with_their_reason(chatml, messages, reason) -> None:
-    with pytest.raises(Unmaskable, match=reason):
-        encode(chatml, messages)
+def test_malformed_conversations_are_refused_with_their_reason(messages, reason) -> None:
+    with pytest.raises(UnusableRow, match=reason):
+        read_conversation({"messages": messages})
 
 
 def test_the_models_own_template_is_kept_and_the_recipes_comes_before_it(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from tests.trainer.tools import chat_documents, make_tokenizer, write_chats
 from trainer.config.data import DataSource
 from trainer.config.train import TrainConfig
 from trainer.data import tokens as data
-from trainer.data.sources import open_source
+from trainer.data.sources import Examples
 from trainer.data.tokens import Tokens, load_tokens
 
 CHATS = chat_documents(9)
@@ -118,11 +118,11 @@ def empty_folder(folder: Path) -> Path:
     [
         (lambda folder: folder / "absent.jsonl", r"train\.data: .*absent\.jsonl does not exist"),
         (file_of("empty.jsonl", ""), r"empty\.jsonl: the dataset has no rows"),
-        (file_of("other.jsonl", '{"prompt": "a"}\n'), r"other\.jsonl: the columns \(prompt\) fit no format"),
+        (file_of("other.jsonl", '{"prompt": "a"}\n'), r"other\.jsonl: the columns \(`prompt`\) fit no format"),
         (broken_json, r"chats\.jsonl:4: not JSON"),
-        (file_of("data.csv", "a,b\n"), r"data\.csv: the type of the file is unknown"),
+        (file_of("data.txt", "a,b\n"), r"data\.txt: the type of the file is unknown"),
         (file_of("bad.parquet", "not parquet"), r"bad\.parquet: the file cannot be read as parquet"),
-        (empty_folder, r"nothing: this is no dataset folder"),
+        (empty_folder, r"train\.data: .*nothing is no dataset folder"),
         (flipped_byte, r"sealed/data-00000-of-00001\.arrow: corrupt"),
         (cut_shard, r"saved: the dataset folder cannot be read"),
     ],
@@ -139,7 +139,7 @@ def test_rows_that_cannot_be_masked_are_left_out_and_counted(chatml, tmp_path: P
     path = write_chats(tmp_path / "chats.jsonl", [*CHATS[:2], *odd, CHATS[2]])
     tokens = encode(chatml, tmp_path / "cache", path)
     assert tokens.num_documents == 3
-    assert tokens.dropped == {"no assistant turn": 2, "a turn has no role or no text": 1, NOT_TURNS: 1}
+    assert tokens.dropped == {"no assistant turn": 2, "an answer is empty": 1, NOT_TURNS: 1}
 
 
 NOT_TURNS = "`messages` is not a list of turns"
@@ -223,4 +223,4 @@ def test_splits_have_to_be_told_apart(tmp_path: Path) -> None:
     part = Dataset.from_list([{"messages": CHATS[0]}])
     DatasetDict(train=part, test=part).save_to_disk(tmp_path / "splits")
     with pytest.raises(InputError, match=r"splits: (there are several splits|this is no dataset folder)"):
-        open_source(DataSource(path=str(tmp_path / "splits")), "chat")
+        list(Examples(DataSource(path=str(tmp_path / "splits")), "chat"))

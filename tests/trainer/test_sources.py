@@ -12,7 +12,7 @@ from cluster.errors import InputError
 from tests.trainer.tools import write_chats
 from trainer.config.data import DataSource
 from trainer.config.train import TrainConfig
-from trainer.data.sources import open_source
+from trainer.data.sources import Examples
 from trainer.data.tokens import Tokens, load_tokens, prepare_tokens
 
 REAL = Path(__file__).parents[3] / "shared" / "data"
@@ -97,25 +97,25 @@ def test_columns_of_other_names_are_read_as_the_formats(chatml, tmp_path: Path) 
     (text,) = texts(chatml, encode(chatml, tmp_path / "cache", source))
     assert "Say fig" in text
     assert "a file" not in text
-    with pytest.raises(InputError, match=r"no column `reply`, which `columns` names\. It has question, answer"):
-        open_source(DataSource(path=path, columns={"output": "reply"}), "chat")
+    with pytest.raises(InputError, match=r"no column `reply`, which `columns` names\. It has `question`, `answer`"):
+        list(Examples(DataSource(path=path, columns={"output": "reply"}), "chat"))
     with pytest.raises(
         InputError, match=r"rows\.jsonl: there is no column `messages`, which the format messages requires"
     ):
-        open_source(DataSource(path=path, format="messages"), "chat")
+        list(Examples(DataSource(path=path, format="messages"), "chat"))
 
 
 @pytest.mark.parametrize(
     ("rows", "dropped"),
     [
-        ([{"instruction": "", "output": "a"}], {"no instruction": 1}),
-        ([{"instruction": "a", "output": " "}, {"instruction": "a", "output": None}], {"no output": 2}),
+        ([{"instruction": "", "output": "a"}], {"`instruction` is empty": 1}),
+        ([{"instruction": "a", "output": " "}, {"instruction": "a", "output": None}], {"an answer is empty": 2}),
         ([{"conversations": []}], {"`conversations` is not a list of turns": 1}),
-        ([{"conversations": [{"from": "narrator", "value": "a"}]}], {"a turn's speaker is unknown": 1}),
+        ([{"conversations": [{"from": "narrator", "value": "a"}]}], {"the speaker 'narrator' is unknown": 1}),
         ([{"conversations": sharegpt(CONVERSATION[1:], {"user": "human", "assistant": "gpt"})}],
          {"the assistant starts the conversation": 1}),
         ([{"conversations": [{"from": "human", "value": None}, {"from": "gpt", "value": "a"}]}],
-         {"a turn has no role or no text": 1}),
+         {"a turn has no text": 1}),
     ],
 )  # fmt: skip
 def test_what_cannot_be_used_is_counted_with_its_source(chatml, tmp_path: Path, rows: list, dropped: dict) -> None:
@@ -131,7 +131,7 @@ def test_what_cannot_be_used_is_counted_with_its_source(chatml, tmp_path: Path, 
 def test_a_source_without_a_trainable_row_is_an_error_even_beside_a_good_one(chatml, tmp_path: Path) -> None:
     clean = str(write_chats(tmp_path / "clean.jsonl", [chat(CONVERSATION)]))
     empty = str(write_rows(tmp_path / "empty.jsonl", [{"instruction": "a", "output": ""}] * 3))
-    with pytest.raises(InputError, match=r"train\.data: no row of .*empty\.jsonl can be trained on \(no output: 3\)"):
+    with pytest.raises(InputError, match=r"train\.data: no row of .*empty\.jsonl .*\(an answer is empty: 3\)"):
         encode(chatml, tmp_path / "cache", DataSource(path=clean), DataSource(path=empty))
 
 

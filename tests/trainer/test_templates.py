@@ -11,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
+from cluster.data.conversations import Conversation
+from cluster.data.turns import UnusableRow
 from cluster.errors import InputError
 from tests.trainer.tools import END, make_tokenizer
 from trainer.data.chat import IGNORE, Encoded, check_template, encode_chat
-from trainer.data.conversation import Conversation, Unmaskable, read_conversation
 from trainer.data.template import ChatTemplate, set_chat_template
 
 CHATML = """
@@ -104,7 +105,7 @@ def conversation(system: str | None, rounds: list[tuple[str, str]]) -> list[dict
 def encode(tokenizer: PreTrainedTokenizerFast, messages: list[dict], max_seq_len: int = 4096) -> Encoded:
     template = ChatTemplate(tokenizer)
     check_template(template)
-    (encoded,) = encode_chat(template, read_conversation(messages), max_seq_len)
+    (encoded,) = encode_chat(template, Conversation(messages), max_seq_len)
     return encoded
 
 
@@ -133,7 +134,7 @@ def test_a_cut_conversation_has_the_ends_it_got_to_and_no_other(name: str, round
     ends = set(ChatTemplate(tokenizer).ends.values())
     try:
         cut = encode(tokenizer, messages, max_seq_len)
-    except Unmaskable:
+    except UnusableRow:
         assert (whole.labels[: max_seq_len - 1] == IGNORE).all()
         return
     assert cut.labels.tolist()[:-1] == whole.labels.tolist()[: len(cut.labels) - 1]
@@ -148,7 +149,7 @@ def test_an_unfinished_answer_has_all_but_its_end(name: str, rounds: list) -> No
     whole, ends = encode(tokenizer, messages), set(ChatTemplate(tokenizer).ends.values())
     try:
         (cut,) = encode_chat(ChatTemplate(tokenizer), Conversation(messages, is_finished=False), 4096)
-    except Unmaskable:
+    except UnusableRow:
         assert [label for label in whole.labels.tolist() if label not in {IGNORE, *ends}] == []
         assert len(rounds) == 1
         return
@@ -179,7 +180,7 @@ def test_an_end_token_that_swallows_the_space_after_it_is_still_trained() -> Non
 def test_an_answer_with_an_end_token_within_is_left_out() -> None:
     """It would teach the model to stop there and to go on."""
     for name, end in (("chatml", "<|im_end|>"), ("chatml", END), ("headers", "<|eot_id|>"), ("zephyr", END)):
-        with pytest.raises(Unmaskable, match="contains an end token"):
+        with pytest.raises(UnusableRow, match="contains an end token"):
             encode(TOKENIZERS[name], conversation(None, [("a", f"fig{end}pear")]))
         assert encode(TOKENIZERS[name], conversation(None, [(f"fig{end}pear", "a")])).input_ids.size
 

@@ -6,17 +6,25 @@ from pydantic import Field, model_validator
 
 from cluster.config import StrictModel
 
-Column = Literal["messages", "conversations", "instruction", "input", "output", "text"]
+Column = Literal[
+    "messages", "conversations", "instruction", "input", "output", "prompt", "completion", "text",
+    "system", "history", "tools",
+]  # fmt: skip
 
 
 class DataSource(StrictModel):
     """One dataset. A plain path means a section with this path."""
 
-    path: str = Field(min_length=1, description="a dataset folder, or a .jsonl, .json, .parquet or .arrow file")
-    format: Literal["messages", "alpaca", "sharegpt", "text"] | None = Field(
+    path: str = Field(
+        min_length=1,
+        description="a JSON, JSONL, CSV, TSV, Parquet or Arrow file, also compressed; a folder of such files, or a "
+        "pattern that matches some; or a dataset folder",
+    )
+    format: Literal["messages", "sharegpt", "alpaca", "prompt_completion", "text"] | None = Field(
         None,
-        description="messages has a column `messages` of {role, content}. alpaca has `instruction`, `input` and "
-        "`output`. sharegpt has `conversations` of {from, value}. text has `text`. None means that the columns decide",
+        description="messages has a column `messages` of {role, content}. sharegpt has `conversations` of {from, "
+        "value}. alpaca has `instruction`, `input` and `output`. prompt_completion has `prompt` and `completion`. text "
+        "has `text`. None means that the columns of each row decide",
     )
     columns: dict[Column, str] = Field(
         {}, description="for each column of the format its name in this dataset, if that differs: {output: answer}"

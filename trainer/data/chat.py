@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from cluster.data.conversations import Conversation
 from cluster.errors import InputError
-from trainer.data.conversation import Conversation, Unmaskable
-from trainer.data.template import ANSWER, FIX, QUESTION, THOUGHT, ChatTemplate
+from trainer.data.template import ANSWER, FIX, QUESTION, THOUGHT, ChatTemplate, Unmaskable
 
 IGNORE = -100  # the label that cross-entropy ignores
 TOO_LONG = "no label within max_seq_len"

@@ -13,9 +13,10 @@ from jinja2 import TemplateError
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from cluster.data.conversations import Conversation
+from cluster.data.turns import UnusableRow
 from cluster.errors import InputError
 from trainer.data.calls import CALL_FORMS, CallForm
-from trainer.data.conversation import Conversation, Unmaskable
 
 CHATML_TEMPLATE = Path(__file__).with_name("chatml.jinja")
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
@@ -31,6 +32,10 @@ CALL = {"role": "assistant", "content": "", "tool_calls": [
 RESULT = {"role": "tool", "content": "kiwi", "name": "pick", "tool_call_id": "call_1"}
 TOOLS = [{"type": "function", "function": {"name": "pick", "description": "Picks one.", "parameters": {
     "type": "object", "properties": {"fruit": {"type": "string", "description": "Which."}}}}}]  # fmt: skip
+
+
+class Unmaskable(UnusableRow):
+    """The template does not show a conversation, or it cannot be masked correctly."""
 
 
 class ChatTemplate:

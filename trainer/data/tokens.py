@@ -4,6 +4,7 @@ tokens = load_tokens(prepare_tokens(config, tokenizer, sources, cache_folder))
 tokens.input_ids[tokens.offsets[d]:tokens.offsets[d + 1]]     # document d
 """
 
+import itertools
 import json
 import os
 import shutil
@@ -12,26 +13,23 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from cluster.data.rows import find_files, is_dataset
+from cluster.data.turns import UnusableRow
 from cluster.errors import InputError
 from cluster.files import explain_full_disk, sha256_file, sha256_json, write_json
 from cluster.run.fence import own_token, verify
 from trainer.config.data import DataSource
 from trainer.config.train import TrainConfig
 from trainer.data.chat import IGNORE, TOO_LONG, Encoded, check_template, encode_chat, encode_text
-from trainer.data.conversation import Unmaskable, read_conversation, without_nulls
+from trainer.data.sources import Examples
 from trainer.data.template import ChatTemplate
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-    from trainer.data.sources import Format
-
-ENCODING = 3  # increment it if the same rows give other tokens or labels, so that older caches are not used
+TOKENIZER_BATCH = 1000  # texts
+ENCODING = 4  # increment it if the same rows give other tokens or labels, so that older caches are not used
 
 
 @dataclass(frozen=True)
@@ -85,16 +83,21 @@ class Tokens:
         return slice(int(self.offsets[document]), int(self.offsets[document + 1]))
 
 
-def cache_key(config: TrainConfig, tokenizer: PreTrainedTokenizerFast, sources: Sequence[DataSource]) -> str:
-    """A hash of everything that the tokens depend on: data, its columns, tokenizer, chat template, max_seq_len."""
+def cache_key(
+    config: TrainConfig, tokenizer: PreTrainedTokenizerFast, sources: Sequence[DataSource], key: str = "train.data"
+) -> str:
+    """A hash of everything that the tokens depend on: data, its columns, tokenizer, chat template, max_seq_len.
+
+    Raises InputError, which names the recipe's `key`, if a source does not exist.
+    """
     facts = []
     for source in sources:
-        path = Path(source.path)
+        path = Path(source.path).expanduser()
         sealed = path / "manifest.json"
         if sealed.is_file():
             content: object = sha256_file(sealed)
         else:
-            files = sorted(path.rglob("*")) if path.is_dir() else [path]
+            files = sorted(path.rglob("*")) if is_dataset(path) else find_files(path, key)
             content = [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files if f.is_file()]
         facts.append([content, source.format, source.columns])
     tokenizer_state = sha256_json(json.loads(tokenizer.backend_tokenizer.to_str()))
@@ -115,11 +118,7 @@ def prepare_tokens(
     Rows that cannot be masked correctly are dropped and counted by reason. Raises InputError, which names the recipe's
     `key`, if a source cannot be read or none of its rows is left.
     """
-    from trainer.data.sources import (
-        open_source,  # imports datasets: a second that only the rank that encodes has to spend
-    )
-
-    folder = cache_folder / cache_key(config, tokenizer, sources)
+    folder = cache_folder / cache_key(config, tokenizer, sources, key)
     if (folder / "tokens.json").is_file():
         return folder
     partial = cache_folder / f".{folder.name}.partial{own_token() or ''}"
@@ -134,17 +133,17 @@ def prepare_tokens(
         open(partial / "labels.bin", "wb") as labels,
     ):
         for source in sources:
-            dataset, form = open_source(source, config.objective, key)
-            dropped: Counter[str] = Counter()
+            examples = Examples(source, config.objective, key)
             notes: Counter[str] = Counter()
             before = len(offsets)
-            for documents in _encode_rows(config, tokenizer, dataset, form, dropped, notes):
+            for documents in _encode(config, tokenizer, examples, notes):
                 rows += [len(offsets) - 1] * len(documents)
                 for encoded in documents:
                     ids.write(encoded.input_ids.tobytes())
                     labels.write(encoded.labels.tobytes())
                     offsets.append(offsets[-1] + len(encoded.input_ids))
-            facts.append(SourceFacts(source.path, form.name, len(offsets) - before, dict(dropped), dict(notes)))
+            num_documents, formats = len(offsets) - before, ", ".join(examples.formats)
+            facts.append(SourceFacts(source.path, formats, num_documents, dict(examples.dropped), dict(notes)))
             refuse_untrainable(facts[-1], config.max_seq_len, key)
         (partial / "offsets.bin").write_bytes(np.asarray(offsets, dtype=np.int64).tobytes())
         (partial / "rows.bin").write_bytes(np.asarray(rows, dtype=np.int64).tobytes())
@@ -177,26 +176,20 @@ def load_tokens(folder: Path) -> Tokens:
     )
 
 
-def _encode_rows(
-    config: TrainConfig, tokenizer: PreTrainedTokenizerFast, dataset: "Dataset", form: "Format", dropped: Counter,
-    notes: Counter,
-) -> Iterator[list[Encoded]]:  # fmt: skip
-    """The documents of every row that is kept. Counts the others in `dropped`, by reason."""
+def _encode(
+    config: TrainConfig, tokenizer: PreTrainedTokenizerFast, examples: Examples, notes: Counter
+) -> Iterator[list[Encoded]]:
+    """The documents of every example that is kept. The others are counted in `examples.dropped`."""
     if config.objective == "text":
-        yield from _encode_texts(config, tokenizer, dataset, dropped)
+        yield from _encode_texts(config, tokenizer, examples)
         return
     template = ChatTemplate(tokenizer, config.fold_system)
     check_template(template)
-    for row in dataset:
+    for conversation in examples:
         try:
-            conversation = read_conversation(
-                without_nulls(form.messages(row)),
-                without_nulls(row.get("tools")),
-                is_finished=row.get("finish_reason") != "length",
-            )
             documents = encode_chat(template, conversation, config.max_seq_len)
-        except Unmaskable as reason:
-            dropped[str(reason)] += 1
+        except UnusableRow as reason:
+            examples.dropped[str(reason)] += 1
             continue
         notes.update(f"{part} left out by the chat template" for part in template.left_out(conversation))
         if len(documents) > 1:
@@ -205,21 +198,17 @@ def _encode_rows(
 
 
 def _encode_texts(
-    config: TrainConfig, tokenizer: PreTrainedTokenizerFast, dataset: "Dataset", dropped: Counter
+    config: TrainConfig, tokenizer: PreTrainedTokenizerFast, examples: Examples
 ) -> Iterator[list[Encoded]]:
     if tokenizer.eos_token_id is None:
         raise InputError(
             "train.objective=text needs a tokenizer with an eos token, so that a text can end. Use another model."
         )
-    for batch in dataset.iter(batch_size=1000):
-        texts = [text for text in batch["text"] if isinstance(text, str) and text]
-        if missing := len(batch["text"]) - len(texts):
-            dropped["no text"] += missing
-        if not texts:
-            continue
-        encoded = tokenizer(texts, return_special_tokens_mask=True, verbose=False)
+    texts = iter(examples)
+    while batch := list(itertools.islice(texts, TOKENIZER_BATCH)):
+        encoded = tokenizer(batch, return_special_tokens_mask=True, verbose=False)
         for ids, is_added in zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True):
             if all(is_added):
-                dropped["no text"] += 1  # such as spaces that the tokenizer drops
+                examples.dropped["no text"] += 1  # such as spaces that the tokenizer drops
             else:
                 yield [encode_text(ids, tokenizer.eos_token_id, config.max_seq_len)]
