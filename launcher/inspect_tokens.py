@@ -20,7 +20,7 @@ from trainer.data.chat import IGNORE
 from trainer.data.template import ChatTemplate
 from trainer.data.tokens import Tokens, cache_key, load_tokens, prepare_tokens
 from trainer.job import TrainJob
-from trainer.model.load import load_tokenizer
+from trainer.model.tokenizer import load_tokenizer
 
 STYLES = {"masked": "dim", "trained": "green", "end": "reverse green"}
 

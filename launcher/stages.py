@@ -29,7 +29,10 @@ def run_all(recipe: Recipe) -> None:
     from rich.console import Console
 
     from launcher.summary import print_summary
+    from trainer.checkpoint.state import is_trained
 
+    if "train" in recipe.stages and not is_trained(recipe.run):
+        check_model(recipe)  # before data is made for it
     for number, stage in enumerate(recipe.stages, 1):
         stage_logger(stage).info(f"stage {number} of {len(recipe.stages)}")
         run_stage(stage, recipe)
@@ -46,7 +49,6 @@ def synthesize(recipe: Recipe, run: RunDir) -> None:
 
 def train(recipe: Recipe, run: RunDir) -> None:
     """Train on this machine: start torchrun, pass stop signals on to its ranks, and wait for its end."""
-    from cluster.model_source import locate_model, model_revision
     from launcher.torchrun import run_torchrun
     from trainer.checkpoint.state import is_trained
 
@@ -58,7 +60,7 @@ def train(recipe: Recipe, run: RunDir) -> None:
         from trainer.model.load import require_four_bits
 
         require_four_bits()
-    model_revision(locate_model(recipe.model))  # raises for a missing model before any process is started
+    check_model(recipe)
     num_ranks = recipe.train.num_processes
     options = ["--standalone", f"--nproc-per-node={num_ranks}"]
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
@@ -75,6 +77,16 @@ def train(recipe: Recipe, run: RunDir) -> None:
         result = run.read_result("train") or {}
         message = result.get("message") or f"training ended with exit code {code}. The output of its ranks is above."
         raise (InputError if code == EXIT_BAD_INPUT else TunesmithError)(message)
+
+
+def check_model(recipe: Recipe) -> None:
+    """Raise InputError for a model, tokenizer or chat template that cannot be trained."""
+    from cluster.model_source import locate_model, model_revision
+    from trainer.model.tokenizer import check_tokenizer
+
+    model = locate_model(recipe.model)
+    model_revision(model)
+    check_tokenizer(model, recipe.train)
 
 
 def export(recipe: Recipe, run: RunDir) -> None:

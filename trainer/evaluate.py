@@ -30,7 +30,7 @@ from cluster.run.fence import verify
 from cluster.run.manifest import is_sealed
 from cluster.run.rundir import RunDir
 from trainer.config.evaluate import EvaluateConfig
-from trainer.model.load import load_tokenizer
+from trainer.model.tokenizer import load_tokenizer
 
 log = stage_logger("evaluate")
 EVALUATION_KEYS = {"id", "task", "group", "instruction", "input", "references"}
@@ -163,7 +163,7 @@ def render(tokenizer: PreTrainedTokenizerFast, row: dict, plain_prompt: Path | N
         environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
         template = environment.from_string(plain_prompt.read_text())
         text = template.render(instruction=row["instruction"], input=row["input"])
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
+        return tokenizer(text)["input_ids"]  # with a begin token, as in pretraining, if the tokenizer has one
     messages = [{"role": "user", "content": user_turn(row["instruction"], row["input"])}]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -38,7 +38,8 @@ from trainer.data.template import ChatTemplate
 from trainer.job import export_key
 from trainer.model.adapters import BASE_FILE, load_adapter
 from trainer.model.bottleneck import CONFIG_FILE, WEIGHTS_FILE
-from trainer.model.load import DTYPES, load_tokenizer
+from trainer.model.load import DTYPES
+from trainer.model.tokenizer import load_tokenizer
 
 log = stage_logger("export")
 CARD_TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
@@ -169,7 +170,7 @@ def _load_adapted(model: ModelConfig, adapter: Path, tokenizer: PreTrainedTokeni
     base = AutoModelForCausalLM.from_pretrained(
         model.path, revision=model.revision, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
     )
-    return load_adapter(base.eval(), adapter, model.revision, len(tokenizer))
+    return load_adapter(base.eval(), adapter, model.revision, tokenizer.num_embeddings)
 
 
 def save_merged(lm: PreTrainedModel, job: ExportJob, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:

@@ -41,8 +41,8 @@ from trainer.engine import learning_rate, make_engine, train_step
 from trainer.job import TrainJob, read_job
 from trainer.logit_checks import check_logits
 from trainer.metrics import StepLogger, step_logging
-from trainer.model.load import load_tokenizer
 from trainer.model.sequence import SequenceParallelBatches
+from trainer.model.tokenizer import load_tokenizer
 from trainer.monitoring import Profiler, Watchdog
 from trainer.resolve import resolve_auto
 from trainer.validation import Validator

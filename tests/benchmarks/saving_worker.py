@@ -27,7 +27,7 @@ from trainer.config.train import CheckpointConfig
 from trainer.coordinator import load_shared_tokens, make_sum_over_ranks
 from trainer.engine import make_engine, train_step
 from trainer.job import read_job
-from trainer.model.load import load_tokenizer
+from trainer.model.tokenizer import load_tokenizer
 from trainer.monitoring import Watchdog
 from trainer.resolve import resolve_auto
 from trainer.train import make_batches

@@ -24,7 +24,7 @@ from torch.profiler import profile
 from trainer.coordinator import load_shared_tokens
 from trainer.engine import make_engine
 from trainer.job import TrainJob, read_job
-from trainer.model.load import load_tokenizer
+from trainer.model.tokenizer import load_tokenizer
 from trainer.resolve import resolve_auto
 from trainer.train import make_batches
 

@@ -31,7 +31,8 @@ from trainer.data.mixture import held_out_documents
 from trainer.data.tokens import load_tokens
 from trainer.engine import learning_rate
 from trainer.job import TrainJob, read_job
-from trainer.model.load import load_model, load_tokenizer
+from trainer.model.load import load_model
+from trainer.model.tokenizer import load_tokenizer
 
 TOLERANCE = 1e-4  # relative; float32 sums in another order give about 1e-6
 # A large epsilon keeps AdamW from turning rounding noise of near-zero gradients into whole steps.

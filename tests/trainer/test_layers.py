@@ -24,7 +24,8 @@ from trainer.model.attention import (
     flash_attention_kwargs,
 )
 from trainer.model.layers import uses_liger
-from trainer.model.load import CausalLMWithLoss, load_model, load_tokenizer
+from trainer.model.load import CausalLMWithLoss, load_model
+from trainer.model.tokenizer import load_tokenizer
 
 
 class Count(TorchDispatchMode):

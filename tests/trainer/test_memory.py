@@ -154,7 +154,8 @@ def test_the_proposed_settings_fit(usable: int, ranks: int, stage: int) -> None:
     ],
 )
 def test_facts_equal_those_of_the_loaded_model(tmp_path: Path, tokenizer, tied: bool, settings: dict) -> None:
-    from trainer.model.load import load_model, load_tokenizer
+    from trainer.model.load import load_model
+    from trainer.model.tokenizer import load_tokenizer
     from trainer.resolve import with_choices
 
     job = read_job(write_job(tmp_path / "run", save_llama(tmp_path / "model", tokenizer, tied=tied), None, **settings))

@@ -12,7 +12,8 @@ from tests.trainer.tools import chat_documents, trace, train_here, weights, writ
 from trainer.data.mixture import held_out_documents
 from trainer.data.tokens import load_tokens
 from trainer.job import read_job
-from trainer.model.load import load_model, load_tokenizer
+from trainer.model.load import load_model
+from trainer.model.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 SETTINGS = {

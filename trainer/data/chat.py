@@ -26,8 +26,8 @@ class Encoded:
     labels: np.ndarray  # int32 [T]
 
 
-def check_template(template: ChatTemplate) -> None:
-    """Raise InputError if no simple answer can be masked.
+def check_template(template: ChatTemplate) -> list[Encoded]:
+    """The documents of a question with a simple answer. Raises InputError if no such answer can be masked.
 
     An assistant's message is what follows the generation prompt. If a turn starts with other text, that text would be
     trained as part of the message. Some templates write the start of a thought into the generation prompt, so an answer
@@ -50,14 +50,13 @@ def check_template(template: ChatTemplate) -> None:
     reasons = []
     for answer in (ANSWER, THOUGHT):
         try:
-            encode_chat(template, Conversation([QUESTION, answer]), 1 << 20)
+            return encode_chat(template, Conversation([QUESTION, answer]), max_seq_len=1 << 20)
         except Unmaskable as error:
             reasons.append(str(error))
-    if len(reasons) == 2:
-        raise InputError(
-            f"the chat template and the tokenizer do not fit together: {reasons[0]} (the generation prompt ends with "
-            f"{prompt[-20:]!r}). {FIX}"
-        )
+    raise InputError(
+        f"the chat template and the tokenizer do not fit together: {reasons[0]} (the generation prompt ends with "
+        f"{prompt[-20:]!r}). {FIX}"
+    )
 
 
 def encode_chat(template: ChatTemplate, conversation: Conversation, max_seq_len: int) -> list[Encoded]:

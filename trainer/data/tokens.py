@@ -139,6 +139,7 @@ def prepare_tokens(
             for documents in _encode(config, tokenizer, examples, notes):
                 rows += [len(offsets) - 1] * len(documents)
                 for encoded in documents:
+                    refuse_unembedded(tokenizer, encoded, f"{key}: {source.path}")
                     ids.write(encoded.input_ids.tobytes())
                     labels.write(encoded.labels.tobytes())
                     offsets.append(offsets[-1] + len(encoded.input_ids))
@@ -162,6 +163,25 @@ def refuse_untrainable(source: SourceFacts, max_seq_len: int, key: str) -> None:
     if set(source.dropped) == {TOO_LONG}:
         fix = f"Its prompts alone fill {max_seq_len} tokens. Raise train.max_seq_len."
     raise InputError(f"{key}: no row of {source.path} can be trained on ({reasons}). {fix}")
+
+
+def refuse_unembedded(tokenizer: PreTrainedTokenizerFast, encoded: Encoded, place: str) -> None:
+    """Raise InputError if a document has a token that the model has no embedding for: see `load_tokenizer`."""
+    num_embeddings = getattr(tokenizer, "num_embeddings", len(tokenizer))
+    if (last := int(encoded.input_ids.max())) >= num_embeddings:
+        raise InputError(
+            f"{place} contains the token {tokenizer.convert_ids_to_tokens(last)!r} (id {last}), and model.path has "
+            f"embeddings for {num_embeddings} tokens only. Remove the token, or resize the model's embedding."
+        )
+
+
+def require_eos(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Raise InputError if the tokenizer has no token that ends a text."""
+    if tokenizer.eos_token_id is None:
+        raise InputError(
+            "train.objective=text needs a tokenizer with an eos token, so that a text can end. Set `eos_token` in the "
+            "tokenizer_config.json of model.path, or use another model."
+        )
 
 
 def load_tokens(folder: Path) -> Tokens:
@@ -200,10 +220,7 @@ def _encode(
 def _encode_texts(
     config: TrainConfig, tokenizer: PreTrainedTokenizerFast, examples: Examples
 ) -> Iterator[list[Encoded]]:
-    if tokenizer.eos_token_id is None:
-        raise InputError(
-            "train.objective=text needs a tokenizer with an eos token, so that a text can end. Use another model."
-        )
+    require_eos(tokenizer)
     texts = iter(examples)
     while batch := list(itertools.islice(texts, TOKENIZER_BATCH)):
         encoded = tokenizer(batch, return_special_tokens_mask=True, verbose=False)

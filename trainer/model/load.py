@@ -1,26 +1,19 @@
-"""Load a tokenizer and a causal language model, set up for training, and wrap the model with its loss."""
+"""Load a causal language model, set up for training, and wrap it with its loss."""
 
 import importlib.util
 
 import torch
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
 
 from cluster.config import ModelConfig
 from cluster.errors import InputError
 from trainer.config.train import TrainConfig
-from trainer.config.tuning import METHODS
-from trainer.data.template import set_chat_template
 from trainer.model.adapters import adapt, base_of, has_virtual_tokens, with_virtual_tokens
 from trainer.model.attention import BY_DOCUMENT, VARLEN, choose_attention, cumulative_lengths
 from trainer.model.layers import configure_layers
 from trainer.model.loss import PLAIN_LOSS, EmbeddingNoise, LossSettings, chunked_loss
+from trainer.model.tokenizer import refuse_untrainable_tokens
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -78,37 +71,15 @@ class CausalLMWithLoss(nn.Module):
         return decoder(**inputs).last_hidden_state[:, -input_ids.shape[1] :]
 
 
-def load_tokenizer(model: ModelConfig, template_file: str | None) -> tuple[PreTrainedTokenizerFast, int]:
-    """The tokenizer with a chat template, and the number of tokens that the template added to it.
-
-    Raises InputError if the tokenizer is not a fast one, or has more tokens than the model's embedding has rows.
-    """
-    tokenizer = AutoTokenizer.from_pretrained(model.path, revision=model.revision, trust_remote_code=False)
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise InputError(f"model.path: {model.path} has no fast tokenizer. The loss mask needs its character offsets.")
-    settings = AutoConfig.from_pretrained(model.path, revision=model.revision, trust_remote_code=False)
-    if len(tokenizer) > (vocab_size := settings.get_text_config().vocab_size):
-        raise InputError(
-            f"model.path: the tokenizer of {model.path} has {len(tokenizer)} tokens, its embedding {vocab_size} rows. "
-            "Resize the embedding, or use the tokenizer that the model was trained with."
-        )
-    return tokenizer, set_chat_template(tokenizer, template_file)
-
-
 def load_model(
     model: ModelConfig, config: TrainConfig, tokenizer: PreTrainedTokenizerFast, num_added: int
 ) -> nn.Module:
     """The model in the recipe's precision, with embeddings for added tokens and with the adapters of its tuning method.
 
     With ZeRO-3 an `HfDeepSpeedConfig` must exist during the call, so that weights are partitioned as they are read.
-    Raises InputError if added tokens could not be trained: the model must learn to write the one that ends its turn.
+    Raises InputError if added tokens could not be trained.
     """
-    if num_added and config.zero_stage not in METHODS[config.tuning].new_token_stages:
-        raise InputError(
-            f"{model.path}: the vocabulary lacks {num_added} tokens of the chat template, which tuning={config.tuning} "
-            f"with zero_stage={config.zero_stage} cannot train. Set train.tuning=full, or tuning=lora with a lower "
-            "train.zero_stage, or a train.chat_template that uses only tokens of the model."
-        )
+    refuse_untrainable_tokens(num_added, model, config)
     lm = AutoModelForCausalLM.from_pretrained(
         model.path,
         revision=model.revision,
@@ -120,7 +91,7 @@ def load_model(
     )
     if lm.config._attn_implementation in (BY_DOCUMENT, VARLEN) and not lm._supports_sdpa:
         raise InputError(f"{type(lm).__name__} does not support sdpa. Set train.attention=eager.")
-    if len(tokenizer) > lm.get_input_embeddings().num_embeddings:
+    if num_added and len(tokenizer) > lm.get_input_embeddings().num_embeddings:
         lm.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64, mean_resizing=True)
     lm.config.use_cache = config.tuning == "prefix"
     configure_layers(lm, config)
