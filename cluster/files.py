@@ -41,6 +41,26 @@ def explain_full_disk(path: Path) -> Iterator[None]:
         ) from error
 
 
+def describe_os_error(error: OSError) -> str | None:
+    """What a user can do about a file that cannot be read or written. None if it is nothing of this kind."""
+    match error.errno:
+        case errno.EROFS:
+            reason = "the file system is read-only here. Choose a folder on another one with `--run-dir`."
+        case errno.EACCES | errno.EPERM:
+            reason = (
+                "permission denied. Ask the owner of this place for access, or choose another one with `--run-dir`."
+            )
+        case errno.ENOSPC | errno.EDQUOT:
+            reason = "the disk is full. Free some space, then start the same command again."
+        case errno.ENOTDIR | errno.EEXIST:
+            reason = "a file is in the place of a folder. Choose another folder with `--run-dir`, or remove the file."
+        case errno.ENAMETOOLONG:
+            reason = "the path is too long for this file system. Choose a shorter one with `--run-dir`."
+        case _:
+            return None
+    return f"{error.filename}: {reason}" if error.filename else reason
+
+
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Write `path` by temporary file, fsync and rename: a reader sees the old content or the new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -66,8 +86,11 @@ def append_jsonl(path: Path, row: dict) -> None:
     """Append one JSON line in a single write, so that lines of several processes never mix."""
     line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
     with explain_full_disk(path):
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
         try:
+            size = os.lseek(descriptor, 0, os.SEEK_END)
+            if size and os.pread(descriptor, 1, size - 1) != b"\n":  # a full disk has cut off the last line
+                line = b"\n" + line
             if os.write(descriptor, line) < len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         finally:
@@ -91,15 +114,29 @@ def read_jsonl(path: Path) -> list[dict]:
     return rows
 
 
+def read_records(path: Path) -> list[dict]:
+    """The rows of a file that `append_jsonl` wrote, without those that a full disk or a power cut has torn."""
+    return _whole_rows(path.read_bytes().split(b"\n"))
+
+
 def read_last_jsonl(path: Path) -> list[dict]:
-    """The rows in the last 64 KiB of a JSON-lines file, without incomplete ones. Empty if there is no file."""
+    """As `read_records`, of the last 64 KiB. Empty if there is no file."""
     if not path.is_file():
         return []
     with open(path, "rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - TAIL_BYTES))
         lines = file.read().split(b"\n")
-    return [json.loads(line) for line in lines[1 if size > TAIL_BYTES else 0 : -1] if line.strip()]
+    return _whole_rows(lines[1 if size > TAIL_BYTES else 0 :])
+
+
+def _whole_rows(lines: list[bytes]) -> list[dict]:
+    rows = []
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            row = json.loads(line)
+            rows += [row] if isinstance(row, dict) else []
+    return rows
 
 
 def sha256_file(path: Path) -> str:
@@ -129,6 +166,11 @@ def exclusive_lock(path: Path, what: str, shared: bool = False) -> Iterator[None
             raise InputError(
                 f"{what} is in use by another process (pid {holder}; lock {path}). "
                 "Wait for it to end, or choose another folder with `--run-dir`."
+            ) from error
+        except OSError as error:
+            raise InputError(
+                f"{path}: this file system has no locks ({error.strerror}), which keep two processes out of one run. "
+                "Choose a folder on another file system with `--run-dir`, or mount this one with locks (flock)."
             ) from error
         file.truncate(0)
         file.write(str(os.getpid()))

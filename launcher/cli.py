@@ -14,7 +14,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from cluster.errors import TunesmithError
+from cluster.errors import EXIT_BAD_INPUT, TunesmithError
+from cluster.files import describe_os_error
 from cluster.run.rundir import RunDir
 from launcher import run_commands
 
@@ -108,13 +109,14 @@ def plan(
     recipe: RecipePath, overrides: Overrides = None, run_dir: RunDirOption = None, on: OnOption = Place.here
 ) -> None:
     """Show what a recipe would do, and start nothing. `--on slurm` writes plan.json and a copy of the code."""
-    from launcher.plan import print_plan
+    from launcher.plan import command_line, print_plan
 
     resolved = load_recipe(recipe, overrides, run_dir)
     if on == Place.slurm:
-        run_commands.plan_on_slurm(recipe, overrides or [], resolved)
+        command = command_line(recipe, overrides or [], run_dir, "--on", "slurm")
+        run_commands.plan_on_slurm(recipe, overrides or [], resolved, command)
     else:
-        print_plan(resolved, recipe, Console())
+        print_plan(resolved, recipe, Console(), command_line(recipe, overrides or [], run_dir))
 
 
 inspect = typer.Typer(help="Look at training data.", no_args_is_help=True)
@@ -145,8 +147,10 @@ run_commands.add_to(app)
 
 
 def _one_stage(stage: str, recipe: Path, overrides: list[str] | None, run_dir: Path | None) -> None:
+    from launcher.slurm.snapshot import check_code_of_step
     from launcher.stages import run_stage
 
+    check_code_of_step()
     run_stage(stage, load_recipe(recipe, overrides, run_dir))
 
 
@@ -158,6 +162,11 @@ def main() -> None:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:
+        if (message := describe_os_error(error)) is None:
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)
 
 
 if __name__ == "__main__":

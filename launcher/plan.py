@@ -1,6 +1,7 @@
 """What a recipe would do: its stages, and the memory that training takes."""
 
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -13,16 +14,19 @@ from trainer.config.train import TrainConfig
 from trainer.memory import check_heads, choose_stage, estimate, format_bytes, read_facts, usable_bytes
 
 
-def describe_stages(recipe: Recipe, place: str = " on this machine") -> list[tuple[str, str, str]]:
-    """(stage, description, path of its result) for each stage of the recipe."""
+def describe_stages(
+    recipe: Recipe, place: str = " on this machine", num_engines: int | None = None
+) -> list[tuple[str, str, str]]:
+    """(stage, description, path of its result) for each stage. `num_engines` evaluate; None means all engines."""
     run = recipe.run
     models = "base and tuned model" if recipe.evaluate.compare_base else "tuned model"
+    engines = _count(num_engines or recipe.engine.num_replicas, "vLLM engine")
     uploaded = f", uploaded to {recipe.export.to}" if recipe.export.to else ""
     rows = [
         ("synthesize", _synthesis(recipe), str(run.synthesized)),
         ("train", _training(recipe.train, place), str(run.checkpoints)),
         ("export", f"{recipe.export.form} model as safetensors{uploaded}", str(run.export)),
-        ("evaluate", f"{models} on held-out tasks: exact match, ROUGE-L", str(run.evaluation)),
+        ("evaluate", f"{models} on held-out tasks: exact match, ROUGE-L; {engines}", str(run.evaluation)),
     ]
     return [row for row in rows if row[0] in recipe.stages]
 
@@ -70,7 +74,8 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def print_plan(recipe: Recipe, path: Path, console: Console) -> None:
+def print_plan(recipe: Recipe, path: Path, console: Console, command: str = "") -> None:
+    """`command` runs the recipe with the same overrides; empty means without overrides."""
     table = Table(title=f"{recipe.name}: {path}", title_justify="left", show_lines=True)
     for heading in ("stage", "what", "result"):
         table.add_column(heading, overflow="fold")
@@ -78,7 +83,14 @@ def print_plan(recipe: Recipe, path: Path, console: Console) -> None:
         table.add_row(*row)
     console.print(table)
     print_memory(recipe, console, lambda: usable_bytes(recipe.train, recipe.train.num_processes))
-    console.print(f"Nothing was started. To run it: tunesmith run {path}", markup=False, highlight=False)
+    command = command or command_line(path)
+    console.print(f"Nothing was started. To run it: {command}", markup=False, highlight=False, soft_wrap=True)
+
+
+def command_line(path: Path, overrides: Sequence[str] = (), run_dir: Path | None = None, *options: str) -> str:
+    """The command that runs what a plan with these arguments has shown, for a shell."""
+    place = [] if run_dir is None else ["--run-dir", str(run_dir)]
+    return shlex.join(["tunesmith", "run", str(path), *overrides, *place, *options])
 
 
 def print_memory(recipe: Recipe, console: Console, read_usable: Callable[[], int | None]) -> None:

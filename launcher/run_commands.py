@@ -154,7 +154,7 @@ def _submit_all(recipes: list["Recipe"], folder: Path, code: Path) -> None:
         typer.echo(f"{run.root}: submitted {listed}")
 
 
-def plan_on_slurm(path: Path, overrides: list[str], recipe: "Recipe") -> None:
+def plan_on_slurm(path: Path, overrides: list[str], recipe: "Recipe", command: str) -> None:
     """Show the jobs of a recipe. Writes plan.json and a copy of the code into the run folder."""
     from launcher.slurm.client import NoSlurm, Slurm
     from launcher.slurm.plan import print_slurm_plan
@@ -165,7 +165,7 @@ def plan_on_slurm(path: Path, overrides: list[str], recipe: "Recipe") -> None:
     slurm = Slurm()
     for _, member in members_of(path, overrides, recipe):
         submission = prepare(member, Path.cwd(), code)
-        print_slurm_plan(submission, path, Console())
+        print_slurm_plan(submission, path, command, Console())
         try:
             check_with_slurm(submission, slurm)
         except NoSlurm:

@@ -3,7 +3,7 @@
 import re
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import ConfigDict, Field, field_validator
 
 from cluster.config import EnvName, StrictModel
 
@@ -19,6 +19,10 @@ FIELD_OF_OPTION = {
     "exclusive": "exclusive", "exclude": "exclude", "container": "container.image",
 }  # fmt: skip
 _OPTION = re.compile(r"--([a-z][a-z0-9-]*)(=[^\x00-\x1f\x7f]*)?")
+# As in --gres=gpu:a100:2,nic:1 and --tres-per-task=gres/gpu=2. Without a number it is one GPU.
+_GPUS = re.compile(r"(?:^|[,:/])gpu(?::(?!\d+(?:[,(=]|$))[\w.-]+)?(?:[:=](\d+))?(?=[,(]|$)")
+_PER_NODE = ("gres", "tres-per-node", "tres-per-task")  # a job has one task on each node
+_CPU_OPTIONS = ("--cores", "--cpus", "--exclusive", "--hint", "--mincpus", "--sockets", "--threads")
 _TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 
 
@@ -48,10 +52,14 @@ class ContainerConfig(StrictModel):
 class JobConfig(StrictModel):
     """What one job requests. A field that is `null` is left to the section `slurm`, or to Slurm."""
 
+    model_config = ConfigDict(coerce_numbers_to_str=True)  # YAML reads an account such as 12345 as a number
+
     nodes: int | None = Field(None, ge=1, description="number of nodes")
     gpus_per_node: int | None = Field(None, ge=0, description="number of GPUs on each node")
     cpus_per_task: int | None = Field(None, ge=1, description="CPUs of the one task that runs on each node")
-    memory: str | None = Field(None, pattern=r"^[0-9]+[KMGT]?$", description="memory of each node, as in sbatch --mem")
+    memory: str | None = Field(
+        None, pattern=r"^[0-9]+[KMGT]?$", description="memory of each node, as in sbatch --mem; 0 means all"
+    )
     time: str | None = Field(None, description="time limit, as in sbatch --time: minutes, H:M:S or D-H:M:S")
     partition: str | None = Field(None, pattern=r"^[A-Za-z0-9_.,-]+$", description="as in sbatch --partition")
     account: str | None = Field(None, pattern=r"^[A-Za-z0-9_.-]+$", description="as in sbatch --account")
@@ -92,9 +100,23 @@ class JobConfig(StrictModel):
         return options
 
     @property
+    def num_gpus(self) -> int:
+        """GPUs on each node, by `gpus_per_node` or by an option of sbatch."""
+        named = [option.removeprefix("--").partition("=")[::2] for option in self.options]
+        counts = [int(count or 1) for name, value in named if name in _PER_NODE for count in _GPUS.findall(value)]
+        counts += [int(value.rpartition(":")[2]) for name, value in named if name == "gpus-per-task"]
+        return self.gpus_per_node or sum(counts)
+
+    @property
+    def num_cpus(self) -> int | None:
+        """CPUs on each node. None if the recipe leaves them to Slurm: whole nodes, or CPUs that come with GPUs."""
+        changed = any(option.startswith(_CPU_OPTIONS) for option in self.options)
+        return self.cpus_per_task or (None if self.exclusive or self.num_gpus or changed else 1)
+
+    @property
     def ranks(self) -> int:
         """Ranks of a training: one per GPU, or one per node if the job has no GPUs."""
-        return (self.nodes or 1) * (self.gpus_per_node or 1)
+        return (self.nodes or 1) * (self.num_gpus or 1)
 
 
 def refuse_option(option: str) -> None:

@@ -14,17 +14,20 @@ import psutil
 
 from cluster.errors import InputError
 from cluster.files import read_last_jsonl
-from cluster.run.fence import claims
+from cluster.run.fence import Claim, claims
 from cluster.run.rundir import RunDir
 from launcher.done import is_done
 from launcher.recipe import Recipe, read_resolved, refuse_older_layout
 from launcher.slurm.client import QueuedJob, Slurm, SlurmError
-from launcher.slurm.submitted import SubmittedJob, read_jobs
+from launcher.slurm.submitted import SubmittedJob, live_jobs, queue_of, read_jobs
 from launcher.sweep import read_index
 
-DONE, RUNNING, WAITING, STOPPED = "DONE", "RUNNING", "WAITING", "STOPPED"
-FAILED, CANCELLED, UNKNOWN, NOT_STARTED = "FAILED", "CANCELLED", "UNKNOWN", "NOT STARTED"
-LIVE = (RUNNING, WAITING)
+DONE, RUNNING, SUSPENDED, WAITING = "DONE", "RUNNING", "SUSPENDED", "WAITING"
+STOPPED, FAILED, CANCELLED, UNKNOWN = "STOPPED", "FAILED", "CANCELLED", "UNKNOWN"
+NOT_STARTED = "NOT STARTED"
+LIVE = (RUNNING, SUSPENDED, WAITING)
+# A job in one of these states has no nodes: squeue names the flags of a job that waits instead of PENDING.
+_WAITING_IN_QUEUE = ("PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT")
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class RunStatus:
 class QueueAnswer:
     """The answer of squeue about some jobs, or the error of a Slurm that did not answer."""
 
-    jobs: Mapping[str, QueuedJob]
+    jobs: Mapping[SubmittedJob, QueuedJob]
     error: str = ""
 
 
@@ -77,7 +80,7 @@ def read_statuses(folders: list[Path], slurm: Slurm) -> list[RunStatus]:
     runs = [read_run(folder) for folder in folders]
     jobs = {run: read_jobs(run) for _, run in runs}
     try:
-        answer = QueueAnswer(slurm.queue(job.job_id for submitted in jobs.values() for job in submitted))
+        answer = QueueAnswer(queue_of([job for submitted in jobs.values() for job in submitted], slurm))
     except SlurmError as error:
         answer = QueueAnswer({}, str(error))
     return [status_of_run(recipe, run, jobs[run], answer) for recipe, run in runs]
@@ -86,14 +89,15 @@ def read_statuses(folders: list[Path], slurm: Slurm) -> list[RunStatus]:
 def status_of_run(recipe: Recipe, run: RunDir, jobs: list[SubmittedJob], answer: QueueAnswer) -> RunStatus:
     stages: list[StageStatus] = []
     is_locked = not jobs and is_in_use(run)
+    attempts = claims(run.root) if jobs else []
     for stage in recipe.stages:
         own = [job for job in jobs if job.stage == stage]
         if is_done(stage, recipe, run):
-            newest = own[-1:]
-            job_id = newest[0].job_id if newest else ""
-            stages.append(StageStatus(stage, DONE, job_id, num_attempts(run, job_id), describe_result(run, stage)))
+            begun = [job for job in own if num_attempts(job, attempts)][-1:]
+            job_id, attempt = (begun[0].job_id, num_attempts(begun[0], attempts)) if begun else ("", 0)
+            stages.append(StageStatus(stage, DONE, job_id, attempt, describe_result(run, stage)))
         elif own:
-            stages.append(status_from_jobs(stage, run, own, answer))
+            stages.append(status_from_jobs(stage, run, own, attempts, answer))
         else:
             stages.append(status_without_jobs(stage, run, is_locked))
             is_locked = False  # a run on this machine is at its first stage that is not done
@@ -109,21 +113,25 @@ def status_without_jobs(stage: str, run: RunDir, is_running: bool) -> StageStatu
     return StageStatus(stage, state, "", 0, result.get("message", "") if state == FAILED else "")
 
 
-def status_from_jobs(stage: str, run: RunDir, jobs: list[SubmittedJob], answer: QueueAnswer) -> StageStatus:
-    """A stage that is not done and has jobs, oldest first."""
+def status_from_jobs(
+    stage: str, run: RunDir, jobs: list[SubmittedJob], attempts: list[Claim], answer: QueueAnswer
+) -> StageStatus:
+    """A stage that is not done and has jobs, oldest first. `attempts` are the claims of the run."""
 
     def status(state: str, job: SubmittedJob, detail: str) -> StageStatus:
-        return StageStatus(stage, state, job.job_id, num_attempts(run, job.job_id), detail)
+        return StageStatus(stage, state, job.job_id, num_attempts(job, attempts), detail)
 
-    live = [(job, answer.jobs[job.job_id]) for job in jobs if job.job_id in answer.jobs]
-    live = [(job, queued) for job, queued in live if not queued.is_over]
+    live = [(job, answer.jobs[job]) for job in jobs if job in answer.jobs and not answer.jobs[job].is_over]
     for job, queued in live:
-        if queued.state != "PENDING":
+        if queued.state not in _WAITING_IN_QUEUE:
             where = queued.nodes if len(queued.nodes) <= 40 else f"{queued.num_nodes} nodes"
-            return status(RUNNING, job, f"on {where} for {queued.elapsed}. {last_progress(run, stage)}".strip())
+            detail = f"on {where} for {queued.elapsed}. {last_progress(run, stage)}".strip()
+            if queued.state == "SUSPENDED":
+                return status(SUSPENDED, job, f"{detail}. An administrator, or a preemption, has suspended the job")
+            return status(RUNNING, job, detail)
     if live:
         job, queued = live[0]
-        again = f"after attempt {number}. " if (number := num_attempts(run, job.job_id)) else ""
+        again = f"after attempt {number}. " if (number := num_attempts(job, attempts)) else ""
         return status(WAITING, job, again + reason_of(queued))
     last, log = jobs[-1], newest_log(jobs)
     if answer.error:
@@ -131,7 +139,7 @@ def status_from_jobs(stage: str, run: RunDir, jobs: list[SubmittedJob], answer: 
     result = fresh_result(run, stage, last)
     if result.get("status") == "failed":
         return status(FAILED, last, f"{result.get('message', '')} Log: {log}".strip())
-    known = answer.jobs.get(last.job_id)
+    known = answer.jobs.get(last)
     if result.get("cancelled") or (known is not None and known.state == "CANCELLED"):
         reason = "an earlier stage did not finish. " if known and "NeverSatisfied" in known.reason else ""
         return status(CANCELLED, last, f"{reason}`tunesmith resume` continues from what is saved")
@@ -144,19 +152,24 @@ def status_from_jobs(stage: str, run: RunDir, jobs: list[SubmittedJob], answer: 
     return status(FAILED, last, f"the job ended as {known.state} and wrote no result. See its log: {log}")
 
 
-def num_attempts(run: RunDir, job_id: str) -> int:
+def num_attempts(job: SubmittedJob, attempts: list[Claim]) -> int:
     """The number of the newest attempt of a job. 0 means that the job has not begun its stage."""
-    return max((claim.restart_count + 1 for claim in claims(run.root) if job_id and claim.job_id == job_id), default=0)
+    return max((claim.restart_count + 1 for claim in job.claims_of(attempts)), default=0)
 
 
 def reason_of(queued: QueuedJob) -> str:
     """Why a job is not running yet."""
-    if queued.reason == "JobHeldUser":
-        return "held: the run is being submitted, or a user holds the job (scontrol release)"
+    after = ""
     if queued.dependency not in ("", "(null)"):
         job_ids = re.findall(r":(\d+)", queued.dependency)  # as in "afterok:101(unfulfilled)"
-        return f"for job {', '.join(job_ids)}"
-    return f"Slurm's reason: {queued.reason}"
+        after = f"for job {', '.join(job_ids)}"
+    if queued.reason == "JobHeldUser":
+        held = "held: the run is being submitted, or a user holds the job (scontrol release)"
+    elif "held" in f"{queued.state} {queued.reason}".lower() or queued.state.endswith("HOLD"):
+        held = f"held by an administrator or by Slurm ({queued.reason}): ask them to release it (scontrol release)"
+    else:
+        return after or f"Slurm's reason: {queued.reason}"
+    return f"{held}; {after}" if after else held
 
 
 def fresh_result(run: RunDir, stage: str, job: SubmittedJob) -> dict:
@@ -216,6 +229,8 @@ def is_in_use(run: RunDir) -> bool:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
+        except OSError:  # a file system without locks, on which no run starts
+            return False
     return False
 
 
@@ -238,6 +253,6 @@ def may_still_run(folder: Path, stage: str | None, slurm: Slurm) -> bool:
     """Whether jobs of the run, or of one stage, may still run. True also if Slurm does not answer."""
     _, run = read_run(folder)
     try:
-        return bool(slurm.live(job.job_id for job in read_jobs(run) if stage in (None, job.stage)))
+        return bool(live_jobs([job for job in read_jobs(run) if stage in (None, job.stage)], slurm))
     except SlurmError:
         return True

@@ -14,7 +14,23 @@
 #
 # Why the scripts say --signal=B: without B: every process would get the signal, helpers like data loaders included.
 
+# If sbatch was called inside another job (salloc, srun --pty), the environment has variables of that job. Slurm has
+# replaced those that every job has. Those by which srun asks for something are left out: without them srun gives a step
+# all memory and GPUs of its own job. Those that only some jobs have are kept if $shown has them.
+unset ${!SLURM_STEP@} ${!SLURM_MEM_PER_@} ${!SLURM_CPUS_PER_@} ${!SLURM_GPUS_PER_@} ${!SLURM_NTASKS@} ${!SLURM_TRES_@} \
+    ${!SLURM_CPU_BIND@} ${!SLURM_HET@} ${!SRUN_@} ${!PMI@} SLURM_NPROCS SLURM_GPUS SLURM_GRES SLURM_HOSTFILE \
+    SLURM_EXCLUSIVE SLURM_EXACT SLURM_OVERLAP SLURM_TIMELIMIT SLURM_EXPORT_ENV RANK LOCAL_RANK GROUP_RANK WORLD_SIZE \
+    LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT TUNESMITH_FENCING_TOKEN TUNESMITH_HOSTS TUNESMITH_CODE
+cpus_per_task=$(sed -n 's|.*CPUs/Task=\([0-9]*\).*|\1|p' <<<"$shown")
+[ "${cpus_per_task:-1}" -gt 1 ] && export SLURM_CPUS_PER_TASK=$cpus_per_task
+[[ $shown == *Restarts=0* ]] && unset SLURM_RESTART_COUNT
+grep -q 'Tres.*gpu\|TRES=.*gres/gpu' <<<"$shown" || unset SLURM_GPUS_ON_NODE
+
 project=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+if [[ $project == *:* ]]; then
+    echo "error: $project: Python splits a path at a colon. Move the project to a folder without one." >&2
+    exit 2
+fi
 for python in "${TUNESMITH_PYTHON:-}" "$SLURM_SUBMIT_DIR/.venv/bin/python" "$project/.venv/bin/python"; do
     [ -x "$python" ] && break
 done

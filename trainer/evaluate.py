@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from cluster.config import ModelConfig
 from cluster.data.conversations import user_turn
 from cluster.engines.config import EngineConfig, GenerationRequest, Sampling
+from cluster.engines.placement import fit_to_cluster
 from cluster.engines.pool import EnginePool
 from cluster.errors import InputError
 from cluster.files import append_jsonl, read_jsonl, sha256_json, write_json
@@ -111,7 +112,10 @@ async def _evaluate(
     if missing:
         with ray_session(job.run.root):
             interrupt_on_sigterm()
-            async with EnginePool.start(job.engine, source) as pool:
+            engine = fit_to_cluster(job.engine)
+            if engine.num_replicas < job.engine.num_replicas:
+                log.info(f"of {job.engine.num_replicas} engines {engine.num_replicas} run, as Ray has room for no more")
+            async with EnginePool.start(engine, source) as pool:
                 for model, prompts, key, file in missing:
                     answers = await _generate(pool, model, prompts, sampling, progress)
                     predictions = [score(row, answer) for row, answer in zip(rows, answers, strict=True)]

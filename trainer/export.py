@@ -139,7 +139,7 @@ def write_model(job: ExportJob, source: Path, tokenizer: PreTrainedTokenizerFast
     expected = logits_of(adapted, tokenizer)
     if job.config.form == "adapter":
         for file in (CONFIG_FILE, WEIGHTS_FILE, BASE_FILE):
-            shutil.copy2(source / "weights" / file, folder / file)
+            shutil.copyfile(source / "weights" / file, folder / file)
     else:
         save_merged(adapted.merge_and_unload().to(dtype), job, tokenizer, folder)
     return expected

@@ -10,7 +10,7 @@ request, because an engine with few requests generates fewer tokens and is not s
 
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from cluster.engines.config import EngineConfig, EngineReport
 
@@ -30,12 +30,12 @@ class EngineHung(EngineDeath):
 class EngineHealth:
     """What the reports of one engine say about its health."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, clock: Callable[[], float] = time.monotonic) -> None:
         self.last_report = EngineReport()
         self.tokens_per_second = 0.0
         self.speed: float | None = None  # tokens per second and running request in the last window; None: not known yet
-        self._config = config
-        self._last_progress = time.monotonic()
+        self._config, self._clock = config, clock
+        self._last_progress = clock()
         self._start_window(self._last_progress, 0)
 
     def end_idleness(self) -> None:
@@ -43,7 +43,7 @@ class EngineHealth:
 
         The window goes on, because an engine that is refilled as soon as it is empty was not idle.
         """
-        self._last_progress = time.monotonic()
+        self._last_progress = self._clock()
 
     def observe(self, report: EngineReport, has_answers: bool, num_held: int) -> bool:
         """Take in a report. Returns whether it ends a window. Raises EngineHung if there was no progress for too long.
@@ -51,7 +51,7 @@ class EngineHealth:
         `num_held` is the number of requests that the engine had until it reported. The report itself counts those that
         are left when some have just ended, so it says less about the size of the batch.
         """
-        now = time.monotonic()
+        now = self._clock()
         is_idle = num_held == 0
         if has_answers or is_idle or report.num_tokens > self.last_report.num_tokens:
             self._last_progress = now

@@ -27,6 +27,7 @@ from cluster.engines.config import EngineConfig
 from cluster.errors import InputError
 
 POLL_SECONDS = 0.5
+ROUNDING = 1e-6  # error of a quotient of fractions of a CPU
 
 
 async def wait_for_cluster(config: EngineConfig) -> int:
@@ -62,6 +63,20 @@ def require_resources(config: EngineConfig) -> int:
                 f"{resource}s, but this Ray has {available.get(resource, 0):g}. Lower engine.{name} or {key}."
             )
     return num_gpus
+
+
+def fit_to_cluster(config: EngineConfig) -> EngineConfig:
+    """The engines that this Ray has room for: fewer than the recipe's if need be, and at least one."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    num_gpus = config.gpus_per_engine if any(node.get("GPU") for node in nodes) else 0
+    if num_gpus > 1:  # such an engine may span nodes
+        room = int(sum(node.get("GPU", 0) for node in nodes) // num_gpus)
+    else:
+        needs = {"CPU": config.cpus_per_engine} | ({"GPU": num_gpus} if num_gpus else {})
+        room = sum(min(int(node.get(name, 0) / each + ROUNDING) for name, each in needs.items()) for node in nodes)
+    num_replicas = min(config.num_replicas, max(1, room))
+    min_replicas = None if config.min_replicas is None else min(config.min_replicas, num_replicas)
+    return config.model_copy(update={"num_replicas": num_replicas, "min_replicas": min_replicas})
 
 
 @contextmanager

@@ -35,6 +35,7 @@ from cluster.engines.placement import (
 from cluster.engines.pool_stats import EngineStats, PoolStats
 from cluster.errors import InputError, TunesmithError
 from cluster.model_source import locate_model
+from cluster.processes.awake import AwakeClock, within
 
 MIN_POLL_SECONDS = 0.02
 MAX_POLL_SECONDS = 1.0
@@ -61,7 +62,8 @@ class EnginePool:
         self._adapters = adapters
         self._dispatcher = Dispatcher(config, self.stats)
         self._num_starting = 0  # engines that have their resources and are not up yet
-        self._last_alive = 0.0  # monotonic seconds: when an engine was last up or starting
+        self._clock = AwakeClock()
+        self._last_alive = 0.0  # by this clock: when an engine was last up or starting
         self._started = asyncio.Event()
         self._failure: TunesmithError | None = None
 
@@ -79,7 +81,7 @@ class EnginePool:
         pool = cls(config, model, adapters)
         check_adapters(config, adapters)
         num_gpus = await wait_for_cluster(config)
-        pool._last_alive = time.monotonic()
+        pool._last_alive = pool._clock()
         engines = [asyncio.create_task(pool._run_engine(num_gpus, stats)) for stats in pool.stats.engines]
         watch = asyncio.create_task(pool._watch(engines))
         try:
@@ -122,7 +124,7 @@ class EnginePool:
                     return death
                 with running_actor(self._config, self._model, num_gpus, self._adapters, group) as actor:
                     limit = self._config.max_in_flight
-                    engine = Engine(actor, EngineHealth(self._config), stats, limit, limit)
+                    engine = Engine(actor, EngineHealth(self._config, self._clock), stats, limit, limit)
                     try:
                         await self._wait_until_up(engine)
                         await self._collect(engine)
@@ -144,7 +146,7 @@ class EnginePool:
         """
         wait_seconds = MIN_POLL_SECONDS
         while not is_reserved(group):
-            now = time.monotonic()
+            now = self._clock()
             if self._dispatcher.engines or self._num_starting:
                 self._last_alive = now
             elif now - self._last_alive > self._config.start_timeout_seconds:
@@ -159,13 +161,13 @@ class EnginePool:
         timeout = self._config.start_timeout_seconds
         self._num_starting += 1
         try:
-            async with asyncio.timeout(timeout):
-                engine.node_id, engine.stats.node = await _result_of(engine.actor.node.remote())
+            found = await within(timeout, _result_of(engine.actor.node.remote()), self._clock)
         except TimeoutError:
             raise EngineDeath(f"it was not up after engine.start_timeout_seconds={timeout:g}") from None
         finally:
             self._num_starting -= 1
-            self._last_alive = time.monotonic()
+            self._last_alive = self._clock()
+        engine.node_id, engine.stats.node = found
         engine.stats.is_up = True
         self._dispatcher.engines.append(engine)
         self._started.set()
@@ -177,8 +179,8 @@ class EnginePool:
         wait_seconds = min(MAX_COLLECT_SECONDS, timeout / 2, self._config.slow_window_seconds / 2)
         while True:
             try:
-                async with asyncio.timeout(timeout):  # wait_for would lose a cancellation that comes with an answer
-                    finished, report = await _result_of(engine.actor.collect.remote(wait_seconds))
+                answer = _result_of(engine.actor.collect.remote(wait_seconds))
+                finished, report = await within(timeout, answer, self._clock)
             except TimeoutError:
                 raise EngineHung(f"it did not answer for engine.stall_timeout_seconds={timeout:g}") from None
             num_held = len(engine.in_flight)

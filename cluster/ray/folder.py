@@ -120,4 +120,4 @@ def keep_logs(folder: Path, destination: Path) -> None:
         for log in folder.glob(pattern):
             if log.is_file() and log.stat().st_size:
                 destination.mkdir(parents=True, exist_ok=True)
-                shutil.copy(log, destination)
+                shutil.copyfile(log, destination / log.name)

@@ -13,6 +13,7 @@ Microseconds pass between a check and its commit, unless the process is stopped 
 carry the token in their names (checkpoints being written), or belong to one attempt (segments of the request log).
 """
 
+import errno
 import json
 import os
 import re
@@ -86,8 +87,12 @@ def newest(run_root: Path) -> int:
     folder = RunDir(run_root).claims
     try:
         # A change of the folder goes to the file server. The reply makes an NFS client drop its list of names, which it
-        # may otherwise keep for a minute.
-        os.utime(folder)
+        # may otherwise keep for a minute. Who may only read the run does without.
+        try:
+            os.utime(folder)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
         names = os.listdir(folder)
     except FileNotFoundError:
         return 0

@@ -5,6 +5,7 @@ It is written last, so a folder without a valid manifest is unfinished. Datasets
 
 import json
 import os
+import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,8 +23,18 @@ def sha256_files(files: Iterable[Path]) -> list[str]:
         return list(pool.map(sha256_file, files))
 
 
+def share_as_umask_says(files: Iterable[Path]) -> None:
+    """Give files the rights of new files: safetensors makes files that only their owner may read."""
+    [umask] = re.findall(r"^Umask:\s*([0-7]+)", Path("/proc/self/status").read_text(), re.MULTILINE)
+    for file in files:
+        mode = file.stat().st_mode
+        if (wanted := mode | (0o666 & ~int(umask, 8))) != mode:
+            file.chmod(wanted)
+
+
 def write_manifest(folder: Path, files: list[str], **fields: object) -> dict:
     """Seal `folder`: write bytes and SHA-256 of `files` (names relative to it) and `fields`, atomically."""
+    share_as_umask_says(folder / name for name in files)
     hashes = sha256_files(folder / name for name in files)
     entries = [
         {"name": name, "bytes": (folder / name).stat().st_size, "sha256": sha256}

@@ -1,15 +1,20 @@
 """What a Slurm job has on each of its nodes, and the step that takes all of it on one node.
 
-for allocation in read_allocation(os.environ["SLURM_JOB_ID"], Slurm()):
+for allocation in await_allocation(os.environ["SLURM_JOB_ID"], Slurm(), is_stopped):
     subprocess.Popen([*node_step(allocation), "hostname"], env=step_environment(os.environ))
 """
 
 import re
-from collections.abc import Mapping
+import sys
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from cluster.errors import InputError
-from launcher.slurm.client import Slurm
+from cluster.errors import InputError, Preempted, TunesmithError
+from launcher.slurm.client import Slurm, SlurmNoAnswer, SlurmRefused
+
+RETRY_SECONDS = 5.0
+REFUSED_SECONDS = 60.0
 
 # As `scontrol --details show job` has it: "Nodes=n[1-2] CPU_IDs=0-3,8 Mem=4000 GRES=gpu:a100:2(IDX:0-1)".
 _NODES = re.compile(r"^ *Nodes=(\S+) CPU_IDs=(\S+) Mem=(\d+) GRES=(\S*)", re.MULTILINE)
@@ -30,12 +35,31 @@ class NodeAllocation:
     memory_mib: int  # 0 where Slurm does not count memory
 
 
+def await_allocation(job_id: str, slurm: Slurm, is_stopped: Callable[[], bool]) -> list[NodeAllocation]:
+    """`read_allocation` as soon as Slurm answers. The job runs, so Slurm knows it: a refusal is a moment's confusion.
+
+    Raises Preempted if the job is asked to stop meanwhile, and TunesmithError after REFUSED_SECONDS of refusals.
+    """
+    deadline = time.monotonic() + REFUSED_SECONDS
+    while True:
+        try:
+            return read_allocation(job_id, slurm)
+        except SlurmNoAnswer as error:
+            print(f"error: {error} The job asks again.", file=sys.stderr, flush=True)
+        except SlurmRefused as error:
+            if time.monotonic() > deadline:
+                raise TunesmithError(f"Slurm does not show what job {job_id} has: {error}") from error
+        if is_stopped():
+            raise Preempted("the job was asked to stop before Slurm showed what it has. Nothing had begun.")
+        time.sleep(RETRY_SECONDS)
+
+
 def read_allocation(job_id: str, slurm: Slurm) -> list[NodeAllocation]:
     """The nodes of a job, the first one first. Raises SlurmError if Slurm does not answer.
 
     Raises InputError if the answer does not say what the job has on each node.
     """
-    details, allocations = slurm.show_job(job_id), {}
+    details, allocations = slurm.show_job(job_id, "--details"), {}
     for hosts, cpu_ids, memory, gres in _NODES.findall(details):
         num_gpus = sum(map(int, _GPUS.findall(gres)))
         for host in slurm.host_names(hosts):

@@ -30,7 +30,8 @@ from launcher.job import node_health
 from launcher.job.hang import WATCHED, HangWatch
 from launcher.job.preflight import OnAllNodes, check_nodes
 from launcher.recipe import Recipe, load
-from launcher.slurm.submitted import SubmittedJob, read_jobs
+from launcher.slurm.snapshot import PROJECT, code_hash
+from launcher.slurm.submitted import SubmittedJob, own_job, read_jobs
 
 FENCE_CHECK_SECONDS = 5.0
 
@@ -51,6 +52,8 @@ class Attempt:
 
         `run_stage` runs the stage and returns its exit code.
         """
+        if (code := self.job.code) is not None and code.name != code_hash():
+            return self._give_up_with_other_code(code)
         if missing := [parent for parent in self.parents if not is_done(parent.stage, self.recipe, self.run)]:
             return self._give_up_without_input(missing[0])
         node_health.catch_up(self.run)
@@ -94,7 +97,10 @@ class Attempt:
 
     def _is_without_progress(self) -> bool:
         """True if as many attempts in a row as the recipe allows have brought the stage no further."""
-        starts = [claim.progress for claim in fence.claims(self.run.root) if claim.job_id == self.job.job_id]
+        claims = fence.claims(self.run.root)
+        superseded = {before.token for before, after in pairwise(claims) if after.job_id != before.job_id}
+        own = self.job.claims_of(claims)  # those that another job ended say nothing about the stage
+        starts = [claim.progress for claim in own if claim.token not in superseded]
         count = 0
         for before, after in reversed(list(pairwise([*starts, progress_of(self.stage, self.run)]))):
             if after > before:
@@ -142,6 +148,13 @@ class Attempt:
             f"{parent.log}. Fix the cause and submit the run again.",
         )  # fmt: skip
 
+    def _give_up_with_other_code(self, submitted: Path) -> int:
+        return self._give_up(
+            EXIT_BAD_INPUT, "other code",
+            f"{self.stage} was submitted with the code in {submitted}, and the job runs that in {PROJECT}, or the "
+            "copy was changed. Look for settings of PYTHONPATH on the nodes and submit the run again.",
+        )  # fmt: skip
+
     def _give_up_without_progress(self, message: str) -> int:
         limit = self.slurm_config.max_attempts_without_progress
         return self._give_up(
@@ -172,8 +185,7 @@ def open_attempt(stage: str, recipe_argv: list[str], hosts: tuple[str, ...]) -> 
     """This attempt of this job. None if the jobs.jsonl of its run does not list the job."""
     recipe = load(Path(recipe_argv[0]), recipe_argv[1:])
     run = RunDir(recipe.run_dir.resolve())
-    jobs = {job.job_id: job for job in read_jobs(run)}
-    own = jobs.get(os.environ["SLURM_JOB_ID"])
+    own = own_job(run)
     if own is None:
         return None
     if own.stage != stage:
@@ -181,5 +193,6 @@ def open_attempt(stage: str, recipe_argv: list[str], hosts: tuple[str, ...]) -> 
             f"{run.jobs}: job {own.job_id} is {own.stage}, and this is {stage}. Submit the run again with `tunesmith "
             f"resume {run.root}`."
         )
+    jobs = {job.job_id: job for job in read_jobs(run)}
     parents = [jobs[job_id] for job_id in own.parent_job_ids if job_id in jobs]
     return Attempt(run, recipe, own, parents, hosts)

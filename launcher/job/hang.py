@@ -1,13 +1,15 @@
 """Watches from outside whether a stage makes progress: a rank that is stopped, or blocked in the kernel, cannot.
 
 The stage appends to `metrics.jsonl`: training for every step, synthesis once in a while. The stage makes progress if
-the file grows, by the clock of this machine. A file that has not grown yet has a time limit as well.
+the file grows, by the clock of this machine. A file that has not grown yet has a time limit as well. Time in which the
+watch itself stood still, because Slurm suspended the job, does not count.
 """
 
 import time
 from collections.abc import Callable
 
 from cluster.errors import TunesmithError
+from cluster.processes.awake import AwakeClock
 from cluster.run.rundir import RunDir
 from launcher.slurm_config import SlurmConfig
 
@@ -32,9 +34,9 @@ class HangWatch:
     def __init__(
         self, run: RunDir, stage: str, slurm_config: SlurmConfig, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._run, self._stage, self._slurm_config, self._clock = run, stage, slurm_config, clock
+        self._run, self._stage, self._slurm_config, self._clock = run, stage, slurm_config, AwakeClock(clock)
         self._size = self._file_size()
-        self._since = clock()
+        self._since = self._clock()
         self._longest_gap: float | None = None  # between two growths; None before the first one
 
     def check(self) -> None:

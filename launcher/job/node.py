@@ -26,6 +26,7 @@ from cluster.processes.signals import StopRequest, ignore_stop_signals
 from cluster.run.fence import Fence, Superseded, run_lock
 from cluster.run.rundir import RunDir
 from launcher.slurm.client import Slurm
+from launcher.slurm.snapshot import check_code_of_step
 from launcher.torchrun import run_torchrun
 from trainer.checkpoint.state import is_trained
 
@@ -126,6 +127,7 @@ def train(environ: Mapping[str, str], procs_per_node: int | None, recipe_path: P
     """Run the training stage of a recipe as this node's part of the job. The head holds the run folder's lock."""
     from launcher.recipe import load
 
+    check_code_of_step()
     recipe = load(recipe_path, overrides)
     run = RunDir(recipe.run_dir.resolve()).create()
     topology = read_topology(environ, procs_per_node, Slurm().host_names)

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from cluster.errors import EXIT_RETRY
-from cluster.files import append_jsonl, read_jsonl
+from cluster.files import append_jsonl, read_records
 from cluster.run import fence
 from cluster.run.rundir import RunDir
 from launcher.slurm.client import Slurm, SlurmError
@@ -92,4 +92,4 @@ def leave_enough(failed: list[str], usable: set[str], num_nodes: int) -> list[st
 
 
 def _rows(run: RunDir) -> list[dict]:
-    return read_jsonl(run.nodes) if run.nodes.is_file() else []
+    return read_records(run.nodes) if run.nodes.is_file() else []

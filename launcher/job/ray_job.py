@@ -27,6 +27,7 @@ from cluster.files import write_json
 from cluster.log import stage_logger
 from cluster.nodes.rendezvous import is_listening, read_json
 from cluster.nodes.topology import restart_count
+from cluster.processes.awake import AwakeClock
 from cluster.processes.descendants import die_with_parent
 from cluster.processes.signals import StopRequest
 from cluster.ray.cluster import ADDRESS_FILE
@@ -34,7 +35,7 @@ from cluster.ray.folder import new_token, private_folder, ray_environment
 from cluster.run.fence import Superseded, run_lock, verify
 from cluster.run.manifest import is_sealed
 from cluster.run.rundir import RunDir
-from launcher.job.allocation import NodeAllocation, node_step, read_allocation, step_environment
+from launcher.job.allocation import NodeAllocation, await_allocation, node_step, step_environment
 from launcher.job.ray_node import DONE, KEEP_LOGS
 from launcher.recipe import Recipe, load
 from launcher.slurm.client import Slurm
@@ -42,6 +43,7 @@ from launcher.slurm.container import python_module, step_options
 
 log = stage_logger("ray")
 POLL_SECONDS = 0.1
+REPORT_SECONDS = 2.0  # between two looks for the exit report of a node
 UP_SECONDS = 300  # from the first step to the last node that is alive; NFS may show a file a minute late
 SAVE_SECONDS = 300  # for a driver that was asked to stop; Slurm may allow less
 SAVE_WITHOUT_HEAD_SECONDS = 15  # the driver's calls to Ray hang, but every finished request is on disk already
@@ -56,10 +58,21 @@ class NodeStep:
     allocation: NodeAllocation
     srun: subprocess.Popen
     rendezvous_dir: Path
+    _next_look: float = 0.0
 
     @property
     def has_ended(self) -> bool:
-        return self.srun.poll() is not None
+        """Whether srun has ended, or the node has written its exit report: srun may not hear of the end of its step."""
+        if self.srun.poll() is not None:
+            return True
+        if time.monotonic() < self._next_look:  # the folder is on a shared file system
+            return False
+        self._next_look = time.monotonic() + REPORT_SECONDS
+        return self._exit_report is not None
+
+    @property
+    def _exit_report(self) -> dict | None:
+        return read_json(self.rendezvous_dir / f"node-{self.rank}.exit.json")
 
     def read_address(self) -> dict | None:
         """What the node has written about itself: see ray_node.run. None means that it has not yet."""
@@ -67,7 +80,7 @@ class NodeStep:
 
     def failure_reason(self) -> str:
         """Why the node ended: from its exit report if it could write one."""
-        report = read_json(self.rendezvous_dir / f"node-{self.rank}.exit.json")
+        report = self._exit_report
         reason = report["reason"] if report and report["reason"] else f"its step ended (srun: {self.srun.poll()})"
         return f"node {self.allocation.host}: {reason}"
 
@@ -95,6 +108,7 @@ class RayJob:
     token: str = field(default_factory=new_token)
     _others: list[subprocess.Popen] = field(default_factory=list)  # processes on this node
     _driver: subprocess.Popen | None = None  # one of them, from `run` on
+    _clock: AwakeClock = field(default_factory=AwakeClock)
 
     def run(self, command: list[str]) -> int:
         """Bring Ray up, run `command` on it, and take Ray down. Returns the exit code."""
@@ -116,7 +130,7 @@ class RayJob:
 
     def _bring_up(self, environment: dict[str, str]) -> str:
         """Start Ray on all nodes and return the head's HOST:PORT. Raises TunesmithError naming a node that fails."""
-        deadline = time.monotonic() + UP_SECONDS
+        deadline = self._clock() + UP_SECONDS
         self._start_step(0, None)
         while (node := self.steps[0].read_address()) is None:
             self._wait(deadline)
@@ -143,7 +157,7 @@ class RayJob:
             raise TunesmithError(
                 f"several nodes have one address ({listed}). Set GLOO_SOCKET_IFNAME to their interface."
             )
-        seconds = str(max(1, round(deadline - time.monotonic())))
+        seconds = str(max(1, round(deadline - self._clock())))
         command = python_module("launcher.job.ray_ready", head, seconds, *addresses)
         check = self._start(command, environment, stdout=subprocess.PIPE)
         while check.poll() is None:
@@ -179,7 +193,7 @@ class RayJob:
                 raise TunesmithError(step.failure_reason())
         if self.stop.is_set:
             raise Preempted("the job was asked to stop before Ray was up. Nothing had begun.")
-        if time.monotonic() > deadline:
+        if self._clock() > deadline:
             late = [step.allocation.host for step in self.steps if step.read_address() is None] or self._hosts()
             raise TunesmithError(
                 f"Ray is not up after {UP_SECONDS} s. Missing: {', '.join(late)}. Their errors may be above. "
@@ -196,13 +210,13 @@ class RayJob:
                 check()  # an error that it raises ends the job
             if self._should_stop() and save_until is None:
                 driver.send_signal(signal.SIGUSR2 if step_options() else signal.SIGTERM)  # TERM would end srun's step
-                save_until = time.monotonic() + SAVE_SECONDS
+                save_until = self._clock() + SAVE_SECONDS
             if head.has_ended:
                 if save_until is None:
                     driver.kill()
                     raise TunesmithError(f"Ray's head has ended, so the job cannot continue. {head.failure_reason()}")
-                save_until = min(save_until, time.monotonic() + SAVE_WITHOUT_HEAD_SECONDS)
-            if save_until is not None and time.monotonic() > save_until:
+                save_until = min(save_until, self._clock() + SAVE_WITHOUT_HEAD_SECONDS)
+            if save_until is not None and self._clock() > save_until:
                 driver.kill()
             for step in [step for step in workers if step.has_ended]:
                 workers.remove(step)
@@ -241,7 +255,7 @@ class RayJob:
         deadline = time.monotonic() + END_SECONDS
         for end in (None, signal.SIGTERM, signal.SIGKILL):
             for step in self.steps:
-                if end is not None and not step.has_ended:
+                if end is not None and step.srun.poll() is None:
                     step.srun.send_signal(end)
             for step in self.steps:
                 with contextlib.suppress(subprocess.TimeoutExpired):
@@ -263,7 +277,7 @@ def run(stage: str, arguments: list[str], stop: StopRequest, checks: Sequence[Ca
     # A new folder has no file of an earlier try.
     rendezvous_dir = run.attempt_dir(job, restart_count()) / f"ray-{secrets.token_hex(4)}"
     rendezvous_dir.mkdir(parents=True)
-    allocations = read_allocation(job, Slurm())
+    allocations = await_allocation(job, Slurm(), lambda: stop.is_set)
     log_idle_nodes(recipe, allocations)
     write_result_file(run, stage, None)
     code, message = EXIT_FAILED, f"the supervisor of the job failed; the log of job {job} has its error."

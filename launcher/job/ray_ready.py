@@ -13,6 +13,7 @@ from ray._raylet import GcsClient  # takes a second, which passes while Ray star
 from ray.core.generated.gcs_pb2 import GcsNodeInfo
 
 from cluster.nodes.rendezvous import is_listening
+from cluster.processes.awake import AwakeClock
 
 POLL_SECONDS = 0.1
 REPLY_SECONDS = 10.0
@@ -26,10 +27,10 @@ def alive_addresses(head: str) -> set[str]:
 
 def await_nodes(head: str, expected: set[str], timeout_seconds: float) -> str:
     """Return an empty string when the nodes are alive, or an error message at the deadline."""
-    deadline = time.monotonic() + timeout_seconds
+    clock = AwakeClock()
     host, port = head.rsplit(":", 1)
     alive: set[str] = set()
-    while time.monotonic() < deadline:
+    while clock() < timeout_seconds:
         if is_listening(host, int(port)):
             alive = alive_addresses(head)
         if alive == expected:

@@ -24,7 +24,7 @@ from cluster.run.rundir import RunDir
 from launcher.job import node_health
 from launcher.recipe import load
 from launcher.slurm.client import Slurm, SlurmError, SlurmNoAnswer
-from launcher.slurm.submitted import SubmittedJob, read_jobs
+from launcher.slurm.submitted import SubmittedJob, own_job
 
 RETRY_SECONDS = 5.0
 START_DELAY_SECONDS = 15  # longer than the nodes need to end the attempt
@@ -36,13 +36,13 @@ def requeue(run: RunDir, job: SubmittedJob, slurm: Slurm) -> None:
     Asks again until Slurm answers: nothing else brings the stage to its end. Raises SlurmError if Slurm refuses.
     """
     while True:
+        verify_own_claim(run, job)
         try:
             if not requeue_unless_ended(slurm, job.job_id):
                 return record_cancelled(run, job)
             break
         except SlurmNoAnswer as error:
             print(f"requeue: {error}", file=sys.stderr, flush=True)
-            verify_own_claim(run, job)
             time.sleep(RETRY_SECONDS)
         except SlurmError as error:
             event(run, job, "not requeued", reason=str(error))
@@ -73,14 +73,10 @@ def requeue_unless_ended(slurm: Slurm, job_id: str) -> bool:
 
 
 def verify_own_claim(run: RunDir, job: SubmittedJob) -> None:
-    """Raise Superseded if another attempt owns the run: this node may be cut off from the network."""
-    own = [
-        claim.token
-        for claim in fence.claims(run.root)
-        if (claim.job_id, claim.restart_count) == (job.job_id, restart_count())
-    ]
+    """Raise Superseded if another attempt owns the run: this node may be cut off, or the run has other jobs."""
+    own = [claim for claim in job.claims_of(fence.claims(run.root)) if claim.restart_count == restart_count()]
     if own:
-        fence.Fence(run.root, own[-1]).check()
+        fence.Fence(run.root, own[-1].token).check()
 
 
 def record_cancelled(run: RunDir, job: SubmittedJob) -> None:
@@ -100,8 +96,7 @@ def main(argv: list[str]) -> int:
     try:
         run = RunDir(load(Path(recipe_path), overrides).run_dir.resolve())
         job_id, slurm = os.environ["SLURM_JOB_ID"], Slurm()
-        job = next((job for job in read_jobs(run) if job.job_id == job_id), None)
-        if job is not None:
+        if (job := own_job(run)) is not None:
             requeue(run, job, slurm)
         elif not requeue_unless_ended(slurm, job_id):  # submitted by hand with --requeue
             print(f"{stage}: Slurm has ended job {job_id}, which is not requeued.", flush=True)

@@ -15,16 +15,17 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 
-from cluster.errors import EXIT_BAD_INPUT, EXIT_RETRY, TunesmithError
+from cluster.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_RETRY, TunesmithError
 from cluster.nodes.topology import export_hosts
+from cluster.processes.awake import AwakeClock
 from cluster.processes.signals import StopRequest
 from cluster.run.fence import Superseded
 from launcher.slurm.client import Slurm
 from launcher.slurm.container import job_container, python_module, step_options
+from launcher.slurm.snapshot import CODE_VARIABLE, RUNNING_CODE
 
 POLL_SECONDS = 0.2
 EXIT_OVERDUE = 124  # as timeout(1) has it
@@ -48,7 +49,7 @@ class Steps:
         if self.stop.is_set:
             return EXIT_RETRY
         step = subprocess.Popen(argv)
-        deadline = time.monotonic() + limit_seconds
+        clock = AwakeClock()
         while True:
             try:
                 code = step.wait(POLL_SECONDS)
@@ -62,7 +63,7 @@ class Steps:
                 if self.stop.pending:
                     self.stop.pending.clear()
                     step.send_signal(signal.SIGUSR2)
-            if time.monotonic() > deadline:
+            if clock() > limit_seconds:
                 end_step(step, 0)
                 return EXIT_OVERDUE
             try:
@@ -77,7 +78,7 @@ class Steps:
 
     def run_on_all_nodes(self, argv: list[str], limit_seconds: float) -> int:
         """A step of one task on every node, which cannot save."""
-        return self.run([*srun(), "--ntasks-per-node=1", *argv], limit_seconds, can_save=False)
+        return self.run([*srun(), *argv], limit_seconds, can_save=False)
 
 
 def end_step(step: subprocess.Popen, grace_seconds: float) -> None:
@@ -94,14 +95,17 @@ def end_step(step: subprocess.Popen, grace_seconds: float) -> None:
         step.wait()
 
 
-def srun() -> list[str]:
-    """The beginning of an srun command, with what srun does not take over from sbatch, or should not.
+def srun(num_nodes: int | None = None) -> list[str]:
+    """The beginning of an srun command for one task on each of `num_nodes` nodes. None means all nodes of the job.
 
-    Since 22.05 srun does not take over the number of CPUs per task. It does take over --export, and would give the
-    step only the listed variables, without PYTHONPATH, which the job's script has set.
+    It names what srun does not take over from sbatch, or should not. Since 22.05 srun does not take over the number of
+    CPUs per task. It does take over --export, and would give the step only the listed variables, without PYTHONPATH,
+    which the job's script has set.
     """
+    num_nodes = num_nodes or int(os.environ["SLURM_JOB_NUM_NODES"])
     cpus = os.environ.get("SLURM_CPUS_PER_TASK")
-    options = [f"--cpus-per-task={cpus}"] if cpus else []
+    options = [f"--nodes={num_nodes}", f"--ntasks={num_nodes}", "--ntasks-per-node=1"]
+    options += [f"--cpus-per-task={cpus}"] if cpus else []
     return ["srun", "--export=ALL", *options, *step_options()]
 
 
@@ -110,13 +114,13 @@ def train(steps: Steps, recipe: list[str]) -> int:
 
     If one fails, srun ends the others (--kill-on-bad-exit). A minute after the first has finished it ends the rest.
     """
-    options = ["--ntasks-per-node=1", "--kill-on-bad-exit=1", "--wait=60"]
+    options = ["--kill-on-bad-exit=1", "--wait=60"]
     return steps.run([*srun(), *options, *python_module("launcher.job.node", "train", *recipe)])
 
 
 def export(steps: Steps, recipe: list[str]) -> int:
     """A step of one node."""
-    return steps.run([*srun(), "--nodes=1", "--ntasks=1", *python_module("launcher.cli", "export", *recipe)])
+    return steps.run([*srun(1), *python_module("launcher.cli", "export", *recipe)])
 
 
 def run_with_ray(stage: str, steps: Steps, recipe: list[str]) -> int:
@@ -146,14 +150,15 @@ def main(argv: list[str]) -> int:
         hosts = tuple(Slurm().host_names(os.environ["SLURM_JOB_NODELIST"]))
         if job_container() is not None:
             export_hosts(os.environ, hosts)
+        os.environ[CODE_VARIABLE] = str(RUNNING_CODE)
         attempt = open_attempt(stage, recipe, hosts)
         if attempt is None:
             return STAGES[stage](steps, recipe)
         steps.checks += attempt.checks()
         return attempt.execute(lambda: STAGES[stage](steps, recipe), steps.run_on_all_nodes)
-    except TunesmithError as error:
+    except (TunesmithError, OSError) as error:  # an OSError is of the run folder
         print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        return getattr(error, "exit_code", EXIT_FAILED)
 
 
 if __name__ == "__main__":

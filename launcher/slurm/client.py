@@ -11,6 +11,7 @@ nothing is known, and a `SlurmRefused` if Slurm said no. Imports nothing heavy: 
 import os
 import re
 import subprocess
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -18,16 +19,23 @@ from cluster.errors import InputError, TunesmithError
 
 # What a job around this process, or the user's own settings, would add to a command. `clean_environment` leaves it out.
 _LEFT_OUT = re.compile(
-    r"(SLURM|SBATCH|SALLOC|SRUN|SQUEUE|SINFO|SCANCEL|SCONTROL|PMIX?|TUNESMITH)_.*"
+    r"(_?SLURM|SBATCH|SALLOC|SRUN|SQUEUE|SINFO|SACCT|SCANCEL|SCONTROL|PMIX?|TUNESMITH)_.*"
     r"|MASTER_(ADDR|PORT)|(LOCAL_|GROUP_)?RANK|(LOCAL_)?WORLD_SIZE"
 )
 _KEPT = frozenset({"SLURM_CONF", "SLURM_JWT"})  # which cluster, and who asks
-_NO_ANSWER = re.compile(r"unable to contact|connection refused|timed out|communication|connect failure", re.I)
+_NO_ANSWER = re.compile(
+    r"unable to contact|connection refused|timed out|communication|connect(ion)? failure|zero bytes|standby mode"
+    r"|transport endpoint|temporarily unable|temporarily unavailable|authentication error",
+    re.I,
+)
 _NO_CLUSTER = "Could not establish a configuration source"
 _UNKNOWN_JOB = "Invalid job id specified"
-_QUEUE_FIELDS = "%i|%T|%M|%D|%N|%E|%r"
+_QUEUE_FIELDS = "%i|%T|%M|%D|%N|%E|%r|%V|%j"
+_JOB_ID = re.compile(r"^([0-9]+)(?:;\S*)?$", re.MULTILINE)  # with the cluster's name where there are several
 COMMAND_SECONDS = 60
+FIND_SECONDS, POLL_SECONDS = 10.0, 1.0  # until a job is in the queue whose sbatch got no answer
 JOBS_PER_CALL = 500  # a command line has a limit
+CONFIRMED_JOBS = 8  # the newest ones: two chains of four jobs
 USABLE_NODES = "idle,allocated,mixed,completing"
 
 
@@ -58,6 +66,8 @@ class QueuedJob:
     nodes: str  # compressed, as in n[1-4]
     dependency: str
     reason: str
+    submit_time: str  # local time, as in 2026-11-28T12:30:00
+    name: str
 
     @property
     def is_over(self) -> bool:
@@ -120,13 +130,23 @@ class Slurm:
             raise SlurmRefused(f"{argv[0]}: {message}")
         return done.stdout
 
-    def submit(self, argv: Sequence[str]) -> str:
-        """Run an sbatch command and return the job's id."""
-        output = self.call(argv).strip()
-        job_id = output.split(";")[0]
-        if not re.fullmatch(r"[0-9]+", job_id):
-            raise SlurmRefused(f"sbatch answered {output!r}, which is not a job id.")
-        return job_id
+    def submit(self, argv: Sequence[str], name: str) -> str:
+        """Run the sbatch command of a job whose `name` no other job has, and return the job's id.
+
+        sbatch may print more than the id, or get no answer although Slurm took the job. Then the name finds the job.
+        """
+        try:
+            ids, error = _JOB_ID.findall(output := self.call(argv)), None
+        except SlurmNoAnswer as no_answer:
+            ids, output, error = [], "", no_answer
+        deadline = time.monotonic() + FIND_SECONDS
+        while len(ids) != 1 and time.monotonic() < deadline:
+            if ids := [job.job_id for job in self.find([name])]:
+                break
+            time.sleep(POLL_SECONDS)
+        if len(ids) != 1:
+            raise error or SlurmRefused(f"sbatch printed {output!r}, and Slurm has {len(ids)} jobs named {name}.")
+        return ids[0]
 
     def test(self, argv: Sequence[str]) -> None:
         """Ask whether a job like this could ever run. Raises SlurmRefused with Slurm's reason if not."""
@@ -135,28 +155,47 @@ class Slurm:
         self.call([argv[0], "--test-only", *options])
 
     def queue(self, job_ids: Iterable[str]) -> dict[str, QueuedJob]:
-        """What Slurm knows of these jobs, by id. A job that it has forgotten is missing."""
+        """What Slurm knows of the jobs with these ids. A job that it has forgotten is missing."""
         wanted = list(dict.fromkeys(job_ids))
         found: dict[str, QueuedJob] = {}
         for start in range(0, len(wanted), JOBS_PER_CALL):
-            ids = ",".join(wanted[start : start + JOBS_PER_CALL])
-            command = ["squeue", "--noheader", "--states=all", f"--jobs={ids}", f"--format={_QUEUE_FIELDS}"]
+            ids = wanted[start : start + JOBS_PER_CALL]
             try:
-                lines = self.call(command).splitlines()
+                jobs = self._squeue(f"--jobs={','.join(ids)}")
             except SlurmRefused as error:
                 if _UNKNOWN_JOB not in str(error):
                     raise
                 continue
-            found |= {job.job_id: job for job in map(parse_queue_line, lines)}
+            if not jobs:
+                self._confirm_unknown(ids[-CONFIRMED_JOBS:])
+            found |= {job.job_id: job for job in jobs}
         return {job_id: found[job_id] for job_id in wanted if job_id in found}
 
-    def live(self, job_ids: Iterable[str]) -> list[QueuedJob]:
-        """Those of these jobs that wait or run, in the same order."""
-        return [job for job in self.queue(job_ids).values() if not job.is_over]
+    def find(self, names: Iterable[str]) -> list[QueuedJob]:
+        """The jobs with these names that wait or run."""
+        return [job for job in self._squeue(f"--name={','.join(names)}") if not job.is_over]
 
-    def show_job(self, job_id: str) -> str:
-        """What `scontrol --details show job` prints."""
-        return self.call(["scontrol", "--details", "show", "job", job_id])
+    def _squeue(self, which: str) -> list[QueuedJob]:
+        output = self.call(["squeue", "--noheader", "--states=all", which, f"--format={_QUEUE_FIELDS}"])
+        return [parse_queue_line(line) for line in output.splitlines() if line.count("|") >= _QUEUE_FIELDS.count("|")]
+
+    def _confirm_unknown(self, job_ids: Sequence[str]) -> None:
+        """Raise SlurmNoAnswer if Slurm knows one of these jobs: an empty answer of squeue may be no answer."""
+        for job_id in job_ids:
+            try:
+                self.show_job(job_id)
+            except SlurmRefused as error:
+                if _UNKNOWN_JOB in str(error):
+                    continue
+                raise
+            raise SlurmNoAnswer(f"squeue printed nothing, although Slurm knows job {job_id}. Try again later.")
+
+    def show_job(self, job_id: str, *options: str) -> str:
+        """What `scontrol show job` prints. Raises SlurmNoAnswer if that is nothing."""
+        output = self.call(["scontrol", *options, "show", "job", job_id])
+        if "JobId=" not in output:
+            raise SlurmNoAnswer(f"scontrol printed nothing about job {job_id}. Try again later.")
+        return output
 
     def host_names(self, host_list: str) -> list[str]:
         """The names in a compressed list such as `gpu[01-03,7],login`."""
@@ -166,21 +205,28 @@ class Slurm:
         lines = self.call(["sinfo", "--noheader", "--format=%P|%D|%l|%a"]).splitlines()
         found: dict[str, Partition] = {}
         for line in lines:  # one for each state of nodes
+            if line.count("|") != 3:
+                continue  # a message to all users
             label, num_nodes, limit, state = line.split("|")
             name, earlier = label.rstrip("*"), found.get(label.rstrip("*"))
             total = int(num_nodes) + (earlier.num_nodes if earlier else 0)
             found[name] = Partition(name, label.endswith("*"), total, limit, state == "up")
+        if not found:
+            raise SlurmNoAnswer("sinfo printed no partition. Try again later.")
         return list(found.values())
 
     def usable_nodes(self, partition: str | None) -> set[str]:
         """Nodes of a partition that run jobs or could. None means all partitions."""
         where = [f"--partition={partition}"] if partition else []
         command = ["sinfo", "--noheader", "--Node", "--format=%N", f"--states={USABLE_NODES}", *where]
-        return set(self.call(command).split())
+        nodes = set(self.call(command).split())
+        if not nodes:
+            raise SlurmNoAnswer("sinfo printed no usable node.")
+        return nodes
 
     def job_fields(self, job_id: str) -> dict[str, str]:
         """The fields that `scontrol show job` prints, such as JobState, Reason and Restarts."""
-        words = self.call(["scontrol", "--oneliner", "show", "job", job_id]).split()
+        words = self.show_job(job_id, "--oneliner").split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def requeue(self, job_id: str) -> None:
@@ -204,5 +250,5 @@ class Slurm:
 
 
 def parse_queue_line(line: str) -> QueuedJob:
-    job_id, state, elapsed, num_nodes, nodes, dependency, reason = line.split("|", 6)
-    return QueuedJob(job_id, state, elapsed, int(num_nodes), nodes, dependency, reason)
+    job_id, state, elapsed, num_nodes, *texts = line.split("|", _QUEUE_FIELDS.count("|"))
+    return QueuedJob(job_id, state, elapsed, int(num_nodes), *texts)

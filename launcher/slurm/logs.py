@@ -55,6 +55,7 @@ def print_logs(
     """Print every log of the run, with a heading above each. With `follow`, go on for as long as the run is live."""
     files: dict[str, LogFile] = {}
     shown: Path | None = None
+    is_announced = False
     last_query, live = float("-inf"), True
     while True:
         if live and time.monotonic() - last_query >= SECONDS_BETWEEN_QUERIES:
@@ -66,6 +67,9 @@ def print_logs(
                     shown = job.log
                     print_line(f"==> {job.stage}, job {job.job_id}: {shown}")
                 print_line(line)
+        if shown is None and not is_announced and not any(file.job.log.is_file() for file in files.values()):
+            is_announced = True
+            print_line(f"No output yet: no job has begun. `tunesmith status {run.root}` shows what they wait for.")
         if not live:
             return
         time.sleep(POLL_SECONDS)

@@ -6,9 +6,10 @@ argv = jobs[1].argv({"synthesize": "41"})
 """
 
 import re
+import secrets
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -52,6 +53,7 @@ class Submission:
     python: str
     environ: Mapping[str, str]
     skip: frozenset[str] = frozenset()  # stages that are done
+    tag: str = field(default_factory=lambda: secrets.token_hex(4))  # in the names of its jobs, which no others have
 
     @cached_property
     def jobs(self) -> list["PlannedJob"]:
@@ -64,6 +66,7 @@ class PlannedJob:
     """One job of a chain. `options` are those of the sbatch command, except its place in the chain."""
 
     stage: str
+    name: str  # no other job has it
     parents: tuple[str, ...]  # stages
     config: JobConfig
     options: tuple[str, ...]
@@ -105,9 +108,9 @@ def plan_job(submission: Submission, stage: str, parents: tuple[str, ...]) -> Pl
             f"slurm.time={config.time} of {stage} is {limit} s, and the job is asked to save and stop {stop_margin} s "
             f"before its end. Set slurm.{stage}.time above {stop_margin} s."
         )
-    log = str(recipe.run.job_log(stage))
+    log, name = str(recipe.run.job_log(stage)), f"{recipe.name}-{stage}-{submission.tag}"
     options = (
-        f"--job-name={recipe.name}-{stage}",
+        f"--job-name={name}",
         f"--chdir={submission.folder}",
         f"--output={log}",
         "--open-mode=append",
@@ -118,7 +121,7 @@ def plan_job(submission: Submission, stage: str, parents: tuple[str, ...]) -> Pl
         *config.options,
     )
     script = submission.snapshot / "slurm" / f"{stage}.sbatch"
-    return PlannedJob(stage, parents, config, options, str(script), str(recipe.run.recipe), log)
+    return PlannedJob(stage, name, parents, config, options, str(script), str(recipe.run.recipe), log)
 
 
 def stop_margin_seconds(run: RunDir, stage: str) -> int:
@@ -191,7 +194,7 @@ def exported(submission: Submission) -> list[str]:
 
 
 def check_paths(submission: Submission) -> None:
-    """Raise InputError for a path that Slurm, or a list of variables, would split."""
+    """Raise InputError for a path that Slurm, a list of variables, or a list of folders would split."""
     paths = {"the run folder": submission.recipe.run.root, "the current folder": submission.folder}
     paths["Python"] = submission.python
     for what, path in paths.items():
@@ -199,4 +202,13 @@ def check_paths(submission: Submission) -> None:
             raise InputError(
                 f"{what} {str(path)!r}: for Slurm a path has to be absolute and without commas, quotes, percent signs, "
                 "backslashes, line breaks and `.sbatch`. Choose another one."
+            )
+    is_split = {"the run folder": submission.recipe.run.root, "the code": submission.snapshot}  # in PYTHONPATH
+    if submission.recipe.slurm.container is not None:
+        is_split["the current folder"] = submission.folder  # in the container's mounts
+    for what, path in is_split.items():
+        if ":" in str(path):
+            raise InputError(
+                f"{what} {str(path)!r}: Python and containers split a path at a colon, so jobs would run other code. "
+                "Choose a path without colons."
             )

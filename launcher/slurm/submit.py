@@ -4,6 +4,7 @@ The first job is held, and each other job waits for the one before it. Slurm is 
 only then the first one is released. If anything fails on the way, every job is cancelled.
 """
 
+import contextlib
 import difflib
 import os
 import re
@@ -14,15 +15,16 @@ from dataclasses import asdict
 from pathlib import Path
 
 from cluster.errors import InputError, TunesmithError
-from cluster.files import append_jsonl, exclusive_lock, write_atomic, write_json
+from cluster.files import append_jsonl, exclusive_lock, write_json
 from cluster.run.rundir import STAGES
 from launcher.done import is_done
+from launcher.engine_room import check_engines
 from launcher.recipe import Recipe
 from launcher.slurm import container
 from launcher.slurm.client import Partition, Slurm, clean_environment
 from launcher.slurm.sbatch import PlannedJob, Submission
 from launcher.slurm.snapshot import take_snapshot
-from launcher.slurm.submitted import SubmittedJob, read_jobs
+from launcher.slurm.submitted import SubmittedJob, live_jobs, read_jobs
 from launcher.slurm_config import JobConfig, seconds_of
 
 FAKE_ID = "1"  # of a parent, in a command that is only tested: it leaves out the dependency
@@ -39,6 +41,7 @@ def prepare(recipe: Recipe, folder: Path, code: Path) -> Submission:
     done = frozenset(stage for stage in STAGES if is_done(stage, recipe, run))
     if "train" not in done:
         check_batch(recipe)
+    check_engines(recipe, done)
     submission = Submission(
         recipe=recipe,
         folder=folder,
@@ -55,8 +58,8 @@ def check_batch(recipe: Recipe) -> None:
     """Raise InputError if the ranks of the training job cannot share its batches equally."""
     train, job = recipe.train, recipe.slurm.of("train")
     ranks, sequence_parallel_size = job.ranks, train.sequence_parallel_size
-    key = "gpus_per_node" if job.gpus_per_node else "ranks per node"
-    what = f"slurm.train: the number of ranks is {ranks} (nodes={job.nodes or 1} x {key}={job.gpus_per_node or 1})"
+    key = "gpus_per_node" if job.num_gpus else "ranks per node"
+    what = f"slurm.train: the number of ranks is {ranks} (nodes={job.nodes or 1} x {key}={job.num_gpus or 1})"
     if ranks % sequence_parallel_size:
         raise InputError(
             f"{what}, which train.sequence_parallel_size={sequence_parallel_size} does not divide. Change one of them."
@@ -136,7 +139,7 @@ def check_request(stage: str, config: JobConfig, partitions: list[Partition]) ->
 
 def refuse_live_jobs(recipe: Recipe, slurm: Slurm) -> None:
     """Raise InputError if jobs of the run wait or run: two at once would undo each other's work."""
-    live = slurm.live(job.job_id for job in read_jobs(recipe.run))
+    live = live_jobs(read_jobs(recipe.run), slurm)
     if listed := ", ".join(f"{job.job_id} ({job.state.lower()})" for job in live):
         raise InputError(
             f"{recipe.run.root} has jobs in the queue: {listed}. See `tunesmith status {recipe.run.root}`, "
@@ -153,37 +156,43 @@ def submit(submission: Submission, slurm: Slurm, on_submit: Callable[[list[str]]
         with exclusive_lock(run.lock, f"run folder {run.root}"):
             recipe.save(run)
         make_log_folders_and_container(submission)
-        jobs_file, ids = run.jobs, {}
-        before = jobs_file.read_bytes() if jobs_file.is_file() else None
+        size = run.jobs.stat().st_size if run.jobs.is_file() else None
+        ids: dict[str, str] = {}
         try:
             for job in submission.jobs:
                 argv = job.argv(ids)
-                ids[job.stage] = slurm.submit(argv)
+                ids[job.stage] = slurm.submit(argv, job.name)
                 on_submit(argv)
             check_chain(submission.jobs, ids, slurm)
             for job in submission.jobs:
                 parents = tuple(ids[parent] for parent in job.parents)
                 own = SubmittedJob(round(time.time(), 3), job.stage, ids[job.stage], parents, tuple(job.argv(ids)))
-                append_jsonl(jobs_file, asdict(own))
+                append_jsonl(run.jobs, asdict(own))
             slurm.release(ids[submission.jobs[0].stage])
         except BaseException:
+            undo_submission(submission.jobs, ids, slurm)
             # A cancelled job in the list would hide the state that an earlier job has left its stage in.
-            if before is None:
-                jobs_file.unlink(missing_ok=True)
+            if size is None:
+                run.jobs.unlink(missing_ok=True)
             else:
-                write_atomic(jobs_file, before)
-            undo_submission(list(reversed(ids.values())), slurm)
+                os.truncate(run.jobs, size)
             raise
-    run.event("slurm", "submitted", jobs=ids)
+    with contextlib.suppress(TunesmithError):  # of a full disk; the jobs are submitted
+        run.event("slurm", "submitted", jobs=ids)
     return ids
 
 
-def undo_submission(job_ids: list[str], slurm: Slurm) -> None:
-    """Cancel the jobs of an incomplete chain, the last one first."""
+def undo_submission(jobs: list[PlannedJob], ids: Mapping[str, str], slurm: Slurm) -> None:
+    """Cancel the jobs of an incomplete chain, the last one first, and one that Slurm may have taken without an id."""
+    job_ids = list(reversed(ids.values()))
+    without_id = [job.name for job in jobs if job.stage not in ids][:1]
     try:
         slurm.cancel(job_ids)
+        if without_id:
+            slurm.cancel([job.job_id for job in slurm.find(without_id)])
     except TunesmithError as error:
-        raise TunesmithError(f"{error} A part of a chain is left in the queue: scancel {' '.join(job_ids)}") from error
+        left = [f"scancel {' '.join(job_ids)}"] * bool(job_ids) + [f"scancel --name={name}" for name in without_id]
+        raise TunesmithError(f"{error} A part of a chain may be left in the queue: {'; '.join(left)}") from error
 
 
 def make_log_folders_and_container(submission: Submission) -> None:
@@ -197,14 +206,14 @@ def make_log_folders_and_container(submission: Submission) -> None:
 
 
 def check_chain(jobs: list[PlannedJob], ids: Mapping[str, str], slurm: Slurm) -> None:
-    """Raise TunesmithError unless Slurm knows all jobs and what they wait for.
+    """Raise TunesmithError unless Slurm knows all jobs by their names and what they wait for.
 
     Slurm accepts a job whose parent it does not know.
     """
     known = slurm.queue(ids.values())
     for job in jobs:
         entry = known.get(ids[job.stage])
-        if entry is None:
+        if entry is None or entry.name != job.name:
             found = "is unknown to it"
         else:
             waits_for_all = {ids[parent] for parent in job.parents} <= set(re.findall(r"[0-9]+", entry.dependency))

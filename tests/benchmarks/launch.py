@@ -27,7 +27,7 @@ from launcher.print_status import print_status
 from launcher.slurm.plan import print_slurm_plan
 from launcher.slurm.submit import submit
 from launcher.status import read_statuses
-from tests.launcher.slurm_chain import FakeSlurm, recipe_of, submission_of
+from tests.launcher.slurm_chain import FakeSlurm, queue_line, recipe_of, submission_of
 from tests.slurm.bed import SlurmBed
 from tests.slurm.machine import PROJECT
 from tests.slurm.training import make_training
@@ -175,11 +175,12 @@ def of_a_thousand_nodes() -> tuple[float, float]:
         )
         console, slurm = Console(width=200, file=io.StringIO()), FakeSlurm()
         chain = submission_of(recipe)
-        planning = timed(lambda: print_slurm_plan(chain, Path("recipe.yaml"), console))
+        planning = timed(lambda: print_slurm_plan(chain, Path("recipe.yaml"), "", console))
         submit(chain, slurm, lambda argv: None)
         nodes = ",".join(f"node{number:04d}" for number in range(1000))
         for job_id in slurm.queue_lines:
-            slurm.queue_lines[job_id] = f"{job_id}|RUNNING|1-02:03:04|1000|{nodes}|(null)|None"
+            name = slurm.queue_lines[job_id].split("|")[8]
+            slurm.queue_lines[job_id] = queue_line(job_id, "RUNNING", name, f"1-02:03:04|1000|{nodes}|(null)|None")
         return planning, timed(lambda: print_status(read_statuses([recipe.run.root], slurm)[0], console))
 
 

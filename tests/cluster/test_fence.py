@@ -1,5 +1,6 @@
 """Only the newest attempt at a run may write, and an older one does no harm."""
 
+import errno
 import json
 import os
 import subprocess
@@ -160,3 +161,15 @@ def test_a_check_is_cheap(tmp_path: Path) -> None:
         Fence(tmp_path, 50).check()
     assert (time.process_time() - started) / 200 < 0.005
     assert os.listdir(tmp_path) == ["claims"], "and leaves nothing behind"
+
+
+def test_the_state_of_a_run_can_be_read_without_the_right_to_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claim(tmp_path, "train", "7")
+
+    def forbidden(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "utime", forbidden)
+    assert newest(tmp_path) == 1

@@ -2,7 +2,6 @@
 
 import pytest
 
-from cluster.engines import health
 from cluster.engines.config import EngineConfig, EngineReport
 from cluster.engines.health import EngineHealth, EngineHung, relative_speed
 
@@ -13,15 +12,13 @@ class Clock:
     def __init__(self) -> None:
         self.now = 1000.0
 
-    def monotonic(self) -> float:
+    def __call__(self) -> float:
         return self.now
 
 
 @pytest.fixture
-def clock(monkeypatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr(health, "time", clock)
-    return clock
+def clock() -> Clock:
+    return Clock()
 
 
 def observe(
@@ -32,13 +29,13 @@ def observe(
 
 
 def test_a_long_request_is_no_stall_while_tokens_come(clock):
-    health = EngineHealth(CONFIG)
+    health = EngineHealth(CONFIG, clock)
     for num_tokens in range(1, 100):
         observe(health, clock, 9, num_tokens)
 
 
 def test_an_engine_with_requests_and_no_tokens_is_hung(clock):
-    health = EngineHealth(CONFIG)
+    health = EngineHealth(CONFIG, clock)
     observe(health, clock, 5, 1)
     observe(health, clock, 9, 1)
     with pytest.raises(EngineHung, match=r"generated no token .* 3 sequences running"):
@@ -46,7 +43,7 @@ def test_an_engine_with_requests_and_no_tokens_is_hung(clock):
 
 
 def test_the_time_of_an_idle_engine_begins_with_its_first_request(clock):
-    health = EngineHealth(CONFIG)
+    health = EngineHealth(CONFIG, clock)
     observe(health, clock, 100, 0, num_held=0)
     clock.now += 100
     health.end_idleness()
@@ -56,20 +53,20 @@ def test_the_time_of_an_idle_engine_begins_with_its_first_request(clock):
 
 
 def test_an_answer_without_tokens_is_progress(clock):
-    health = EngineHealth(CONFIG)
+    health = EngineHealth(CONFIG, clock)
     for _ in range(10):
         observe(health, clock, 9, 0, has_answers=True)
 
 
 def test_speed_is_per_sequence_and_second(clock):
-    health = EngineHealth(CONFIG)
+    health = EngineHealth(CONFIG, clock)
     assert [observe(health, clock, 5, 400 * step, num_held=8) for step in range(1, 5)] == [False, False, False, True]
     assert health.tokens_per_second == pytest.approx(80)
     assert health.speed == pytest.approx(10)
 
 
 def test_a_window_with_idle_time_does_not_count(clock):
-    health = EngineHealth(CONFIG)
+    health = EngineHealth(CONFIG, clock)
     observe(health, clock, 15, 100)
     observe(health, clock, 1, 100, num_held=0)
     assert not observe(health, clock, 15, 200)

@@ -1,6 +1,8 @@
 """A chain of jobs and a Slurm that takes them, for tests of what is submitted and shown."""
 
-from collections.abc import Sequence
+import re
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,14 +26,24 @@ def submission_of(recipe: Recipe, skip: Sequence[str] = ("synthesize",), environ
     return Submission(recipe, Path("/work"), Path("/code/1"), "/opt/python", environ or ENVIRON, frozenset(skip))
 
 
+def queue_line(job_id: str, state: str = "PENDING", name: str = "", rest: str = "0:00|1||(null)|None") -> str:
+    """A line of squeue, of a job that was submitted now."""
+    return f"{job_id}|{state}|{rest}|{time.strftime('%Y-%m-%dT%H:%M:%S')}|{name}"
+
+
 @dataclass(frozen=True)
 class FakeSlurm(Slurm):
-    """Takes jobs and remembers every command. `refuse` is the beginning of a command that fails."""
+    """Takes jobs and remembers every command. `refuse` is the beginning of a command that fails.
+
+    `sbatch` changes what sbatch prints for a job. If it raises, Slurm has taken the job all the same.
+    """
 
     said: list[list[str]] = field(default_factory=list)
     queue_lines: dict[str, str] = field(default_factory=dict)
     refuse: tuple[str, ...] = ()
     refuse_at: int = 1  # which of these commands
+    sbatch: Callable[[str], str] = "{}\n".format
+    num_silent: list[int] = field(default_factory=lambda: [0])  # how often squeue prints nothing
 
     def call(self, argv: Sequence[str]) -> str:
         self.said.append(list(argv))
@@ -45,13 +57,25 @@ class FakeSlurm(Slurm):
                 return ""
             case "sbatch":
                 job_id = str(100 + sum(words[0] == "sbatch" and "--test-only" not in words for words in self.said))
+                [name] = [word.partition("=")[2] for word in argv if word.startswith("--job-name=")]
                 parents = [word.partition("=")[2] for word in argv if word.startswith("--dependency")]
                 waits = f"{parents[0]}(unfulfilled)" if parents else "(null)"
-                self.queue_lines.setdefault(job_id, f"{job_id}|PENDING|0:00|1||{waits}|Dependency")
-                return f"{job_id}\n"
+                line = queue_line(job_id, name=name, rest=f"0:00|1||{waits}|Dependency")
+                self.queue_lines.setdefault(job_id, line)
+                return self.sbatch(job_id)
+            case "squeue" if self.num_silent[0]:
+                self.num_silent[0] -= 1
             case "squeue":
-                ids = argv[3].partition("=")[2].split(",")
-                return "".join(f"{self.queue_lines[job_id]}\n" for job_id in ids if job_id in self.queue_lines)
+                wanted = argv[3].partition("=")[2].split(",")
+                is_named = argv[3].startswith("--name=")
+                known = [
+                    (line.split("|")[8] if is_named else job_id, line) for job_id, line in self.queue_lines.items()
+                ]
+                return "".join(f"{line}\n" for key, line in known if key in wanted)
             case "scancel":
-                self.queue_lines[argv[1]] = f"{argv[1]}|CANCELLED|0:00|1||(null)|None"
+                self.queue_lines[argv[1]] = re.sub("PENDING|RUNNING", "CANCELLED", self.queue_lines[argv[1]])
+            case "scontrol" if "show" in argv:
+                if argv[-1] not in self.queue_lines:
+                    raise SlurmRefused("scontrol: slurm_load_jobs error: Invalid job id specified")
+                return f"JobId={argv[-1]} JobState={self.queue_lines[argv[-1]].split('|')[1]}"
         return ""

@@ -4,8 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from cluster.errors import InputError
+from cluster.errors import InputError, Preempted
+from launcher.job import allocation
 from launcher.job.allocation import NodeAllocation, node_step, read_allocation, step_environment
+from launcher.slurm.client import SlurmError, SlurmNoAnswer, SlurmRefused
 
 DETAILS = """JobId=7 JobName=tunesmith-synthesize
    NodeList=n[3,1-2]
@@ -18,7 +20,7 @@ DETAILS = """JobId=7 JobName=tunesmith-synthesize
 
 def allocations_of(details: str) -> list[NodeAllocation]:
     names = {"n[3,1-2]": ["n3", "n1", "n2"], "n[1-2]": ["n1", "n2"], "n3": ["n3"]}
-    return read_allocation("7", SimpleNamespace(show_job=lambda _: details, host_names=names.__getitem__))
+    return read_allocation("7", SimpleNamespace(show_job=lambda *_: details, host_names=names.__getitem__))
 
 
 def test_each_node_has_its_own_share_in_the_order_of_the_job() -> None:
@@ -33,6 +35,24 @@ def test_each_node_has_its_own_share_in_the_order_of_the_job() -> None:
 def test_a_node_that_slurm_does_not_show_is_an_error(lost: str) -> None:
     with pytest.raises(InputError, match="does not show what the job has on each node"):
         allocations_of(DETAILS.replace(lost, ""))
+
+
+def test_a_slurm_that_does_not_answer_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It shows the job a moment later: this is no bad input."""
+    answers = [SlurmNoAnswer("connect failure"), SlurmRefused("Invalid job id specified"), DETAILS]
+
+    def show_job(*_: str) -> str:
+        if isinstance(answer := answers.pop(0), SlurmError):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(allocation, "RETRY_SECONDS", 0)
+    names = {"n[3,1-2]": ["n3", "n1", "n2"], "n[1-2]": ["n1", "n2"], "n3": ["n3"]}
+    slurm = SimpleNamespace(show_job=show_job, host_names=names.__getitem__)
+    assert len(allocation.await_allocation("7", slurm, lambda: False)) == 3 and answers == []
+    answers.append(SlurmNoAnswer("connect failure"))
+    with pytest.raises(Preempted, match="asked to stop"):
+        allocation.await_allocation("7", slurm, lambda: True)
 
 
 def test_gpus_of_several_kinds_add_up() -> None:

@@ -1,6 +1,6 @@
 """The rules by which a run goes on, without Slurm: who is requeued, which node is left out, what is a hang."""
 
-import itertools
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster.errors import InputError
 from cluster.files import append_jsonl, read_jsonl, write_json
 from cluster.run import fence
 from cluster.run.rundir import RunDir
@@ -17,6 +18,7 @@ from launcher.job import node_health, requeue
 from launcher.job.attempt import Attempt
 from launcher.job.hang import MIN_LIMIT_SECONDS, HangWatch, Hung
 from launcher.slurm.client import Slurm, SlurmNoAnswer, SlurmRefused
+from launcher.slurm.snapshot import CODE_VARIABLE, RUNNING_CODE, check_code_of_step, take_snapshot
 from launcher.slurm.submitted import SubmittedJob
 from launcher.slurm_config import SlurmConfig
 from tests.launcher.slurm_chain import recipe_of
@@ -77,19 +79,19 @@ def test_a_job_that_still_runs_is_requeued_and_starts_soon(tmp_path: Path, shown
 
 
 def test_a_job_whose_requeueing_was_not_answered_is_requeued_once(tmp_path: Path) -> None:
-    slurm = JobSlurm(shown=[RUNNING, "JobState=COMPLETING Reason=None Restarts=1"], no_answer=("requeue",))
+    slurm = JobSlurm(shown=[RUNNING, "JobId=7 JobState=COMPLETING Reason=None Restarts=1"], no_answer=("requeue",))
     requeue.requeue(RunDir(tmp_path), JOB, slurm)
     assert slurm.commands == [["scontrol", "requeue", "7"], CHANGE]
 
 
 def test_a_job_that_slurm_has_requeued_itself_is_not_requeued_again(tmp_path: Path) -> None:
-    slurm = JobSlurm(shown=["JobState=COMPLETING Reason=None Restarts=1"])
+    slurm = JobSlurm(shown=["JobId=7 JobState=COMPLETING Reason=None Restarts=1"])
     requeue.requeue(RunDir(tmp_path), JOB, slurm)
     assert slurm.commands == [CHANGE]
 
 
 def test_a_cancelled_job_stays_cancelled(tmp_path: Path) -> None:
-    slurm, run = JobSlurm(shown=["JobState=COMPLETING Reason=None Restarts=0"]), RunDir(tmp_path)
+    slurm, run = JobSlurm(shown=["JobId=7 JobState=COMPLETING Reason=None Restarts=0"]), RunDir(tmp_path)
     write_json(run.result("train"), {"status": "preempted", "step": 3})
     requeue.requeue(run, JOB, slurm)
     assert slurm.commands == [] and events(run) == ["cancelled"]
@@ -139,6 +141,46 @@ def test_an_attempt_that_fails_is_followed_by_another_until_none_makes_progress(
     assert events(run) == ["attempt started", "crashed", "attempt started", "gave up"]
     assert "NO PROGRESS: 2 attempts in a row" in run.read_result("train")["message"]
     assert attempt(tmp_path).execute(lambda: 0, lambda *_: 0) == 1, "nor does one begin that Slurm has requeued"
+
+
+def test_attempts_that_another_job_has_ended_do_not_count(tmp_path: Path) -> None:
+    for restart_count in range(4):
+        fence.claim(tmp_path / "run", "train", "7", restart_count=restart_count)
+        fence.claim(tmp_path / "run", "train", "8")
+    assert not attempt(tmp_path)._is_without_progress()
+    for restart_count in range(2):
+        fence.claim(tmp_path / "run", "train", "7", restart_count=restart_count)
+    assert attempt(tmp_path)._is_without_progress()
+
+
+def test_an_attempt_that_another_job_has_ended_is_not_requeued(tmp_path: Path) -> None:
+    fence.claim(tmp_path, "train", "7")
+    fence.claim(tmp_path, "train", "8")
+    slurm = JobSlurm(shown=[RUNNING])
+    with pytest.raises(fence.Superseded):
+        requeue.requeue(RunDir(tmp_path), JOB, slurm)
+    assert slurm.commands == []
+
+
+def test_a_job_runs_only_the_code_that_was_submitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = take_snapshot(tmp_path / "run" / "code")
+    script = str(snapshot / "slurm" / "train.sbatch")
+    job = dataclasses.replace(JOB, argv=("sbatch", "--output=/logs/%j", script, "recipe.yaml"))
+    own = attempt(tmp_path)
+    own.job = job
+    assert own.execute(lambda: 75, lambda *_: 0) == 75, "the same code, at another place"
+    monkeypatch.setattr("launcher.job.attempt.code_hash", lambda: "0" * 16)
+    assert own.execute(lambda: 75, lambda *_: 0) == 2
+    assert f"was submitted with the code in {snapshot}" in own.run.read_result("train")["message"]
+
+
+def test_a_step_that_python_takes_from_elsewhere_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_code_of_step()
+    monkeypatch.setenv(CODE_VARIABLE, str(RUNNING_CODE))
+    check_code_of_step()
+    monkeypatch.setenv(CODE_VARIABLE, "/run/code/1")
+    with pytest.raises(InputError, match="the job runs the code in /run/code/1, and this part of it that in"):
+        check_code_of_step()
 
 
 def test_bad_input_and_a_parent_that_is_not_done_end_the_job(tmp_path: Path) -> None:
@@ -231,6 +273,12 @@ class Clock:
         return self.now
 
 
+def pass_time(watch: HangWatch, clock: Clock, seconds: int) -> None:
+    for _ in range(seconds):
+        clock.now += 1
+        watch.check()
+
+
 def grow(run: RunDir) -> None:
     append_jsonl(run.metrics, {"step": 1})
 
@@ -238,8 +286,7 @@ def grow(run: RunDir) -> None:
 def test_no_file_is_no_sign_of_health(tmp_path: Path) -> None:
     clock = Clock()
     watch = HangWatch(RunDir(tmp_path), "train", SlurmConfig(start_timeout_seconds=100), clock)
-    clock.now = 99
-    watch.check()
+    pass_time(watch, clock, 99)
     clock.now = 101
     with pytest.raises(Hung, match=r"train has not begun a step for 101 s \(slurm.start_timeout_seconds, here 100 s"):
         watch.check()
@@ -251,13 +298,26 @@ def test_the_deadline_grows_with_the_longest_step_and_rows_of_an_earlier_attempt
     watch = HangWatch(run, "train", SlurmConfig(), clock)
     assert watch.limit_seconds == 3600, "nothing of this attempt is there yet"
     gaps = [800, 200, 150]  # start-up, and two steps
-    for end in itertools.accumulate(gaps):
-        clock.now = end
+    for gap in gaps:
+        pass_time(watch, clock, gap - 1)
+        clock.now += 1
         grow(run)
         watch.check()
     assert watch.limit_seconds == 2000 > MIN_LIMIT_SECONDS
-    clock.now += 1999
-    watch.check()
+    pass_time(watch, clock, 1999)
     clock.now += 2
     with pytest.raises(Hung, match="made no step for 2001 s"):
         watch.check()
+
+
+def test_the_time_in_which_the_watch_was_suspended_does_not_count(tmp_path: Path) -> None:
+    run, clock = RunDir(tmp_path), Clock()
+    watch = HangWatch(run, "train", SlurmConfig(hang_timeout_seconds=30), clock)
+    for _ in range(3):
+        pass_time(watch, clock, 2)
+        grow(run)
+    clock.now += 10_000
+    watch.check()
+    pass_time(watch, clock, 18)  # ten seconds of the gap count
+    with pytest.raises(Hung, match="made no step for 31 s"):
+        pass_time(watch, clock, 20)

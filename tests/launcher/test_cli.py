@@ -1,8 +1,10 @@
 """The command line answers at once, loads only what it needs, and ends with the exit code of what happened."""
 
+import errno
 import io
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,8 @@ import pytest
 from rich.console import Console
 
 from cluster.errors import InputError
+from cluster.files import exclusive_lock
+from launcher import cli
 from launcher.plan import print_plan
 from launcher.recipe import load
 
@@ -102,6 +106,13 @@ def test_plan_shows_the_stages_and_their_arithmetic_and_writes_nothing(recipe: P
     assert sorted(path.name for path in recipe.parent.iterdir()) == ["recipe.yaml"]
 
 
+@pytest.mark.parametrize("where", [(), ("--on", "slurm")])
+def test_plan_ends_with_the_command_that_runs_what_it_shows(recipe: Path, where: tuple[str, ...]) -> None:
+    done = tunesmith("plan", recipe.name, "name=a", "--run-dir", "my runs/a", *where, cwd=recipe.parent)
+    command = shlex.join(["tunesmith", "run", "recipe.yaml", "name=a", "--run-dir", "my runs/a", *where])
+    assert command in done.stdout.splitlines()[-2:][0 if where else 1], done.stdout
+
+
 def test_plan_shows_that_a_step_is_counted_in_examples(recipe: Path) -> None:
     done = tunesmith("plan", recipe, "train.global_batch_size=127", cwd=recipe.parent)
     assert "127 examples a step, packed into as few rows" in " ".join(done.stdout.split())
@@ -154,9 +165,39 @@ def test_bad_input_ends_with_exit_code_2_and_one_line(recipe: Path, arguments: l
     assert "Traceback" not in done.stderr + done.stdout
 
 
-def test_a_run_folder_in_use_is_refused(recipe: Path) -> None:
-    from cluster.files import exclusive_lock
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [
+        (errno.EROFS, "the file system is read-only"),
+        (errno.EACCES, "permission denied"),
+        (errno.ENOSPC, "the disk is full"),
+    ],
+)
+def test_a_place_where_nothing_can_be_written_is_one_line(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int, expected: str
+) -> None:
+    def mkdir(path: Path, *_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number), str(path))
 
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    monkeypatch.setattr(sys, "argv", ["tunesmith", "train", str(recipe), "run_dir=/there/run"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: /there/run: {expected}")
+
+
+def test_a_file_system_without_locks_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    lock = exclusive_lock(tmp_path / ".lock", "test")
+    with pytest.raises(InputError, match=r"\.lock: this file system has no locks \(No locks available\)"), lock:
+        pass
+
+
+def test_a_run_folder_in_use_is_refused(recipe: Path) -> None:
     run = recipe.parent / "run"
     run.mkdir()
     with exclusive_lock(run / ".lock", "test"):

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.errors import Preempted
+from cluster.errors import Preempted, TunesmithError
+from cluster.files import write_json
 from cluster.processes.signals import StopRequest
 from cluster.run.rundir import RunDir
 from launcher.job import ray_job
@@ -28,6 +29,16 @@ def test_a_driver_that_needs_no_ray_ends_the_job_with_its_own_code(
     job = ray_job_of(tmp_path, monkeypatch, StopRequest())
     assert job.run([sys.executable, "-c", f"raise SystemExit({code})"]) == code
     assert [step.has_ended for step in job.steps] == [True]
+
+
+def test_a_node_that_reports_its_end_ends_the_job_although_its_srun_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slurmstepd that is killed cannot tell srun that its step has ended."""
+    job = ray_job_of(tmp_path, monkeypatch, StopRequest())
+    write_json(job.rendezvous_dir / "node-0.exit.json", {"host": "n1", "exit_code": 1, "reason": "its pipe closed"})
+    with pytest.raises(TunesmithError, match="node n1: its pipe closed"):
+        job.run([sys.executable, "-c", "import time; time.sleep(600)"])
 
 
 def test_a_driver_that_waits_for_ray_ends_when_the_job_is_asked_to_stop(

@@ -8,12 +8,15 @@ import pytest
 
 from cluster.errors import InputError
 from cluster.files import write_json
+from launcher.engine_room import check_engines, engines_of_evaluation, pools_of_synthesis
 from launcher.slurm.container import job_container, make_settings
-from launcher.slurm.sbatch import plan_jobs, stop_margin_seconds
+from launcher.slurm.plan import usable_on_a_node
+from launcher.slurm.sbatch import plan_jobs, resources, stop_margin_seconds
 from launcher.slurm.snapshot import code_files, take_snapshot
 from launcher.slurm.submit import check_batch
 from launcher.slurm_config import ContainerConfig, SlurmConfig, refuse_option, seconds_of
 from tests.launcher.slurm_chain import ENVIRON, recipe_of, submission_of
+from trainer.config.train import TrainConfig
 
 SLURM = {
     "nodes": 2, "time": "6:00:00", "partition": "gpu", "options": "--constraint=h100", "environment": ["MY_TOKEN"],
@@ -23,18 +26,19 @@ SLURM = {
 
 
 def test_the_commands_word_by_word(tmp_path: Path) -> None:
-    jobs = plan_jobs(submission_of(recipe_of(tmp_path, SLURM)))
+    chain = submission_of(recipe_of(tmp_path, SLURM))
+    jobs, tag = plan_jobs(chain), chain.tag
     run, exported = tmp_path / "run", "HOME,MY_TOKEN,NCCL_DEBUG,PATH,TUNESMITH_PYTHON=/opt/python"
     assert [job.stage for job in jobs] == ["train", "export", "evaluate"]
     assert jobs[0].argv({}) == [
-        "sbatch", "--parsable", "--hold", "--job-name=tiny-train", "--chdir=/work",
+        "sbatch", "--parsable", "--hold", f"--job-name=tiny-train-{tag}", "--chdir=/work",
         f"--output={run}/logs/train-%j.log", "--open-mode=append", "--requeue", "--signal=B:USR2@300",
         f"--export={exported}", "--nodes=4", "--ntasks-per-node=1", "--gpus-per-node=8", "--cpus-per-task=32",
         "--mem=900G", "--time=6:00:00", "--partition=gpu", "--exclusive", "--constraint=h100",
         "/code/1/slurm/train.sbatch", f"{run}/recipe.yaml",
     ]  # fmt: skip
     assert jobs[1].argv({"train": "7"}) == [
-        "sbatch", "--parsable", "--dependency=afterok:7", "--kill-on-invalid-dep=yes", "--job-name=tiny-export",
+        "sbatch", "--parsable", "--dependency=afterok:7", "--kill-on-invalid-dep=yes", f"--job-name=tiny-export-{tag}",
         "--chdir=/work", f"--output={run}/logs/export-%j.log", "--open-mode=append", "--requeue",
         "--signal=B:USR2@90", f"--export={exported}", "--nodes=1", "--ntasks-per-node=1", "--time=30",
         "--partition=gpu", "--constraint=h100", "--nice=10", "/code/1/slurm/export.sbatch", f"{run}/recipe.yaml",
@@ -145,6 +149,55 @@ def test_ranks_that_cannot_share_a_batch_are_refused(tmp_path: Path) -> None:
         check_batch(recipe)
 
 
+@pytest.mark.parametrize(
+    ("option", "num_gpus"),
+    [
+        ("--gres=gpu:2", 2), ("--gres=gpu", 1), ("--gres=gpu:a100", 1), ("--gres=nic:1,gpu:a100:4", 4),
+        ("--gres=gpu:3g.20gb:2,gpu:1g.5gb:1", 3), ("--gpus-per-task=h100:2", 2), ("--gpus-per-task=8", 8),
+        ("--tres-per-task=cpu=4,gres/gpu=2", 2), ("--gres=gpu:2(S:0)", 2), ("--constraint=gpu:2", 0),
+        ("--gres=none", 0),
+    ],
+)  # fmt: skip
+def test_gpus_that_options_name_are_counted(option: str, num_gpus: int) -> None:
+    job = SlurmConfig(train={"nodes": 2, "options": [option]}).of("train")
+    assert (job.num_gpus, job.ranks) == (num_gpus, 2 * max(1, num_gpus))
+
+
+def test_numbers_are_names_and_sizes_too_and_no_memory_means_all() -> None:
+    job = SlurmConfig(account=12345, partition=7, memory=4000).of("train")
+    assert {"--account=12345", "--partition=7", "--mem=4000"} < set(resources(job))
+    train = TrainConfig(precision="fp32")
+    assert usable_on_a_node(train, SlurmConfig(memory=4000).of("train")) > 2**31
+    assert usable_on_a_node(train, SlurmConfig(memory="0").of("train")) is None
+
+
+@pytest.mark.parametrize(
+    ("engine", "slurm", "message"),
+    [
+        ({"num_replicas": 4}, {"nodes": 2}, "slurm.synthesize: .* 2 nodes x 1 CPUs, which has room for 2"),
+        ({"num_replicas": 9}, {"gpus_per_node": 8}, "1 nodes x 8 GPUs, which has room for 8 engines with 1 GPUs"),
+        ({"num_replicas": 2, "cpus_per_engine": 3}, {"synthesize": {"cpus_per_task": 5}}, "has room for 1 engines"),
+        ({"tensor_parallel_size": 4}, {"gpus_per_node": 4, "evaluate": {"gpus_per_node": 2}}, "slurm.evaluate:"),
+    ],
+)  # fmt: skip
+def test_engines_that_a_job_has_no_room_for_are_refused(
+    tmp_path: Path, engine: dict, slurm: dict, message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        check_engines(recipe_of(tmp_path, slurm, engine=engine))
+
+
+def test_evaluation_takes_as_many_engines_as_its_job_has_room_for(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, {"nodes": 2}, engine={"num_replicas": 2})
+    check_engines(recipe)
+    assert engines_of_evaluation(recipe) == 1
+    teacher = {"path": "teacher", "engine": {"num_replicas": 8}}
+    config = {"method": "answer_only", "models": {"answerer": teacher}, "seeds": "x"}
+    recipe = recipe_of(tmp_path, {"gpus_per_node": 8, "exclusive": True}, synthesize=config)
+    check_engines(recipe)
+    assert [each.num_replicas for each in pools_of_synthesis(recipe)] == [8]
+
+
 def test_a_variable_that_is_not_set_is_refused_and_values_are_not_shown(tmp_path: Path) -> None:
     chain = submission_of(recipe_of(tmp_path, {"environment": ["MY_TOKEN"]}))
     assert ENVIRON["MY_TOKEN"] not in str([job.argv({"train": "1", "export": "2"}) for job in plan_jobs(chain)])
@@ -158,6 +211,13 @@ def test_the_token_for_the_hub_goes_along_by_name(tmp_path: Path) -> None:
     usual = recipe_of(tmp_path, export={"to": "hub:me/model"})
     jobs = plan_jobs(submission_of(usual, environ={"HF_TOKEN": "hf_x", "PATH": "/bin"}))
     assert "--export=HF_TOKEN,PATH," in " ".join(jobs[0].argv({}))
+
+
+@pytest.mark.parametrize("name", ["runs/12:30", "12:30/run"])
+def test_a_colon_that_python_would_split_the_path_of_the_code_at_is_refused(tmp_path: Path, name: str) -> None:
+    recipe = recipe_of(tmp_path).model_copy(update={"run_dir": tmp_path / name})
+    with pytest.raises(InputError, match="split a path at a colon"):
+        plan_jobs(submission_of(recipe))
 
 
 @pytest.mark.parametrize("name", ["a,b", "a%j", "it's", "a\nb", "x.sbatch"])
@@ -189,10 +249,13 @@ def test_steps_get_the_whole_environment_and_the_container(tmp_path: Path, monke
     from launcher.slurm import container
 
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "4")
-    assert supervisor.srun() == ["srun", "--export=ALL", "--cpus-per-task=4"]
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
+    step = ["srun", "--export=ALL", "--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--cpus-per-task=4"]
+    assert supervisor.srun() == step
     write_json(tmp_path / "container.json", make_settings(ContainerConfig(image="image"), ()))
     monkeypatch.setenv("TUNESMITH_CONTAINER", str(tmp_path / "container.json"))
-    assert supervisor.srun()[3:] == ["--container-image=image", "--container-mounts=/tmp:/tmp"]
+    assert supervisor.srun(1)[2:4] == ["--nodes=1", "--ntasks=1"]
+    assert supervisor.srun()[6:] == ["--container-image=image", "--container-mounts=/tmp:/tmp"]
     assert container.python_module("launcher.cli")[0] == "python3"
 
 

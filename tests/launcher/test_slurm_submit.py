@@ -7,14 +7,15 @@ import pytest
 import yaml
 
 from cluster.errors import InputError, TunesmithError
-from cluster.files import read_jsonl
+from cluster.files import append_jsonl, read_jsonl
 from cluster.run.rundir import RunDir
 from launcher.slurm.client import Partition, SlurmNoAnswer, SlurmRefused, clean_environment
 from launcher.slurm.sbatch import Submission
 from launcher.slurm.submit import check_request, submit
 from launcher.slurm.submitted import cancel_run, read_jobs
 from launcher.slurm_config import JobConfig
-from tests.launcher.slurm_chain import FakeSlurm, recipe_of, submission_of
+from launcher.status import read_statuses
+from tests.launcher.slurm_chain import FakeSlurm, queue_line, recipe_of, submission_of
 
 
 def prepared(folder: Path) -> Submission:
@@ -56,10 +57,53 @@ def test_what_fails_on_the_way_takes_everything_back(tmp_path: Path, refuse: tup
     assert not (tmp_path / "run" / "jobs.jsonl").exists()
 
 
-def test_a_parent_that_slurm_took_without_knowing_it_is_noticed(tmp_path: Path) -> None:
-    slurm = FakeSlurm(queue_lines={"102": "102|PENDING|0:00|1||(null)|None"})  # as after a job that never was
-    with pytest.raises(TunesmithError, match=r"job 102 \(export\), which now is PENDING, waiting for \(null\)"):
+@pytest.mark.parametrize("answer", ["a banner", "no answer"])
+def test_a_job_whose_id_sbatch_does_not_print_is_found_by_its_name(tmp_path: Path, answer: str) -> None:
+    def sbatch(job_id: str) -> str:
+        if answer == "no answer":
+            raise SlurmNoAnswer("sbatch: Socket timed out on send/recv operation")
+        return f"------\n Welcome to cluster 3\n--> Verifying...OK\n{'' if job_id == '102' else job_id}\n"
+
+    slurm = FakeSlurm(sbatch=sbatch)
+    assert submit_here(prepared(tmp_path), slurm) == {"train": "101", "export": "102", "evaluate": "103"}
+    assert slurm.said[-1] == ["scontrol", "release", "101"]
+
+
+def test_a_job_that_slurm_took_although_sbatch_failed_is_taken_back(tmp_path: Path) -> None:
+    def sbatch(job_id: str) -> str:
+        if job_id == "102":
+            raise SlurmRefused("sbatch: something is odd")
+        return job_id
+
+    slurm = FakeSlurm(sbatch=sbatch)
+    with pytest.raises(SlurmRefused, match="something is odd"):
         submit_here(prepared(tmp_path), slurm)
+    assert {line.split("|")[1] for line in slurm.queue_lines.values()} == {"CANCELLED"}
+
+
+def test_an_undone_submission_needs_no_space_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slurm = FakeSlurm()
+    submit_here(prepared(tmp_path), slurm)
+    cancel_run(run := RunDir(tmp_path / "run"), slurm)
+    before = run.jobs.read_bytes()
+
+    def full(path: Path, row: dict) -> None:
+        if row["stage"] == "export":
+            raise InputError("the disk is full")
+        append_jsonl(path, row)
+
+    monkeypatch.setattr("launcher.slurm.submit.append_jsonl", full)
+    with pytest.raises(InputError, match="the disk is full"):
+        submit_here(prepared(tmp_path), slurm)
+    assert run.jobs.read_bytes() == before
+    assert {line.split("|")[1] for line in slurm.queue_lines.values()} == {"CANCELLED"}
+
+
+def test_a_parent_that_slurm_took_without_knowing_it_is_noticed(tmp_path: Path) -> None:
+    chain = prepared(tmp_path)
+    slurm = FakeSlurm(queue_lines={"102": queue_line("102", name=chain.jobs[1].name)})  # as after one that never was
+    with pytest.raises(TunesmithError, match=r"job 102 \(export\), which now is PENDING, waiting for \(null\)"):
+        submit_here(chain, slurm)
     assert [words[1] for words in slurm.said if words[0] == "scancel"] == ["103", "102", "101"]
 
 
@@ -74,6 +118,32 @@ def test_a_run_with_jobs_in_the_queue_is_refused_and_after_a_cancel_goes_on(tmp_
     assert len(read_jobs(run)) == 6
 
 
+@pytest.mark.parametrize("num_silent", [1, 2])
+def test_a_squeue_that_prints_nothing_starts_no_second_chain(tmp_path: Path, num_silent: int) -> None:
+    slurm = FakeSlurm()
+    submit_here(prepared(tmp_path), slurm)
+    slurm.num_silent[0] = num_silent
+    for _ in range(num_silent):
+        with pytest.raises(SlurmNoAnswer, match="squeue printed nothing, although Slurm knows job 101"):
+            submit_here(prepared(tmp_path), slurm)
+    with pytest.raises(InputError, match="has jobs in the queue"):
+        submit_here(prepared(tmp_path), slurm)
+    assert len(read_jobs(RunDir(tmp_path / "run"))) == 3
+
+
+def test_jobs_of_others_that_have_the_ids_of_this_run_are_neither_shown_nor_cancelled(tmp_path: Path) -> None:
+    """Slurm counts anew, or another cluster sees the folder."""
+    slurm = FakeSlurm()
+    submit_here(chain := prepared(tmp_path), slurm)
+    run, names = RunDir(tmp_path / "run"), [job.name for job in chain.jobs]
+    others = {"101": "thesis", "102": names[1][:-8] + "00000000", "103": names[2]}
+    slurm.queue_lines.update({job_id: queue_line(job_id, "RUNNING", name) for job_id, name in others.items()})
+    slurm.queue_lines["103"] = re.sub(r"20\d\d-", "2001-", slurm.queue_lines["103"])  # submitted long before
+    assert cancel_run(run, slurm) == []
+    [status] = read_statuses([run.root], slurm)
+    assert [stage.state for stage in status.stages] == ["NOT STARTED", *["CANCELLED"] * 3]
+
+
 def test_a_full_disk_does_not_keep_jobs_from_being_cancelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slurm = FakeSlurm()
     submit_here(prepared(tmp_path), slurm)
@@ -86,9 +156,9 @@ def test_a_full_disk_does_not_keep_jobs_from_being_cancelled(tmp_path: Path, mon
 
 
 def test_a_cancel_that_slurm_does_not_carry_out_changes_nothing(tmp_path: Path) -> None:
-    submit_here(prepared(tmp_path), FakeSlurm())
+    submit_here(chain := prepared(tmp_path), FakeSlurm())
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    slurm = FakeSlurm(queue_lines={"101": "101|RUNNING|0:10|1|n1|(null)|None"}, refuse=("scancel",))
+    slurm = FakeSlurm(queue_lines={"101": queue_line("101", "RUNNING", chain.jobs[0].name)}, refuse=("scancel",))
     with pytest.raises(SlurmRefused):
         cancel_run(RunDir(tmp_path / "run"), slurm)
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
@@ -138,6 +208,7 @@ def test_a_job_around_us_leaves_nothing_in_the_new_one() -> None:
         "SLURM_JOB_ID": "5", "SLURM_CONF": "/etc/slurm.conf", "SBATCH_PARTITION": "x", "SRUN_DEBUG": "3", "RANK": "0",
         "MASTER_ADDR": "n1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "TUNESMITH_FENCING_TOKEN": "4", "RANKING": "yes",
         "SQUEUE_PARTITION": "x", "SINFO_FORMAT": "%P", "SCANCEL_STATE": "PENDING", "PMI_RANK": "1", "HOME": "/",
+        "SACCT_FORMAT": "jobid", "SCONTROL_ALL": "1", "_SLURM_SPANK_OPTION_pyxis_container_image": "x",
     }  # fmt: skip
     assert clean_environment(around) == {"SLURM_CONF": "/etc/slurm.conf", "RANKING": "yes", "HOME": "/"}
 

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from cluster.errors import InputError
-from cluster.files import exclusive_lock, write_json
+from cluster.files import append_jsonl, exclusive_lock, write_json
 from cluster.run.fence import claim
 from cluster.run.rundir import RunDir
 from launcher.print_status import print_runs, print_status
@@ -19,7 +19,7 @@ from launcher.slurm.logs import print_logs
 from launcher.slurm.submit import submit
 from launcher.slurm.submitted import read_jobs
 from launcher.status import QueueAnswer, RunStatus, find_runs, may_still_run, read_run, read_statuses, status_of_run
-from tests.launcher.slurm_chain import FakeSlurm, recipe_of, submission_of
+from tests.launcher.slurm_chain import FakeSlurm, queue_line, recipe_of, submission_of
 
 DATA = {"precision": "fp32", "data": ["rows.jsonl"]}
 
@@ -33,9 +33,11 @@ def run(tmp_path: Path) -> RunDir:
 
 
 def state(run: RunDir, *lines: str, error: str = "") -> RunStatus:
+    """The status of the run if squeue prints these lines, each without the time and the name."""
     recipe, _ = read_run(run.root)
-    queue = {job.job_id: job for job in map(parse_queue_line, lines)}
-    return status_of_run(recipe, run, read_jobs(run), QueueAnswer(queue, error))
+    jobs = {job.job_id: job for job in read_jobs(run)}
+    queue = {jobs[line.split("|")[0]]: parse_queue_line(f"{line}|N/A|") for line in lines}
+    return status_of_run(recipe, run, list(jobs.values()), QueueAnswer(queue, error))
 
 
 def train(run: RunDir, *lines: str, error: str = "") -> tuple[str, str]:
@@ -65,6 +67,36 @@ def test_the_queue_says_what_runs_and_what_waits_for_what(run: RunDir) -> None:
     (run.claims / "000001.json").unlink()
     assert train(run, "101|PENDING|0:00|2||(null)|JobHeldUser")[1].startswith("held:")
     assert train(run, "101|PENDING|0:00|2||(null)|Priority")[1] == "Slurm's reason: Priority"
+
+
+def test_suspended_and_held_jobs_are_named_so(run: RunDir) -> None:
+    assert train(run, RUNNING.replace("RUNNING", "SUSPENDED"))[0] == "SUSPENDED"
+    held = state(run, "102|PENDING|0:00|1||afterok:101(unfulfilled)|JobHeldAdmin").stages[1]
+    assert held.state == "WAITING" and held.detail.startswith("held by an administrator or by Slurm")
+    assert held.detail.endswith("; for job 101")
+
+
+def test_the_job_of_a_stage_that_is_done_is_the_one_that_did_it(run: RunDir) -> None:
+    claim(run.root, "train", "101")
+    first = json.loads(run.jobs.read_text().splitlines()[0])
+    append_jsonl(run.jobs, first | {"job_id": "108"})
+    leave_checkpoint(run, finished=True)
+    assert (state(run).stages[0].job_id, state(run).stages[0].attempt) == ("101", 1)
+
+
+def test_lines_that_a_full_disk_has_torn_are_passed_over(run: RunDir) -> None:
+    run.metrics.write_text('{"stage": "train", "step": 3, "loss": 1.5}\n{"stage": "tr')
+    append_jsonl(run.metrics, {"stage": "train", "step": 4, "loss": 1.25})
+    with open(run.jobs, "a") as file:
+        file.write('{"time": 17')
+    assert train(run, RUNNING)[1].endswith("step 4, loss 1.2500")
+    assert len(read_jobs(run)) == 3
+
+
+def test_logs_of_jobs_that_have_not_begun_say_so(run: RunDir) -> None:
+    printed: list[str] = []
+    print_logs(run, None, False, lambda: False, printed.append)
+    assert len(printed) == 1 and printed[0].startswith("No output yet: no job has begun.")
 
 
 def test_no_answer_and_jobs_that_slurm_does_not_know_are_unknown(run: RunDir) -> None:
@@ -145,7 +177,8 @@ def test_a_thousand_nodes_and_many_runs_are_a_few_questions_and_a_table(tmp_path
         submit(chain, slurm, lambda argv: None)
     nodes = ",".join(f"node{number:04d}" for number in range(1000))
     for job_id in slurm.queue_lines:
-        slurm.queue_lines[job_id] = f"{job_id}|RUNNING|1-02:03:04|1000|{nodes}|(null)|None"
+        name = slurm.queue_lines[job_id].split("|")[8]
+        slurm.queue_lines[job_id] = queue_line(job_id, "RUNNING", name, f"1-02:03:04|1000|{nodes}|(null)|None")
     slurm.said.clear()
     states = read_statuses([place for place, _ in find_runs(tmp_path / "runs")], slurm)
     assert [words[0] for words in slurm.said] == ["squeue"] * 2

@@ -34,8 +34,7 @@ SYNTHESIS = (150, 2)  # instructions, engines
 
 
 def module(*arguments: object) -> list[str]:
-    options = ["--ntasks-per-node=1", "--kill-on-bad-exit=1"]
-    return [*supervisor.srun(), *options, *python_module("tests.slurm.scripted_supervisor", *arguments)]
+    return [*supervisor.srun(), "--kill-on-bad-exit=1", *python_module("tests.slurm.scripted_supervisor", *arguments)]
 
 
 def rank(run: RunDir) -> int:
@@ -110,7 +109,7 @@ def main(argv: list[str]) -> int:
     supervisor.STAGES["train"] = lambda steps, _: steps.run([*module("rank", run), *argv[2:]])
     synthesis = ["tests.generation.drive_synthesis", Path(place).parents[1] / "scripted-model", run, *SYNTHESIS]
     supervisor.STAGES["synthesize"] = lambda steps, _: steps.run(
-        [*supervisor.srun(), "--nodes=1", "--ntasks=1", *python_module(*map(str, synthesis))]
+        [*supervisor.srun(1), *python_module(*map(str, synthesis))]
     )
     supervisor.STAGES["export"] = lambda steps, _: steps.run([*module("export-rank", run)])
     return supervisor.main(argv)

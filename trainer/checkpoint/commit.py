@@ -76,7 +76,10 @@ def commit_checkpoint(checkpoints: Path, step: int, config: CheckpointConfig) ->
 def move_files(source: Path, target: Path) -> None:
     """Copy one rank's part of a checkpoint to the folder of all parts, and remove the original."""
     with explain_failed_write(target.parent):
-        shutil.copytree(source, target, dirs_exist_ok=True)
+        for path in filter(Path.is_file, source.rglob("*")):  # copytree would copy the rights of folders too
+            place = target / path.relative_to(source)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, place)
     shutil.rmtree(source)
 
 
