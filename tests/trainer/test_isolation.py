@@ -2,11 +2,20 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from cluster.errors import InputError
-from tests.trainer.tools import make_tokenizer, save_llama, trace, train_here, weights, write_job
+from tests.trainer.tools import (
+    make_tokenizer,
+    save_llama,
+    trace,
+    train_here,
+    varlen_attn_on_a_cpu,
+    weights,
+    write_job,
+)
 from trainer.data.batches import Batches
 from trainer.data.tokens import load_tokens, prepare_tokens
 from trainer.job import read_job
@@ -42,6 +51,19 @@ def test_a_batch_of_packed_rows_gives_the_logits_of_its_documents_alone(
     together = logits_of(module, batches, rows)
     alone = torch.cat([logits_of(module, batches, [[document]]) for row in rows for document in row])
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-4 * float(alone.abs().max()))
+
+
+def test_training_with_varlen_attention_is_training_by_document(
+    tmp_path: Path, chat_model: Path, chat_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole trainings, their checks of logits included. The kernel's place is taken by its definition."""
+    by_document = write_job(tmp_path / "by-document", chat_model, chat_data, max_steps=2)
+    train_here(by_document)
+    monkeypatch.setattr("trainer.model.attention.varlen_attn", varlen_attn_on_a_cpu)
+    monkeypatch.setattr("trainer.model.load.choose_attention", lambda _: "varlen")
+    by_bounds = write_job(tmp_path / "by-bounds", chat_model, chat_data, max_steps=2)
+    train_here(by_bounds)
+    assert np.allclose(list(trace(by_bounds).values()), list(trace(by_document).values()), rtol=1e-5)
 
 
 def test_the_loss_is_the_sum_over_labels_of_the_models_own_logits(

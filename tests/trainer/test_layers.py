@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cluster.errors import InputError
-from tests.trainer.tools import write_job
+from tests.trainer.tools import varlen_attn_on_a_cpu, write_job
 from trainer.config.train import TrainConfig
 from trainer.data.batches import MicroBatch
 from trainer.model import attention
@@ -88,19 +88,6 @@ def test_bounds_match_the_documents(lengths: list[int]) -> None:
     assert torch.equal(bounds["cu_seq_lens_k"], ends)
     assert bounds["max_length_q"] == bounds["max_length_k"] == max(lengths)
     assert type(bounds["max_length_q"]) is int  # a tensor would be waited for
-
-
-def varlen_attn_on_a_cpu(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa):
-    """As PyTorch documents `varlen_attn`, whose kernel is for GPUs only. query [T, H, D]; a window is (left, right)."""
-    assert torch.equal(cu_seq_q, cu_seq_k) and max_q == max_k == int(cu_seq_q.diff().max()) and window_size[1] == 0
-    outputs = []
-    for start, end in cu_seq_q.unfold(0, 2, 1).tolist():
-        distance = torch.arange(end - start)[:, None] - torch.arange(end - start)[None]
-        mask = (distance >= 0) & ((distance <= window_size[0]) if window_size[0] >= 0 else True)
-        parts = (states[start:end].transpose(0, 1)[None] for states in (query, key, value))
-        attended = F.scaled_dot_product_attention(*parts, attn_mask=mask, scale=scale, enable_gqa=enable_gqa)
-        outputs.append(attended[0].transpose(0, 1))
-    return torch.cat(outputs)
 
 
 @given(

@@ -104,6 +104,22 @@ def train_here(run: Path) -> dict:
     return train(read_job(run), StopRequest())
 
 
+def varlen_attn_on_a_cpu(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa):
+    """As PyTorch documents `varlen_attn`, whose kernel is for GPUs only. query [T, H, D]; a window is (left, right)."""
+    import torch
+    from torch.nn import functional as F
+
+    assert torch.equal(cu_seq_q, cu_seq_k) and max_q == max_k == int(cu_seq_q.diff().max()) and window_size[1] == 0
+    outputs = []
+    for start, end in cu_seq_q.unfold(0, 2, 1).tolist():
+        distance = torch.arange(end - start)[:, None] - torch.arange(end - start)[None]
+        mask = (distance >= 0) & ((distance <= window_size[0]) if window_size[0] >= 0 else True)
+        parts = (states[start:end].transpose(0, 1)[None] for states in (query, key, value))
+        attended = F.scaled_dot_product_attention(*parts, attn_mask=mask, scale=scale, enable_gqa=enable_gqa)
+        outputs.append(attended[0].transpose(0, 1))
+    return torch.cat(outputs)
+
+
 def trace(run: Path) -> dict[int, tuple[float, float]]:
     """Step -> (loss, gradient norm). Of a step that was run twice, the last run counts."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -125,9 +125,12 @@ def attend_varlen(
     document. Raises ValueError for masks, caches and dropout.
     """
     num_rows, _, width, _ = query.shape
-    if attention_mask is not None or key.shape[2] != width or cu_seq_lens_q is None or dropout:
+    if attention_mask is not None or key.shape[2] != width or dropout:
         raise ValueError(f"{VARLEN} supports neither masks, caches nor dropout: it is for training on packed rows.")
     query, key, value = (states.transpose(1, 2).flatten(0, 1) for states in (query, key, value))  # [B * S, H, D]
+    if cu_seq_lens_q is None:
+        cu_seq_lens_q = torch.arange(0, num_rows * width + 1, width, dtype=torch.int32, device=query.device)
+        max_length_q = width
     longest = int(cu_seq_lens_q.diff().max()) if max_length_q is None else max_length_q
     window = -1 if sliding_window is None else sliding_window - 1  # PyTorch does not count the query itself
     joined = varlen_attn(

@@ -62,4 +62,5 @@ def uses_liger(config: TrainConfig) -> bool:
     if config.liger is True and not (installed and on_gpu):
         reason = "this machine has no GPU" if installed else "the package liger-kernel is not installed"
         raise InputError(f"train.liger=true does not work, because {reason}. Set train.liger=auto.")
-    return config.liger is not False and installed and on_gpu
+    # torch.compile fuses the same operations itself, and cannot look into Liger's kernels.
+    return installed and on_gpu and (config.liger is True or (config.liger == "auto" and not config.compile))
