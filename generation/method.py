@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 from random import Random
 from typing import ClassVar
 
-from cluster.engines.config import Sampling
+from cluster.engines.config import Sample, Sampling
 from generation.accepted import Demonstration
 from generation.config.common import Role, SynthesisConfig
 from generation.filters.drafts import Draft, Neighbor, Rejection
+from generation.parsing.chat import TRUNCATED, Dropped
 from generation.records import (
     GenerationResult,
     Origin,
@@ -154,16 +155,29 @@ class Method:
         return machine_record(self._origin(accepted), response, user, text, sample=sample, input_text=draft.input)
 
 
+def rejection_of_cut(sample: Sample) -> Rejection | None:
+    """Why a text that ends before its end is rejected; None if it does not."""
+    if not sample.was_cut:
+        return None
+    is_stopped = sample.finish_reason != "length"
+    return Rejection(TRUNCATED, f"at the stop string {sample.stop_reason!r}" if is_stopped else "")
+
+
+def rejection_of_piece(piece: Dropped, response: GenerationResult) -> Rejection:
+    """Why a piece of a response does not become data."""
+    cut = rejection_of_cut(response.completion.samples[0])
+    return cut if cut and piece.reason == TRUNCATED else Rejection(piece.reason)
+
+
 def check_answer(draft: Draft, response: GenerationResult, sample: int = 0) -> RejectedRecord | None:
-    """The rejected answer if it is missing, empty or cut at max_tokens; None if it can be a row."""
+    """The rejected answer if it is missing, empty or cut; None if it can be a row."""
     written = response.completion.samples[sample]
     if why := why_unanswered(response, sample):
         return reject_answer(draft, response, sample, why)
     if not written.text.strip():
         return reject_answer(draft, response, sample, Rejection("empty_output"))
-    if written.finish_reason == "length":
-        return reject_answer(draft, response, sample, Rejection("truncated_answer"))
-    return None
+    why = rejection_of_cut(written)
+    return reject_answer(draft, response, sample, why) if why else None
 
 
 def reject_answer(draft: Draft, response: GenerationResult, sample: int, why: Rejection) -> RejectedRecord:

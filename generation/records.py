@@ -35,6 +35,7 @@ SCHEMA = pa.schema(
         ("num_prompt_tokens", pa.int64()),
         ("num_completion_tokens", pa.int64()),
         ("finish_reason", pa.string()),
+        ("stop_reason", pa.string()),
         ("license", pa.string()),
     ]
 )
@@ -122,6 +123,7 @@ class Record:
     num_prompt_tokens: int | None = None
     num_completion_tokens: int | None = None
     finish_reason: str | None = None
+    stop_reason: str | None = None  # the stop string that ended the text; None means that the model ended it
 
     def to_row(self) -> dict:
         return {name: getattr(self, name) for name in SCHEMA.names}
@@ -214,17 +216,19 @@ def machine_record(
     response: GenerationResult,
     user: str,
     assistant: str,
-    position: int = 0,
+    position: int | None = None,
     sample: int = 0,
     input_text: str = "",
 ) -> Record:
-    """The row at `position` in a sample of a response. Token counts are those of the whole request.
+    """The row of a sample, or the row at `position` among several in it. Token counts are those of the whole request.
 
-    input_text: the input as it stands in `user`; empty if there is none.
+    A text at a position is complete, whatever ended the sample. input_text: the input as it stands in `user`; empty if
+    there is none.
     """
     written = response.completion.samples[sample]
+    is_whole = position is None
     return Record(
-        id=sha256_json([response.request_id, origin.task, origin.round, position, sample]),
+        id=sha256_json([response.request_id, origin.task, origin.round, position or 0, sample]),
         messages=make_messages(user, assistant),
         input=input_text,
         reasoning_content=written.reasoning_content or None,
@@ -236,5 +240,6 @@ def machine_record(
         sampling=json.dumps(response.sampling.model_dump(mode="json", exclude_none=True), sort_keys=True),
         num_prompt_tokens=response.completion.num_prompt_tokens,
         num_completion_tokens=response.completion.num_completion_tokens,
-        finish_reason=written.finish_reason,
+        finish_reason=written.finish_reason if is_whole else "stop",
+        stop_reason=written.stop_reason if is_whole and isinstance(written.stop_reason, str) else None,
     )

@@ -222,6 +222,7 @@ class Sample:
     `finish_reason` is "stop" (end of text or a stop string) or "length" (cut at max_tokens). Without a text it is
     "prompt_too_long" (longer than the model supports), "engine_died" (several engines died with the request) or
     "refused" (`error` is the engine's). `reasoning_content` is what a reasoning model thought before the text.
+    `stop_reason` is the stop string, or the id of the stop token, that ended the text. None means that the model did.
     """
 
     text: str
@@ -230,6 +231,18 @@ class Sample:
     token_ids: tuple[int, ...] = ()
     reasoning_content: str = ""
     error: str = ""
+    stop_reason: str | int | None = None
+
+    @property
+    def was_cut(self) -> bool:
+        """Whether the text ends before its end: at max_tokens, or in a line that has a stop string in it.
+
+        A stop string that begins with a letter or a digit ("20.", "Task:") names the beginning of a line. Inside a line
+        ("in March 2020.") it was written as part of the text.
+        """
+        begins_word = isinstance(self.stop_reason, str) and self.stop_reason.lstrip(" ")[:1].isalnum()
+        last_line = self.text.rpartition("\n")[2]
+        return self.finish_reason == "length" or (begins_word and bool(last_line.strip()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,6 +262,11 @@ class Completion:
     def finish_reason(self) -> str:
         """Finish reason of the first sample."""
         return self.samples[0].finish_reason
+
+    @property
+    def was_cut(self) -> bool:
+        """Whether the first sample ends before its end."""
+        return self.samples[0].was_cut
 
     @property
     def token_ids(self) -> tuple[int, ...]:

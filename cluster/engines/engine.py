@@ -84,7 +84,9 @@ class VLLMEngine:
         except self._engine_dead_error:
             os._exit(1)  # the core process is gone. The pool has to see a death, not a failed request
         samples = tuple(
-            Sample(output.text, output.finish_reason, len(output.token_ids), tuple(output.token_ids))
+            Sample(
+                output.text, output.finish_reason, len(output.token_ids), tuple(output.token_ids), output.stop_reason
+            )
             for output in sorted(final.outputs, key=lambda output: output.index)
         )
         return Completion(request.request_id, samples, len(token_ids))

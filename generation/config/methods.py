@@ -35,8 +35,9 @@ class AnswerSampling(Sampling):
 
 
 # -- Self-Instruct (Wang et al., 2023, arXiv 2212.10560). The defaults are the published constants: appendix A.1 gives
-# temperatures and penalties, the released code gives stop strings and token limits. Each step has a class, so a recipe
-# that sets one value keeps the published others.
+# temperatures and penalties, the released code gives token limits. Each step has a class, so a recipe that sets one
+# value keeps the published others. The published stop strings ("16.", "Task:") also count inside a line, and cut "in
+# November 2016."; here each begins with a line break.
 
 
 class InstructionSampling(SingleSampling):
@@ -46,7 +47,9 @@ class InstructionSampling(SingleSampling):
     top_p: float = Field(0.5, gt=0, le=1)
     presence_penalty: float = Field(2.0, ge=-2, le=2)
     max_tokens: int = Field(1024, ge=1)
-    stop: tuple[str, ...] = ("\n\n", "\n16", "16.", "16 .")
+    stop: tuple[str, ...] = Field(
+        ("\n16.",), description="where the list ends (released code: `\\n\\n`, `\\n16`, `16.` and `16 .`)"
+    )
 
 
 class ClassificationSampling(SingleSampling):
@@ -54,7 +57,7 @@ class ClassificationSampling(SingleSampling):
 
     temperature: Temperature = 0.0
     max_tokens: int = Field(3, ge=1)
-    stop: tuple[str, ...] = ("\n", "Task")
+    stop: tuple[str, ...] = Field((), description="released code: `\\n` and `Task`, which three tokens seldom reach")
 
 
 class InputFirstSampling(SingleSampling):
@@ -63,7 +66,9 @@ class InputFirstSampling(SingleSampling):
     temperature: Temperature = 0.0
     presence_penalty: float = Field(1.5, ge=-2, le=2)
     max_tokens: int = Field(350, ge=1)
-    stop: tuple[str, ...] = ("Example 6", "Task:")
+    stop: tuple[str, ...] = Field(
+        ("\nExample 6", "\nTask:"), description="where the instances end (released code: `Example 6` and `Task:`)"
+    )
 
 
 class OutputFirstSampling(InputFirstSampling):
@@ -86,12 +91,14 @@ class SelfInstructConfig(GeneratedInstructionsConfig):
         False, description="show only classification tasks among the seeds, and ask for classification tasks"
     )
     capitalize: bool = Field(
-        True, description="write the first letter in upper case and all others in lower case (released code)"
+        False,
+        description="write the first letter in upper case and all others in lower case, also in names (released code: "
+        "true)",
     )
     drop_truncated: bool = Field(
-        True,
-        description="reject a whole response that was cut at max_tokens. false means that only its last item is "
-        "dropped",
+        False,
+        description="reject a whole response that was cut (released code: true). false means that only its last item "
+        "is rejected",
     )
     instruction_filters: tuple[FilterConfig, ...] = Field(
         SELF_INSTRUCT_FILTERS, description="filters of new instructions, in their order (released code)"
@@ -151,7 +158,10 @@ class TaskSampling(SingleSampling):
     temperature: Temperature = 1.0
     top_p: float = Field(1.0, gt=0, le=1)
     max_tokens: int = Field(3072, ge=1)
-    stop: tuple[str, ...] = Field(("\n20", "20."), description="where the last task begins, number `num_tasks`")
+    stop: tuple[str, ...] = Field(
+        ("\n20. Instruction:",),
+        description="where the last task begins, number `num_tasks` (released code: `\\n20` and `20.`)",
+    )
 
 
 class AlpacaConfig(GeneratedInstructionsConfig):

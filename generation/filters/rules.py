@@ -295,11 +295,13 @@ def check_instance(instance: Instance) -> Rejection | None:
 
 
 def check_instances(
-    instances: list[Instance], drop_contradictions: bool = True
+    instances: list[Instance], drop_contradictions: bool = True, is_classification: bool = False
 ) -> list[tuple[Instance, Rejection | None]]:
     """Each instance of one task with why it is rejected, or None.
 
-    If one input has two different outputs, no instance can be trusted: all are rejected if `drop_contradictions`.
+    If one input has two different outputs, no instance can be trusted: all are rejected if `drop_contradictions`. If
+    there is no input, only outputs of classification contradict each other; other tasks may have several answers. The
+    released code lets labels without inputs pass.
     """
     decisions: list[tuple[Instance, Rejection | None]] = []
     outputs: dict[str, set[str]] = {}
@@ -312,7 +314,8 @@ def check_instances(
             seen.add(instance)
             outputs.setdefault(instance.input, set()).add(instance.output)
         decisions.append((instance, rejection))
-    contradiction = next((text for text, found in outputs.items() if text and len(found) > 1), None)
+    several = (text for text, found in outputs.items() if len(found) > 1)
+    contradiction = next((text for text in several if text or is_classification), None)
     if contradiction is None or not drop_contradictions:
         return decisions
     why = Rejection("contradicting_outputs", f"input {contradiction!r} has {len(outputs[contradiction])} outputs")

@@ -14,8 +14,9 @@ from generation.config.common import Role
 from generation.config.methods import AlpacaConfig
 from generation.filters.drafts import Draft, Rejection
 from generation.method import AcceptedInstruction, InstructionResult, MethodInputs, Proposal
-from generation.methods.base import GeneratedInstructions, one_line, reject_response, seed_records
-from generation.methods.parsing import parse_tasks
+from generation.methods.base import GeneratedInstructions, one_line, seed_records
+from generation.parsing.chat import Dropped
+from generation.parsing.labels import parse_tasks
 from generation.records import GenerationResult, Record, RejectedRecord, machine_record, user_turn
 
 
@@ -52,11 +53,8 @@ class Alpaca(GeneratedInstructions):
         seed_ids = tuple(sorted(task.id for task in drawn))
         return self._ask_for_instructions(number, "tasks", config.task_sampling, variables, seed_ids=seed_ids)
 
-    def _parse(self, response: GenerationResult, first_number: int) -> Iterable[Draft | RejectedRecord]:
-        completion = response.completion
-        parsed = parse_tasks(completion.text, first_number, was_cut=completion.finish_reason == "length")
-        for position, task in enumerate(parsed):
-            yield reject_response(response, "malformed_task", task, position) if isinstance(task, str) else task
+    def _parse(self, response: GenerationResult, first_number: int, prompt: str) -> Iterable[Draft | Dropped]:
+        return parse_tasks(response.completion.text, first_number, response.completion.was_cut)
 
     async def finish(self, accepted: AcceptedInstruction) -> InstructionResult:
         """Ask no model: the task is complete. A task without an output is rejected; the released code keeps it."""

@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterable, Sequence
 from cluster.engines.config import Sampling
 from generation.accepted import Demonstration
 from generation.config.common import SynthesisConfig
-from generation.filters.drafts import Draft, Rejection
-from generation.method import Method, MethodInputs, Proposal
+from generation.filters.drafts import Draft
+from generation.method import Method, MethodInputs, Proposal, rejection_of_piece
+from generation.parsing.chat import Dropped
+from generation.parsing.lists import parse_list
 from generation.records import GenerationResult, Origin, Record, RejectedRecord, human_record, why_unanswered
 from generation.seed_tasks import SeedTask
 
@@ -27,9 +29,15 @@ class GeneratedInstructions(Method):
             for task in self._inputs.seeds
         ]
 
-    def _parse(self, response: GenerationResult, first_number: int) -> Iterable[Draft | RejectedRecord]:
-        """The instructions of an answered request. The first item of its list has the number `first_number`."""
+    def _parse(self, response: GenerationResult, first_number: int, prompt: str) -> Iterable[Draft | Dropped]:
+        """The instructions of an answered request, and what is none. `first_number`: of the first item of its list."""
         raise NotImplementedError
+
+    def _parse_list(self, response: GenerationResult, first_number: int, prompt: str) -> Iterable[Draft | Dropped]:
+        """The items of a list of instructions that continues `prompt`."""
+        completion, is_continued = response.completion, self._inputs.requester.model("writer").form == "completion"
+        items = parse_list(completion.text, first_number, completion.was_cut, is_continued, prompt)
+        return (Draft(item) if isinstance(item, str) else item for item in items)
 
     async def _ask_for_instructions(
         self,
@@ -44,12 +52,13 @@ class GeneratedInstructions(Method):
         prompt = self._inputs.prompts[prompt_name]
         text = prompt.render(**variables)
         response = await self._inputs.requester.ask("writer", prompt_name, prompt, text, sampling, replica=number)
-        return self._proposal(response, len(variables["demonstrations"]) + 1, parent_ids, seed_ids)
+        return self._proposal(response, len(variables["demonstrations"]) + 1, text, parent_ids, seed_ids)
 
     def _proposal(
         self,
         response: GenerationResult,
         first_number: int = 1,
+        prompt: str = "",
         parent_ids: tuple[str, ...] = (),
         seed_ids: tuple[str, ...] = (),
     ) -> Proposal:
@@ -59,7 +68,11 @@ class GeneratedInstructions(Method):
             items = (RejectedRecord("response", why, response.request_id, 0, Draft("", "", text)),)
         else:
             with self._inputs.timers.measure("parse"):
-                items = tuple(self._parse(response, first_number))
+                parsed = self._parse(response, first_number, prompt)
+                items = tuple(
+                    _rejected(item, response, position) if isinstance(item, Dropped) else item
+                    for position, item in enumerate(parsed)
+                )
         return Proposal(f"{self.NAME}-{response.request_id[:16]}", items, response, parent_ids, seed_ids)
 
 
@@ -81,12 +94,9 @@ class ExistingInstructions(Method):
         return (Draft(task.instruction, instance.input, instance.output or None) for instance in task.instances)
 
 
-def reject_response(
-    response: GenerationResult, reason: str, text: str | None = None, position: int = 0
-) -> RejectedRecord:
-    """Reject a whole response, or the piece `text` at `position` of it."""
-    draft = Draft("", "", response.completion.text if text is None else text)
-    return RejectedRecord("response", Rejection(reason), response.request_id, position, draft)
+def _rejected(piece: Dropped, response: GenerationResult, position: int = 0) -> RejectedRecord:
+    why = rejection_of_piece(piece, response)
+    return RejectedRecord("response", why, response.request_id, position, Draft("", "", piece.text))
 
 
 def one_line(instruction: str) -> str:

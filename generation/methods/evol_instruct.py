@@ -18,8 +18,9 @@ from generation.config.methods import EvolInstructConfig, Operation
 from generation.filters.chain import FilterChain
 from generation.filters.drafts import Draft, Rejection
 from generation.judge import not_judged
-from generation.method import AcceptedInstruction, InstructionResult, MethodInputs, check_answer
+from generation.method import AcceptedInstruction, InstructionResult, MethodInputs, check_answer, rejection_of_cut
 from generation.methods.base import ExistingInstructions
+from generation.parsing.chat import unframe
 from generation.records import (
     GenerationResult,
     Record,
@@ -90,11 +91,16 @@ class EvolInstruct(ExistingInstructions):
     async def _evolve(self, lineage: _Lineage, round_number: int) -> None:
         """One round. The next one starts from the evolved instruction, or from the same one if this is eliminated."""
         response = await self._rewrite(lineage, round_number)
-        evolved = response.completion.text.strip()
+        evolved, taken_off = unframe(response.completion.text)
         if why := await self._eliminate_instruction(lineage, response, evolved):
-            draft = Draft(evolved, finish_reason=response.completion.finish_reason)
+            draft = Draft(response.completion.text.strip(), finish_reason=response.completion.finish_reason)
             lineage.rejected.append(RejectedRecord("evolution", why, response.request_id, round_number, draft))
-        elif await self._answer(lineage, evolved, round_number):
+            return
+        for position, piece in enumerate(taken_off):
+            draft = Draft("", "", piece.text)
+            why = Rejection(piece.reason)
+            lineage.rejected.append(RejectedRecord("response", why, response.request_id, position, draft))
+        if await self._answer(lineage, evolved, round_number):
             lineage.current = evolved
 
     async def _rewrite(self, lineage: _Lineage, round_number: int) -> GenerationResult:
@@ -115,10 +121,8 @@ class EvolInstruct(ExistingInstructions):
         self, lineage: _Lineage, response: GenerationResult, evolved: str
     ) -> Rejection | None:
         """Why an evolved instruction is eliminated before it is answered, or None."""
-        if why := why_unanswered(response):
+        if why := why_unanswered(response) or rejection_of_cut(response.completion.samples[0]):
             return why
-        if response.completion.finish_reason == "length":
-            return Rejection("truncated_evolution")
         if not evolved:
             return Rejection("empty")
         if leaked := self._leaked.decide(Draft(evolved)).rejection:

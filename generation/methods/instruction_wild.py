@@ -16,7 +16,7 @@ from generation.config.methods import InstructionWildConfig
 from generation.filters.drafts import Draft
 from generation.method import AcceptedInstruction, InstructionResult, MethodInputs, Proposal
 from generation.methods.base import GeneratedInstructions, one_line
-from generation.methods.parsing import parse_instructions
+from generation.parsing.chat import Dropped
 from generation.records import GenerationResult
 
 
@@ -52,9 +52,8 @@ class InstructionWild(GeneratedInstructions):
             number, "instructions", config.instruction_sampling, variables, seed_ids=seed_ids
         )
 
-    def _parse(self, response: GenerationResult, first_number: int) -> Iterable[Draft]:
-        texts = parse_instructions(response.completion.text, first_number, capitalize=False)
-        return (Draft(text) for text in (texts[:-1] if response.completion.finish_reason == "length" else texts))
+    def _parse(self, response: GenerationResult, first_number: int, prompt: str) -> Iterable[Draft | Dropped]:
+        return self._parse_list(response, first_number, prompt)
 
     async def finish(self, accepted: AcceptedInstruction) -> InstructionResult:
         return await self._answer(accepted, self._config.answer_sampling)

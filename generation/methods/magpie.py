@@ -15,6 +15,7 @@ from generation.config.methods import MagpieConfig
 from generation.filters.drafts import Draft
 from generation.method import AcceptedInstruction, InstructionResult, MethodInputs, Proposal
 from generation.methods.base import GeneratedInstructions
+from generation.parsing.chat import TRUNCATED, Dropped
 from generation.records import GenerationResult
 
 
@@ -45,9 +46,9 @@ class Magpie(GeneratedInstructions):
         )
         return self._proposal(response)
 
-    def _parse(self, response: GenerationResult, first_number: int) -> Iterable[Draft]:
-        completion = response.completion
-        return (Draft(completion.text.strip(), finish_reason=completion.finish_reason),)
+    def _parse(self, response: GenerationResult, first_number: int, prompt: str) -> Iterable[Draft | Dropped]:
+        text = response.completion.text.strip()
+        return (Dropped(text, TRUNCATED) if response.completion.was_cut else Draft(text),)
 
     async def finish(self, accepted: AcceptedInstruction) -> InstructionResult:
         return await self._answer(accepted, self._config.answer_sampling, self._config.system_prompt)

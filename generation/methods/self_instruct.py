@@ -17,9 +17,10 @@ from generation.config.common import Role
 from generation.config.methods import SelfInstructConfig
 from generation.filters.drafts import Draft, Instance, Rejection
 from generation.filters.rules import check_instances
-from generation.method import AcceptedInstruction, InstructionResult, MethodInputs, Proposal
-from generation.methods.base import GeneratedInstructions, one_line, reject_response, seed_records
-from generation.methods.parsing import parse_input_first, parse_instructions, parse_output_first, parse_yes
+from generation.method import AcceptedInstruction, InstructionResult, MethodInputs, Proposal, rejection_of_piece
+from generation.methods.base import GeneratedInstructions, one_line, seed_records
+from generation.parsing.chat import TRUNCATED, Dropped
+from generation.parsing.labels import parse_input_first, parse_output_first, parse_yes
 from generation.records import (
     GenerationResult,
     Record,
@@ -101,13 +102,13 @@ class SelfInstruct(GeneratedInstructions):
             number, "instructions", config.instruction_sampling, variables, parent_ids, seed_ids
         )
 
-    def _parse(self, response: GenerationResult, first_number: int) -> Iterable[Draft | RejectedRecord]:
-        """Drop a response that was cut at max_tokens: its last item is incomplete, and the model may have looped."""
-        was_cut = response.completion.finish_reason == "length"
-        if was_cut and self._config.drop_truncated:
-            return (reject_response(response, "truncated_response"),)
-        texts = parse_instructions(response.completion.text, first_number, self._config.capitalize)
-        return (Draft(text) for text in (texts[:-1] if was_cut else texts))
+    def _parse(self, response: GenerationResult, first_number: int, prompt: str) -> Iterable[Draft | Dropped]:
+        if response.completion.was_cut and self._config.drop_truncated:
+            yield Dropped(response.completion.text, TRUNCATED)
+            return
+        for item in self._parse_list(response, first_number, prompt):
+            is_lowered = self._config.capitalize and isinstance(item, Draft)
+            yield Draft(item.instruction.capitalize()) if is_lowered else item
 
     # -- instances
 
@@ -124,8 +125,8 @@ class SelfInstruct(GeneratedInstructions):
         response = await self._ask_about(text, name, sampling)
         with self._inputs.timers.measure("parse"):
             parse = parse_output_first if is_classification else parse_input_first
-            parsed = parse(response.completion.text, response.completion.finish_reason == "length")
-            rows, rejected = self._choose(accepted, parsed, response)
+            parsed = parse(response.completion.text, response.completion.was_cut)
+            rows, rejected = self._choose(accepted, parsed, response, is_classification)
         return InstructionResult(tuple(rows), tuple(rejected), (answer, response), is_classification)
 
     async def _ask_about(self, instruction: str, name: str, sampling: Sampling) -> GenerationResult:
@@ -134,18 +135,20 @@ class SelfInstruct(GeneratedInstructions):
         return await self._inputs.requester.ask("writer", name, prompt, text, sampling)
 
     def _choose(
-        self, accepted: AcceptedInstruction, parsed: list[Instance], response: GenerationResult
+        self,
+        accepted: AcceptedInstruction,
+        parsed: list[Instance | Dropped],
+        response: GenerationResult,
+        is_classification: bool,
     ) -> tuple[list[Record], list[RejectedRecord]]:
         """Turn parsed instances into rows and rejections. At most `max_instances` become rows, drawn at random."""
         config, instruction = self._config, accepted.draft.instruction
         completion = response.completion
-        why = why_unanswered(response)
-        if why or not parsed:
-            was_cut = completion.finish_reason == "length"
-            why = why or Rejection("truncated_instance" if was_cut else "no_instance")
-            draft = Draft(instruction, "", completion.text or completion.samples[0].reasoning_content)
+        if why := why_unanswered(response):
+            draft = Draft(instruction, "", completion.samples[0].reasoning_content)
             return [], [RejectedRecord("instance", why, response.request_id, 0, draft)]
-        results = check_instances(parsed, config.drop_contradictions)
+        instances = [each for each in parsed if isinstance(each, Instance)]
+        results = check_instances(instances, config.drop_contradictions, is_classification)
         good = [position for position, (_, rejection) in enumerate(results) if rejection is None]
         draw = self._inputs.draw(accepted.id)
         if len(good) > config.max_instances:
@@ -158,6 +161,9 @@ class SelfInstruct(GeneratedInstructions):
                 continue
             why = rejection or Rejection("more_than_max_instances")
             draft = Draft(instruction, instance.input, instance.output)
+            rejected.append(RejectedRecord("instance", why, response.request_id, position, draft))
+        for position, piece in enumerate((each for each in parsed if isinstance(each, Dropped)), len(results)):
+            draft, why = Draft(instruction, "", piece.text), rejection_of_piece(piece, response)
             rejected.append(RejectedRecord("instance", why, response.request_id, position, draft))
         return rows, rejected
 

@@ -9,7 +9,8 @@ from cluster.engines.config import GenerationRequest
 from cluster.errors import InputError
 from generation.config.methods import AlpacaConfig, TaskSampling
 from generation.filters.drafts import Draft, Instance
-from generation.methods.parsing import parse_tasks
+from generation.parsing.chat import TRUNCATED, Dropped
+from generation.parsing.labels import parse_tasks
 from generation.seed_tasks import SeedTask, load_seed_tasks
 from tests.generation.harness import ROOT, SEEDS, CoroutinePool, drive
 
@@ -45,39 +46,70 @@ def response(*tasks: str) -> str:
 
 
 def test_tasks_are_split_in_seven_under_their_numbers():
-    assert parse_tasks(GOLDEN, 4, was_cut=False) == [SORT, NAME]  # upper case stays
+    assert parse_tasks(GOLDEN, 4) == [SORT, NAME]  # upper case stays
 
 
-def test_the_last_item_of_a_response_cut_by_length_is_dropped():
-    assert parse_tasks(GOLDEN, 4, was_cut=True) == [SORT]
+def test_the_last_item_of_a_cut_response_is_rejected():
+    cut = Dropped(
+        "5. Instruction: Name a NASA mission to Mars.\n5. Input:\n<noinput>\n5. Output:\nMars 2020.", TRUNCATED
+    )
+    assert parse_tasks(GOLDEN, 4, was_cut=True) == [SORT, cut]
     assert parse_tasks(GOLDEN + "###\n", 4, was_cut=True) == [SORT, NAME]  # nothing of the next one was written
-    assert parse_tasks(" Sort the", 4, was_cut=True) == []
+    assert parse_tasks(" Sort the", 4, was_cut=True) == [Dropped("4. Instruction: Sort the", TRUNCATED)]
 
 
-@pytest.mark.parametrize("marker", ["<noinput>", "<NoInput>", " <noinput> ", ""])
-def test_no_input_is_an_empty_one(marker):
-    assert parse_tasks(response(task(4, "Do it well.", marker)), 4, False)[0].input == ""
+@pytest.mark.parametrize(
+    "words",
+    [
+        *("<noinput>", "<NoInput>", " <noinput> ", "", "No input required.", "No input is needed for this task."),
+        *(
+            "(none)",
+            "None",
+            "None required",
+            "N/A",
+            "n/a.",
+            "[No Input]",
+            "**No input needed**",
+            "not applicable",
+            "-",
+            "无",
+        ),
+    ],
+)
+def test_no_input_is_an_empty_one(words):
+    (parsed,) = parse_tasks(response(task(4, "Do it well.", words)), 4)
+    assert parsed.input == ""
 
 
-def test_a_number_other_than_the_next_is_malformed_and_the_others_are_not():
+@pytest.mark.parametrize("words", ["No one came to the party.", "None of us slept.", "0", "nothing"])
+def test_an_input_that_only_looks_like_none_stays(words):
+    assert parse_tasks(response(task(4, "Do it well.", words)), 4)[0].input == words
+
+
+def test_any_number_will_do_if_it_is_the_same_for_the_whole_task():
     tasks = (task(4, "First of all."), task(6, "Second of all."), task(6, "Third of all."))
-    first, second, third = parse_tasks(response(*tasks), 4, False)
-    assert (first.instruction, third.instruction) == ("First of all.", "Third of all.")
-    assert second == tasks[1].strip()
+    assert [each.instruction for each in parse_tasks(response(*tasks), 4)] == [
+        *("First of all.", "Second of all.", "Third of all."),
+    ]
 
 
 @pytest.mark.parametrize(
     "broken",
     [
-        "4. Instruction: No more than this.",
         "4. Instruction: Twice.\n4. Input:\na\n4. Output:\nb\n4. Output:\nc",
         "4. Instruction: Without an output.\n4. Input:\na",
-        "4 Instruction: No dot.\n4 Input:\na\n4 Output:\nb",
+        "4. Instruction: With the next one's.\n4. Input:\na\n4. Output:\nb\n5. Output:\nc",
+        "4. Instruction: 4. Input:\na\n4. Output:\nwithout an instruction",
+        "4. Instruction: The other way round.\n4. Output:\na\n4. Input:\nb",
     ],
 )
-def test_an_item_that_is_not_seven_parts_is_malformed(broken):
-    parsed = parse_tasks(response(broken, task(5, "Sound one.")), 4, False)
-    assert [isinstance(item, str) for item in parsed] == [True, False]
+@pytest.mark.parametrize("separator", ["###\n", ""])
+def test_a_malformed_task_is_rejected_with_its_text(broken, separator):
+    sound = task(5, "Sound one.")
+    assert parse_tasks(f"{broken.removeprefix('4. Instruction:')}\n{separator}{sound}", 4) == [
+        Dropped(broken, "malformed_task"),
+        Draft("Sound one.", "", "Done as you say."),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -85,33 +117,65 @@ def test_an_item_that_is_not_seven_parts_is_malformed(broken):
     [
         f"4. Instruction:{GOLDEN}",
         f"###\n4. Instruction:{GOLDEN}###\n",
-        f"Certainly! Here are the tasks, beginning with number 4:\n\n### 4. Instruction:{GOLDEN}",
         GOLDEN.replace("###\n5", "### 5"),
         GOLDEN.replace("###\n5", "####\n5"),
+        GOLDEN.replace("###\n5", "######\n5"),
         GOLDEN.replace("###\n5", "\n\n###\n\n5"),
+        GOLDEN.replace("###\n5", "---\n5"),
+        GOLDEN.replace("\n###\n5", "5"),  # no separator
         GOLDEN + "\n###\n",
+        f"```\n4. Instruction:{GOLDEN}```",
+        f"4. Instruction:{GOLDEN}".replace("4.", "1.").replace("5.", "2."),
+        f"4. Instruction:{GOLDEN}".replace("4.", "4)").replace("5.", "5)"),
+        f"4. Instruction:{GOLDEN}".replace(". Input:", ". **Input:**").replace(". Output:", ". **Output**:"),
+        re.sub(r"(\d\. (?:Input|Output):)", r"**\1**", GOLDEN).replace("5. Instruction:", "**5. Instruction:**"),
+        re.sub(r"(\d)\. (Instruction|Input|Output):", r"### \2 \1:", f"4. Instruction:{GOLDEN}"),
+        re.sub(r"\d\. (Instruction|Input|Output):", r"\1：", f"4. Instruction:{GOLDEN}")
+        .lower()
+        .replace("sort", "Sort"),
+        re.sub(r"\d\. (Instruction|Input|Output):", r"**\1:**", f"4. Instruction:{GOLDEN}"),
+        re.sub(r"\d\. (Input|Output):", r"\1:", f"4. Instruction:{GOLDEN}"),
+        f"4. Instruction:{GOLDEN}".replace("Output:", "Response:"),
+        re.sub(r"(\d)\. (Instruction):", r"### Task \1\n**\2:**", f"4. Instruction:{GOLDEN}")
+        .replace("4. ", "")
+        .replace("5. ", ""),
     ],
 )
-def test_a_repeated_opening_and_other_ways_to_part_items(text):
-    assert parse_tasks(text, 4, was_cut=False) == [SORT, NAME]
+def test_tasks_are_read_in_whatever_way_they_are_labelled_and_parted(text):
+    parsed = [each for each in parse_tasks(text, 4) if isinstance(each, Draft)]
+    same = [Draft(each.instruction.lower(), each.input.lower(), each.output.lower()) for each in parsed]
+    assert same == [Draft(each.instruction.lower(), each.input, each.output.lower()) for each in (SORT, NAME)]
 
 
-def test_an_empty_place_counts_but_is_no_item():
-    text = GOLDEN.replace("###\n5", "######\n5")
-    assert parse_tasks(text, 4, False)[0] == SORT
-    assert isinstance(parse_tasks(text, 4, False)[1], str)  # 6 is expected there
-    assert parse_tasks(text.replace("5.", "6."), 4, False) == [SORT, NAME]
+def test_what_a_chat_writes_around_its_tasks_is_rejected():
+    opener, closer = "Certainly! Here are the tasks, beginning with number 4:", "Let me know if you need more tasks!"
+    assert parse_tasks(f"{opener}\n\n### 4. Instruction:{GOLDEN}\n---\n{closer}", 4) == [
+        *(Dropped(opener), SORT, NAME, Dropped(closer)),
+    ]
 
 
-def test_a_later_number_that_ends_in_the_first_one_is_not_the_opening():
-    tasks = [task(number, f"Task number {number} of many.") for number in range(4, 16)]
-    tasks[0] = "4. Instruction: broken"
-    parsed = parse_tasks(response(*tasks), 4, False)
-    assert [isinstance(item, str) for item in parsed] == [True] + [False] * 11
+def test_an_answer_may_have_headings_and_speak_of_inputs_and_examples():
+    output = "# Parts\n\n### Outside\n1. Input: the keyboard\n2. Output: the screen\n\nOutput: text\nExample: this"
+    (parsed,) = parse_tasks(response(task(4, "Name the parts of a computer.", output=output)), 4)
+    assert parsed.output == output
+
+
+def test_a_task_without_an_input_label_has_no_input():
+    text = " Name a river.\n4. Output:\nThe Elbe.\n5. Instruction: Name a lake.\nOutput: Como."
+    assert parse_tasks(text, 4) == [Draft("Name a river.", "", "The Elbe."), Draft("Name a lake.", "", "Como.")]
+
+
+def test_labels_inside_a_line_count_if_no_other_does():
+    assert parse_tasks(" Name it. 4. Input: a fish 4. Output: Bob", 4) == [Draft("Name it.", "a fish", "Bob")]
+
+
+def test_text_without_a_label_is_no_task():
+    assert parse_tasks("I cannot do that.", 4) == [Dropped("4. Instruction: I cannot do that.", "malformed_task")]
+    assert parse_tasks(" \n###\n", 4) == []
 
 
 def test_an_output_may_be_empty():
-    assert parse_tasks(response(task(4, "Say nothing.", output="")), 4, False)[0].output == ""
+    assert parse_tasks(response(task(4, "Say nothing.", output="")), 4)[0].output == ""
 
 
 # -- the method
@@ -131,7 +195,7 @@ def test_what_becomes_of_each_item(tmp_path):
         task(8, "(Parts of it) explain the tides."),
         task(9, "• Überlege dir einen guten Namen."),
         task(10, "Sort these three words by their length."),
-        task(12, "Number eleven has another number."),
+        "12. Instruction: Number eleven has no output.\n",
         task(12, "Say nothing at all to this.", output=""),
         task(13, "Explain what NASA does all day."),
     )
@@ -206,7 +270,7 @@ def test_published_sampling_reaches_the_engines_and_stops_at_item_20(tmp_path):
     drive(tmp_path, pool, AlpacaConfig(num_instructions=1))
     sampling = pool.requests[0].sampling
     assert (sampling.temperature, sampling.top_p, sampling.max_tokens, sampling.presence_penalty) == (1, 1, 3072, 0)
-    assert all(any(stop in f"###\n20{end}" for stop in sampling.stop) for end in (".", " ."))
+    assert sampling.stop == ("\n20. Instruction:",)
     assert "20 different tasks" in pool.requests[0].prompt
 
 

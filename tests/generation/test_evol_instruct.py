@@ -190,7 +190,7 @@ def test_unchanged_text_is_equal_without_asking_the_judge(tmp_path):
         ("I am sorry, I can't.", "refusal"),
         ("The sorrow of rivers.", None),
         ("", "empty_output"),
-        (("The Elbe flows", "length"), "truncated_answer"),
+        (("The Elbe flows", "length"), "truncated_response"),
         (("", "prompt_too_long"), "prompt_too_long"),
     ],
 )
@@ -212,11 +212,10 @@ def test_rule_3_answers_of_stop_words_and_punctuation_eliminate_the_instruction(
     ("evolved", "reason"),
     [
         ("Rewrite the Given Prompt about a river.", "format_leakage"),
-        ("#Rewritten Prompt#: Name a long river.", "format_leakage"),
-        ("#Created Prompt#\nName a lake.", "format_leakage"),
+        ("Name a long river.\n\n#Given Prompt#:\nName a lake.", "format_leakage"),
         ("Name a river, and be prompt: given by its source.", None),
         ("", "empty"),
-        (("Name a river that", "length"), "truncated_evolution"),
+        (("Name a river that", "length"), "truncated_response"),
         (("", "prompt_too_long"), "prompt_too_long"),
         (("", "engine_died"), "engine_died"),
     ],

@@ -170,7 +170,7 @@ def test_answers_that_cannot_be_rows_are_rejected_with_their_text(tmp_path):
     made = drive(tmp_path, CoroutinePool(answer=answer), AnswerOnlyConfig(max_instructions=4))
     rejects = [(row["kind"], row["reason"], row["output"]) for row in made.rejected]
     assert rejects == [
-        ("answer", "truncated_answer", "Half an"),
+        ("answer", "truncated_response", "Half an"),
         ("answer", "empty_output", " "),
         ("answer", "prompt_too_long", ""),
     ]

@@ -80,7 +80,11 @@ def test_another_model_may_answer(tmp_path):
 
 @pytest.mark.parametrize(
     ("answer", "reason"),
-    [(" \n", "empty_output"), (("Cut in the mid", "length"), "truncated_answer"), (("", "engine_died"), "engine_died")],
+    [
+        (" \n", "empty_output"),
+        (("Cut in the mid", "length"), "truncated_response"),
+        (("", "engine_died"), "engine_died"),
+    ],
 )
 def test_an_answer_that_is_none_is_a_reject(tmp_path, answer, reason):
     made = drive(tmp_path, answering(" hello there", answer), InstructionWildConfig(num_instructions=1))

@@ -170,7 +170,7 @@ def test_turns_that_are_cut_empty_or_not_answered_for_are_rejected(tmp_path, mak
     pool = Aligned(("Where is the", "length"), "  ", ("", "engine_died"), RIVERS[0])
     made = magpie(tmp_path, make_model(CHATML), pool, max_requests=4, max_concurrent_proposals=1)
     assert {(row["kind"], row["reason"]) for row in made.rejected} == {
-        ("instruction", "truncated"),
+        ("response", "truncated_response"),
         ("instruction", "empty"),
         ("response", "engine_died"),
     }

@@ -10,8 +10,10 @@ from cluster.engines.config import GenerationRequest
 from cluster.errors import InputError
 from generation.config.methods import SelfInstructConfig
 from generation.filters.drafts import Instance
-from generation.methods.parsing import parse_input_first, parse_instructions, parse_output_first, parse_yes
 from generation.methods.self_instruct import SelfInstruct
+from generation.parsing.chat import TRUNCATED, Dropped
+from generation.parsing.labels import parse_input_first, parse_output_first, parse_yes
+from generation.parsing.lists import parse_list
 from generation.request_log import RequestLog
 from generation.requester import Requester, ServedModel
 from generation.seed_tasks import load_seed_tasks
@@ -27,47 +29,53 @@ PUBLISHED_SEEDS = ROOT.parent / "shared" / "data" / "self_instruct" / "seed_task
 
 def test_a_continued_list_is_split_at_its_numbers():
     text = " Sort   the words.\n10. Add 2. and 3.\n11 . Name a\tGREAT city.\n12."
-    assert parse_instructions(text, 9, capitalize=False) == [
+    assert parse_list(text, 9) == [
         "Sort the words.",
         "Add 2. and 3.",
         "Name a GREAT city.",
         "",
     ]
-    assert parse_instructions(text, 9, capitalize=True)[2] == "Name a great city."
-    assert parse_instructions(" Weigh it:\n3.5 kg\n10.写一首诗\n11、再写一首", 9, capitalize=False) == [
+    assert parse_list(" Weigh it:\n3.5 kg\n10.写一首诗\n11、再写一首", 9) == [
         "Weigh it: 3.5 kg", "写一首诗", "再写一首",
     ]  # fmt: skip
 
 
 def test_a_chat_may_repeat_the_number_at_which_the_list_goes_on():
     text = "Of course, here is more:\n\n9. Sort the words.\n10. Add 9. and 3."
-    assert parse_instructions(text, 9, capitalize=False) == ["Sort the words.", "Add 9. and 3."]
-    assert parse_instructions("9. Sort the words.", 9, capitalize=False) == ["Sort the words."]
+    assert parse_list(text, 9) == [Dropped("Of course, here is more:"), "Sort the words.", "Add 9. and 3."]
+    assert parse_list("9. Sort the words.", 9) == ["Sort the words."]
 
 
 @pytest.mark.parametrize(
-    ("text", "is_yes"), [(" Yes\n", True), ("yes", True), ("YES ", True), ("No", False), ("Yes.", False), ("", False)]
+    ("text", "is_yes"),
+    [
+        *((" Yes\n", True), ("yes", True), ("YES ", True), ("Yes.", True), ("**Yes**", True), ("Yes, it", True)),
+        *(("No", False), ("", False), ("Yesterday", False), ("Not yes", False)),
+    ],
 )
-def test_only_a_plain_yes_is_a_yes(text, is_yes):
+def test_an_answer_that_begins_with_yes_is_a_yes(text, is_yes):
     assert parse_yes(text) is is_yes
 
 
 def test_instances_with_the_input_first():
-    text = "Example 1\nInput: pear\nfig\nOutput: fig\nExample 2\nOutput: none\nTask: another"
-    assert parse_input_first(text, False) == [Instance("pear\nfig", "fig"), Instance("", "none")]
-    assert parse_input_first(text, True) == [Instance("pear\nfig", "fig")]
-    assert parse_input_first("Output: alone", False) == [Instance("", "alone")]
-    assert parse_input_first("Output: alone", True) == []
-    assert parse_input_first("no marker at all", False) == []
+    text = "Example 1\nInput: pear\nfig\nOutput: fig\nExample 2\nOutput: none"
+    both = [Instance("pear\nfig", "fig"), Instance("", "none")]
+    assert parse_input_first(text) == both
+    assert parse_input_first(text, was_cut=True) == [both[0], Dropped("Output: none", TRUNCATED)]
+    for was_cut in (False, True):  # the next task shows that the second instance is complete
+        assert parse_input_first(f"{text}\nTask: another", was_cut) == [*both, Dropped("Task: another")]
+    assert parse_input_first("Output: alone") == [Instance("", "alone")]
+    assert parse_input_first("Output: alone", was_cut=True) == [Dropped("Output: alone", TRUNCATED)]
+    assert parse_input_first("no marker at all") == [Dropped("no marker at all", "no_instance")]
     two_pairs = "Input: a\nOutput 1: b\nInput 2: c\nOutput 2: d"
-    assert parse_input_first(two_pairs, False) == [Instance("a", "b")]
+    assert parse_input_first(two_pairs) == [Instance("a", "b"), Instance("c", "d")]
 
 
 def test_instances_with_the_label_first():
     text = " warm\nInput: soup\nClass label: cold\nSentence: ice\nmore ice\nClass label: mild"
     expected = [Instance("soup", "warm"), Instance("Sentence: ice\nmore ice", "cold"), Instance("", "mild")]
-    assert parse_output_first(text, False) == expected
-    assert parse_output_first(text, True) == expected[:2]
+    assert parse_output_first(text) == expected
+    assert parse_output_first(text, was_cut=True) == [*expected[:2], Dropped("Class label: mild", TRUNCATED)]
 
 
 # -- the method
@@ -161,7 +169,7 @@ def test_published_sampling_reaches_the_engines(tmp_path):
 
 def test_a_response_cut_short_is_dropped_whole_and_giving_up_says_why(tmp_path):
     pool = CoroutinePool(answer=lambda request: (CoroutinePool.scripted(request), "length"))
-    made = drive(tmp_path, pool, SelfInstructConfig(max_empty_requests=5))
+    made = drive(tmp_path, pool, SelfInstructConfig(max_empty_requests=5, drop_truncated=True))
     driver = made.driver
     assert (driver.state.num_accepted, driver.committed.num_generated, len(made.rejected)) == (0, 0, 5)
     assert made.reasons == {"truncated_response"}
@@ -171,7 +179,7 @@ def test_a_response_cut_short_is_dropped_whole_and_giving_up_says_why(tmp_path):
 def test_a_response_cut_short_may_lose_only_its_last_instruction(tmp_path):
     answer = " First of the new instructions.\n10. Second of those that are new.\n11. Third which was cut"
     pool = CoroutinePool(answer=lambda r: (answer, "length") if r.prompt.endswith("9.") else "Output: yes")
-    made = drive(tmp_path, pool, SelfInstructConfig(num_instructions=2, max_requests=1, drop_truncated=False))
+    made = drive(tmp_path, pool, SelfInstructConfig(num_instructions=2, max_requests=1))
     kept = [row["instruction"] for row in made.instructions]
     assert kept == ["First of the new instructions.", "Second of those that are new."]
 
