@@ -125,7 +125,7 @@ class SelfInstruct(GeneratedInstructions):
         response = await self._ask_about(text, name, sampling)
         with self._inputs.timers.measure("parse"):
             parse = parse_output_first if is_classification else parse_input_first
-            parsed = parse(response.completion.text, response.completion.was_cut)
+            parsed = parse(response.completion.text, response.completion.was_cut, text)
             rows, rejected = self._choose(accepted, parsed, response, is_classification)
         return InstructionResult(tuple(rows), tuple(rejected), (answer, response), is_classification)
 

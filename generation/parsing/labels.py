@@ -153,16 +153,17 @@ def _shown(piece: str, number: int | None) -> str:
 # -- instances of one task
 
 
-def parse_input_first(text: str, was_cut: bool = False) -> list[Instance | Dropped]:
+def parse_input_first(text: str, was_cut: bool = False, instruction: str = "") -> list[Instance | Dropped]:
     """Instances of a task that is not classification: "Example k" blocks of `Input:` and `Output:`, or an output alone.
 
-    Text without any label has no instance. If the text was cut, its last instance is dropped.
+    Text without any label has no instance. If the text was cut, its last instance is dropped. "Task: <instruction>"
+    before the instances is left out; any other task ends them.
     """
-    return list(_parse_input_first(unwrap(text), was_cut))
+    return list(_parse_input_first(unwrap(text), was_cut, instruction))
 
 
-def _parse_input_first(text: str, was_cut: bool) -> Iterator[Instance | Dropped]:
-    echo, text, rest = _of_this_task(text)
+def _parse_input_first(text: str, was_cut: bool, instruction: str) -> Iterator[Instance | Dropped]:
+    echo, text, rest = _of_this_task(text, instruction)
     yield from _surrounding(echo)
     fields = _fields_of_one_style(_find_labels(text, ("input", "output")))
     starts = _find_examples(text, fields)
@@ -236,17 +237,20 @@ def _parse_block(block: str) -> Instance | Dropped:
     return Instance(_input(given), _text(block[fields[-1].end :]))
 
 
-def parse_output_first(text: str, was_cut: bool = False) -> list[Instance | Dropped]:
+def parse_output_first(text: str, was_cut: bool = False, instruction: str = "") -> list[Instance | Dropped]:
     """Instances of a classification task: labels after `Class label:`, with an input below or above each.
 
     `text` continues a prompt that ends at "Class label:", so its first label may have no marker of its own.
     """
-    return list(_parse_output_first(unwrap(text), was_cut))
+    return list(_parse_output_first(unwrap(text), was_cut, instruction))
 
 
-def _parse_output_first(text: str, was_cut: bool) -> Iterator[Instance | Dropped]:
-    echo, text, rest = _of_this_task(text)
+def _parse_output_first(text: str, was_cut: bool, instruction: str) -> Iterator[Instance | Dropped]:
+    echo, text, rest = _of_this_task(text, instruction)
     yield from _surrounding(echo)
+    if not text.strip():
+        yield Dropped(rest.strip(), TRUNCATED if was_cut and not rest else NO_INSTANCE)
+        return
     fields = _fields_of_one_style(_find_labels(text, ("class label", "input", "output", "example")))
     before = text[: fields[0].start] if fields else text
     if is_opener(before.strip().partition("\n")[0]) and fields:
@@ -317,14 +321,16 @@ def _is_label(found: re.Match, line: str) -> bool:
     return bool(found["colon"]) or (bool(found["heading"] or found["bold"]) and found.end() == len(line))
 
 
-def _of_this_task(text: str) -> tuple[str, str, str]:
-    """The repeated "Task: ..." before the instances, the instances, and the next task after them."""
+def _of_this_task(text: str, instruction: str) -> tuple[str, str, str]:
+    """The repeated "Task: <instruction>" before the instances, the instances, and the next task after them."""
     tasks = [label for label in _find_labels(text, ("task",)) if not label.bullet]
     start = 0
     if tasks and not text[: tasks[0].start].strip():
-        start = text.find("\n", tasks.pop(0).end)
-        if start < 0:
-            return text, "", ""
+        first = tasks[0]
+        line_end = (text + "\n").index("\n", first.start)
+        if text[first.end : line_end].strip(" *").casefold() == " ".join(instruction.split()).casefold():
+            start = line_end
+            tasks = tasks[1:]
     end = tasks[0].start if tasks else len(text)
     return text[:start], text[start:end], text[end:]
 
