@@ -47,9 +47,7 @@ class InstructionSampling(SingleSampling):
     top_p: float = Field(0.5, gt=0, le=1)
     presence_penalty: float = Field(2.0, ge=-2, le=2)
     max_tokens: int = Field(1024, ge=1)
-    stop: tuple[str, ...] = Field(
-        ("\n16.",), description="where the list ends (released code: `\\n\\n`, `\\n16`, `16.` and `16 .`)"
-    )
+    stop: tuple[str, ...] = ("\n16.",)  # released code: "\n\n", "\n16", "16.", "16 ."
 
 
 class ClassificationSampling(SingleSampling):
@@ -57,7 +55,7 @@ class ClassificationSampling(SingleSampling):
 
     temperature: Temperature = 0.0
     max_tokens: int = Field(3, ge=1)
-    stop: tuple[str, ...] = Field((), description="released code: `\\n` and `Task`, which three tokens seldom reach")
+    stop: tuple[str, ...] = ()  # released code: "\n", "Task"; an answer may begin with an empty line
 
 
 class InputFirstSampling(SingleSampling):
@@ -66,9 +64,7 @@ class InputFirstSampling(SingleSampling):
     temperature: Temperature = 0.0
     presence_penalty: float = Field(1.5, ge=-2, le=2)
     max_tokens: int = Field(350, ge=1)
-    stop: tuple[str, ...] = Field(
-        ("\nExample 6", "\nTask:"), description="where the instances end (released code: `Example 6` and `Task:`)"
-    )
+    stop: tuple[str, ...] = ("\nExample 6", "\nTask:")  # released code: "Example 6", "Task:"
 
 
 class OutputFirstSampling(InputFirstSampling):
@@ -158,10 +154,7 @@ class TaskSampling(SingleSampling):
     temperature: Temperature = 1.0
     top_p: float = Field(1.0, gt=0, le=1)
     max_tokens: int = Field(3072, ge=1)
-    stop: tuple[str, ...] = Field(
-        ("\n20. Instruction:",),
-        description="where the last task begins, number `num_tasks` (released code: `\\n20` and `20.`)",
-    )
+    stop: tuple[str, ...] = ("\n20. Instruction:",)  # where the last task begins; released code: "\n20", "20."
 
 
 class AlpacaConfig(GeneratedInstructionsConfig):
