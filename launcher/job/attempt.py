@@ -149,11 +149,14 @@ class Attempt:
         )  # fmt: skip
 
     def _give_up_with_other_code(self, submitted: Path) -> int:
-        return self._give_up(
-            EXIT_BAD_INPUT, "other code",
-            f"{self.stage} was submitted with the code in {submitted}, and the job runs that in {PROJECT}, or the "
-            "copy was changed. Look for settings of PYTHONPATH on the nodes and submit the run again.",
-        )  # fmt: skip
+        if submitted.resolve() == PROJECT:
+            message = f"the code that was submitted, {submitted}, was changed since. Submit the run again."
+        else:
+            message = (
+                f"the code that was submitted is {submitted}, and the job runs that in {PROJECT}. Look for settings of "
+                "PYTHONPATH on the nodes, and submit the run again."
+            )
+        return self._give_up(EXIT_BAD_INPUT, "other code", message)
 
     def _give_up_without_progress(self, message: str) -> int:
         limit = self.slurm_config.max_attempts_without_progress

@@ -24,7 +24,7 @@ def code_files(project: Path) -> list[Path]:
         path.relative_to(project)
         for part in PARTS
         for path in ([project / part] if (project / part).is_file() else (project / part).rglob("*"))
-        if path.is_file() and "__pycache__" not in path.parts
+        if path.is_file() and "__pycache__" not in path.parts and not path.name.startswith(".")
     ]
     return sorted(files)
 
@@ -63,7 +63,9 @@ def take_snapshot(folder: Path, project: Path = PROJECT) -> Path:
     contents, name = read_code(project)
     snapshot = folder / name
     if snapshot.is_dir():
-        return snapshot
+        if read_code(snapshot)[1] == name:
+            return snapshot
+        shutil.rmtree(snapshot)  # it was changed
     # Folders and files get the rights that the user's umask and the run folder give, so no temporary folder of Python.
     partial = folder / f".partial-{name}-{secrets.token_hex(4)}"
     with explain_full_disk(folder):

@@ -171,7 +171,10 @@ def test_a_job_runs_only_the_code_that_was_submitted(tmp_path: Path, monkeypatch
     assert own.execute(lambda: 75, lambda *_: 0) == 75, "the same code, at another place"
     monkeypatch.setattr("launcher.job.attempt.code_hash", lambda: "0" * 16)
     assert own.execute(lambda: 75, lambda *_: 0) == 2
-    assert f"was submitted with the code in {snapshot}" in own.run.read_result("train")["message"]
+    assert f"submitted is {snapshot}, and the job runs that in" in own.run.read_result("train")["message"]
+    (snapshot / "trainer" / "train.py").write_text("edited")
+    assert take_snapshot(tmp_path / "run" / "code") == snapshot
+    assert (snapshot / "trainer" / "train.py").read_text() != "edited", "it is made anew"
 
 
 def test_a_step_that_python_takes_from_elsewhere_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
