@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 NUM_PROPOSALS = 64  # first proposals whose prompts are rendered
+NUM_SEEDS = 20_000  # likewise of the seeds that are answered: some seconds
 Tokenizers = Mapping[Role, "PreTrainedTokenizerBase | None"]
 log = stage_logger("synthesize")
 
@@ -63,6 +64,7 @@ def check_prompts(
     Raises InputError if the method cannot work with these seeds, if a template does not use what it is for, or if all
     prompts of a template leave the model no room. Single prompts that are too long are logged; they will be rejected.
     """
+    _check_stop_tokens(config, models)
     lengths = _Lengths(models, tokenizers, getattr(config, "system_prompt", None))
     trial = method(config, MethodInputs(seeds, prompts, lengths.recorder, Timers(), seed))
     trial.check_seeds()
@@ -89,7 +91,7 @@ def _check_answers(prompt: Prompt, method: Method, lengths: "_Lengths") -> None:
     texts: set[str] = set()  # likewise
 
     def requests() -> Iterator[_Request]:
-        for number in range(method.max_proposals):
+        for number in range(min(method.max_proposals, NUM_SEEDS)):
             for draft in _first_request(method.propose(number, ())).items:
                 text = prompt.render(instruction=draft.instruction, input=draft.input)
                 for found, value in ((instructions, (draft.instruction, draft.input)), (texts, text)):
@@ -226,13 +228,35 @@ def max_model_len(model: RoleModel) -> int | None:
     """Tokens of prompt and answer that the engines of a model support at most. None means that it is not known."""
     if model.engine.max_model_len is not None:
         return model.engine.max_model_len
-    path = find_config(model.source)
-    config = json.loads(path.read_text()) if path else {}
-    config = config.get("text_config", config)
+    config = _read_config(model)
     length = config.get("max_position_embeddings")
     scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
     factor = scaling.get("factor", 1) if isinstance(scaling, dict) else 1
     return int(length * max(1, factor)) if isinstance(length, int) else None
+
+
+def _read_config(model: RoleModel) -> dict:
+    """What the model's config.json says of its text part; empty if the file is not on this machine yet."""
+    path = find_config(model.source)
+    config = json.loads(path.read_text()) if path else {}
+    return config.get("text_config", config)
+
+
+def _check_stop_tokens(config: SynthesisConfig, models: Mapping[Role, RoleModel]) -> None:
+    """Raise InputError for a stop token that is not in the vocabulary: the engine would refuse every request."""
+    samplings = {name: value for name, value in config if isinstance(value, Sampling) and value.stop_token_ids}
+    for name, sampling in samplings.items():
+        role: Role = {"answer_sampling": "answerer", "judge_sampling": "judge", "equality_sampling": "judge"}.get(
+            name, "writer"
+        )
+        if role not in models:
+            continue
+        size, highest = _read_config(models[role]).get("vocab_size"), max(sampling.stop_token_ids)
+        if isinstance(size, int) and highest >= size:
+            raise InputError(
+                f"synthesize.{name}.stop_token_ids: {highest} is not a token of {models[role].name}, which has {size:,}"
+                " tokens."
+            )
 
 
 # -- chat templates

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from cluster.errors import EXIT_BAD_INPUT, TunesmithError
 from cluster.files import describe_os_error
+from cluster.processes.signals import StopRequest
 from cluster.run.rundir import RunDir
 from launcher import run_commands
 
@@ -66,10 +67,11 @@ def run(
     recipe: RecipePath, overrides: Overrides = None, run_dir: RunDirOption = None, on: OnOption = Place.here
 ) -> None:
     """Run all stages of a recipe. Finished stages are skipped, so the same command continues a run that stopped."""
-    from launcher.stages import run_all
-    from launcher.sweep import members_of, save_index
+    with StopRequest(interrupts=True):  # nothing is begun yet
+        from launcher.stages import run_all
+        from launcher.sweep import members_of, save_index
 
-    resolved = load_recipe(recipe, overrides, run_dir)
+        resolved = load_recipe(recipe, overrides, run_dir)
     if on == Place.slurm:
         run_commands.run_on_slurm(recipe, overrides or [], resolved)
         return
@@ -147,11 +149,13 @@ run_commands.add_to(app)
 
 
 def _one_stage(stage: str, recipe: Path, overrides: list[str] | None, run_dir: Path | None) -> None:
-    from launcher.slurm.snapshot import check_code_of_step
-    from launcher.stages import run_stage
+    with StopRequest(interrupts=True):  # nothing is begun yet
+        from launcher.slurm.snapshot import check_code_of_step
+        from launcher.stages import run_stage
 
-    check_code_of_step()
-    run_stage(stage, load_recipe(recipe, overrides, run_dir))
+        check_code_of_step()
+        resolved = load_recipe(recipe, overrides, run_dir)
+    run_stage(stage, resolved)
 
 
 def main() -> None:

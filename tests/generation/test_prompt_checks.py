@@ -164,6 +164,11 @@ def test_a_template_of_the_input_alone_is_enough_if_seeds_have_one(chat, tmp_pat
     load(chat, AnswerOnlyConfig(seeds=path, prompts=own_prompts(tmp_path, "answer_only", answer="{{ input }}")))
 
 
+def test_a_stop_token_outside_the_vocabulary_is_named(chat):
+    with pytest.raises(InputError, match=r"synthesize\.answer_sampling\.stop_token_ids: 5000 is not a token"):
+        load(chat, AnswerOnlyConfig(answer_sampling={"stop_token_ids": [1, 5000]}))
+
+
 def test_a_verifier_that_rejects_the_seeds_own_outputs_is_reported(chat, tmp_path, caplog):
     path = seeds(tmp_path, {"instruction": "Name the capital of Peru.", "output": "Lima."})
     config = RejectionSamplingConfig(seeds=path, choose_by="verifier", verifier="toy_world.world:score")
