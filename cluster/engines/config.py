@@ -229,9 +229,9 @@ class Sample:
     finish_reason: str
     num_tokens: int
     token_ids: tuple[int, ...] = ()
+    stop_reason: str | int | None = None
     reasoning_content: str = ""
     error: str = ""
-    stop_reason: str | int | None = None
 
     @property
     def was_cut(self) -> bool:

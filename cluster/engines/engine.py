@@ -85,7 +85,11 @@ class VLLMEngine:
             os._exit(1)  # the core process is gone. The pool has to see a death, not a failed request
         samples = tuple(
             Sample(
-                output.text, output.finish_reason, len(output.token_ids), tuple(output.token_ids), output.stop_reason
+                output.text,
+                output.finish_reason,
+                len(output.token_ids),
+                tuple(output.token_ids),
+                stop_reason=output.stop_reason,
             )
             for output in sorted(final.outputs, key=lambda output: output.index)
         )
