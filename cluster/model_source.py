@@ -5,7 +5,9 @@ from pathlib import Path
 
 from cluster.config import ModelConfig
 from cluster.errors import InputError
-from cluster.files import sha256_file
+from cluster.files import MIB, sha256_file
+
+MAX_TOY_BYTES = 64 * MIB  # the toy world's models have 3, the smallest that speak English 270
 
 
 def locate_model(model: ModelConfig) -> ModelConfig:
@@ -27,6 +29,13 @@ def locate_model(model: ModelConfig) -> ModelConfig:
             f"model.path: {folder.absolute()} holds no config.json, so it is not a model in Hugging Face's format."
         )
     return ModelConfig(path=str(folder.resolve()), revision=model.revision)
+
+
+def is_toy(model: ModelConfig) -> bool:
+    """Whether the model is so small that a second thread gives no speed. A name on the hub is never one."""
+    folder = Path(model.path)
+    weights = (file.stat().st_size for pattern in ("*.safetensors", "*.bin") for file in folder.glob(pattern))
+    return folder.is_dir() and sum(weights) < MAX_TOY_BYTES
 
 
 def find_config(model: ModelConfig) -> Path | None:

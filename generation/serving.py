@@ -12,6 +12,7 @@ import ray
 
 from cluster.config import ModelConfig
 from cluster.engines.config import EngineConfig
+from cluster.engines.placement import share_cpus
 from cluster.engines.pool import EnginePool
 from cluster.errors import InputError
 from cluster.model_source import fingerprint_folder, locate_model, model_revision
@@ -94,10 +95,11 @@ async def serving(models: Mapping[Role, RoleModel]) -> AsyncIterator[dict[Role, 
         adapters.setdefault((role_model.source, role_model.engine), set()).update(filter(None, [role_model.adapter]))
     if len(adapters) > 1:  # a single pool checks it itself
         await _wait_for_resources([engine for _, engine in adapters])
+    engines = share_cpus([(engine, source) for source, engine in adapters])
     async with contextlib.AsyncExitStack() as stack:
         pools = {
-            key: await stack.enter_async_context(EnginePool.start(key[1], key[0], tuple(sorted(folders))))
-            for key, folders in adapters.items()
+            key: await stack.enter_async_context(EnginePool.start(engine, key[0], tuple(sorted(folders))))
+            for engine, (key, folders) in zip(engines, adapters.items(), strict=True)
         }
         yield {
             role: ServedModel(
@@ -135,7 +137,7 @@ def _shortage(engines: Sequence[EngineConfig], have: Mapping[str, float]) -> str
     replicas = [each.min_replicas or each.num_replicas for each in engines]
     needs = {
         "GPU": sum(n * each.gpus_per_engine for n, each in zip(replicas, engines, strict=True)) if "GPU" in have else 0,
-        "CPU": sum(n * each.cpus_per_engine for n, each in zip(replicas, engines, strict=True)),
+        "CPU": sum(n * each.min_cpus for n, each in zip(replicas, engines, strict=True)),
     }
     shortages = [
         f"their engines need {need:g} {name}s, and the Ray cluster has {have.get(name, 0):g}"

@@ -20,13 +20,21 @@ class EngineConfig(StrictModel):
     )
     tensor_parallel_size: int = Field(1, ge=1, description="GPUs that share each layer of one engine")
     pipeline_parallel_size: int = Field(1, ge=1, description="groups of layers of one engine, each on GPUs of its own")
-    cpus_per_engine: float = Field(1, gt=0, description="CPUs that Ray reserves for an engine")
+    cpus_per_engine: float | None = Field(
+        None,
+        gt=0,
+        description="CPUs that Ray reserves for an engine, and on a machine without GPUs the threads that it computes "
+        "with. None means 1 with GPUs; without GPUs the engines share all CPUs, and one of a model whose weights have "
+        "less than 64 MiB gets 1",
+    )
     gpu_memory_utilization: float = Field(
         0.9, gt=0, le=1, description="fraction of a GPU's memory for weights and the KV cache"
     )
     kv_cache_gib: int = Field(1, ge=1, description="KV cache of an engine on a machine without GPUs")
     dtype: str = Field(
-        "auto", description="data type of the weights. auto means as stored, and float32 on a machine without GPUs"
+        "auto",
+        description="data type of the weights. auto means as stored, but float32 on a CPU that does not compute in "
+        "bfloat16",
     )
     max_model_len: int | None = Field(
         None, ge=1, description="tokens of prompt and completion together. None means what the model supports"
@@ -35,7 +43,11 @@ class EngineConfig(StrictModel):
     max_num_batched_tokens: int | None = Field(
         None, ge=1, description="tokens that an engine computes in one step. None means vLLM's default"
     )
-    enforce_eager: bool = Field(False, description="no compilation: the engine starts sooner, but is slower on GPUs")
+    enforce_eager: bool | None = Field(
+        None,
+        description="no compilation: the engine starts a minute sooner, but is slower on GPUs. None means true on a "
+        "machine without GPUs, false on others",
+    )
     enable_prefix_caching: bool = Field(
         True, description="reuse keys and values of prompt prefixes that were computed before"
     )
@@ -81,6 +93,11 @@ class EngineConfig(StrictModel):
         if self.min_replicas is not None and self.min_replicas > self.num_replicas:
             raise ValueError(f"min_replicas={self.min_replicas} is more than num_replicas={self.num_replicas}")
         return self
+
+    @property
+    def min_cpus(self) -> float:
+        """CPUs of one engine at the least: `cpus_per_engine`, or 1 before it is known how many there are to share."""
+        return self.cpus_per_engine or 1
 
     @property
     def max_in_flight(self) -> int:

@@ -111,12 +111,12 @@ def engine_arguments(
         tensor_parallel_size=config.tensor_parallel_size,
         pipeline_parallel_size=config.pipeline_parallel_size,
         distributed_executor_backend=executor,
-        dtype=weights_dtype(config, num_gpus),
+        dtype=weights_dtype(config, model, num_gpus),
         gpu_memory_utilization=config.gpu_memory_utilization,
         max_model_len=config.max_model_len,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
-        enforce_eager=config.enforce_eager,
+        enforce_eager=num_gpus == 0 if config.enforce_eager is None else config.enforce_eager,
         enable_prefix_caching=config.enable_prefix_caching,
         seed=config.seed,
         # One backend for all forms. Compact JSON, because a weak model would write white space up to max_tokens.
@@ -217,9 +217,23 @@ def check_adapters(config: EngineConfig, adapters: tuple[str, ...]) -> None:
             )
 
 
-def weights_dtype(config: EngineConfig, num_gpus: int) -> str:
-    """The data type of the weights. Few CPUs compute in bfloat16; on the others it takes four times as long."""
-    return "float32" if config.dtype == "auto" and num_gpus == 0 else config.dtype
+def weights_dtype(config: EngineConfig, model: ModelConfig, num_gpus: int) -> str:
+    """The data type of the weights. On a CPU that does not compute in bfloat16, it takes four times as long."""
+    if config.dtype != "auto" or num_gpus:
+        return config.dtype
+    import torch
+    from transformers import AutoConfig
+
+    found = AutoConfig.from_pretrained(model.path, revision=model.revision, trust_remote_code=False)
+    is_half = found.get_text_config().dtype in (torch.bfloat16, torch.float16)
+    return "bfloat16" if is_half and computes_in_bfloat16() else "float32"
+
+
+def computes_in_bfloat16() -> bool:
+    """Whether this CPU has instructions for it, such as avx512_bf16 or amx_bf16."""
+    import torch
+
+    return any(has is True for name, has in torch.cpu.get_capabilities().items() if "bf16" in name)
 
 
 def vllm_sampling(sampling: Sampling):
@@ -242,15 +256,11 @@ def vllm_sampling(sampling: Sampling):
 
 
 def is_one_process(config: EngineConfig, num_gpus: int) -> bool:
-    """Whether the model computes in the scheduler's process, which saves a process and a message in each step.
+    """Whether the model computes in the scheduler's process.
 
-    With more than one CPU, vLLM's worker process and its threads get all but one of them.
+    That saves a message in each step, and the CPU on which vLLM's scheduler would wait in a loop for a worker process.
     """
-    return num_gpus == 0 and _num_cpus(config) == 1 and config.gpus_per_engine == 1
-
-
-def _num_cpus(config: EngineConfig) -> int:
-    return max(1, round(config.cpus_per_engine))
+    return num_gpus == 0 and config.gpus_per_engine == 1
 
 
 def set_environment(config: EngineConfig, model: ModelConfig, num_gpus: int) -> None:
@@ -268,5 +278,5 @@ def set_environment(config: EngineConfig, model: ModelConfig, num_gpus: int) -> 
             VLLM_CPU_KVCACHE_SPACE=str(config.kv_cache_gib),
             VLLM_CPU_OMP_THREADS_BIND="nobind",
             VLLM_ENABLE_V1_MULTIPROCESSING="0" if is_one_process(config, num_gpus) else "1",
-            OMP_NUM_THREADS=str(max(1, _num_cpus(config) - 1)),
+            OMP_NUM_THREADS=str(max(1, round(config.min_cpus / config.gpus_per_engine))),
         )

@@ -9,7 +9,7 @@ run on one node and on two; engines over several GPUs or nodes have not been run
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import ray
@@ -25,6 +25,7 @@ from cluster.config import ModelConfig
 from cluster.engines.actor import EngineActor
 from cluster.engines.config import EngineConfig
 from cluster.errors import InputError
+from cluster.model_source import is_toy
 
 POLL_SECONDS = 0.5
 ROUNDING = 1e-6  # error of a quotient of fractions of a CPU
@@ -54,7 +55,7 @@ def require_resources(config: EngineConfig) -> int:
     num_engines = config.min_replicas or config.num_replicas
     for resource, per_engine, key in (
         ("GPU", num_gpus, "engine.tensor_parallel_size"),
-        ("CPU", config.cpus_per_engine, "engine.cpus_per_engine"),
+        ("CPU", config.min_cpus, "engine.cpus_per_engine"),
     ):
         need = per_engine * num_engines
         if need > available.get(resource, 0):
@@ -72,20 +73,41 @@ def fit_to_cluster(config: EngineConfig) -> EngineConfig:
     if num_gpus > 1:  # such an engine may span nodes
         room = int(sum(node.get("GPU", 0) for node in nodes) // num_gpus)
     else:
-        needs = {"CPU": config.cpus_per_engine} | ({"GPU": num_gpus} if num_gpus else {})
+        needs = {"CPU": config.min_cpus} | ({"GPU": num_gpus} if num_gpus else {})
         room = sum(min(int(node.get(name, 0) / each + ROUNDING) for name, each in needs.items()) for node in nodes)
     num_replicas = min(config.num_replicas, max(1, room))
     min_replicas = None if config.min_replicas is None else min(config.min_replicas, num_replicas)
     return config.model_copy(update={"num_replicas": num_replicas, "min_replicas": min_replicas})
 
 
+def share_cpus(pools: Sequence[tuple[EngineConfig, ModelConfig]]) -> list[EngineConfig]:
+    """The settings of pools that are up at once, each with `cpus_per_engine`.
+
+    Without GPUs the engines that do not say how many CPUs they take get the same number, as large as the nodes allow.
+    """
+    has_gpus = ray.cluster_resources().get("GPU", 0) > 0
+    shares = [config.cpus_per_engine is None and not has_gpus and not is_toy(model) for config, model in pools]
+    free = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
+    for config in (config for (config, _), does in zip(pools, shares, strict=True) if not does):
+        for _ in range(config.num_replicas):
+            free[free.index(max(free))] -= config.min_cpus
+    num_sharing = sum(config.num_replicas for (config, _), does in zip(pools, shares, strict=True) if does)
+    share = int(max(free))
+    while share > 1 and sum(cpus // share for cpus in free) < num_sharing:
+        share -= 1
+    return [
+        config.model_copy(update={"cpus_per_engine": max(1, share) if does else config.min_cpus})
+        for (config, _), does in zip(pools, shares, strict=True)
+    ]
+
+
 @contextmanager
 def reservation(config: EngineConfig, num_gpus: int) -> Iterator[PlacementGroup]:
     """Request the resources of one engine until the block ends. `is_reserved` says when Ray has granted them."""
     if num_gpus > 1:
-        bundles = [{"GPU": 1, "CPU": max(1, config.cpus_per_engine / num_gpus)}] * num_gpus
+        bundles = [{"GPU": 1, "CPU": max(1, config.min_cpus / num_gpus)}] * num_gpus
     else:
-        bundles = [{"CPU": config.cpus_per_engine, **({"GPU": num_gpus} if num_gpus else {})}]
+        bundles = [{"CPU": config.min_cpus, **({"GPU": num_gpus} if num_gpus else {})}]
     group = placement_group(bundles, strategy="PACK")
     try:
         yield group
@@ -119,7 +141,7 @@ def running_actor(
         ray.remote(EngineActor)
         .options(
             max_restarts=0,
-            num_cpus=0 if is_spread else config.cpus_per_engine,
+            num_cpus=0 if is_spread else config.min_cpus,
             num_gpus=0 if is_spread else num_gpus,
             scheduling_strategy=strategy,
         )

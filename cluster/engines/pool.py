@@ -30,6 +30,7 @@ from cluster.engines.placement import (
     node_is_gone,
     reservation,
     running_actor,
+    share_cpus,
     wait_for_cluster,
 )
 from cluster.engines.pool_stats import EngineStats, PoolStats
@@ -78,9 +79,10 @@ class EnginePool:
         cluster is too small, the folder holds no model or an adapter cannot be served, and TunesmithError if no engine
         comes up.
         """
-        pool = cls(config, model, adapters)
+        model = locate_model(model)
         check_adapters(config, adapters)
         num_gpus = await wait_for_cluster(config)
+        pool = cls(share_cpus([(config, model)])[0], model, adapters)
         pool._last_alive = pool._clock()
         engines = [asyncio.create_task(pool._run_engine(num_gpus, stats)) for stats in pool.stats.engines]
         watch = asyncio.create_task(pool._watch(engines))

@@ -5,13 +5,17 @@ import os
 from dataclasses import asdict
 
 import pytest
+import ray
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from cluster.config import ModelConfig
+from cluster.engines import engine
 from cluster.engines.config import Completion, EngineConfig, GenerationRequest, Sample, Sampling, StructuredOutput
 from cluster.engines.engine import LORA_RANKS, lora_arguments, set_environment, weights_dtype
+from cluster.engines.placement import share_cpus
 
 SAMPLES = st.builds(
     Sample,
@@ -61,22 +65,78 @@ def test_the_lora_rank_is_the_smallest_of_vllms_that_holds_the_adapters(tmp_path
 
 
 @pytest.mark.parametrize(
-    ("dtype", "num_gpus", "used"), [("auto", 0, "float32"), ("auto", 1, "auto"), ("bfloat16", 0, "bfloat16")]
+    ("dtype", "stored", "cpu_has_bfloat16", "num_gpus", "used"),
+    [
+        ("auto", "bfloat16", True, 0, "bfloat16"),
+        ("auto", "float16", True, 0, "bfloat16"),
+        ("auto", "bfloat16", False, 0, "float32"),
+        ("auto", "float32", True, 0, "float32"),
+        ("auto", None, True, 0, "float32"),
+        ("auto", "bfloat16", False, 1, "auto"),
+        ("bfloat16", "float32", False, 0, "bfloat16"),
+    ],
 )
-def test_without_a_gpu_weights_are_float32_unless_the_recipe_sets_it(dtype, num_gpus, used):
-    assert weights_dtype(EngineConfig(dtype=dtype), num_gpus) == used
+def test_weights_are_as_stored_if_the_machine_computes_in_that(
+    monkeypatch, tmp_path, dtype, stored, cpu_has_bfloat16, num_gpus, used
+):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "dtype": stored}))
+    monkeypatch.setattr(engine, "computes_in_bfloat16", lambda: cpu_has_bfloat16)
+    assert weights_dtype(EngineConfig(dtype=dtype), ModelConfig(path=str(tmp_path)), num_gpus) == used
 
 
 @pytest.mark.parametrize(
-    ("engine", "multiprocessing", "threads"),
+    ("features", "expected"),
+    [
+        ({"avx512_bf16": True, "amx_bf16": False}, True), ({"amx_bf16": True}, True),
+        ({"avx512_bf16": False, "avx512_f": True}, False), ({}, False),
+    ],
+)  # fmt: skip
+def test_bfloat16_is_computed_in_if_the_cpu_has_instructions_for_it(monkeypatch, features, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"num_sockets": 1, **features})
+    assert engine.computes_in_bfloat16() is expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "multiprocessing", "threads"),
     [
         ({"cpus_per_engine": 1}, "0", "1"),
-        ({"cpus_per_engine": 4}, "1", "3"),
+        ({"cpus_per_engine": 4}, "0", "4"),
+        ({"cpus_per_engine": 4, "tensor_parallel_size": 2}, "1", "2"),
         ({"cpus_per_engine": 1, "tensor_parallel_size": 2}, "1", "1"),
     ],
 )
-def test_an_engine_with_one_cpu_has_no_worker_process(monkeypatch, engine, multiprocessing, threads):
+def test_an_engine_has_as_many_threads_as_cpus_and_computes_in_one_process(
+    monkeypatch, settings, multiprocessing, threads
+):
     monkeypatch.setattr(os, "environ", {})
-    set_environment(EngineConfig(**engine), ModelConfig(path="org/name"), num_gpus=0)
+    set_environment(EngineConfig(**settings), ModelConfig(path="org/name"), num_gpus=0)
     assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == multiprocessing
     assert os.environ["OMP_NUM_THREADS"] == threads
+
+
+REAL, TOY = ModelConfig(path="org/name"), ModelConfig(path="toy")
+
+
+@pytest.mark.parametrize(
+    ("cpus_of_nodes", "gpus", "pools", "shares"),
+    [
+        ([2], 0, [({}, REAL)], [2]),
+        ([16], 0, [({"num_replicas": 3}, REAL)], [5]),
+        ([8, 8, 3], 0, [({"num_replicas": 4}, REAL)], [4]),  # an engine is on one node
+        ([8], 0, [({}, REAL), ({"cpus_per_engine": 5}, REAL)], [3, 5]),
+        ([8], 0, [({}, REAL), ({}, TOY)], [7, 1]),
+        ([2], 0, [({"num_replicas": 5}, REAL)], [1]),
+        ([2], 0, [({}, TOY)], [1]),
+        ([2], 0, [({"cpus_per_engine": 0.5}, REAL)], [0.5]),
+        ([16], 2, [({}, REAL)], [1]),
+    ],
+)
+def test_engines_share_the_cpus_of_a_machine_without_gpus(monkeypatch, tmp_path, cpus_of_nodes, gpus, pools, shares):
+    nodes = [{"Alive": True, "Resources": {"CPU": float(cpus)}} for cpus in cpus_of_nodes]
+    monkeypatch.setattr(ray, "nodes", lambda: [*nodes, {"Alive": False, "Resources": {"CPU": 99.0}}])
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"GPU": gpus} if gpus else {})
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "toy").mkdir()
+    (tmp_path / "toy" / "model.safetensors").write_bytes(b"small")
+    engines = share_cpus([(EngineConfig(**settings), model) for settings, model in pools])
+    assert [each.cpus_per_engine for each in engines] == shares
