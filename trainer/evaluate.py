@@ -93,7 +93,7 @@ async def _evaluate(
 ) -> dict[str, dict]:
     """Figures by title of models with the same source. Starts no engine if all predictions exist."""
     source, sampling = models[0].source, job.config.sampling
-    tokenizer, num_added = load_tokenizer(source, job.chat_template)
+    tokenizer, num_added = load_tokenizer(source, job.chat_template if source == job.model else None)
     scored: dict[str, list[dict]] = {}
     missing = []
     for model in models:

@@ -173,7 +173,7 @@ def test_the_models_own_template_is_kept_and_the_recipes_comes_before_it(tmp_pat
     file.write_text(REWRITING)
     assert set_chat_template(own, str(file)) == 0
     assert own.chat_template == REWRITING
-    with pytest.raises(InputError, match=r"chat_template: .*absent\.jinja does not exist"):
+    with pytest.raises(InputError, match=r"chat_template: .*absent\.jinja cannot be read \(No such file"):
         set_chat_template(own, str(tmp_path / "absent.jinja"))
 
 

@@ -279,7 +279,7 @@ def test_what_a_template_would_leave_out_is_not_trained() -> None:
     template = ChatTemplate(tokenizer_with(IGNORANT))
     with pytest.raises(Unmaskable, match="the chat template has no tool turn"):
         encode(template, TOOL_CHAT)
-    with pytest.raises(Unmaskable, match="leaves out tool calls"):
+    with pytest.raises(Unmaskable, match=r"leaves out tool calls \(train\.chat_template=chatml writes them\)"):
         encode(template, TOOL_CHAT[:2])
     thoughtful = [TWO_ROUNDS[0], {**TWO_ROUNDS[1], "reasoning_content": "hm"}]
     assert template.left_out(Conversation(thoughtful, TOOLS)) == ["tools", "reasoning_content"]
@@ -338,7 +338,7 @@ def test_one_of_several_named_templates_is_chosen_by_its_name() -> None:
     ):
         set_chat_template(tokenizer_with(named), None)
     with pytest.raises(
-        InputError, match=r"chat_template: tools does not exist.*or to one of .* templates \(rag, tool_use"
+        InputError, match=r"chat_template: tools cannot be read .*or to one of .* templates \(rag, tool_use"
     ):
         set_chat_template(tokenizer_with(named), "tools")
     tokenizer = tokenizer_with(named)
@@ -347,6 +347,19 @@ def test_one_of_several_named_templates_is_chosen_by_its_name() -> None:
     both = ChatTemplate(tokenizer_with({"default": IGNORANT, "tool_use": TAGGED}))
     assert trained(both, encode(both, TOOL_CHAT, TOOLS)[0])[0].startswith("<call>")
     assert trained(both, encode(both, TWO_ROUNDS)[0]) == ["fig<|im_end|>", "plum<|im_end|>"]
+
+
+def test_chatml_writes_tools_and_calls_and_is_chosen_by_its_name() -> None:
+    tokenizer = tokenizer_with(IGNORANT)
+    assert set_chat_template(tokenizer, "chatml") == 0
+    template = ChatTemplate(tokenizer)
+    messages = [{"role": "system", "content": "Be brief."}, *TOOL_CHAT]
+    (document,) = encode(template, messages, TOOLS)
+    call = '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call><|im_end|>'
+    assert trained(template, document) == [call, "It rains.<|im_end|>"]
+    text = tokenizer.decode(document.input_ids.tolist())
+    assert text.startswith("<|im_start|>system\nBe brief.\n\n") and json.dumps(TOOLS[0]) in text
+    assert template.left_out(Conversation(messages, TOOLS)) == []
 
 
 def test_a_template_file_that_is_no_text_is_named(tmp_path: Path) -> None:

@@ -93,8 +93,8 @@ class TrainConfig(StrictModel):
     )
     chat_template: str | None = Field(
         None,
-        description="a Jinja file, or the name of one of the tokenizer's templates. None means the tokenizer's own "
-        "template, or ChatML if it has none",
+        description="a Jinja file, or the name of one of the tokenizer's templates, or chatml. None means the "
+        "tokenizer's own template, or ChatML if it has none",
     )
     fold_system: bool = Field(
         False,

@@ -19,10 +19,11 @@ from cluster.errors import InputError
 from trainer.data.calls import CALL_FORMS, CallForm
 
 CHATML_TEMPLATE = Path(__file__).with_name("chatml.jinja")
+CHATML = "chatml"  # its name in a recipe
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
 # What a template raises that was not written for a conversation: `raise_exception`, or an operation on None.
 TEMPLATE_ERRORS = (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
-FIX = "Set train.chat_template to a file with another template."
+FIX = f"Set train.chat_template to a file with another template, or to {CHATML}."
 
 QUESTION, ANSWER = {"role": "user", "content": "fig"}, {"role": "assistant", "content": "plum"}
 THOUGHT = {**ANSWER, "reasoning_content": "pear"}
@@ -63,7 +64,7 @@ class ChatTemplate:
                 raise Unmaskable(f"the chat template has no {role} turn{fix}")
         if any("tool_calls" in message for message in messages):
             if self.call_form is None:
-                raise Unmaskable("the chat template leaves out tool calls")
+                raise Unmaskable(f"the chat template leaves out tool calls (train.chat_template={CHATML} writes them)")
             messages = self.call_form.adapt(messages)
         return messages
 
@@ -275,34 +276,36 @@ def _fold_system_turns(messages: list[dict]) -> list[dict]:
 def set_chat_template(tokenizer: PreTrainedTokenizerFast, chosen: str | None) -> int:
     """Set the template that the recipe chooses, or ChatML if `tokenizer` has none. Returns the number of added tokens.
 
-    chosen: a Jinja file, or the name of one of the tokenizer's templates.
+    chosen: the name of one of the tokenizer's templates, `chatml`, or a Jinja file.
 
-    Raises InputError if there is no such file or name, or if the tokenizer has several templates and no default.
+    Raises InputError if there is no such name or file, or if the tokenizer has several templates and no default.
     """
     named = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
-    if chosen is not None:
-        tokenizer.chat_template = named.get(chosen) or _read_template(Path(chosen), named)
-        return 0
-    if named and "default" not in named:
+    if chosen in named:
+        tokenizer.chat_template = named[chosen]
+    elif chosen not in (None, CHATML):
+        tokenizer.chat_template = _read_template(Path(chosen), named)
+    elif chosen is None and named and "default" not in named:
         raise InputError(
-            f"the tokenizer has the chat templates {', '.join(sorted(named))}, and none of them is the default. "
-            f"Set train.chat_template to one of these names, or to a Jinja file."
+            f"the tokenizer has the chat templates {', '.join(sorted(named))}, and none of them is the default. Set "
+            f"train.chat_template to one of these names, to a Jinja file or to {CHATML}."
         )
-    if tokenizer.chat_template:
-        return 0
-    tokenizer.chat_template = CHATML_TEMPLATE.read_text()
-    missing = [token for token in CHATML_TOKENS if token not in tokenizer.get_vocab()]
-    return tokenizer.add_special_tokens({"additional_special_tokens": missing}) if missing else 0
+    elif chosen == CHATML or not tokenizer.chat_template:
+        tokenizer.chat_template = CHATML_TEMPLATE.read_text()
+        missing = [token for token in CHATML_TOKENS if token not in tokenizer.get_vocab()]
+        return tokenizer.add_special_tokens({"additional_special_tokens": missing}) if missing else 0
+    return 0
 
 
 def _read_template(file: Path, named: dict[str, str]) -> str:
-    names = f", or to one of the tokenizer's templates ({', '.join(sorted(named))})" if named else ""
-    if not file.is_file():
-        raise InputError(f"train.chat_template: {file} does not exist. Set it to the path of a Jinja file{names}.")
     try:
         text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"train.chat_template: {file} is not UTF-8 text. Set it to a Jinja file{names}.") from error
-    if not text.strip():
-        raise InputError(f"train.chat_template: {file} is empty. Set it to a Jinja file{names}.")
-    return text
+        if text.strip():
+            return text
+        reason = "is empty"
+    except OSError as error:
+        reason = f"cannot be read ({error.strerror})"
+    except UnicodeDecodeError:
+        reason = "is not UTF-8 text"
+    names = f", or to one of the tokenizer's templates ({', '.join(sorted(named))})" if named else ""
+    raise InputError(f"train.chat_template: {file} {reason}. Set it to a Jinja file, to {CHATML}{names}.")

@@ -211,7 +211,7 @@ def _encode(
         except UnusableRow as reason:
             examples.dropped[str(reason)] += 1
             continue
-        notes.update(f"{part} left out by the chat template" for part in template.left_out(conversation))
+        notes.update(f"with {part} that the chat template leaves out" for part in template.left_out(conversation))
         if len(documents) > 1:
             notes["in several examples, because the chat template writes earlier turns otherwise"] += 1
         yield documents
