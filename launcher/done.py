@@ -9,7 +9,7 @@ from cluster.run.manifest import MANIFEST, is_sealed
 from cluster.run.rundir import RunDir
 from launcher.recipe import Recipe
 from trainer.checkpoint.state import best_checkpoints, is_trained, newest_checkpoint, read_state
-from trainer.job import export_key
+from trainer.export_job import export_key
 
 
 def is_done(stage: str, recipe: Recipe, run: RunDir) -> bool:

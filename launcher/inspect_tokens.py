@@ -46,10 +46,7 @@ def print_rows(recipe: Recipe, num_rows: int, console: Console) -> None:
     if recipe.train.objective == "chat":
         ends = set(ChatTemplate(tokenizer).ends.values())
     with _tokens(job, tokenizer) as tokens:
-        try:
-            batches = Batches(tokens, recipe.train, recipe.seed, 0, recipe.train.num_processes)
-        except ValueError as error:
-            raise InputError(str(error)) from error
+        batches = Batches(tokens, recipe.train, recipe.seed, 0, recipe.train.num_processes)
         rows = itertools.chain.from_iterable(map(batches.rows_of_step, range(batches.steps_per_epoch)))
         for number, row in enumerate(itertools.islice(rows, num_rows), 1):
             _print_row(number, row, tokens, tokenizer, ends, recipe.train.max_seq_len, console)

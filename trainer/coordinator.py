@@ -24,7 +24,7 @@ class AgreedStep:
 
     micro_batches: list[MicroBatch]
     num_rows: int  # over all ranks
-    num_labels: int  # over all ranks
+    num_trained_tokens: int  # over all ranks
     document_lengths: np.ndarray  # tokens of each document [D], over all ranks
     should_stop: bool  # at least one rank was asked to stop
 
@@ -48,14 +48,14 @@ def agree_on_step(
     """
     watchdog.set_location(f"step {step + 1}, agreeing on it with the other ranks")
     micro_batches = batches.micro_batches(step)
-    num_labels, num_stopping, num_failed_copies, num_copied = all_sum(
-        sum(batch.num_labels for batch in micro_batches), int(stop.is_set), *checkpointer.copy_flags()
+    num_trained_tokens, num_stopping, num_failed_copies, num_copied = all_sum(
+        sum(batch.num_trained_tokens for batch in micro_batches), int(stop.is_set), *checkpointer.copy_flags()
     )
     checkpointer.advance(num_failed_copies, num_copied)
     rows = batches.rows_of_step(step)
     lengths = batches.tokens.lengths[[document for row in rows for document in row]]
     watchdog.set_location(f"step {step + 1}, forward, backward and update")
-    return AgreedStep(micro_batches, len(rows), int(num_labels), lengths, should_stop=num_stopping > 0)
+    return AgreedStep(micro_batches, len(rows), int(num_trained_tokens), lengths, should_stop=num_stopping > 0)
 
 
 def make_sum_over_ranks(timeout_seconds: float) -> Callable[..., list[float]]:

@@ -20,15 +20,15 @@ from trainer.model.sequence import use_ulysses
 
 
 def train_step(
-    engine: deepspeed.DeepSpeedEngine, micro_batches: list[MicroBatch], num_labels: int, lr: float
+    engine: deepspeed.DeepSpeedEngine, micro_batches: list[MicroBatch], num_trained_tokens: int, lr: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One optimizer step. Returns the sum of the token losses over all ranks, and the gradient norm before clipping.
 
     Both are tensors of shape [] on the engine's device. On a GPU the step may still be running when this returns, and
     reading one of them waits for it.
 
-    The gradient is that of (sum of token losses) / `num_labels`, the labels of all micro-batches and ranks. DeepSpeed
-    averages over ranks, which `factor` undoes; `scale_wrt_gas=False` turns accumulation into a plain sum.
+    The gradient is that of (sum of token losses) / `num_trained_tokens`, those of all micro-batches and ranks.
+    DeepSpeed averages over ranks, which `factor` undoes; `scale_wrt_gas=False` turns accumulation into a plain sum.
     """
     factor = dist.get_world_size()
     if engine.zero_optimization_stage() < 3:  # with sequence parallelism these divide by the number of groups instead
@@ -40,7 +40,7 @@ def train_step(
     for number, inputs in enumerate(on_device, 1):
         engine.set_gradient_accumulation_boundary(number == len(on_device))  # their number may differ between steps
         loss_sum = engine(**inputs)
-        engine.backward(loss_sum * (factor / num_labels), scale_wrt_gas=False)
+        engine.backward(loss_sum * (factor / num_trained_tokens), scale_wrt_gas=False)
         total_loss += loss_sum.detach()
         if engine.is_gradient_accumulation_boundary() and lacks_grad_norm(engine):
             grad_norm = get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])

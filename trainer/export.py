@@ -14,7 +14,6 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -28,14 +27,11 @@ from cluster.files import write_json
 from cluster.log import stage_logger
 from cluster.run.fence import own_token, verify
 from cluster.run.manifest import is_sealed, verify_manifest, write_manifest
-from cluster.run.rundir import RunDir
 from trainer.checkpoint.commit import explain_failed_write
-from trainer.checkpoint.state import best_checkpoints, newest_checkpoint, read_state
-from trainer.config.export import ExportConfig
-from trainer.config.train import TrainConfig
+from trainer.checkpoint.state import read_state
 from trainer.config.tuning import form_refusal
 from trainer.data.template import ChatTemplate
-from trainer.job import export_key
+from trainer.export_job import ExportJob, choose_checkpoint, export_key
 from trainer.model.adapters import BASE_FILE, load_adapter
 from trainer.model.bottleneck import CONFIG_FILE, WEIGHTS_FILE
 from trainer.model.load import DTYPES
@@ -46,15 +42,6 @@ CARD_TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 CHECK_TEXT = "The quick brown fox jumps over the lazy dog. 1 2 3"
 # Of the largest logit. fp32 must be unchanged; weights rounded to bf16 change logits by up to a few percent.
 LOGIT_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
-
-
-@dataclass(frozen=True)
-class ExportJob:
-    run: RunDir
-    name: str
-    model: ModelConfig
-    train: TrainConfig
-    config: ExportConfig
 
 
 def run(job: ExportJob) -> dict:
@@ -77,23 +64,6 @@ def run(job: ExportJob) -> dict:
     write_json(job.run.result("export"), result)
     job.run.event("export", "done", folder=str(job.run.export))
     return result
-
-
-def choose_checkpoint(job: ExportJob) -> Path:
-    """The checkpoint that the recipe selects. Raises InputError if there is none."""
-    source = newest_checkpoint(job.run.checkpoints)
-    if source is None:
-        raise InputError(f"{job.run.checkpoints}: there is no complete checkpoint. Run `tunesmith train` first.")
-    if job.config.checkpoint == "newest":
-        return source
-    metric = job.train.checkpoint.best
-    if not (folders := best_checkpoints(job.run.checkpoints, metric)):
-        raise InputError(
-            f"{job.run.checkpoints}: no checkpoint has a {metric}, so there is no best one. Set "
-            "export.checkpoint=newest, or train with train.validation or with train.checkpoint.best=train_loss."
-        )
-    log.info(f"{folders[0]} has the lowest {metric}: {getattr(read_state(folders[0]), metric):.4f}")
-    return folders[0]
 
 
 def write_export(job: ExportJob, source: Path, key: str) -> dict:

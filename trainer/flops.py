@@ -36,10 +36,10 @@ class ModelFlops:
     head: float  # per token with a label
     attention: float  # per length^2 of a document
 
-    def count(self, lengths: np.ndarray, num_labels: float) -> float:
-        """FLOPs of documents of `lengths` [D] tokens, `num_labels` of which have a label."""
+    def count(self, lengths: np.ndarray, num_trained_tokens: float) -> float:
+        """FLOPs of documents of `lengths` [D] tokens, `num_trained_tokens` of which have a label."""
         lengths = lengths.astype(np.float64)
-        return float(self.body * lengths.sum() + self.head * num_labels + self.attention * (lengths**2).sum())
+        return float(self.body * lengths.sum() + self.head * num_trained_tokens + self.attention * (lengths**2).sum())
 
 
 def model_flops(lm: nn.Module) -> ModelFlops | None:
@@ -70,8 +70,8 @@ class Utilization:
         self.peak, self.num_gpus = peak_flops(name), num_gpus
         self.flops = model_flops(lm) if self.peak else None
 
-    def of_step(self, lengths: np.ndarray, num_labels: float, seconds: float) -> float | None:
+    def of_step(self, lengths: np.ndarray, num_trained_tokens: float, seconds: float) -> float | None:
         """The MFU of a step, from 0 to 1. None means that the GPU or the model is not known."""
         if self.flops is None or self.peak is None:
             return None
-        return self.flops.count(lengths, num_labels) / seconds / (self.peak * self.num_gpus)
+        return self.flops.count(lengths, num_trained_tokens) / seconds / (self.peak * self.num_gpus)

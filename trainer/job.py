@@ -11,7 +11,6 @@ from cluster.files import sha256_json
 from cluster.model_source import locate_model, model_revision
 from cluster.run.rundir import RunDir
 from trainer.config.data import DataSource
-from trainer.config.export import ExportConfig
 from trainer.config.train import TrainConfig
 
 
@@ -28,15 +27,15 @@ class TrainJob:
     def sources(self) -> tuple[DataSource, ...]:
         return self.config.data or (DataSource(path=str(self.run.synthesized)),)
 
-    def fingerprint(self, tokens_key: str) -> str:
+    def hash(self, tokens_hash: str) -> str:
         """Hash of everything that shapes the result. The number of ranks, and when to save or validate, do not.
 
-        `tokens_key`: the hash of the encoded data.
+        `tokens_hash`: the hash of the encoded data.
         """
         settings = self.config.model_dump(mode="json", exclude=set(TrainConfig.MAY_CHANGE_ON_RESUME))
         shares = [[source.epochs, source.weight] for source in self.sources]
         held_out = self.config.validation.fraction if self.config.validation else None
-        return sha256_json([settings, shares, held_out, model_revision(self.model), tokens_key, self.seed])
+        return sha256_json([settings, shares, held_out, model_revision(self.model), tokens_hash, self.seed])
 
 
 def read_job(run_dir: Path) -> TrainJob:
@@ -46,9 +45,3 @@ def read_job(run_dir: Path) -> TrainJob:
         raise InputError(f"{run.recipe} does not exist. Start with `tunesmith train RECIPE`, which writes it.")
     recipe = yaml.safe_load(run.recipe.read_text())
     return TrainJob(run, locate_model(ModelConfig(**recipe["model"])), TrainConfig(**recipe["train"]), recipe["seed"])
-
-
-def export_key(source: Path, config: ExportConfig, name: str) -> str:
-    """Hash of everything that shapes an export of the checkpoint `source`. Where it is uploaded to does not."""
-    settings = config.model_dump(mode="json", exclude={"to", "hub_token"})
-    return sha256_json([(source / "manifest.json").read_text(), settings, name])

@@ -61,7 +61,7 @@ def check_isolation(engine: deepspeed.DeepSpeedEngine, batches: Batches) -> None
 def _labelled_logits(engine: deepspeed.DeepSpeedEngine, batch: MicroBatch) -> torch.Tensor:
     """Logits [L, V] of the L labelled positions in this rank's part of the rows; empty if it has none."""
     logits = engine(**model_inputs(engine, batch), return_logits=True)
-    return logits if batch.num_labels else logits.new_empty(0)
+    return logits if batch.num_trained_tokens else logits.new_empty(0)
 
 
 def _gather_row(engine: deepspeed.DeepSpeedEngine, logits: torch.Tensor) -> torch.Tensor:

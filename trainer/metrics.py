@@ -79,7 +79,7 @@ class StepLogger:
         if self.pending is None:
             return
         record, self.pending = self.pending, None
-        self.loss, grad_norm = float(record.loss_sum) / record.step.num_labels, float(record.grad_norm)
+        self.loss, grad_norm = float(record.loss_sum) / record.step.num_trained_tokens, float(record.grad_norm)
         now = time.perf_counter()
         seconds, self.last_logged_at = now - self.last_logged_at, now
         self.num_tokens += record.step.num_tokens
@@ -104,7 +104,7 @@ class StepLogger:
             "loss": loss, "lr": record.lr, "grad_norm": grad_norm, "tokens_per_second": round(tokens_per_second, 1),
             "num_tokens": state.num_tokens, "seconds": round(seconds, 4), "memory_gib": round(memory_bytes() / GIB, 3),
         }  # fmt: skip
-        mfu = self.utilization.of_step(step.document_lengths, step.num_labels, seconds)
+        mfu = self.utilization.of_step(step.document_lengths, step.num_trained_tokens, seconds)
         if mfu is not None:
             figures["mfu"] = round(mfu, 4)
         seconds_per_step = (self.last_logged_at - self.started_at) / (state.step - self.first_step)

@@ -11,8 +11,9 @@ from pydantic import ValidationError
 from cluster.errors import InputError
 from cluster.files import write_json
 from cluster.log import stage_logger
-from trainer.checkpoint.state import newest_checkpoint
+from trainer.checkpoint.state import newest_checkpoint, read_state
 from trainer.config.train import TrainConfig
+from trainer.data.batches import check_batch_size
 from trainer.job import TrainJob
 from trainer.memory import MemoryEstimate, check_heads, choose_stage, format_bytes, read_facts, usable_bytes
 from trainer.model.attention import choose_attention
@@ -90,6 +91,15 @@ def check_num_ranks(job: TrainJob, world_size: int) -> None:
         raise InputError(
             f"train.sequence_parallel_size={num_parts} does not divide {world_size} ranks. Change one of them."
         )
+    try:
+        check_batch_size(job.config, world_size // num_parts)
+    except InputError as error:
+        if (newest := newest_checkpoint(job.run.checkpoints)) is None:
+            raise
+        raise InputError(
+            f"{error} {newest} was saved by {read_state(newest).world_size} ranks. A resumed training cannot change "
+            "its global_batch_size. Change the number of ranks."
+        ) from error
     uses_liger(job.config)  # raises InputError if the recipe wants Liger and cannot have it
     if (folder := job.config.zero.nvme_path) is not None:
         from deepspeed.ops.op_builder import AsyncIOBuilder  # slow to import, and few recipes use an NVMe disk

@@ -25,7 +25,7 @@ set_accelerator_env()  # before DeepSpeed is imported
 import deepspeed
 import torch.distributed as dist
 
-from cluster.errors import EXIT_DONE, EXIT_RETRY, InputError, TunesmithError
+from cluster.errors import EXIT_DONE, EXIT_RETRY, TunesmithError
 from cluster.files import write_json
 from cluster.log import stage_logger
 from cluster.processes.descendants import die_with_parent
@@ -33,15 +33,15 @@ from cluster.processes.signals import StopRequest, ignore_stop_signals
 from cluster.run.fence import verify
 from cluster.run.rundir import RunDir
 from trainer.checkpoint.checkpointer import Checkpointer, load_checkpoint
-from trainer.checkpoint.state import TrainState, newest_checkpoint, read_state
+from trainer.checkpoint.state import TrainState, newest_checkpoint
 from trainer.coordinator import agree_on_step, load_shared_tokens, make_sum_over_ranks
 from trainer.data.batches import Batches
+from trainer.data.sequence_parallel import SequenceParallelBatches
 from trainer.data.tokens import Tokens
 from trainer.engine import learning_rate, make_engine, train_step
 from trainer.job import TrainJob, read_job
 from trainer.logit_checks import check_logits
 from trainer.metrics import StepLogger, step_logging
-from trainer.model.sequence import SequenceParallelBatches
 from trainer.model.tokenizer import load_tokenizer
 from trainer.monitoring import Profiler, Watchdog
 from trainer.resolve import resolve_auto
@@ -59,15 +59,16 @@ def train(job: TrainJob, stop: StopRequest) -> dict:
     watchdog = Watchdog(config.stall_timeout_seconds, rank)
 
     tokenizer, num_added_tokens = load_tokenizer(job.model, config.chat_template)
-    tokens, tokens_key = load_shared_tokens(job, tokenizer, job.sources)
+    tokens, tokens_hash = load_shared_tokens(job, tokenizer, job.sources)
     batches = make_batches(tokens, job, rank, world_size)
     validator = Validator(job, tokenizer, tokens, watchdog)
 
     torch.manual_seed(job.seed + rank)
     engine = make_engine(job, tokenizer, num_added_tokens, batches.grad_accum_steps, world_size)
     check_logits(engine, batches)  # packed documents do not see each other; the loss sees the model's real logits
-    state = load_state(engine, job, job.fingerprint(tokens_key), batches.num_steps)
+    state = load_state(engine, job, job.hash(tokens_hash), batches.num_steps)
 
+    # Left in the opposite order: copies of checkpoints end before the last metrics are written and the watchdog stops.
     with (
         watchdog,
         Profiler(config.profile if rank == 0 else None, run.profile) as profiler,
@@ -80,8 +81,8 @@ def train(job: TrainJob, stop: StopRequest) -> dict:
                 break
             profiler.before_step(state.step + 1)
             lr = learning_rate(config, state.step, batches.num_steps)
-            loss_sum, grad_norm = train_step(engine, agreed.micro_batches, agreed.num_labels, lr)
-            state = state.after_step(agreed.num_rows, agreed.num_tokens, agreed.num_labels, batches.num_steps)
+            loss_sum, grad_norm = train_step(engine, agreed.micro_batches, agreed.num_trained_tokens, lr)
+            state = state.after_step(agreed.num_rows, agreed.num_tokens, agreed.num_trained_tokens, batches.num_steps)
             metrics.log_step(agreed, state, loss_sum, grad_norm, lr)
             state = replace(state, validation_loss=validator.maybe_run(engine, state))
             checkpointer.maybe_save(state, metrics.take_mean_loss)
@@ -90,18 +91,9 @@ def train(job: TrainJob, stop: StopRequest) -> dict:
 
 
 def make_batches(tokens: Tokens, job: TrainJob, rank: int, world_size: int) -> Batches:
-    """The batches of this rank. Raises InputError if the batch size does not fit the number of ranks."""
-    try:
-        kind = Batches if job.config.sequence_parallel_size == 1 else SequenceParallelBatches
-        batches = kind(tokens, job.config, job.seed, rank, world_size)
-    except ValueError as error:
-        hint = ""
-        if (newest := newest_checkpoint(job.run.checkpoints)) is not None:
-            hint = (
-                f" {newest} was saved by {read_state(newest).world_size} ranks. A resumed training cannot change its "
-                "global_batch_size. Change the number of ranks."
-            )
-        raise InputError(f"{error}{hint}") from error
+    """The batches of this rank."""
+    kind = Batches if job.config.sequence_parallel_size == 1 else SequenceParallelBatches
+    batches = kind(tokens, job.config, job.seed, rank, world_size)
     if rank == 0:
         for line in batches.describe():
             log.info(line)
@@ -114,7 +106,7 @@ def load_state(engine: deepspeed.DeepSpeedEngine, job: TrainJob, job_hash: str, 
     """Load the newest checkpoint into `engine`, if there is one. Returns the state to start from. A collective."""
     newest = newest_checkpoint(job.run.checkpoints)
     if newest is None:
-        return TrainState(0, 0, 0, 0, dist.get_world_size(), job_hash)
+        return TrainState.first(dist.get_world_size(), job_hash)
     state = load_checkpoint(engine, newest, job_hash, job.seed)
     if dist.get_rank() == 0:
         log.info(f"resuming from {newest}, step {state.step} of {num_steps}")

@@ -35,7 +35,7 @@ def validation_loss(engine: DeepSpeedEngine, micro_batches: Iterable[MicroBatch]
     with torch.no_grad():
         for batch in micro_batches:
             totals[0] += engine(**model_inputs(engine, batch))
-            totals[1] += batch.num_labels
+            totals[1] += batch.num_trained_tokens
     engine.train()
     dist.all_reduce(totals)
     return float(totals[0] / totals[1])

@@ -136,7 +136,7 @@ class MasterAdamW:
 
 def step(module: CausalLMWithLoss, optimizer: MasterAdamW, batch: list[Row], device: torch.device) -> torch.Tensor:
     """One optimizer step over the rows. Returns the loss a label, without waiting for it."""
-    num_labels = sum(row.batch.num_labels for row in batch)
+    num_trained_tokens = sum(row.batch.num_trained_tokens for row in batch)
     total = torch.zeros((), device=device)
     for row in batch:
         inputs: dict = dict(row.batch.inputs)
@@ -147,10 +147,10 @@ def step(module: CausalLMWithLoss, optimizer: MasterAdamW, batch: list[Row], dev
             for name, value in inputs.items()
         }
         loss = module(**on_device)
-        (loss / num_labels).backward()
+        (loss / num_trained_tokens).backward()
         total += loss.detach()
     optimizer.step()
-    return total / num_labels
+    return total / num_trained_tokens
 
 
 def measure(name: str, max_seq_len: int, arguments: argparse.Namespace, say: Callable[[str], None]) -> dict:
@@ -180,7 +180,7 @@ def measure(name: str, max_seq_len: int, arguments: argparse.Namespace, say: Cal
         say(f"{name}: step {number + 1}, {lengths.sum() / seconds:,.0f} tokens/s, loss {losses[-1]:.3f}")
         if number >= NUM_WARM_UP:
             rates.append(float(lengths.sum() / seconds))
-            labels = sum(row.batch.num_labels for row in batch)
+            labels = sum(row.batch.num_trained_tokens for row in batch)
             shares += [flops.count(lengths, labels) / seconds / peak] if peak else []
     if arguments.profile:
         with torch.profiler.profile() as profile:

@@ -28,7 +28,7 @@ from launcher.slurm.container import python_module
 from trainer.checkpoint.commit import commit_checkpoint, partial_folder, remove_unfinished
 from trainer.checkpoint.state import TrainState, is_trained, newest_checkpoint, read_state
 from trainer.config.train import CheckpointConfig
-from trainer.job import export_key
+from trainer.export_job import export_key
 
 SYNTHESIS = (150, 2)  # instructions, engines
 

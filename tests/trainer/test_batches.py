@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster.errors import InputError
 from trainer.config.train import TrainConfig
 from trainer.data.batches import Batches, MicroBatch
 from trainer.data.chat import IGNORE
@@ -97,7 +98,7 @@ def test_every_rank_has_the_same_number_of_micro_batches_in_every_step(plan: Pla
 @given(plans())
 def test_labels_are_the_documents_own_and_cross_no_border(plan: Plan) -> None:
     batches = plan.batches(0, 1)
-    num_labels = 0
+    num_trained_tokens = 0
     for step in range(batches.steps_per_epoch):
         for batch in batches.micro_batches(step):
             ids, labels, positions = batch.input_ids.numpy(), batch.labels.numpy(), batch.position_ids.numpy()
@@ -106,9 +107,9 @@ def test_labels_are_the_documents_own_and_cross_no_border(plan: Plan) -> None:
             assert (labels[last] == IGNORE).all(), "a document's last token has a label"
             labeled = labels != IGNORE
             assert (labels[labeled] == ids[labeled] + 1).all()
-            assert batch.num_labels == labeled.sum()
-            num_labels += batch.num_labels
-    assert num_labels == plan.tokens.num_trained
+            assert batch.num_trained_tokens == labeled.sum()
+            num_trained_tokens += batch.num_trained_tokens
+    assert num_trained_tokens == plan.tokens.num_trained
 
 
 def test_order_depends_on_seed_and_epoch_and_on_nothing_else() -> None:
@@ -143,7 +144,7 @@ def test_max_steps_ends_before_the_epochs_do() -> None:
 
 def test_a_batch_that_ranks_cannot_share_evenly_is_an_error() -> None:
     config = TrainConfig(max_seq_len=MAX_SEQ_LEN, micro_batch_size=2, global_batch_size=8, batch_unit="rows")
-    with pytest.raises(ValueError, match=r"global_batch_size=8 is not a multiple of micro_batch_size 2 x 3 ranks = 6"):
+    with pytest.raises(InputError, match=r"global_batch_size=8 is not a multiple of micro_batch_size 2 x 3 ranks = 6"):
         Batches(make_tokens([2]), config, 0, 0, 3)
 
 

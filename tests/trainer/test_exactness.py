@@ -132,11 +132,11 @@ def reference(job: TrainJob) -> tuple[dict[int, tuple[float, float]], torch.nn.M
     for step in range(batches.num_steps):
         documents = [document for row in batches.rows_of_step(step) for document in row]
         spans = [slice(int(tokens.offsets[d]), int(tokens.offsets[d + 1])) for d in documents]
-        num_labels = sum(int((tokens.labels[span] != IGNORE).sum()) for span in spans)
+        num_trained_tokens = sum(int((tokens.labels[span] != IGNORE).sum()) for span in spans)
         total = 0.0
         for span in spans:
             ids, labels = (torch.tensor(array[span].astype("int64")) for array in (tokens.input_ids, tokens.labels))
-            loss = document_loss(lm, ids, labels) / num_labels
+            loss = document_loss(lm, ids, labels) / num_trained_tokens
             loss.backward()
             total += float(loss.detach())
         norm = torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm or float("inf"))
@@ -197,7 +197,7 @@ def test_the_jobs_cover_the_hard_cases(trained: dict[str, Path]) -> None:
         job = read_job(trained[name])
         (cache,) = job.run.tokens.iterdir()
         ranks = [Batches(load_tokens(cache), job.config, job.seed, rank, 2) for rank in range(2)]
-        labels = [[b.num_labels for b in rank.micro_batches(ranks[0].steps_per_epoch - 1)] for rank in ranks]
+        labels = [[b.num_trained_tokens for b in rank.micro_batches(ranks[0].steps_per_epoch - 1)] for rank in ranks]
         assert sum(labels[0]) != sum(labels[1])
         if job.config.global_batch_size == 16:
             assert 0 in labels[1], name
@@ -211,16 +211,16 @@ def test_two_ranks_validate_like_plain_pytorch(trained: dict[str, Path], name: s
     job = read_job(trained[name])
     (cache,) = job.run.tokens.iterdir()
     tokens = load_tokens(cache)
-    total, num_labels = 0.0, 0
+    total, num_trained_tokens = 0.0, 0
     with torch.no_grad():
         for document in held_out_documents(tokens, job.config, job.seed):
             span = tokens.span(document)
             ids, labels = (torch.tensor(array[span].astype("int64")) for array in (tokens.input_ids, tokens.labels))
             total += float(document_loss(lm, ids, labels))
-            num_labels += int((labels != IGNORE).sum())
+            num_trained_tokens += int((labels != IGNORE).sum())
     result = json.loads((job.run.root / "metrics.jsonl").read_text().splitlines()[-1])
     assert result["stage"] == "validation"
-    assert result["loss"] == pytest.approx(total / num_labels, rel=TOLERANCE)
+    assert result["loss"] == pytest.approx(total / num_trained_tokens, rel=TOLERANCE)
 
 
 def test_steps_counted_in_examples_take_as_many_passes_as_their_rows_need(trained: dict[str, Path]) -> None:

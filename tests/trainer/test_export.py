@@ -19,7 +19,7 @@ from tests.trainer.tools import IM_END, make_tokenizer, save_llama, trace, train
 from trainer import export
 from trainer.checkpoint.checkpointer import Checkpointer
 from trainer.config.export import ExportConfig
-from trainer.export import ExportJob
+from trainer.export_job import ExportJob
 from trainer.job import read_job
 
 pytestmark = pytest.mark.usefixtures("one_rank")

@@ -16,7 +16,7 @@ from trainer.config.data import DataSource
 from trainer.config.export import ExportConfig
 from trainer.config.train import TrainConfig
 from trainer.data.tokens import load_tokens, prepare_tokens
-from trainer.export import ExportJob
+from trainer.export_job import ExportJob
 from trainer.job import read_job
 
 

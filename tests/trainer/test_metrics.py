@@ -183,7 +183,7 @@ def make_logger(run: RunDir, is_lazy: bool, sent: list) -> StepLogger:
 
 def log_step(logger: StepLogger, number: int, loss: float) -> None:
     state = TrainState(number, number, number * 10, number * 4, 1, "job")
-    step = AgreedStep([], num_rows=1, num_labels=4, document_lengths=np.array([6, 4]), should_stop=False)
+    step = AgreedStep([], num_rows=1, num_trained_tokens=4, document_lengths=np.array([6, 4]), should_stop=False)
     logger.log_step(step, state, torch.tensor(loss * 4), torch.tensor(1.0), 1e-3)
 
 

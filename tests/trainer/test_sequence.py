@@ -13,8 +13,8 @@ from tests.trainer.test_memory import FACTS, config_of
 from trainer.config.train import TrainConfig
 from trainer.data.batches import Batches
 from trainer.data.chat import IGNORE
+from trainer.data.sequence_parallel import SequenceParallelBatches
 from trainer.memory import check_heads
-from trainer.model.sequence import SequenceParallelBatches
 from trainer.resolve import with_choices
 
 
@@ -32,7 +32,7 @@ def test_parts_make_up_the_rows(plan: Plan, num_groups: int, num_parts: int) -> 
             for row, parts in zip(whole.micro_batches(step), parts_by_member, strict=True):
                 assert len({part.input_ids.shape for part in parts}) == 1
                 assert len(parts[0].input_ids) == config.micro_batch_size
-                assert sum(part.num_labels for part in parts) == row.num_labels
+                assert sum(part.num_trained_tokens for part in parts) == row.num_trained_tokens
                 num_rows, num_tokens = row.input_ids.shape
                 for name in ("input_ids", "position_ids", "labels"):
                     joined = torch.cat([getattr(part, name) for part in parts], dim=1)

@@ -24,14 +24,19 @@ class TrainState:
     train_loss: float | None = None  # mean over the steps since the previous checkpoint
     validation_loss: float | None = None  # None means that this step was not validated
 
-    def after_step(self, num_rows: int, num_tokens: int, num_labels: int, num_steps: int) -> "TrainState":
+    @classmethod
+    def first(cls, world_size: int, job_hash: str) -> "TrainState":
+        """The state before the first step."""
+        return cls(0, 0, 0, 0, world_size, job_hash)
+
+    def after_step(self, num_rows: int, num_tokens: int, num_trained_tokens: int, num_steps: int) -> "TrainState":
         """The state after one more step, whose own counts are given. `num_steps`: the steps of the whole training."""
         return replace(
             self,
             step=self.step + 1,
             num_rows=self.num_rows + num_rows,
             num_tokens=self.num_tokens + num_tokens,
-            num_trained_tokens=self.num_trained_tokens + num_labels,
+            num_trained_tokens=self.num_trained_tokens + num_trained_tokens,
             finished=self.step + 1 == num_steps,
             train_loss=None,
             validation_loss=None,

@@ -18,6 +18,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
+from cluster.errors import InputError
 from trainer.config.train import TrainConfig
 from trainer.data.chat import IGNORE
 from trainer.data.mixture import Mixture
@@ -35,7 +36,7 @@ class MicroBatch:
     labels: torch.Tensor  # int64 [B, S]
 
     @property
-    def num_labels(self) -> int:
+    def num_trained_tokens(self) -> int:
         return int((self.labels != IGNORE).sum())
 
     @property
@@ -51,21 +52,27 @@ class MicroBatch:
         }
 
 
+def check_batch_size(config: TrainConfig, world_size: int) -> None:
+    """Raise InputError if a step of rows cannot be shared evenly. A step of examples always can."""
+    rows_per_pass = config.micro_batch_size * world_size
+    if config.batch_unit == "rows" and config.global_batch_size % rows_per_pass:
+        raise InputError(
+            f"train.global_batch_size={config.global_batch_size} is not a multiple of micro_batch_size "
+            f"{config.micro_batch_size} x {world_size} ranks = {rows_per_pass}. "
+            "Change one of them, or set train.batch_unit=examples."
+        )
+
+
 class Batches:
     """Rows of every step for one rank.
 
-    Raises ValueError if batch_unit=rows and `global_batch_size` is not a multiple of `micro_batch_size * world_size`,
-    and InputError if holding documents out leaves nothing of a source.
+    Raises InputError if the batch size does not fit the number of ranks, or if holding documents out leaves nothing of
+    a source.
     """
 
     def __init__(self, tokens: Tokens, config: TrainConfig, seed: int, rank: int, world_size: int):
         self.rows_per_pass = config.micro_batch_size * world_size
-        if config.batch_unit == "rows" and config.global_batch_size % self.rows_per_pass:
-            raise ValueError(
-                f"train.global_batch_size={config.global_batch_size} is not a multiple of micro_batch_size "
-                f"{config.micro_batch_size} x {world_size} ranks = {self.rows_per_pass}. "
-                "Change one of them, or set train.batch_unit=examples."
-            )
+        check_batch_size(config, world_size)
         self.tokens, self.config, self.seed, self.rank, self.world_size = tokens, config, seed, rank, world_size
         self.mixture = Mixture(tokens, config, seed)
         self._rows_of_epoch = lru_cache(maxsize=1)(self._rows_of_epoch)
