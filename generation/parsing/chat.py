@@ -37,21 +37,23 @@ ASKED_FOR = r"(?:prompts?|instructions?|tasks?|questions?|requests?|challenges?|
 # A version, or a new task: what a rewrite is announced as. "Here is a list of numbers:" belongs to an instruction.
 REWRITE = rf"(?:\b(?:version|variation|variant|rewr\w+|revis\w+|rephras\w+)\b|\b{CHANGED}\b[^:：\n]*\b{ASKED_FOR}\b)"
 
-OPENER_LINE = re.compile(
+CHAT_LINE = re.compile(
     rf"""[*_\s]*(?:
         {AGREEMENT}\s*(?:[!.,:，。！]|[-–—]\s)+\s*(?:(?:{FIRST_PERSON}).*)?      # Sure! I can help you with that.
       | {AGREEMENT}\b[^\n]*[:：]                                                # Sure, ten tasks of many kinds:
-      | {POINTER}[^\n]*[:：]                                                    # Here are some more tasks:
-      | {POINTER}[^\n]*\b{ASKED_FOR}\b[^\n]*\.                                  # Here are ten tasks of many kinds.
       | (?:i['’]d|i\ would|i['’]ll|i\ will|i['’]m|i\ am)\ (?:be\ )?(?:happy|glad|delighted)\ to\b.*
       | as\ (?:you\ )?requested\b.*[:：.]
     )[*_\s]*""",
     re.IGNORECASE | re.VERBOSE,
 )
-INLINE_OPENER = re.compile(
-    rf"(?:{AGREEMENT}\s*[!,.，！]+\s*)?{POINTER}[^:：\n]*?{REWRITE}[^:：\n]*[:：]\s*|{AGREEMENT}\s*[!！]+\s+",
-    re.IGNORECASE | re.VERBOSE,
+ANNOUNCEMENT = re.compile(  # Here are some more tasks:  Here are ten tasks of many kinds.
+    rf"[*_\s]*{POINTER}(?:[^\n]*[:：]|[^\n]*\b{ASKED_FOR}\b[^\n]*\.)[*_\s]*", re.IGNORECASE | re.VERBOSE
 )
+# Sure! Here is a harder version of it: Explain ...
+INLINE_OPENER = re.compile(
+    rf"(?:{AGREEMENT}\s*[!,.，！]+\s*)?{POINTER}[^:：\n]*?{REWRITE}[^:：\n]*[:：]\s*", re.IGNORECASE | re.VERBOSE
+)
+EXCLAMATION = re.compile(rf"{AGREEMENT}\s*[!！]+\s+", re.IGNORECASE | re.VERBOSE)
 CLOSER = re.compile(
     r"""[*_(\s]*(?:
         (?:i\ )?hope\ (?:this|these|that|it|you)\b
@@ -85,7 +87,7 @@ ECHOED_LABEL = re.compile(
 
 def is_opener(line: str) -> bool:
     """Whether a chat model announces here what follows: "Sure! Here are ten more:"."""
-    return OPENER_LINE.fullmatch(line.strip()) is not None
+    return bool(CHAT_LINE.fullmatch(line) or ANNOUNCEMENT.fullmatch(line))
 
 
 def is_closer(line: str) -> bool:
@@ -124,12 +126,12 @@ def unframe(text: str) -> tuple[str, list[Dropped]]:
     while True:
         before, text = text, unwrap(_after_echoed_label(text.strip()))
         first, _, rest = text.partition("\n")
-        if is_rule(first) or is_opener(first):
-            openers += [Dropped(first)] if not is_rule(first) else []
-            text = rest
-        elif opener := INLINE_OPENER.match(text):
+        opener = INLINE_OPENER.match(text) or CHAT_LINE.fullmatch(first) or EXCLAMATION.match(first)
+        if opener:
             openers.append(Dropped(opener[0].strip()))
             text = text[opener.end() :]
+        elif is_rule(first):
+            text = rest
         rest, _, last = text.rstrip().rpartition("\n")
         if rest.strip() and (is_rule(last) or is_closer(last)):
             closers += [Dropped(last)] if not is_rule(last) else []

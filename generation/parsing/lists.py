@@ -119,9 +119,10 @@ def _choose(
     if not marks or marks[0].number is None:
         announced = not is_continued and marks and _text_before(lines, marks[0]).endswith(COLONS)
         return ([], True) if has_opening and not announced else (marks, False)
-    paths = {(None, 0): _Path(1.5 if has_opening and is_continued else 0, False)}
+    goes_on = is_continued or marks[0].number == first_number + 1
+    paths = {(None, 0): _Path(1.5 if has_opening and goes_on else 0, False)}
     if has_opening:
-        paths[first_number, 0] = _Path(0 if is_continued else 1, True)
+        paths[first_number, 0] = _Path(0 if goes_on else 1, True)
     for mark in marks:
         paths = _extend(paths, mark, _Surroundings.of(lines, mark, known), first_number)
     best = min(paths.values(), key=lambda path: (path.cost, -path.num_items))
@@ -134,18 +135,20 @@ def _choose(
 
 @dataclass(frozen=True, slots=True)
 class _Surroundings:
-    """What is before a mark."""
+    """What is before and after a mark."""
 
     after_blank: bool
     after_header: bool
     after_colon: bool  # and not after a header: a list inside an item is announced
+    before_lower: bool  # its text begins in lower case, which instructions seldom do
 
     @classmethod
     def of(cls, lines: list[str], mark: _Mark, known: set[str]) -> "_Surroundings":
         before = _text_before(lines, mark)
         after_header = bool(before) and _is_header(before, known)
         after_blank = mark.line > 0 and not lines[mark.line - 1].strip()
-        return cls(after_blank, after_header, before.endswith(COLONS) and not after_header)
+        before_lower = lines[mark.line][mark.length :][:1].islower()
+        return cls(after_blank, after_header, before.endswith(COLONS) and not after_header, before_lower)
 
 
 def _extend(
@@ -172,12 +175,13 @@ def _extend(
 
 
 def _cost_of_item(number: int, last: int | None, first_number: int, around: _Surroundings) -> float:
+    lower = 0.25 if around.before_lower else 0
     if last is None:
-        return 0 if number in (1, first_number, first_number + 1) else 1
+        return lower + (0 if number in (1, first_number, first_number + 1) else 1)
     if number > last:
-        return 0 if number == last + 1 else 2
+        return lower + (0 if number == last + 1 else 2)
     is_restart = number in (1, first_number) and (around.after_blank or around.after_header)
-    return 1 if is_restart else 4
+    return lower + (1 if is_restart else 4)
 
 
 def _cost_inside(number: int, last: int, around: _Surroundings) -> float:
@@ -233,7 +237,7 @@ def _end_of_last(piece: list[str], may_have_paragraphs: bool) -> int:
     fences = fenced_lines(piece)
     for position in range(1, len(piece)):
         line, before = piece[position], piece[position - 1]
-        if fences[position] or not line.strip():
+        if fences[position] or not line.strip() or not "".join(piece[:position]).strip():
             continue
         if is_closer(line) or (not before.strip() and not may_have_paragraphs and not _goes_on(piece, position)):
             return position
