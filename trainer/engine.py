@@ -74,16 +74,26 @@ def lacks_grad_norm(engine: deepspeed.DeepSpeedEngine) -> bool:
 def learning_rate(config: TrainConfig, step: int, num_steps: int) -> float:
     """Learning rate of `step`, which counts from 0. A pure function, so a resumed run needs no scheduler state.
 
-    Linear warm-up takes ceil(warmup_ratio * num_steps) steps, and its last step has the peak rate. The cosine would
-    reach `min_lr_ratio` of the peak one step after the last (Loshchilov and Hutter 2017, section 3, without
-    restarts).
+    The last step of the linear warm-up has the peak rate. A schedule that falls would reach `min_lr_ratio` of the peak
+    one step after the last (cosine: Loshchilov and Hutter 2017, section 3, without restarts).
     """
-    warmup_steps = math.ceil(config.warmup_ratio * num_steps)
+    warmup_steps = config.warmup_steps
+    if warmup_steps is None:
+        warmup_steps = math.ceil(config.warmup_ratio * num_steps)
     if step < warmup_steps:
         return config.learning_rate * (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(1, num_steps - warmup_steps)
+    decay_start = warmup_steps
+    if config.lr_schedule == "wsd":
+        decay_start = max(warmup_steps, num_steps - math.ceil(config.decay_ratio * num_steps))
+    progress = max(0, step - decay_start) / max(1, num_steps - decay_start)
+    if config.lr_schedule == "constant":
+        share = 1.0
+    elif config.lr_schedule == "cosine":
+        share = 0.5 * (1 + math.cos(math.pi * progress))
+    else:
+        share = 1 - progress
     floor = config.min_lr_ratio
-    return config.learning_rate * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
+    return config.learning_rate * (floor + (1 - floor) * share)
 
 
 def make_engine(

@@ -8,6 +8,7 @@ Decoder layers stay on disk until they are needed. So a fully tuned model of any
 embeddings, one layer and one shard. A model with an adapter is held in memory once, in float32, to be merged.
 """
 
+import json
 import os
 import shutil
 import tempfile
@@ -196,6 +197,7 @@ def model_card(job: ExportJob, source: Path, error: float) -> ModelCard:
         base=Path(job.model.path).name if Path(job.model.path).exists() else job.model.path,
         revision=job.model.revision,
         train=job.train,
+        zero_stage=json.loads(job.run.zero.read_text())["zero_stage"],
         state=state,
         form=job.config.form,
         data=[Path(source.path).name for source in job.train.data],

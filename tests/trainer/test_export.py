@@ -159,6 +159,8 @@ def test_the_card_says_what_was_done_and_names_no_place_on_this_machine(runs) ->
     assert card.startswith("---\n")
     assert "# test-export" in card
     assert "chats.jsonl" in card
+    assert "ZeRO-0, 1 rank |" in card, "the stage that auto chose"
+    assert "cosine schedule, warm-up of 3 % of the steps |" in card
     for place in (run, read_job(run).model.path, Path.cwd(), run.parent):
         assert str(place) not in card
 

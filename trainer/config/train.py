@@ -127,10 +127,25 @@ class TrainConfig(StrictModel):
     )
 
     learning_rate: float = Field(2e-5, gt=0, description="the peak rate, reached after the warm-up")
+    lr_schedule: Literal["cosine", "linear", "constant", "wsd"] = Field(
+        "cosine",
+        description="how the rate falls after the warm-up. cosine is Alpaca's. linear is Tulu 3's (Lambert et al. "
+        "2024, arXiv 2411.15124). constant is Tk-Instruct's (Wang et al. 2022, arXiv 2204.07705, its train script). "
+        "wsd (warmup-stable-decay) stays at the peak and falls linearly in the last `decay_ratio` of the steps, as "
+        "OLMo-core's (Hu et al. 2024, arXiv 2404.06395, section 4)",
+    )
+    decay_ratio: float = Field(
+        0.1, gt=0, le=1, description="fraction of all steps in which `lr_schedule: wsd` falls (Hu et al. 2024: 0.1)"
+    )
     min_lr_ratio: float = Field(
-        0.0, ge=0, le=1, description="the cosine schedule ends at this fraction of learning_rate"
+        0.0, ge=0, le=1, description="the schedule ends at this fraction of learning_rate. constant does not fall"
     )
     warmup_ratio: float = Field(0.03, ge=0, lt=1, description="fraction of all steps with a linear warm-up")
+    warmup_steps: int | None = Field(
+        None,
+        ge=0,
+        description="number of steps with a linear warm-up. None means that warmup_ratio decides",
+    )
     weight_decay: float = Field(
         0.0, ge=0, description="AdamW's decay of weight matrices. Norms, biases and IA3's vectors have none"
     )
