@@ -80,13 +80,15 @@ def train(recipe: Recipe, run: RunDir) -> None:
 
 
 def check_model(recipe: Recipe) -> None:
-    """Raise InputError for a model, tokenizer or chat template that cannot be trained."""
+    """Raise InputError for a model, tokenizer or chat template that cannot be trained as the recipe says."""
     from cluster.model_source import locate_model, model_revision
     from trainer.model.tokenizer import check_tokenizer
+    from trainer.resolve import check_shape
 
     model = locate_model(recipe.model)
     model_revision(model)
     check_tokenizer(model, recipe.train)
+    check_shape(model, recipe.train)
 
 
 def export(recipe: Recipe, run: RunDir) -> None:

@@ -76,24 +76,18 @@ class MemoryEstimate:
         return self.buckets + max(self.activations + self.logits, self.step)
 
 
-def read_facts(model: ModelConfig, config: TrainConfig) -> ModelFacts:
-    """Build the model on the meta device and count. Raises InputError if transformers cannot build it."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+def read_facts(model: ModelConfig, config: TrainConfig, lm: "PreTrainedModel | None" = None) -> ModelFacts:
+    """Count what the model has. Raises InputError if transformers cannot build it, or if its adapter does not fit it.
 
-    try:
-        whole = AutoConfig.from_pretrained(model.path, revision=model.revision, trust_remote_code=False)
-        with torch.device("meta"):
-            lm = AutoModelForCausalLM.from_config(whole, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(
-            f"model.path: transformers cannot read {model.path} as a causal language model: {reason}"
-        ) from error
-    text = whole.get_text_config()
+    lm: the model on the meta device, to which the adapter is added. None means that it is built here.
+    """
+    from trainer.model.shape import shape_of
+
+    lm = lm or shape_of(model)
+    text = lm.config.get_text_config()
     sizes = [parameter.numel() for parameter in lm.parameters()]
     num_parameters, threshold = sum(sizes), config.zero.param_persistence_threshold
-    heads = text.num_attention_heads
+    heads = getattr(text, "num_attention_heads", None) or 1  # a model of state spaces has none
     facts = ModelFacts(
         num_parameters=num_parameters,
         num_trained=num_parameters,
@@ -111,6 +105,8 @@ def read_facts(model: ModelConfig, config: TrainConfig) -> ModelFacts:
         return facts
     if config.tuning == "qlora":
         facts = replace(facts, num_quantized=_num_quantized(lm))
+    import torch
+
     from trainer.model.adapters import adapt
 
     with torch.device("meta"):

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch.distributed as dist
 from pydantic import ValidationError
 
+from cluster.config import ModelConfig
 from cluster.errors import InputError
 from cluster.files import write_json
 from cluster.log import stage_logger
@@ -15,9 +16,10 @@ from trainer.checkpoint.state import newest_checkpoint, read_state
 from trainer.config.train import TrainConfig
 from trainer.data.batches import check_batch_size
 from trainer.job import TrainJob
-from trainer.memory import MemoryEstimate, check_heads, choose_stage, format_bytes, read_facts, usable_bytes
-from trainer.model.attention import choose_attention
+from trainer.memory import MemoryEstimate, ModelFacts, check_heads, choose_stage, format_bytes, read_facts, usable_bytes
+from trainer.model.choose_attention import choose_attention
 from trainer.model.layers import uses_liger
+from trainer.model.shape import check_positions, require_safetensors, shape_of
 
 log = stage_logger("train")
 
@@ -50,20 +52,34 @@ def _resolve_config(job: TrainJob, world_size: int, usable: int) -> TrainConfig:
     config = job.config
     if config.zero_stage == "auto" and newest_checkpoint(job.run.checkpoints) is not None and file.is_file():
         config = config.model_copy(update={"zero_stage": json.loads(file.read_text())["zero_stage"]})
-    attention = choose_attention(config)
-    facts = read_facts(job.model, config)
-    check_heads(facts, config)
+    config, facts, remarks = check_shape(job.model, config)
     chosen = choose_stage(facts, config, world_size, usable)
-    config = with_choices(config, chosen.stage, attention)
+    config = with_choices(config, zero_stage=chosen.stage)
     write_json(file, {"zero_stage": chosen.stage, "world_size": world_size, "usable": usable, "bytes": asdict(chosen)})
+    for remark in remarks:
+        log.info(remark)
     log.info(f"{describe(chosen, usable)}; attention: {config.attention}")
     return config
 
 
-def with_choices(config: TrainConfig, stage: int, attention: str) -> TrainConfig:
-    """The config with these choices. Raises InputError if they clash with the rest of it."""
+def check_shape(model: ModelConfig, config: TrainConfig) -> tuple[TrainConfig, ModelFacts, list[str]]:
+    """The config with its attention chosen, the model's sizes, and lines for the log. Reads config.json, no weights.
+
+    Raises InputError if this model cannot be trained as the recipe says.
+    """
+    require_safetensors(model)
+    lm = shape_of(model)
+    check_positions(lm, config)
+    config, remarks = choose_attention(config, lm)
+    facts = read_facts(model, config, lm)
+    check_heads(facts, config)
+    return config, facts, remarks
+
+
+def with_choices(config: TrainConfig, **choices: object) -> TrainConfig:
+    """The config with these choices, checked again. Raises InputError if they clash with the rest of it."""
     try:
-        return TrainConfig(**config.model_dump() | {"zero_stage": stage, "attention": attention})
+        return TrainConfig(**config.model_dump() | choices)
     except ValidationError as error:
         (details,) = error.errors()
         raise InputError(f"train: {details['msg'].removeprefix('Value error, ')}") from error

@@ -29,7 +29,8 @@ from trainer.config.train import TrainConfig
 from trainer.data.batches import MicroBatch, best_fit_decreasing
 from trainer.flops import model_flops, peak_flops
 from trainer.model.adapters import adapt, is_decayed
-from trainer.model.attention import choose_attention, flash_attention_kwargs
+from trainer.model.attention import flash_attention_kwargs
+from trainer.model.choose_attention import choose_attention
 from trainer.model.layers import configure_layers, uses_liger
 from trainer.model.load import DTYPES, CausalLMWithLoss
 from trainer.model.loss import loss_settings
@@ -160,7 +161,8 @@ def measure(name: str, max_seq_len: int, arguments: argparse.Namespace, say: Cal
     settings = {"micro_batch_size": 1, "global_batch_size": rows_a_step, "max_seq_len": max_seq_len, "zero_stage": 1,
                 "attention": arguments.attention}  # fmt: skip
     config = TrainConfig(**settings | job.train)
-    config = config.model_copy(update={"attention": choose_attention(config)})
+    with torch.device("meta"):
+        config, _ = choose_attention(config, AutoModelForCausalLM.from_config(LlamaConfig(**job.shape)))
     torch.manual_seed(0)
     module = make_module(job, config, device)
     flops, peak = model_flops(module.lm), peak_flops(torch.cuda.get_device_name()) if on_gpu else None

@@ -16,6 +16,7 @@ from tests.trainer.tools import (
     weights,
     write_job,
 )
+from trainer.config.train import TrainConfig
 from trainer.data.batches import Batches
 from trainer.data.tokens import load_tokens, prepare_tokens
 from trainer.job import read_job
@@ -60,7 +61,8 @@ def test_training_with_varlen_attention_is_training_by_document(
     by_document = write_job(tmp_path / "by-document", chat_model, chat_data, max_steps=2)
     train_here(by_document)
     monkeypatch.setattr("trainer.model.attention.varlen_attn", varlen_attn_on_a_cpu)
-    monkeypatch.setattr("trainer.model.load.choose_attention", lambda _: "varlen")
+    choice = TrainConfig(**read_job(by_document).config.model_dump() | {"attention": "varlen"})
+    monkeypatch.setattr("trainer.resolve.choose_attention", lambda *_: (choice, []))
     by_bounds = write_job(tmp_path / "by-bounds", chat_model, chat_data, max_steps=2)
     train_here(by_bounds)
     assert np.allclose(list(trace(by_bounds).values()), list(trace(by_document).values()), rtol=1e-5)

@@ -19,7 +19,6 @@ from trainer.model import attention
 from trainer.model.attention import (
     attend_by_document,
     attend_varlen,
-    choose_attention,
     cumulative_lengths,
     flash_attention_kwargs,
 )
@@ -47,7 +46,7 @@ def load(run: Path, **settings: object) -> CausalLMWithLoss:
     from trainer.resolve import with_choices
 
     job = read_job(run)
-    config = with_choices(job.config.model_copy(update=settings), stage=0, attention="sdpa")
+    config = with_choices(job.config.model_copy(update=settings), zero_stage=0, attention="sdpa")
     torch.manual_seed(0)
     return CausalLMWithLoss(load_model(job.model, config, *load_tokenizer(job.model, None))).train()
 
@@ -126,9 +125,9 @@ def test_attention_inside_documents_equals_attention_with_a_mask(
 def test_attention_by_document_refuses_masks_and_caches() -> None:
     states = [torch.zeros(1, 2, 4, 8) for _ in range(3)]
     module = SimpleNamespace(num_key_value_groups=1)
-    with pytest.raises(ValueError, match="neither masks nor caches"):
+    with pytest.raises(InputError, match="does not know a mask or a cache"):
         attend_by_document(module, *states, torch.ones(1, 1, 4, 4))
-    with pytest.raises(ValueError, match="neither masks nor caches"):
+    with pytest.raises(InputError, match="does not know a mask or a cache"):
         attend_by_document(module, states[0][:, :, :1], *states[1:], None)
 
 
@@ -187,14 +186,6 @@ def test_a_forward_pass_never_waits_for_the_gpu(
     with Waits() as waits:
         module(**inputs).backward()
     assert not waits.found
-
-
-def test_without_a_gpu_attention_is_pytorchs() -> None:
-    assert choose_attention(TrainConfig()) == "sdpa_by_document"
-    assert choose_attention(TrainConfig(packing=False)) == "sdpa"
-    assert choose_attention(TrainConfig(attention="eager")) == "eager"
-    with pytest.raises(InputError, match="does not work on CPUs"):
-        choose_attention(TrainConfig(attention="flex_attention"))
 
 
 def test_liger_is_used_if_possible_and_its_absence_is_an_error_if_required() -> None:

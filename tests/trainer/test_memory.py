@@ -159,7 +159,7 @@ def test_facts_equal_those_of_the_loaded_model(tmp_path: Path, tokenizer, tied: 
     from trainer.resolve import with_choices
 
     job = read_job(write_job(tmp_path / "run", save_llama(tmp_path / "model", tokenizer, tied=tied), None, **settings))
-    config = with_choices(job.config, stage=0, attention="sdpa")
+    config = with_choices(job.config, zero_stage=0, attention="sdpa")
     lm = load_model(job.model, config, *load_tokenizer(job.model, None))
     facts = read_facts(job.model, config)
     trained = sum(parameter.numel() for parameter in lm.parameters() if parameter.requires_grad)

@@ -62,4 +62,4 @@ def test_heads_that_cannot_be_divided_among_ranks_are_refused(
 def test_packed_rows_are_refused_without_flash_attention() -> None:
     """`attention: auto` resolves to PyTorch's here, with which packed documents would see each other."""
     with pytest.raises(InputError, match=r"train: packed rows with sequence_parallel_size need train\.attention=flash"):
-        with_choices(TrainConfig(sequence_parallel_size=2), stage=2, attention="sdpa")
+        with_choices(TrainConfig(sequence_parallel_size=2), zero_stage=2, attention="sdpa")

@@ -24,10 +24,12 @@ from peft import (
     TaskType,
     get_peft_model,
 )
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from cluster.config import ModelConfig
 from cluster.errors import InputError
@@ -43,6 +45,7 @@ from trainer.model.bottleneck import (
 )
 
 BASE_FILE = "base_model.json"
+LINEAR = (nn.Linear, Conv1D)  # GPT-2 has the latter
 NUM_SAMPLED = 64  # values from each tensor; full tuning changes nearly all of them
 
 
@@ -56,11 +59,39 @@ def adapt(lm: PreTrainedModel, model: ModelConfig, config: TrainConfig, added_to
     lm.base_revision = model.revision  # saved with the adapter
     if config.tuning == "adapter":
         return add_adapters(lm, config.adapter.bottleneck_size, config.adapter.activation)
+    section = f"train.{'lora' if config.tuning == 'qlora' else config.tuning}"
+    peft_config = _peft_config(lm, model, config, added_token_ids)
+    _require_targets(lm, section, peft_config)
+    is_tied = lm.get_output_embeddings().weight is lm.get_input_embeddings().weight
     try:
-        return get_peft_model(lm, _peft_config(lm, model, config, added_token_ids), revision=model.revision)
+        adapted = get_peft_model(lm, peft_config, revision=model.revision)
     except ValueError as error:  # peft did not find the layers
-        section = "lora" if config.tuning == "qlora" else config.tuning
-        raise InputError(f"train.{section}: {error} ({type(lm).__name__})") from error
+        raise InputError(f"{section}: {error} ({type(lm).__name__}). It has {', '.join(_linear_names(lm))}.") from error
+    if is_tied and any(isinstance(layer, BaseTunerLayer) for layer in _vocabulary_modules(lm)):
+        raise InputError(
+            f"{section}: the head and the input embedding of {type(lm).__name__} are one tied weight, and an adapter "
+            f"of one would be merged into both. Leave {' and '.join(_vocabulary_layers(lm))} out of its modules."
+        )
+    return adapted
+
+
+def _require_targets(lm: nn.Module, section: str, peft_config: PeftConfig) -> None:
+    """Raise InputError unless `lm` has every module that the recipe names. peft is content with one of them."""
+    targets = getattr(peft_config, "target_modules", None)
+    if targets is None or isinstance(targets, str):
+        return
+    names = [name for name, _ in lm.named_modules()]
+    absent = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in names)]
+    if absent:
+        raise InputError(
+            f"{section}: {type(lm).__name__} has no module {', '.join(sorted(absent))}. Name only modules that it has: "
+            f"{', '.join(_linear_names(lm))}."
+        )
+
+
+def _linear_names(lm: nn.Module) -> list[str]:
+    """Last parts of the names of the linear layers, which adapters are for."""
+    return sorted({name.rpartition(".")[2] for name, module in lm.named_modules() if isinstance(module, LINEAR)})
 
 
 def _peft_config(
@@ -105,13 +136,26 @@ def _lora(lm: PreTrainedModel, config: TrainConfig, added_token_ids: list[int]) 
 
 def _vocabulary_layers(lm: nn.Module) -> list[str]:
     """Names of the input embedding and the head. If they are not tied, rows of both have to be trained."""
-    layers = (lm.get_input_embeddings(), lm.get_output_embeddings())
+    layers = _vocabulary_modules(lm)
     return [name.rpartition(".")[2] for name, module in lm.named_modules() if module in layers]
+
+
+def _vocabulary_modules(lm: nn.Module) -> tuple[nn.Module, nn.Module]:
+    return lm.get_input_embeddings(), lm.get_output_embeddings()
 
 
 def base_of(lm: nn.Module) -> PreTrainedModel:
     """The model of transformers, without the PeftModel around it."""
     return lm.get_base_model() if isinstance(lm, PeftModel) else lm
+
+
+def decoder_of(lm: nn.Module) -> PreTrainedModel:
+    """The part of the model below its head. A model may name itself as its decoder, such as Llama 4's."""
+    base = base_of(lm)
+    decoder = base.get_decoder()
+    if decoder is not base:
+        return decoder
+    return next(child for child in base.children() if isinstance(child, PreTrainedModel))
 
 
 def has_virtual_tokens(lm: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""Which attention implementation a job uses, its arguments for packed rows, and two for packed rows."""
+"""Two implementations of attention for packed rows, and the arguments of flash attention for packed rows."""
 
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -9,46 +9,21 @@ from torch.nn import functional as F
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import repeat_kv
-from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from cluster.errors import InputError
-from trainer.config.train import TrainConfig
 
 if TYPE_CHECKING:
     from trainer.data.batches import MicroBatch
 
 BY_DOCUMENT = "sdpa_by_document"
 VARLEN = "varlen"
-HOPPER = 9  # compute capability (major) of the only GPUs that have the kernels of flash attention 3
-
-
-def choose_attention(config: TrainConfig) -> str:
-    """The recipe's attention. For `auto`, the fastest one that this machine has.
-
-    On a GPU packed rows in bf16 get PyTorch's own flash attention, or version 3 of the package on the GPUs that it is
-    made for. On a CPU, and in float32, they get SDPA one document at a time, and SDPA with a mask in compiled layers,
-    which cannot loop over documents. Rows that are not packed get the flash attention package if it is installed and
-    the precision is bf16, otherwise SDPA. `check_isolation` tests the choice before the first step.
-
-    Raises InputError for flex attention or varlen on a CPU.
-    """
-    if config.attention in ("flex_attention", VARLEN) and not torch.cuda.is_available():
-        reason = "has no backward pass" if config.attention == "flex_attention" else "is not implemented"
-        raise InputError(
-            f"train.attention={config.attention} does not work on CPUs, where it {reason}. Set auto or sdpa."
-        )
-    if config.attention != "auto":
-        return config.attention
-    flash = torch.cuda.is_available() and config.precision == "bf16"
-    is_packed = config.packing and config.sequence_parallel_size == 1
-    if flash and (config.micro_batch_size == 1 or not config.packing):
-        if is_flash_attn_3_available() and torch.cuda.get_device_capability()[0] == HOPPER:
-            return "flash_attention_3"
-        if is_flash_attn_2_available() and not is_packed:
-            return "flash_attention_2"
-    if is_packed:
-        return VARLEN if flash else "sdpa" if config.compile else BY_DOCUMENT
-    return "sdpa"
+# Keyword arguments of an attention function that change nothing in training on rows without a mask and a cache.
+HARMLESS = frozenset(
+    {
+        "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "dropout", "is_causal", "max_length_k", "max_length_q",
+        "output_attentions", "output_hidden_states", "position_ids", "scaling", "use_cache",
+    }
+)  # fmt: skip
 
 
 def cumulative_lengths(position_ids: torch.Tensor) -> torch.Tensor:
@@ -73,23 +48,23 @@ def attend_by_document(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    attention_mask: torch.Tensor | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
-    **_: object,
+    is_causal: bool | None = None,
+    **others: object,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention, one document at a time: its cost grows with the square of a document's length, not of a row's.
 
     query [B, H, S, D], key and value [B, H or fewer, S, D]. cu_seq_lens_q [documents + 1] counts tokens through all
-    rows; None means that every row is one document. Returns [B, S, H, D]. Raises ValueError for masks and caches.
+    rows; None means that every row is one document. Returns [B, S, H, D]. Raises InputError for masks, caches and
+    arguments that it does not know, because the model's attention would then be another one.
     """
-    num_rows, _, width, _ = query.shape
-    if attention_mask is not None or key.shape[2] != width:
-        raise ValueError(f"{BY_DOCUMENT} supports neither masks nor caches: it is for training on packed rows.")
-    groups = module.num_key_value_groups
-    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    _refuse_unknown(BY_DOCUMENT, module, query, key, attention_mask, is_causal, others)
+    num_rows, num_heads, width, _ = query.shape
+    key, value = (repeat_kv(states, num_heads // states.shape[1]) for states in (key, value))
     bounds = range(0, num_rows * width + 1, width) if cu_seq_lens_q is None else cu_seq_lens_q.tolist()
     rows: list[list[torch.Tensor]] = [[] for _ in range(num_rows)]
     for begin, end in pairwise(bounds):
@@ -111,22 +86,23 @@ def attend_varlen(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    attention_mask: torch.Tensor | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None,
-    **_: object,
+    is_causal: bool | None = None,
+    **others: object,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention inside documents by the flash attention that PyTorch brings. Any number of rows in one call.
 
     The arguments and the result are those of `attend_by_document`, and max_length_q is the length of the longest
-    document. Raises ValueError for masks, caches and dropout.
+    document. Raises InputError for dropout too.
     """
+    others["dropout > 0"] = dropout or None
+    _refuse_unknown(VARLEN, module, query, key, attention_mask, is_causal, others)
     num_rows, _, width, _ = query.shape
-    if attention_mask is not None or key.shape[2] != width or dropout:
-        raise ValueError(f"{VARLEN} supports neither masks, caches nor dropout: it is for training on packed rows.")
     query, key, value = (states.transpose(1, 2).flatten(0, 1) for states in (query, key, value))  # [B * S, H, D]
     if cu_seq_lens_q is None:
         cu_seq_lens_q = torch.arange(0, num_rows * width + 1, width, dtype=torch.int32, device=query.device)
@@ -138,6 +114,21 @@ def attend_varlen(
         scale=scaling, window_size=(window, 0), enable_gqa=query.shape[1] != key.shape[1],
     )  # fmt: skip
     return joined.unflatten(0, (num_rows, width)), None
+
+
+def _refuse_unknown(
+    attention: str, module: nn.Module, query: torch.Tensor, key: torch.Tensor, attention_mask: torch.Tensor | None,
+    is_causal: bool | None, others: dict[str, object],
+) -> None:  # fmt: skip
+    """Raise InputError for what would make the model's attention another one than this implementation's."""
+    unknown = sorted(name for name, value in others.items() if value is not None and name not in HARMLESS)
+    if attention_mask is not None or key.shape[2] != query.shape[2] or is_causal is False:
+        unknown.append("a mask or a cache")
+    if unknown:
+        raise InputError(
+            f"train.attention={attention} does not know {', '.join(unknown)}, which {type(module).__name__} passes "
+            "to its attention. Set train.attention=eager."
+        )
 
 
 def _sliding_window_mask(length: int, window: int | None, device: torch.device) -> torch.Tensor | None:

@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTok
 from cluster.config import ModelConfig
 from cluster.errors import InputError
 from trainer.config.train import TrainConfig
-from trainer.model.adapters import adapt, base_of, has_virtual_tokens, with_virtual_tokens
-from trainer.model.attention import BY_DOCUMENT, VARLEN, choose_attention, cumulative_lengths
+from trainer.model.adapters import adapt, base_of, decoder_of, has_virtual_tokens, with_virtual_tokens
+from trainer.model.attention import BY_DOCUMENT, VARLEN, cumulative_lengths
 from trainer.model.layers import configure_layers
 from trainer.model.loss import PLAIN_LOSS, EmbeddingNoise, LossSettings, chunked_loss
 from trainer.model.tokenizer import refuse_untrainable_tokens
@@ -52,8 +52,9 @@ class CausalLMWithLoss(nn.Module):
         if not len(labelled):
             # Only padding, because rows ran out. Every parameter still takes part, so that ranks stay synchronized.
             labelled, factor = labelled.new_zeros(1), 0.0
+        base = base_of(self.lm)
         hidden = self._hidden(input_ids, position_ids, flash_kwargs).flatten(0, 1)[labelled]  # [L, D]
-        head = base_of(self.lm).get_output_embeddings()
+        hidden, head = hidden.to(base.dtype), base.get_output_embeddings()  # Mamba's decoder returns float32
         if return_logits:
             return head(hidden).float()
         return chunked_loss(head, hidden, labels.flatten()[labelled].clamp(min=0), self.settings) * factor
@@ -67,8 +68,7 @@ class CausalLMWithLoss(nn.Module):
         else:
             # No attention mask and no cache: with either of them, transformers does not isolate packed documents.
             inputs = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False, **flash_kwargs}
-        decoder = base_of(self.lm).get_decoder()
-        return decoder(**inputs).last_hidden_state[:, -input_ids.shape[1] :]
+        return decoder_of(self.lm)(**inputs).last_hidden_state[:, -input_ids.shape[1] :]
 
 
 def load_model(
@@ -76,6 +76,7 @@ def load_model(
 ) -> nn.Module:
     """The model in the recipe's precision, with embeddings for added tokens and with the adapters of its tuning method.
 
+    config: as `resolve_auto` returns it. With `attention: auto` transformers chooses.
     With ZeRO-3 an `HfDeepSpeedConfig` must exist during the call, so that weights are partitioned as they are read.
     Raises InputError if added tokens could not be trained.
     """
@@ -84,13 +85,11 @@ def load_model(
         model.path,
         revision=model.revision,
         dtype=DTYPES[config.precision],
-        attn_implementation=choose_attention(config),
+        attn_implementation=None if config.attention == "auto" else config.attention,
         use_safetensors=True,
         trust_remote_code=False,
         **_quantization(config),
     )
-    if lm.config._attn_implementation in (BY_DOCUMENT, VARLEN) and not lm._supports_sdpa:
-        raise InputError(f"{type(lm).__name__} does not support sdpa. Set train.attention=eager.")
     if num_added and len(tokenizer) > lm.get_input_embeddings().num_embeddings:
         lm.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64, mean_resizing=True)
     lm.config.use_cache = config.tuning == "prefix"
