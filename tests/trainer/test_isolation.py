@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from cluster.errors import InputError
 from tests.trainer.tools import (
@@ -16,7 +17,6 @@ from tests.trainer.tools import (
     weights,
     write_job,
 )
-from trainer.config.train import TrainConfig
 from trainer.data.batches import Batches
 from trainer.data.tokens import load_tokens, prepare_tokens
 from trainer.job import read_job
@@ -61,8 +61,12 @@ def test_training_with_varlen_attention_is_training_by_document(
     by_document = write_job(tmp_path / "by-document", chat_model, chat_data, max_steps=2)
     train_here(by_document)
     monkeypatch.setattr("trainer.model.attention.varlen_attn", varlen_attn_on_a_cpu)
-    choice = TrainConfig(**read_job(by_document).config.model_dump() | {"attention": "varlen"})
-    monkeypatch.setattr("trainer.resolve.choose_attention", lambda *_: (choice, []))
+    read = AutoModelForCausalLM.from_pretrained
+
+    def read_with_varlen(*arguments: object, **settings: object) -> torch.nn.Module:
+        return read(*arguments, **settings | {"attn_implementation": "varlen"})
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", read_with_varlen)
     by_bounds = write_job(tmp_path / "by-bounds", chat_model, chat_data, max_steps=2)
     train_here(by_bounds)
     assert np.allclose(list(trace(by_bounds).values()), list(trace(by_document).values()), rtol=1e-5)
