@@ -126,6 +126,7 @@ def evaluate(recipe: Recipe, run: RunDir) -> None:
             sets,
             plain_prompt,
             recipe.train.chat_template,
+            recipe.train.chat_template_kwargs,
         )
     )
 

@@ -10,6 +10,7 @@ import json
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from jinja2 import StrictUndefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -46,6 +47,7 @@ class EvaluateJob:
     sets: tuple[Path, ...]
     plain_prompt: Path  # Jinja template of the plain-text form: variables `instruction` and `input`
     chat_template: str | None  # the recipe's, for the base; the tuned model carries its own
+    chat_template_kwargs: dict[str, Any]  # the recipe's, for both models
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,8 @@ async def _evaluate(
         if num_added and not model.is_plain:
             log.info(f"{model.title}: skipped, because its vocabulary lacks tokens of the chat template")
             continue
-        prompts = [render(tokenizer, row, job.plain_prompt if model.is_plain else None) for row in rows]
+        plain_prompt = job.plain_prompt if model.is_plain else None
+        prompts = [render(tokenizer, row, plain_prompt, job.chat_template_kwargs) for row in rows]
         key = sha256_json([model_revision(source), prompts, sampling.model_dump(mode="json")])
         file = job.run.answers(model.name)
         done = json.loads(file.read_text()) if file.is_file() else {}
@@ -161,7 +164,9 @@ def read_set(path: Path) -> list[dict]:
     return rows
 
 
-def render(tokenizer: PreTrainedTokenizerFast, row: dict, plain_prompt: Path | None) -> list[int]:
+def render(
+    tokenizer: PreTrainedTokenizerFast, row: dict, plain_prompt: Path | None, chat_template_kwargs: dict[str, Any]
+) -> list[int]:
     """Token ids of a row's prompt: in chat form, or in the plain-text form if `plain_prompt` is given."""
     if plain_prompt is not None:
         environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -169,7 +174,7 @@ def render(tokenizer: PreTrainedTokenizerFast, row: dict, plain_prompt: Path | N
         text = template.render(instruction=row["instruction"], input=row["input"])
         return tokenizer(text)["input_ids"]  # with a begin token, as in pretraining, if the tokenizer has one
     messages = [{"role": "user", "content": user_turn(row["instruction"], row["input"])}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **chat_template_kwargs)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 

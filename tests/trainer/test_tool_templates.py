@@ -209,6 +209,18 @@ def test_an_answer_that_is_written_otherwise_later_has_its_own_document() -> Non
     assert calls == ["<think></think>It rains.<|im_end|>", call]
 
 
+def test_variables_of_the_template_are_those_of_the_recipe(tmp_path: Path) -> None:
+    silent = THINKING.replace("assistant\\n' }}", "assistant\\n' + ('<think></think>' if quiet else '') }}")
+    template = ChatTemplate(tokenizer_with(silent), {"quiet": True})
+    texts = [trained(template, document) for document in encode(template, TWO_ROUNDS)]
+    assert texts == [["plum<|im_end|>"], ["fig<|im_end|>"]]
+    tokenizer = tokenizer_with(silent)
+    quiet, loud = (
+        prepare(tokenizer, [TWO_ROUNDS[:2]], tmp_path, chat_template_kwargs={"quiet": q}) for q in (True, False)
+    )
+    assert (quiet.num_trained, quiet.input_ids.tolist()) != (loud.num_trained, quiet.input_ids.tolist())
+
+
 def test_documents_of_one_row_are_held_out_together(tmp_path: Path) -> None:
     rows = [TWO_ROUNDS, TWO_ROUNDS[:2], [{"role": "user", "content": "c"}, *TWO_ROUNDS[1:]]]
     tokens = prepare(tokenizer_with(THINKING), rows, tmp_path)

@@ -1,7 +1,7 @@
 """The section `train:` of a recipe. Imports pydantic alone and does no I/O."""
 
 import importlib.util
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -95,6 +95,10 @@ class TrainConfig(StrictModel):
         None,
         description="a Jinja file, or the name of one of the tokenizer's templates, or chatml. None means the "
         "tokenizer's own template, or ChatML if it has none",
+    )
+    chat_template_kwargs: dict[str, Any] = Field(
+        {},
+        description="variables for the chat template, such as {enable_thinking: false}. Set the same ones in later use",
     )
     fold_system: bool = Field(
         False,

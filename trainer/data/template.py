@@ -4,7 +4,7 @@ What a template can do is found out by rendering small conversations with it, be
 """
 
 import datetime
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -40,10 +40,15 @@ class Unmaskable(UnusableRow):
 
 
 class ChatTemplate:
-    """The chat template of a tokenizer, and what is known of it. `fold_system`: see `TrainConfig.fold_system`."""
+    """The chat template of a tokenizer, and what is known of it.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, fold_system: bool = False):
-        self.tokenizer, self.fold_system = tokenizer, fold_system
+    kwargs, fold_system: see `TrainConfig`.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, kwargs: Mapping[str, object] | None = None, fold_system: bool = False
+    ):
+        self.tokenizer, self.kwargs, self.fold_system = tokenizer, kwargs or {}, fold_system
         # One moment for all rows, so that two renderings never have different dates.
         self._strftime = datetime.datetime.now().strftime
         self._shown: dict[str, bool] = {}  # role or part of a conversation -> whether the template writes it
@@ -76,7 +81,7 @@ class ChatTemplate:
                 tools=list(tools) or None,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
-                strftime_now=self._strftime,
+                **{"strftime_now": self._strftime, **self.kwargs},
             )
         except TEMPLATE_ERRORS as error:
             raise Unmaskable(f"the chat template refuses the conversation: {str(error)[:200]}") from error

@@ -102,7 +102,7 @@ def cache_key(
         facts.append([content, source.format, source.columns])
     tokenizer_state = sha256_json(json.loads(tokenizer.backend_tokenizer.to_str()))
     ends = [tokenizer.eos_token, tokenizer.chat_template]
-    settings = [config.max_seq_len, config.objective, config.fold_system]
+    settings = [config.max_seq_len, config.objective, config.fold_system, config.chat_template_kwargs]
     return sha256_json([ENCODING, facts, tokenizer_state, ends, *settings])[:16]
 
 
@@ -203,7 +203,7 @@ def _encode(
     if config.objective == "text":
         yield from _encode_texts(config, tokenizer, examples)
         return
-    template = ChatTemplate(tokenizer, config.fold_system)
+    template = ChatTemplate(tokenizer, config.chat_template_kwargs, config.fold_system)
     check_template(template)
     for conversation in examples:
         try:

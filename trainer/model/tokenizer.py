@@ -49,7 +49,8 @@ def check_tokenizer(model: ModelConfig, config: TrainConfig) -> None:
     tokenizer, num_added = load_tokenizer(model, config.chat_template)
     refuse_untrainable_tokens(num_added, model, config)
     if config.objective == "chat":
-        for document in check_template(ChatTemplate(tokenizer, config.fold_system)):
+        template = ChatTemplate(tokenizer, config.chat_template_kwargs, config.fold_system)
+        for document in check_template(template):
             refuse_unembedded(tokenizer, document, "train.chat_template: what the template writes")
     else:
         require_eos(tokenizer)
