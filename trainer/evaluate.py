@@ -19,11 +19,13 @@ from transformers import PreTrainedTokenizerFast
 
 from cluster.config import ModelConfig
 from cluster.data.conversations import user_turn
+from cluster.data.rows import Rows
+from cluster.data.turns import UnusableRow, parse_json, require_text
 from cluster.engines.config import EngineConfig, GenerationRequest, Sampling
 from cluster.engines.placement import fit_to_cluster
 from cluster.engines.pool import EnginePool
 from cluster.errors import InputError
-from cluster.files import append_jsonl, read_jsonl, sha256_json, write_json
+from cluster.files import append_jsonl, sha256_json, write_json
 from cluster.log import Progress, stage_logger
 from cluster.model_source import model_revision
 from cluster.processes.signals import interrupt_on_sigterm
@@ -149,18 +151,23 @@ async def _generate(
 
 
 def read_set(path: Path) -> list[dict]:
-    """Read an evaluation file. Raises InputError if it is missing or empty, or if a line lacks a key."""
-    if not path.is_file():
-        raise InputError(f"evaluate.sets: {path} does not exist.")
-    rows = read_jsonl(path)
-    if not rows:
-        raise InputError(f"evaluate.sets: {path} is empty.")
-    for number, row in enumerate(rows, 1):
+    """Read an evaluation file. Raises InputError if it is missing or empty, or naming a row that is wrong."""
+    rows = []
+    for place, row in Rows(path, "evaluate.sets"):
         if missing := EVALUATION_KEYS - set(row):
             raise InputError(
-                f"{path}:{number}: the row lacks {', '.join(sorted(missing))}. "
-                f"It needs {', '.join(sorted(EVALUATION_KEYS))}."
+                f"{place}: the row lacks {', '.join(sorted(missing))}. It needs {', '.join(sorted(EVALUATION_KEYS))}."
             )
+        try:
+            texts = {column: require_text(row[column], column) for column in ("instruction", "input")}
+            references = parse_json(row["references"], "references")
+        except UnusableRow as error:
+            raise InputError(f"{place}: {error}. Fix or remove this row.") from error
+        if not isinstance(references, list) or not all(isinstance(text, str) for text in references) or not references:
+            raise InputError(f"{place}: `references` is not a list of texts. Fix or remove this row.")
+        rows.append({**row, **texts, "references": references})
+    if not rows:
+        raise InputError(f"evaluate.sets: {path} is empty.")
     return rows
 
 

@@ -155,7 +155,8 @@ def _kind_of(file: Path) -> str:
     """The kind of a file, by its name, or by its content if the name has no ending that is known."""
     if kind := KINDS.get(named_type(file)):
         return kind
-    if next(text_chunks(file), "{").lstrip()[:1] not in ("{", "["):
+    beginning = next(filter(None, map(str.lstrip, text_chunks(file))), "{")
+    if beginning[0] not in "{[":
         raise InputError(f"{file}: the type of the file is unknown. Use {READ}.")
     return "json"
 

@@ -1,5 +1,6 @@
 """Existing instructions: read from any of their forms, answered once, or several times to keep the best answer."""
 
+import gzip
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -90,6 +91,57 @@ def test_the_same_rows_have_the_same_ids_in_every_form_of_file(tmp_path):
     for rows in (PLAIN, CHATS, [{"id": number, **row} for number, row in enumerate(PLAIN)]):
         lines, columns = (load_seed_tasks(write(tmp_path / name, rows)) for write, name in WRITERS)
         assert list(lines) == list(columns)
+
+
+SHAPES = [
+    ({"prompt": "Two?", "response": "Po"}, ("Two?", "", "Po")),
+    ({"instruction": "Two?", "context": "Of Italy."}, ("Two?", "Of Italy.", "")),
+    ({"conversations": [{"from": "human", "value": "Two?"}, {"from": "gpt", "value": "Po"}]}, ("Two?", "", "Po")),
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": "Two?"}]}]}, ("Two?", "", "")),
+]
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda folder, row: write_jsonl(folder / "rows.jsonl", [row]),
+        lambda folder, row: write_parquet(folder / "rows.parquet", [row]),
+        lambda folder, row: write_bytes(folder / "rows.json", json.dumps([row]).encode("utf-8-sig")),
+        lambda folder, row: write_bytes(folder / "rows.JSONL.gz", gzip.compress(json.dumps(row).encode("utf-16"))),
+        lambda folder, row: write_bytes(folder / "rows.csv", as_csv(row)),
+    ],
+    ids=["jsonl", "parquet", "list", "gzip", "csv"],
+)
+@pytest.mark.parametrize(("row", "content"), SHAPES)
+def test_seeds_may_have_the_shapes_and_files_of_examples(tmp_path, write, row, content):
+    assert contents(load_seed_tasks(write(tmp_path, row))) == [content]
+
+
+def write_bytes(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+def as_csv(row: dict) -> bytes:
+    cells = [value if isinstance(value, str) else json.dumps(value) for value in row.values()]
+    return "\n".join(",".join('"' + cell.replace('"', '""') + '"' for cell in cells) for cells in (row, cells)).encode()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"instruction": "O\xf9 est la gare?"}', r"seeds\.jsonl:2: not UTF-8"),
+        (b'{"instruction": "Say hi \\ud83d to me"}', r"seeds\.jsonl:2: .*half of a character"),
+        (b'{"messages": [{"role": "user", "content": null}]}', r"seeds\.jsonl:2: a turn has no text"),
+        (b'{"instruction": "a", "output": 0}', r"seeds\.jsonl:2: `output` is a number, not text"),
+        (b'{"text": "a"}', r"seeds\.jsonl:2: the columns \(text\) hold no task\. .*`prompt`"),
+        (b'{"conversations": [{"from": "narrator", "value": "a"}]}', r"seeds\.jsonl:2: the speaker 'narrator'"),
+    ],
+)
+def test_a_bad_line_of_seeds_is_named(tmp_path, line, message):
+    (tmp_path / "seeds.jsonl").write_bytes(b'{"prompt": "Say hi"}\n' + line)
+    with pytest.raises(InputError, match=message):
+        load_seed_tasks(tmp_path / "seeds.jsonl")
 
 
 def test_rows_of_a_dataset_are_a_sequence_and_stay_columns(tmp_path):
