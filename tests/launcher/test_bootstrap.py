@@ -99,13 +99,23 @@ def test_uv_gets_the_settings_of_pip(module, monkeypatch):
     [
         ({"torch==2.13.0+cpu", "--torch-backend"}, []),
         ({"--torch-backend"}, ["--torch-backend", "cpu"]),
-        (set(), ["--override", "torch.txt"]),
+        (set(), []),
     ],
 )
 def test_torch_comes_without_cuda_if_it_can_and_else_set_up_says_so(
     module, monkeypatch, capsys, tmp_path, reachable, options
 ):
     monkeypatch.setattr(module, "run", lambda command, **_: 0 if reachable & set(command) else 1)
-    found = module.torch_options(["uv", "pip", "install"], {})
-    assert [option.removeprefix(f"{tmp_path}/") for option in found] == options
+    overrides = tmp_path / "overrides.txt"
+    assert module.cpu_options(["uv", "pip", "install"], {}) == [*options, "--override", str(overrides)]
     assert ("with CUDA" in capsys.readouterr().out) == (not reachable)
+    assert ("torch==2.13.0" in overrides.read_text().splitlines()) == (not reachable)
+    assert "triton ; python_version < '3'" in overrides.read_text()
+
+
+def test_an_environment_for_gpus_gets_all_that_vllm_asks_for(module, monkeypatch):
+    commands = []
+    monkeypatch.setattr(module, "run", lambda command, **_: commands.append(command))
+    monkeypatch.setattr(module, "output_of", lambda command: "")
+    module.install("uv", ["gpu"])
+    assert len(commands) == 1 and "--override" not in commands[0] and "--torch-backend" not in commands[0]
