@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -87,8 +88,8 @@ class Machine:
         """Where this machine has a path of that one."""
         return self.folder / str(path).lstrip("/")
 
-    def mount(self, bound: list[str]) -> None:
-        """Mount the kernel's file systems and the folders `bound` of this machine. Nobody else sees these mounts."""
+    def start(self, bound: list[str]) -> int:
+        """Mount the kernel's file systems and the folders `bound`, which nobody else sees, and add a user."""
         for name in ("dev", "sys"):
             subprocess.run(["mount", "--rbind", f"/{name}", str(self.folder / name)], check=True)
         subprocess.run(["mount", "-t", "proc", "proc", str(self.folder / "proc")], check=True)
@@ -97,10 +98,13 @@ class Machine:
             target = self.inside(path)
             target.mkdir(parents=True, exist_ok=True)
             subprocess.run(["mount", "--bind", "-o", "ro", path, str(target)], check=True)
+        return self.run(f"useradd --create-home {USER}", "root")
 
-    def clone_project(self) -> None:
+    def clone_project(self, copied: list[str]) -> int:
+        for path in copied:
+            self.copy(path)
         subprocess.run(["git", "clone", "--quiet", "--no-local", ROOT, self.inside(self.project)], check=True)
-        self.run(f"chown -R {self.owner}: {self.project}", "root")
+        return self.run(f"chown -R {self.owner}: {self.project}", "root")
 
     def run(self, command: str, user: str, folder: Path = Path("/")) -> int:
         environ = {"PATH": PATH, "HOME": "/root" if user == "root" else str(self.home), **self.passed}
@@ -114,44 +118,51 @@ class Machine:
         return done.stdout.split()[0]
 
 
-def main() -> None:
-    arguments = parse_arguments()
-    if IN_NAMESPACES not in os.environ:
-        if arguments.folder.exists():
-            sys.exit(f"error: {arguments.folder} exists. Name a folder that does not.")
-        if os.geteuid() or any(shutil.which(tool) is None for tool in ("debootstrap", "git", "unshare")):
-            sys.exit("error: this needs root, debootstrap and git. On Debian or Ubuntu: apt install debootstrap git")
-        options = ["--mount", "--propagation=private", "--pid", "--fork", "--kill-child"]
-        command = [sys.executable, "-m", "tests.bare_machine", *sys.argv[1:]]
-        done = subprocess.run(["unshare", *options, *command], env={**os.environ, IN_NAMESPACES: "1"}, check=False)
-        if not arguments.keep:
-            shutil.rmtree(arguments.folder, ignore_errors=True)  # no mount of the other process reaches here
-        sys.exit(done.returncode)
+def in_namespaces(arguments: argparse.Namespace) -> int:
+    """Run this program again with mounts and processes of its own, and remove the machine's folder after it."""
+    if arguments.folder.exists():
+        sys.exit(f"error: {arguments.folder} exists. Name a folder that does not.")
+    if os.geteuid() or any(shutil.which(tool) is None for tool in ("debootstrap", "git", "unshare")):
+        sys.exit("error: this needs root, debootstrap and git. On Debian or Ubuntu: apt install debootstrap git")
+    options = ["--mount", "--propagation=private", "--pid", "--fork", "--kill-child"]
+    command = ["unshare", *options, sys.executable, "-m", "tests.bare_machine", *sys.argv[1:]]
+    code = subprocess.run(command, env={**os.environ, IN_NAMESPACES: "1"}, check=False).returncode
+    if not arguments.keep:
+        shutil.rmtree(arguments.folder, ignore_errors=True)  # the mounts are gone with their process
+    return code
+
+
+def run_commands(arguments: argparse.Namespace) -> int:
+    """Make the machine and run the commands there, until one fails. Prints the seconds of each."""
     machine = Machine(arguments)
     mirror = arguments.mirror or apt_mirror(arguments.distribution)
     components = "main,universe" if arguments.distribution == "Ubuntu" else "main"
-    report: list[str] = []
-
-    def step(title: str, action, *values) -> None:
+    line = readme_line()
+    steps: list[tuple[str, Callable[[], int | None]]] = [
+        (f"debootstrap {arguments.suite}", lambda: machine.install_system(arguments.suite, mirror, components)),
+        ("its mounts and its user", lambda: machine.start(arguments.bind)),
+        (line, lambda: machine.run(f"apt-get update -qq && {line} -qq >/dev/null", "root")),
+        ("a clone of the project", lambda: machine.clone_project(arguments.copy)),
+    ]
+    for command in ["make setup"] + ["make demo"] * arguments.demo + ["make test"] * arguments.test:
+        steps.append((command, lambda command=command: machine.run(command, machine.owner, machine.project)))
+    report = []
+    code = None
+    for title, action in steps:
         print(f"[bare machine] {title}", flush=True)
         started = time.monotonic()
-        code = action(*values)
+        code = action()
         report.append(f"{time.monotonic() - started:6.0f} s  {title}" + (f": exit code {code}" if code else ""))
+        if code:
+            break
+    print("\n".join([f"\n[bare machine] {arguments.suite}:", *report]))
+    print(f"{machine.size(machine.project)} the project with its .venv, {machine.size(Path('/'))} the whole machine")
+    return code or 0
 
-    step(f"debootstrap {arguments.suite}", machine.install_system, arguments.suite, mirror, components)
-    machine.mount(arguments.bind)
-    if not arguments.as_root:
-        machine.run(f"useradd --create-home {USER}", "root")
-    step(readme_line(), machine.run, f"apt-get update -qq && {readme_line()} -qq >/dev/null", "root")
-    for path in arguments.copy:
-        machine.copy(path)
-    machine.clone_project()
-    commands = ["make demo"] * arguments.demo + ["make test"] * arguments.test
-    for command in ["make setup", *commands]:
-        step(command, machine.run, command, machine.owner, machine.project)
-    sizes = f"{machine.size(machine.project / '.venv')} .venv, {machine.size(Path('/'))} the whole machine"
-    print("\n".join([f"\n[bare machine] {arguments.suite}:", *report, f"  sizes:  {sizes}"]), flush=True)
-    sys.exit(any("exit code" in line for line in report))
+
+def main() -> None:
+    arguments = parse_arguments()
+    sys.exit(run_commands(arguments) if IN_NAMESPACES in os.environ else in_namespaces(arguments))
 
 
 if __name__ == "__main__":
