@@ -125,7 +125,8 @@ def in_namespaces(arguments: argparse.Namespace) -> int:
     if os.geteuid() or any(shutil.which(tool) is None for tool in ("debootstrap", "git", "unshare")):
         sys.exit("error: this needs root, debootstrap and git. On Debian or Ubuntu: apt install debootstrap git")
     options = ["--mount", "--propagation=private", "--pid", "--fork", "--kill-child"]
-    command = ["unshare", *options, sys.executable, "-m", "tests.bare_machine", *sys.argv[1:]]
+    init = ["sh", "-c", '"$@"; exit $?', "init"]  # waits for orphans too, as the first process has to
+    command = ["unshare", *options, *init, sys.executable, "-m", "tests.bare_machine", *sys.argv[1:]]
     code = subprocess.run(command, env={**os.environ, IN_NAMESPACES: "1"}, check=False).returncode
     if not arguments.keep:
         shutil.rmtree(arguments.folder, ignore_errors=True)  # the mounts are gone with their process
