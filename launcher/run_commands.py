@@ -49,9 +49,11 @@ def list_runs(
     ),
 ) -> None:
     """List the runs in a folder, with their states."""
-    from launcher.status import find_runs
+    from launcher.status import find_runs, is_readable
 
     _print_runs(find_runs(folder))
+    if hidden := [path.name for path in sorted(folder.iterdir()) if path.is_dir() and not is_readable(path)]:
+        typer.echo(f"{len(hidden)} folders may not be read and are left out: {', '.join(hidden)}")
 
 
 def _print_runs(found: list[tuple[Path, dict[str, object]]]) -> None:

@@ -5,6 +5,7 @@ queue, the stage's result decides. If there is no result and Slurm does not know
 """
 
 import fcntl
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -235,18 +236,25 @@ def is_in_use(run: RunDir) -> bool:
 
 
 def find_runs(folder: Path) -> list[tuple[Path, dict[str, object]]]:
-    """Run folders below `folder`, with the values of a sweep. Raises InputError if there is no such folder."""
+    """Run folders below `folder` that the user may read, with the values of a sweep.
+
+    Raises InputError if there is no such folder.
+    """
     if not folder.is_dir():
         raise InputError(
             f"{folder}: there is no such folder. Runs are in `runs` unless `--run-dir` named another folder, which "
             "`tunesmith list FOLDER` lists."
         )
     found: list[tuple[Path, dict[str, object]]] = []
-    for place in sorted(path for path in folder.iterdir() if path.is_dir()):
+    for place in sorted(path for path in folder.iterdir() if path.is_dir() and is_readable(path)):
         if RunDir(place).recipe.is_file():
             found.append((place, {}))
         found += [(run, values) for run, values in read_index(place) if RunDir(run).recipe.is_file()]
     return found
+
+
+def is_readable(folder: Path) -> bool:
+    return os.access(folder, os.R_OK | os.X_OK)
 
 
 def may_still_run(folder: Path, stage: str | None, slurm: Slurm) -> bool:

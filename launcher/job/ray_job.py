@@ -68,10 +68,10 @@ class NodeStep:
         if time.monotonic() < self._next_look:  # the folder is on a shared file system
             return False
         self._next_look = time.monotonic() + REPORT_SECONDS
-        return self._exit_report is not None
+        return self.exit_report is not None
 
     @property
-    def _exit_report(self) -> dict | None:
+    def exit_report(self) -> dict | None:
         return read_json(self.rendezvous_dir / f"node-{self.rank}.exit.json")
 
     def read_address(self) -> dict | None:
@@ -80,8 +80,10 @@ class NodeStep:
 
     def failure_reason(self) -> str:
         """Why the node ended: from its exit report if it could write one."""
-        report = self._exit_report
-        reason = report["reason"] if report and report["reason"] else f"its step ended (srun: {self.srun.poll()})"
+        report = self.exit_report
+        code = self.srun.poll()
+        ended = "its step ended, and srun did not notice it" if code is None else f"its step ended (srun: {code})"
+        reason = report["reason"] if report and report["reason"] else ended
         return f"node {self.allocation.host}: {reason}"
 
     def send(self, message: str) -> None:
@@ -258,8 +260,11 @@ class RayJob:
                 if end is not None and step.srun.poll() is None:
                     step.srun.send_signal(end)
             for step in self.steps:
+                seconds = deadline - time.monotonic()
+                if step.exit_report is not None:  # its srun ends at once, or does not notice the end
+                    seconds = min(seconds, REPORT_SECONDS)
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    step.srun.wait(max(0, deadline - time.monotonic()))
+                    step.srun.wait(max(0, seconds))
             deadline = time.monotonic() + END_SECONDS / 3
 
 

@@ -7,11 +7,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import ray
 
 from cluster.config import ModelConfig
 from cluster.engines.config import Completion, EngineConfig, EngineReport, GenerationRequest, Sampling
 from cluster.engines.dispatch import Engine
 from cluster.engines.health import EngineHealth
+from cluster.engines.placement import fit_to_cluster
 from cluster.engines.pool import EnginePool
 from cluster.engines.pool_stats import EngineStats
 from cluster.errors import InputError, TunesmithError
@@ -56,6 +58,14 @@ def test_each_caller_gets_its_own_answer_in_any_order(tmp_path):
     assert stats.num_requests == 200
     assert stats.num_completion_tokens == sum(completion.num_completion_tokens for completion in completions)
     assert sorted(generated_ids(tmp_path / "model")) == sorted(request.request_id for request in requests)
+
+
+def test_as_many_engines_as_ray_has_room_for() -> None:
+    num_cpus = int(ray.cluster_resources()["CPU"])
+    fits = fit_to_cluster(EngineConfig(num_replicas=num_cpus + 3, min_replicas=num_cpus + 2))
+    assert (fits.num_replicas, fits.min_replicas) == (num_cpus, num_cpus)
+    assert fit_to_cluster(EngineConfig(num_replicas=3, cpus_per_engine=num_cpus + 1)).num_replicas == 1
+    assert fit_to_cluster(EngineConfig()) == EngineConfig()
 
 
 def test_an_engine_holds_at_most_max_in_flight_requests(tmp_path):

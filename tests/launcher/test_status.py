@@ -14,6 +14,7 @@ from cluster.files import append_jsonl, exclusive_lock, write_json
 from cluster.run.fence import claim
 from cluster.run.rundir import RunDir
 from launcher.print_status import print_runs, print_status
+from launcher.run_commands import list_runs
 from launcher.slurm.client import SlurmNoAnswer, parse_queue_line
 from launcher.slurm.logs import print_logs
 from launcher.slurm.submit import submit
@@ -162,6 +163,16 @@ def test_the_status_of_a_run_without_jobs_comes_from_its_folder_alone(tmp_path: 
     assert slurm.said == []
     with pytest.raises(InputError, match="it ran on this machine"):
         print_logs(run, None, False, lambda: False, print)
+
+
+def test_a_list_leaves_out_runs_of_others_that_may_not_be_read(tmp_path: Path, monkeypatch, capsys) -> None:
+    for name in ("mine", "theirs"):
+        recipe = recipe_of(tmp_path, train=DATA).model_copy(update={"run_dir": tmp_path / "runs" / name})
+        recipe.save(recipe.run.create())
+    monkeypatch.setattr("launcher.status.is_readable", lambda path: path.name != "theirs")
+    list_runs(tmp_path / "runs")
+    printed = capsys.readouterr().out
+    assert "mine" in printed and "1 folders may not be read and are left out: theirs" in printed
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
