@@ -1,7 +1,7 @@
 """The command line: `tunesmith run | synthesize | train | export | evaluate | plan RECIPE [key.sub=value ...]`.
 
-`tunesmith inspect tokens RECIPE_OR_RUN` shows the rows that training sees. The commands about a run that was started,
-such as `tunesmith status RUN`, are in launcher/run_commands.py.
+`tunesmith inspect tokens RECIPE_OR_RUN` shows the rows that training sees, and `tunesmith show RUN` what models wrote.
+The commands about a run that was started, such as `tunesmith status RUN`, are in launcher/run_commands.py.
 
 Nothing heavy is imported here, so that `--help` answers at once. Each stage imports what it needs.
 """
@@ -143,6 +143,17 @@ def inspect_tokens(
     from launcher.inspect_tokens import print_rows
 
     print_rows(resolved, rows, Console())
+
+
+@app.command()
+def show(
+    run: run_commands.RunFolder,
+    number: Annotated[int, typer.Option("--number", "-n", min=1, help="number of rows, and of questions")] = 10,
+) -> None:
+    """Show rows that the models wrote, and answers to held-out questions before and after tuning."""
+    from launcher.show import print_samples
+
+    print_samples(run, number, Console())
 
 
 run_commands.add_to(app)
