@@ -3,6 +3,7 @@
 import json
 from collections.abc import Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.config import ModelConfig
@@ -164,14 +165,13 @@ class _Lengths:
     """Compares the lengths of prompts with what their models support. faults: the prompts that never fit."""
 
     def __init__(self, models: Mapping[Role, RoleModel], tokenizers: Tokenizers, system: str | None) -> None:
-        self.recorder = _Recorder(
-            {
-                role: ServedModel(each.name, each.source, each.revision, None, each.form)
-                for role, each in models.items()
-            },
-            log=None,
-            seed=0,
-        )
+        served = {
+            role: ServedModel(
+                each.name, each.source, each.revision, None, each.form, chat_template_kwargs=each.chat_template_kwargs
+            )
+            for role, each in models.items()
+        }
+        self.recorder = _Recorder(served, log=None, seed=0)
         self.faults: list[str] = []
         self._models = models
         self._tokenizers = tokenizers
@@ -263,13 +263,15 @@ def _check_stop_tokens(config: SynthesisConfig, models: Mapping[Role, RoleModel]
 
 
 def _load_tokenizer(model: RoleModel) -> "PreTrainedTokenizerBase | None":
+    source, is_vllm = model.source, model.engine.backend == EngineConfig().backend
+    if not is_vllm and not any(Path(source.path).glob("tokenizer*")):
+        return None
     from transformers import AutoTokenizer  # slow to import
 
-    source = model.source
     try:
         return AutoTokenizer.from_pretrained(source.path, revision=source.revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        if model.engine.backend != EngineConfig().backend:
+        if not is_vllm:
             return None
         raise InputError(f"{source.path}: cannot load its tokenizer: {str(error).splitlines()[0]}") from error
 

@@ -3,7 +3,7 @@
 template prefix -> drawn again and again -> filters -> each answered by the model -> rows
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -29,7 +29,8 @@ class Magpie(GeneratedInstructions):
     def __init__(self, config: MagpieConfig, inputs: MethodInputs) -> None:
         """Raises InputError if the writer has no chat template."""
         super().__init__(config, inputs)
-        self._opening = user_turn_opening(inputs.requester.model("writer").source, config.system_prompt)
+        writer = inputs.requester.model("writer")
+        self._opening = user_turn_opening(writer.source, config.system_prompt, writer.chat_template_kwargs)
         sampling = config.instruction_sampling
         self._sampling = sampling.model_copy(
             update={
@@ -66,7 +67,9 @@ class TurnOpening:
     stop: tuple[str, ...]  # else the text after it; empty if the template ends there
 
 
-def user_turn_opening(model: ModelConfig, system: str | None = None) -> TurnOpening:
+def user_turn_opening(
+    model: ModelConfig, system: str | None = None, chat_template_kwargs: Mapping[str, object] | None = None
+) -> TurnOpening:
     """The opening of the first user turn, after a system turn if `system` is set.
 
     Raises InputError if the model has no chat template, or if that allows no system turn or changes the user's text.
@@ -83,7 +86,9 @@ def user_turn_opening(model: ModelConfig, system: str | None = None) -> TurnOpen
     turns = [{"role": "system", "content": system}] if system else []
     turns.append({"role": "user", "content": SENTINEL})
     try:
-        rendered = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        rendered = tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=True, **(chat_template_kwargs or {})
+        )
     except TemplateError as error:  # some templates refuse a system turn
         raise InputError(f"{model.path}: its chat template cannot be rendered: {error}.") from error
     before, found, after = rendered.partition(SENTINEL)
