@@ -161,12 +161,15 @@ def format_leakage(config: FormatLeakageConfig) -> Check:
 
 
 def refusal(config: RefusalConfig) -> Check:
-    anywhere = any_phrase(phrase.translate(STRAIGHT) for phrase in config.phrases)
+    phrases = [phrase.translate(STRAIGHT).lower() for phrase in config.phrases]
+    anywhere = any_phrase(phrases)
     in_short_texts = any_phrase(phrase.translate(STRAIGHT) for phrase in config.short_phrases)
 
     def check_text(text: str) -> Rejection | None:
         text = QUOTATION.sub(" ", text.translate(STRAIGHT))
-        found = anywhere.search(text)
+        lowered = text.lower()
+        may_be = any(phrase in lowered for phrase in phrases)  # fifty times as fast as the pattern
+        found = anywhere.search(text) if may_be else None
         if not found and len(split_words(text)) < config.max_words:
             found = in_short_texts.search(text)
         return Rejection("refusal", found.group()) if found else None
