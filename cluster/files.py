@@ -77,6 +77,15 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         fsync_folder(path.parent)
 
 
+def follow_umask(folder: Path) -> None:
+    """Give every file below `folder` the permissions of a new file. Some libraries write files for the owner alone."""
+    status = Path("/proc/self/status").read_text()  # os.umask() would change it, for other threads too
+    (umask,) = (int(line.split()[1], 8) for line in status.splitlines() if line.startswith("Umask:"))
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(0o666 & ~umask)
+
+
 def write_json(path: Path, value: object) -> None:
     """Write `value` as indented JSON, atomically."""
     write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

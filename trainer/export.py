@@ -19,12 +19,14 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import HfApi, ModelCard, ModelCardData
+from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
 from cluster.config import ModelConfig, SecretRef
 from cluster.errors import InputError, TunesmithError
-from cluster.files import write_json
+from cluster.files import follow_umask, write_json
 from cluster.log import stage_logger
 from cluster.run.fence import own_token, verify
 from cluster.run.manifest import is_sealed, verify_manifest, write_manifest
@@ -41,8 +43,10 @@ from trainer.model.tokenizer import load_tokenizer
 log = stage_logger("export")
 CARD_TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 CHECK_TEXT = "The quick brown fox jumps over the lazy dog. 1 2 3"
-# Of the largest logit. fp32 must be unchanged; weights rounded to bf16 change logits by up to a few percent.
-LOGIT_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
+# Of the largest logit. Float32 arithmetic in another order changes logits by about 1e-6 of it.
+LOGIT_TOLERANCE = 1e-4
+ROUNDED_TOLERANCE = 5e-2  # for trained float32 weights that are exported as bf16
+MERGE_TOLERANCE = (2e-5, 0.1)  # of the largest logit; of what training changed. The larger one holds
 
 
 def run(job: ExportJob) -> dict:
@@ -79,6 +83,7 @@ def write_export(job: ExportJob, source: Path, key: str) -> dict:
         error = check_logits(job, expected, tokenizer, partial)
         model_card(job, source, error).save(partial / "README.md")
         files = sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file())
+        follow_umask(partial)
         write_manifest(partial, files, key=key, checkpoint=source.name)
         verify(job.run.root)
         shutil.rmtree(job.run.export, ignore_errors=True)
@@ -93,7 +98,8 @@ def write_export(job: ExportJob, source: Path, key: str) -> dict:
 def write_model(job: ExportJob, source: Path, tokenizer: PreTrainedTokenizerFast, folder: Path) -> torch.Tensor:
     """Write the tokenizer and the weights into `folder`, merged or as an adapter.
 
-    Returns the logits of the trained model for CHECK_TEXT. [1, S, V]
+    Returns the logits that the export should have for CHECK_TEXT [1, S, V]: those of the trained model or, if its
+    adapter is merged, of the rounded weights.
     """
     if (why := form_refusal(job.train.tuning, job.config.form)) is not None:
         raise InputError(f"{why}.")
@@ -107,13 +113,43 @@ def write_model(job: ExportJob, source: Path, tokenizer: PreTrainedTokenizerFast
             save_merged(trained, job, tokenizer, folder)
         return expected
     adapted = _load_adapted(job.model, source / "weights", tokenizer)
-    expected = logits_of(adapted, tokenizer)
     if job.config.form == "adapter":
         for file in (CONFIG_FILE, WEIGHTS_FILE, BASE_FILE):
             shutil.copyfile(source / "weights" / file, folder / file)
-    else:
-        save_merged(adapted.merge_and_unload().to(dtype), job, tokenizer, folder)
+        return logits_of(adapted, tokenizer)
+    merged, expected = merge(adapted, tokenizer, dtype)
+    save_merged(merged, job, tokenizer, folder)
     return expected
+
+
+def merge(
+    adapted: PeftModel, tokenizer: PreTrainedTokenizerFast, dtype: torch.dtype
+) -> tuple[PreTrainedModel, torch.Tensor]:
+    """The base with the adapter in its weights, rounded to `dtype`, and its logits for CHECK_TEXT. [1, S, V]
+
+    Before rounding, the merged model must answer as the adapter does, measured against what training changed. Raises
+    TunesmithError if it does not. Rounding that moves the logits by more than half of this change is logged.
+    """
+    expected = logits_of(adapted, tokenizer)
+    with adapted.disable_adapter():
+        change = float((logits_of(adapted, tokenizer) - expected).abs().max())
+    merged = adapted.merge_and_unload()
+    error, largest = float((logits_of(merged, tokenizer) - expected).abs().max()), float(expected.abs().max())
+    if not error <= max(MERGE_TOLERANCE[0] * largest, min(LOGIT_TOLERANCE * largest, MERGE_TOLERANCE[1] * change)):
+        raise TunesmithError(
+            f"the merged model gives other logits than the base with its adapter: they differ by {error:.2g}, and "
+            f"training changed them by {change:.2g}. No export was written. Set export.form=adapter."
+        )
+    for parameter in merged.parameters():
+        parameter.data = parameter.data.to(dtype).float()
+    rounded = logits_of(merged, tokenizer)
+    loss = float((rounded - expected).abs().max())
+    if loss > change / 2:
+        log.warning(
+            f"rounding the merged weights to {str(dtype).removeprefix('torch.')} moves the logits by {loss:.2g}, and "
+            f"training moved them by {change:.2g}. export.form=adapter and export.dtype=fp32 do not round"
+        )
+    return merged.to(dtype), rounded
 
 
 @contextmanager
@@ -146,14 +182,29 @@ def _load_adapted(model: ModelConfig, adapter: Path, tokenizer: PreTrainedTokeni
 
 def save_merged(lm: PreTrainedModel, job: ExportJob, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Write a whole model, one shard at a time."""
-    ends = sorted(ChatTemplate(tokenizer).ends.values()) if job.train.objective == "chat" else [tokenizer.eos_token_id]
-    lm.generation_config = GenerationConfig(
-        bos_token_id=lm.generation_config.bos_token_id, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id
-    )
+    lm.generation_config = GenerationConfig()  # that of the base, completed, is written below
     lm.config.use_cache = True
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")  # on purpose
         lm.save_pretrained(folder, safe_serialization=True, max_shard_size=job.config.max_shard_size)
+    write_json(folder / GENERATION_CONFIG_NAME, generation_settings(job, tokenizer))
+
+
+def generation_settings(job: ExportJob, tokenizer: PreTrainedTokenizerFast) -> dict:
+    """The content of generation_config.json: that of the base, and the tokens that end a turn of the template."""
+    file = cached_file(
+        job.model.path,
+        GENERATION_CONFIG_NAME,
+        revision=job.model.revision,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    settings = json.loads(Path(file).read_text()) if file else {}
+    known = settings.get("eos_token_id")
+    ends = {tokenizer.eos_token_id, *(known if isinstance(known, list) else [known])}
+    if job.train.objective == "chat":
+        ends.update(ChatTemplate(tokenizer).ends.values())
+    return settings | {"eos_token_id": sorted(ends - {None}), "pad_token_id": tokenizer.pad_token_id}
 
 
 def logits_of(lm: torch.nn.Module, tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
@@ -163,7 +214,7 @@ def logits_of(lm: torch.nn.Module, tokenizer: PreTrainedTokenizerFast) -> torch.
 
 
 def check_logits(job: ExportJob, expected: torch.Tensor, tokenizer: PreTrainedTokenizerFast, folder: Path) -> float:
-    """Load `folder` as a user would, and compare its logits with those of the trained model, both in float32.
+    """Load `folder` as a user would, and compare its logits with those that it should have, both in float32.
 
     Returns the largest difference as a fraction of the largest logit. Raises TunesmithError above the tolerance.
     """
@@ -173,8 +224,8 @@ def check_logits(job: ExportJob, expected: torch.Tensor, tokenizer: PreTrainedTo
         with layers_on_disk(folder, torch.float32) as loaded:
             found = logits_of(loaded, tokenizer)
     error = float((expected - found).abs().max() / expected.abs().max())
-    lossless = job.train.precision == "fp32" and job.config.dtype in ("same", "fp32")
-    if not error <= LOGIT_TOLERANCE["fp32" if lossless else "bf16"]:
+    is_rounded = job.train.tuning == "full" and job.train.precision == "fp32" and job.config.dtype == "bf16"
+    if not error <= (ROUNDED_TOLERANCE if is_rounded else LOGIT_TOLERANCE):
         raise TunesmithError(
             f"{folder}: the exported model gives other logits than the trained one (by {error:.2%} of the largest). "
             "No export was written, and the checkpoint is unchanged."

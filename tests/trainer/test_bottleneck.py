@@ -15,7 +15,7 @@ from cluster.config import ModelConfig
 from cluster.errors import InputError
 from trainer.config.train import TrainConfig
 from trainer.model.adapters import adapt, is_adapted, load_adapter, save_adapter
-from trainer.model.bottleneck import add_adapters
+from trainer.model.bottleneck import add_bottlenecks
 
 IDS = torch.arange(40).reshape(2, 20)
 METHODS = {
@@ -168,7 +168,7 @@ def test_bottlenecks_go_after_attention_and_feed_forward_and_start_near_the_iden
     lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SHAPE)).eval()
     before = logits(lm)
     num_weights = sum(parameter.numel() for parameter in lm.parameters())
-    add_adapters(lm, 8, "gelu")
+    add_bottlenecks(lm, 8, "gelu")
     trained = {name: parameter for name, parameter in lm.named_parameters() if parameter.requires_grad}
     assert sum(parameter.numel() for parameter in lm.parameters()) - num_weights == 2 * 2 * (2 * 32 * 8 + 32 + 8)
     assert all(".bottleneck." in name for name in trained)
@@ -187,7 +187,7 @@ def test_a_model_with_other_layers_is_refused_by_name() -> None:
         "gpt2", n_layer=2, n_embd=32, n_head=2, vocab_size=100, bos_token_id=0, eos_token_id=0
     )
     with pytest.raises(InputError, match=r"not work with GPT2LMHeadModel, which has 0 of the 4.*train\.tuning=lora"):
-        add_adapters(AutoModelForCausalLM.from_config(config), 8, "gelu")
+        add_bottlenecks(AutoModelForCausalLM.from_config(config), 8, "gelu")
 
 
 @pytest.mark.parametrize("tuning", ["lora", "ia3"])

@@ -3,16 +3,20 @@
 import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, PeftModel
+from peft import AutoPeftModelForCausalLM, LoraModel, PeftModel
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from cluster.config import ModelConfig
 from cluster.errors import InputError, TunesmithError
 from cluster.run.rundir import RunDir
 from tests.trainer.tools import IM_END, make_tokenizer, save_llama, trace, train_here, write_job
@@ -150,6 +154,54 @@ def test_generation_stops_at_the_end_of_a_turn(runs) -> None:
     ends = json.loads((run / "export" / "generation_config.json").read_text())["eos_token_id"]
     assert sorted(ends) == sorted([tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(IM_END)])
     assert tokenizer.apply_chat_template(QUESTION, tokenize=False).endswith(f"{IM_END}\n")
+
+
+def test_the_bases_stop_tokens_and_sampling_are_kept(runs, tmp_path: Path) -> None:
+    """Settings that transformers would refuse to save, as some published models have them, are kept as they are."""
+    run, _ = runs["full"]
+    folder = shutil.copytree(read_job(run).model.path, tmp_path / "model")
+    settings = {"eos_token_id": [0, 7], "temperature": 0.6, "top_p": 0.9, "do_sample": False, "bos_token_id": 5}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    job = export_job(run, max_shard_size="2GB")
+    export.run(replace(job, model=ModelConfig(path=str(folder))))
+    found = json.loads((run / "export" / "generation_config.json").read_text())
+    end = AutoTokenizer.from_pretrained(run / "export").convert_tokens_to_ids(IM_END)
+    assert found.pop("eos_token_id") == sorted({0, 7, end})
+    assert {name: found[name] for name in ("temperature", "top_p", "do_sample", "bos_token_id")} == {
+        name: settings[name] for name in ("temperature", "top_p", "do_sample", "bos_token_id")
+    }
+
+
+def test_files_of_checkpoints_and_exports_have_the_permissions_of_new_files(runs) -> None:
+    run, _ = runs["lora"]
+    (run / "new").touch()
+    for form in ("adapter", "merged"):
+        export.run(export_job(run, form=form))
+        files = [path for folder in ("export", "checkpoints") for path in (run / folder).rglob("*") if path.is_file()]
+        assert {path.stat().st_mode for path in files} == {(run / "new").stat().st_mode}
+
+
+def test_a_merged_model_that_lost_what_training_changed_is_not_exported(runs, monkeypatch) -> None:
+    """The difference is far below what bf16 rounds, and still a large part of what training changed."""
+    run, _ = runs["lora"]
+    merge_and_unload = LoraModel.merge_and_unload
+
+    def forget_a_layer(lm: LoraModel, *arguments: object, **options: object) -> torch.nn.Module:
+        next(m for m in lm.modules() if isinstance(m, LoraLayer)).lora_B["default"].weight.data.mul_(0.5)
+        return merge_and_unload(lm, *arguments, **options)
+
+    monkeypatch.setattr(LoraModel, "merge_and_unload", forget_a_layer)
+    with pytest.raises(TunesmithError, match=r"differ by .*training changed them by .*export\.form=adapter"):
+        export.run(export_job(run, dtype="bf16", max_shard_size="2GB"))
+
+
+def test_peft_loads_an_adapter_with_added_tokens(runs) -> None:
+    run, live = runs["grown"]
+    export.run(export_job(run, form="adapter"))
+    ids = question_ids(run / "export")
+    loaded = AutoPeftModelForCausalLM.from_pretrained(run / "export").eval()
+    found = logits(loaded, ids)
+    torch.testing.assert_close(found, logits(live, ids)[..., : found.shape[-1]], rtol=0, atol=2e-4)
 
 
 def test_the_card_says_what_was_done_and_names_no_place_on_this_machine(runs) -> None:

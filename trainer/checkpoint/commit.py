@@ -12,7 +12,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from cluster.files import MIB, explain_full_disk, fsync_folder
+from cluster.files import MIB, explain_full_disk, follow_umask, fsync_folder
 from cluster.run.fence import own_token, verify
 from cluster.run.manifest import write_manifest
 from trainer.checkpoint.state import expired_checkpoints, step_folder
@@ -52,6 +52,7 @@ def commit_folder(partial: Path, folder: Path, **fields: object) -> None:
     Raises Superseded if a newer attempt owns the run by then.
     """
     files = sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file())
+    follow_umask(partial)
     write_manifest(partial, files, **fields)
     for path in (partial, *partial.rglob("*")):
         fsync_folder(path)  # of files too: older checkpoints are removed next, so nothing of this one may be lost

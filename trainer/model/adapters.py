@@ -37,11 +37,11 @@ from cluster.files import write_json
 from trainer.config.train import TrainConfig
 from trainer.model.bottleneck import (
     WEIGHTS_FILE,
-    add_adapters,
-    has_adapters,
+    add_bottlenecks,
+    has_bottlenecks,
     is_bottleneck,
-    load_adapters,
-    save_adapters,
+    load_bottlenecks,
+    save_bottlenecks,
 )
 
 BASE_FILE = "base_model.json"
@@ -58,7 +58,7 @@ def adapt(lm: PreTrainedModel, model: ModelConfig, config: TrainConfig, added_to
         return lm
     lm.base_revision = model.revision  # saved with the adapter
     if config.tuning == "adapter":
-        return add_adapters(lm, config.adapter.bottleneck_size, config.adapter.activation)
+        return add_bottlenecks(lm, config.adapter.bottleneck_size, config.adapter.activation)
     section = f"train.{'lora' if config.tuning == 'qlora' else config.tuning}"
     peft_config = _peft_config(lm, model, config, added_token_ids)
     _require_targets(lm, section, peft_config)
@@ -182,13 +182,13 @@ def is_decayed(name: str, parameter: nn.Parameter) -> bool:
 
 def is_adapted(lm: nn.Module) -> bool:
     """Whether the model has an adapter."""
-    return isinstance(lm, PeftModel) or has_adapters(lm)
+    return isinstance(lm, PeftModel) or has_bottlenecks(lm)
 
 
 def save_adapter(lm: nn.Module, folder: Path) -> None:
     """Write the adapter of `lm` and its base's fingerprint. The adapter's weights must not be partitioned."""
     if not isinstance(lm, PeftModel):
-        save_adapters(lm, folder)
+        save_bottlenecks(lm, folder)
     elif has_virtual_tokens(lm):
         _save_virtual_tokens(lm, folder)
     else:
@@ -217,11 +217,11 @@ def load_adapter(
     vocabulary_size: of the tokenizer, if the adapter trained tokens that the base lacks.
     Raises InputError if the adapter was trained on another base, or if the folder has no whole adapter.
     """
-    has_bottlenecks = is_bottleneck(folder)
+    is_ours = is_bottleneck(folder)
     check_base(base, revision, folder)
     if vocabulary_size > base.get_input_embeddings().num_embeddings:
         base.resize_token_embeddings(vocabulary_size, pad_to_multiple_of=64, mean_resizing=True)
-    lm = load_adapters(base, folder) if has_bottlenecks else PeftModel.from_pretrained(base, folder)
+    lm = load_bottlenecks(base, folder) if is_ours else PeftModel.from_pretrained(base, folder)
     return lm.eval()
 
 

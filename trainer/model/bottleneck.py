@@ -51,7 +51,7 @@ class LinearWithBottleneck(nn.Module):
         return self.bottleneck(self.base_layer(x))
 
 
-def add_adapters(lm: PreTrainedModel, bottleneck_size: int, activation: str) -> PreTrainedModel:
+def add_bottlenecks(lm: PreTrainedModel, bottleneck_size: int, activation: str) -> PreTrainedModel:
     """Freeze `lm` and add adapters to it, in place.
 
     Raises InputError if its layers do not have the projections named in LAST_PROJECTIONS.
@@ -76,11 +76,11 @@ def add_adapters(lm: PreTrainedModel, bottleneck_size: int, activation: str) -> 
     return lm
 
 
-def has_adapters(lm: nn.Module) -> bool:
+def has_bottlenecks(lm: nn.Module) -> bool:
     return any(isinstance(module, LinearWithBottleneck) for module in lm.modules())
 
 
-def save_adapters(lm: PreTrainedModel, folder: Path) -> None:
+def save_bottlenecks(lm: PreTrainedModel, folder: Path) -> None:
     """Write the adapters of `lm` and their config. Their weights must not be partitioned."""
     bottlenecks = {name: module for name, module in lm.named_modules() if isinstance(module, Bottleneck)}
     first = next(iter(bottlenecks.values()))
@@ -110,10 +110,10 @@ def is_bottleneck(folder: Path) -> bool:
     return json.loads(file.read_text()).get("peft_type") == PEFT_TYPE
 
 
-def load_adapters(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
+def load_bottlenecks(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
     """Add the adapters saved in `folder` to `base`, in place. Raises InputError if some are missing."""
     config = json.loads((folder / CONFIG_FILE).read_text())
-    lm = add_adapters(base, config["bottleneck_size"], config["activation"])
+    lm = add_bottlenecks(base, config["bottleneck_size"], config["activation"])
     tensors = load_file(folder / WEIGHTS_FILE)
     expected = {name for name, parameter in lm.named_parameters() if parameter.requires_grad}
     if tensors.keys() != expected:
