@@ -24,7 +24,7 @@ def describe_stages(
     uploaded = f", uploaded to {recipe.export.to}" if recipe.export.to else ""
     rows = [
         ("synthesize", _synthesis(recipe), str(run.synthesized)),
-        ("train", _training(recipe.train, place), str(run.checkpoints)),
+        ("train", f"{_training(recipe.train, place)}; {_duration(recipe)}", str(run.checkpoints)),
         ("export", f"{recipe.export.form} model as safetensors{uploaded}", str(run.export)),
         ("evaluate", f"{models} on held-out tasks: exact match, ROUGE-L; {engines}", str(run.evaluation)),
     ]
@@ -50,8 +50,20 @@ def _training(train: TrainConfig, place: str) -> str:
     sharing = f" in groups of {parts} that share rows" if parts > 1 else ""
     return (
         f"{train.tuning} tuning, ZeRO-{train.zero_stage}, {train.precision}, {_count(ranks, 'rank')}{place}{sharing}; "
-        f"{_batch(train)}; " + (f"{train.max_steps} steps" if train.max_steps else f"{train.num_epochs} epochs")
+        f"{_batch(train)}"
     )
+
+
+def _duration(recipe: Recipe) -> str:
+    """How long training takes: in steps if the recipe tells the number of examples, else in epochs."""
+    train, num_instructions = recipe.train, getattr(recipe.synthesize, "num_instructions", None)
+    if train.max_steps:
+        return f"{train.max_steps:,} steps"
+    epochs = _count(train.num_epochs, "epoch")
+    if train.batch_unit == "rows" or train.data or num_instructions is None:
+        return epochs
+    num_steps = -(-num_instructions // train.global_batch_size) * train.num_epochs
+    return f"{epochs}, {num_steps:,} steps if every instruction becomes one example"
 
 
 def _batch(train: TrainConfig) -> str:
@@ -105,7 +117,12 @@ def print_memory(recipe: Recipe, console: Console, read_usable: Callable[[], int
             f"Memory: unknown, because config.json of {recipe.model.path} is not on this machine.", markup=False
         )
         return
-    facts = read_facts(locate_model(recipe.model), train)
+    from trainer.model.shape import check_positions, shape_of
+
+    model = locate_model(recipe.model)
+    lm = shape_of(model)
+    check_positions(lm, train)
+    facts = read_facts(model, train, lm)
     check_heads(facts, train)
     usable = read_usable()
     chosen, refusal = None, None

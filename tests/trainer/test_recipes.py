@@ -17,6 +17,7 @@ PUBLISHED = {
     "vicuna_7b": (128, 3, 2e-5, 2048),
     "wizardlm_7b": (64, 3, 2e-5, 2048),
     "instructgpt_sft": (32, 16, 9.65e-6, 2048),
+    "tulu3_8b_4nodes": (128, 2, 5e-6, 4096),
 }
 NUM_DOCUMENTS = 150
 
