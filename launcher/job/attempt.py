@@ -15,6 +15,7 @@ If a batch script is killed by SIGKILL on a node that stays up, the job fails an
 """
 
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from itertools import pairwise
@@ -27,7 +28,7 @@ from cluster.run import fence
 from cluster.run.rundir import RunDir
 from launcher.done import is_done, progress_of
 from launcher.job import node_health
-from launcher.job.hang import WATCHED, HangWatch
+from launcher.job.hang import WATCHED, HangWatch, StepWatch
 from launcher.job.preflight import OnAllNodes, check_nodes
 from launcher.recipe import Recipe, load
 from launcher.slurm.snapshot import PROJECT, code_hash
@@ -83,7 +84,9 @@ class Attempt:
         def check_progress() -> None:
             self._hang_watch.check()
 
-        return [check_fence, check_progress] if self.stage in WATCHED else [check_fence]
+        step_watch = StepWatch(self.run.attempt_dir(self.job.job_id, self.restart_count))
+        by_step = [step_watch.check] if self.stage == "train" else []
+        return [check_fence, *by_step, *([check_progress] if self.stage in WATCHED else [])]
 
     # -- before the stage
 
@@ -110,6 +113,8 @@ class Attempt:
 
     def _claim(self) -> None:
         progress, root = progress_of(self.stage, self.run), self.run.root
+        # Of a job that had the same id before Slurm was installed anew.
+        shutil.rmtree(self.run.attempt_dir(self.job.job_id, self.restart_count), ignore_errors=True)
         token = fence.claim(root, self.stage, self.job.job_id, self.hosts, progress, self.restart_count)
         os.environ[fence.TOKEN_VARIABLE] = str(token)
         self._fence = fence.Fence(root, token)

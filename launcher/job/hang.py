@@ -7,6 +7,7 @@ watch itself stood still, because Slurm suspended the job, does not count.
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from cluster.errors import TunesmithError
 from cluster.processes.awake import AwakeClock
@@ -16,6 +17,8 @@ from launcher.slurm_config import SlurmConfig
 WATCHED = ("synthesize", "train")  # the others report no steps; the time limit of their job ends them
 MIN_LIMIT_SECONDS = 900.0
 TIMES_LONGEST_GAP = 10
+LOST_SECONDS = 120.0
+LOOK_SECONDS = 5.0
 
 
 class Hung(TunesmithError):
@@ -26,6 +29,32 @@ class Hung(TunesmithError):
     def __init__(self, message: str, grace_seconds: float) -> None:
         super().__init__(message)
         self.grace_seconds = grace_seconds  # to save and stop
+
+
+class StepWatch:
+    """Whether srun notices the end of a training step. It does not if the slurmstepd of a node was killed.
+
+    A minute after the first node has ended, srun ends the others (--wait=60). So a step is lost if it goes on much
+    longer after the first exit report (launcher/job/node.py).
+    """
+
+    def __init__(self, attempt_dir: Path, clock: Callable[[], float] = time.monotonic) -> None:
+        self._attempt_dir, self._clock = attempt_dir, AwakeClock(clock)
+        self._next_look = 0.0
+        self._reported_at: float | None = None
+
+    def check(self) -> None:
+        """Raise TunesmithError if a node has ended and the step goes on."""
+        now = self._clock()
+        if self._reported_at is None and now >= self._next_look:  # the folder is on a shared file system
+            self._next_look = now + LOOK_SECONDS
+            if any(self._attempt_dir.glob("node-*.exit.json")):
+                self._reported_at = now
+        if self._reported_at is not None and now > self._reported_at + LOST_SECONDS:
+            raise TunesmithError(
+                f"a node ended {LOST_SECONDS:.0f} s ago, and srun goes on: the slurmstepd of a node was killed. The "
+                f"reports of the nodes are in {self._attempt_dir}"
+            )
 
 
 class HangWatch:

@@ -9,14 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.errors import InputError
+from cluster.errors import InputError, TunesmithError
 from cluster.files import append_jsonl, read_jsonl, write_json
 from cluster.run import fence
 from cluster.run.rundir import RunDir
 from launcher.done import progress_of
 from launcher.job import node_health, requeue
 from launcher.job.attempt import Attempt
-from launcher.job.hang import MIN_LIMIT_SECONDS, HangWatch, Hung
+from launcher.job.hang import MIN_LIMIT_SECONDS, HangWatch, Hung, StepWatch
 from launcher.slurm.client import Slurm, SlurmNoAnswer, SlurmRefused
 from launcher.slurm.snapshot import CODE_VARIABLE, RUNNING_CODE, check_code_of_step, take_snapshot
 from launcher.slurm.submitted import SubmittedJob
@@ -276,7 +276,7 @@ class Clock:
         return self.now
 
 
-def pass_time(watch: HangWatch, clock: Clock, seconds: int) -> None:
+def pass_time(watch: HangWatch | StepWatch, clock: Clock, seconds: int) -> None:
     for _ in range(seconds):
         clock.now += 1
         watch.check()
@@ -311,6 +311,17 @@ def test_the_deadline_grows_with_the_longest_step_and_rows_of_an_earlier_attempt
     clock.now += 2
     with pytest.raises(Hung, match="made no step for 2001 s"):
         watch.check()
+
+
+def test_a_step_that_goes_on_after_the_end_of_a_node_is_lost(tmp_path: Path) -> None:
+    clock = Clock()
+    watch = StepWatch(tmp_path, clock)
+    pass_time(watch, clock, 1000)
+    write_json(tmp_path / "node-1.exit.json", {"exit_code": 0})
+    pass_time(watch, clock, 100)
+    clock.now += 1000  # suspended
+    with pytest.raises(TunesmithError, match="a node ended 120 s ago, and srun goes on"):
+        pass_time(watch, clock, 30)
 
 
 def test_the_time_in_which_the_watch_was_suspended_does_not_count(tmp_path: Path) -> None:
