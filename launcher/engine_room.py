@@ -29,7 +29,7 @@ def num_with_room(engine: EngineConfig, job: JobConfig) -> int | None:
     if job.num_gpus:
         counts.append(nodes * job.num_gpus // engine.gpus_per_engine)  # an engine may span nodes
     if job.num_cpus and not (job.num_gpus and engine.gpus_per_engine > 1):
-        counts.append(nodes * int(job.num_cpus / engine.cpus_per_engine + ROUNDING))
+        counts.append(nodes * int(job.num_cpus / engine.min_cpus + ROUNDING))
     return min(counts, default=None)
 
 
@@ -43,24 +43,26 @@ def check_engines(recipe: Recipe, done: Collection[str] = ()) -> None:
     """Raise InputError if a job of a stage that is not done has no room for its engines."""
     stages = [stage for stage in recipe.stages if stage not in done]
     if "synthesize" in stages:
-        pools = pools_of_synthesis(recipe)
-        for engine in pools:
-            wanted = engine.min_replicas or engine.num_replicas
-            refuse_without_room("synthesize", engine, wanted, recipe.slurm.of("synthesize"), shared=len(pools) > 1)
+        pools = [(engine, engine.min_replicas or engine.num_replicas) for engine in pools_of_synthesis(recipe)]
+        refuse_without_room("synthesize", pools, recipe.slurm.of("synthesize"))
     if "evaluate" in stages:
-        refuse_without_room("evaluate", recipe.engine, 1, recipe.slurm.of("evaluate"))
+        refuse_without_room("evaluate", [(recipe.engine, 1)], recipe.slurm.of("evaluate"))
 
 
-def refuse_without_room(stage: str, engine: EngineConfig, wanted: int, job: JobConfig, shared: bool = False) -> None:
-    """Raise InputError if the job has no room for `wanted` of these engines."""
-    room = num_with_room(engine, job)
-    if room is None or wanted <= room:
+def refuse_without_room(stage: str, pools: list[tuple[EngineConfig, int]], job: JobConfig) -> None:
+    """Raise InputError if the job has no room for so many engines of each pool at once."""
+    rooms = [num_with_room(engine, job) for engine, _ in pools]
+    num_gpus = sum(wanted * engine.gpus_per_engine for engine, wanted in pools)
+    num_cpus = sum(wanted * engine.min_cpus for engine, wanted in pools)
+    has_room = all(room is None or wanted <= room for room, (_, wanted) in zip(rooms, pools, strict=True))
+    nodes = job.nodes or 1
+    has_room = has_room and (not job.num_gpus or num_gpus <= nodes * job.num_gpus)
+    if has_room and (job.num_cpus is None or num_cpus <= nodes * job.num_cpus + ROUNDING):
         return
-    has = f"{job.nodes or 1} nodes x {job.num_gpus} GPUs" if job.num_gpus else f"{job.nodes or 1} nodes"
-    has += f" x {job.num_cpus} CPUs" if job.num_cpus else ""
-    each = f"{engine.gpus_per_engine} GPUs and " if job.num_gpus else ""
+    has = [f"{job.num_gpus} GPUs"] * bool(job.num_gpus) + [f"{job.num_cpus} CPUs"] * bool(job.num_cpus)
+    needs = [f"{num_gpus} GPUs"] * bool(job.num_gpus) + [f"{num_cpus:g} CPUs"]
     raise InputError(
-        f"slurm.{stage}: the job asks for {has}, which has room for {room} engines with {each}"
-        f"{engine.cpus_per_engine:g} CPUs each, and {wanted} are needed. Raise slurm.{stage}.nodes, "
-        f"slurm.{stage}.{'gpus_per_node' if job.num_gpus else 'cpus_per_task'}, or lower engine.num_replicas."
+        f"slurm.{stage}: the {sum(wanted for _, wanted in pools)} engines need {' and '.join(needs)}, each engine on "
+        f"one node if it can, and the job asks for {nodes} nodes with {' and '.join(has)} each. Set "
+        f"slurm.{stage}.gpus_per_node, cpus_per_task or nodes, or lower engine.num_replicas."
     )

@@ -9,10 +9,11 @@ import pytest
 from cluster.errors import InputError
 from cluster.files import write_json
 from launcher.engine_room import check_engines, engines_of_evaluation, pools_of_synthesis
+from launcher.recipe import load
 from launcher.slurm.container import job_container, make_settings
 from launcher.slurm.plan import usable_on_a_node
 from launcher.slurm.sbatch import plan_jobs, resources, stop_margin_seconds
-from launcher.slurm.snapshot import code_files, take_snapshot
+from launcher.slurm.snapshot import PROJECT, code_files, take_snapshot
 from launcher.slurm.submit import check_batch
 from launcher.slurm_config import ContainerConfig, SlurmConfig, refuse_option, seconds_of
 from tests.launcher.slurm_chain import ENVIRON, recipe_of, submission_of
@@ -174,9 +175,10 @@ def test_numbers_are_names_and_sizes_too_and_no_memory_means_all() -> None:
 @pytest.mark.parametrize(
     ("engine", "slurm", "message"),
     [
-        ({"num_replicas": 4}, {"nodes": 2}, "slurm.synthesize: .* 2 nodes x 1 CPUs, which has room for 2"),
-        ({"num_replicas": 9}, {"gpus_per_node": 8}, "1 nodes x 8 GPUs, which has room for 8 engines with 1 GPUs"),
-        ({"num_replicas": 2, "cpus_per_engine": 3}, {"synthesize": {"cpus_per_task": 5}}, "has room for 1 engines"),
+        ({"num_replicas": 4}, {"nodes": 2}, "synthesize: the 4 engines need 4 CPUs, .* asks for 2 nodes with 1 CPUs"),
+        ({"num_replicas": 9}, {"gpus_per_node": 8}, "the 9 engines need 9 GPUs and 9 CPUs, .* with 8 GPUs each"),
+        ({"num_replicas": 2, "cpus_per_engine": 3}, {"synthesize": {"cpus_per_task": 5}}, "need 6 CPUs"),
+        ({"num_replicas": 2, "cpus_per_engine": 3}, {"nodes": 3, "synthesize": {"cpus_per_task": 2}}, "need 6 CPUs"),
         ({"tensor_parallel_size": 4}, {"gpus_per_node": 4, "evaluate": {"gpus_per_node": 2}}, "slurm.evaluate:"),
     ],
 )  # fmt: skip
@@ -185,6 +187,13 @@ def test_engines_that_a_job_has_no_room_for_are_refused(
 ) -> None:
     with pytest.raises(InputError, match=message):
         check_engines(recipe_of(tmp_path, slurm, engine=engine))
+
+
+@pytest.mark.parametrize("path", sorted(PROJECT.glob("recipes/**/*.yaml")), ids=lambda path: path.stem)
+def test_the_engines_of_every_recipe_fit_into_its_jobs(path: Path) -> None:
+    recipe = load(path, ["slurm.gpus_per_node=8"])
+    check_engines(recipe)
+    assert engines_of_evaluation(recipe) >= 1
 
 
 def test_evaluation_takes_as_many_engines_as_its_job_has_room_for(tmp_path: Path) -> None:
@@ -196,6 +205,9 @@ def test_evaluation_takes_as_many_engines_as_its_job_has_room_for(tmp_path: Path
     recipe = recipe_of(tmp_path, {"gpus_per_node": 8, "exclusive": True}, synthesize=config)
     check_engines(recipe)
     assert [each.num_replicas for each in pools_of_synthesis(recipe)] == [8]
+    config = {"models": {"writer": teacher, "answerer": {"path": "another"}}, "method": "instruction_wild"}
+    with pytest.raises(InputError, match="the 9 engines need 9 GPUs"):
+        check_engines(recipe_of(tmp_path, {"gpus_per_node": 8, "exclusive": True}, synthesize=config))
 
 
 def test_a_variable_that_is_not_set_is_refused_and_values_are_not_shown(tmp_path: Path) -> None:
