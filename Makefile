@@ -9,7 +9,7 @@ help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 setup: ## Make .venv and install everything for a machine without a GPU
-	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) is missing. The README's first line installs it." >&2; exit 2; }
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) is missing. On Debian or Ubuntu: sudo apt install $(notdir $(PYTHON))-dev $(notdir $(PYTHON))-venv" >&2; exit 2; }
 	@$(PYTHON) launcher/bootstrap.py cpu dev --then "$(THEN)"
 
 demo: setup ## Run the demo: a small model instructs itself and is tuned (minutes); ARGS="key=value --run-dir DIR"
