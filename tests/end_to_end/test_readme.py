@@ -16,7 +16,9 @@ README = (ROOT / "README.md").read_text()
 COMMANDS = COMMAND.findall(README)
 GUIDES = [command for guide in (ROOT / "docs/guides").glob("*.md") for command in COMMAND.findall(guide.read_text())]
 DEMO = "recipes/demo/self_instruct.yaml"
+(APT_INSTALL,) = (command for command in COMMANDS if command.startswith("sudo apt install "))
 RUN_ELSEWHERE = {
+    APT_INSTALL: "tests/bare_machine.py:sudo (apt install",
     "make demo": "tests/end_to_end/conftest.py:attempt",
     "make test": ".ci/run:make test",
     f"tunesmith run {DEMO} --on slurm": 'tests/slurm/test_demo_chain.py:"--on", "slurm"',
