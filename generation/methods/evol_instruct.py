@@ -20,7 +20,7 @@ from generation.filters.drafts import Draft, Rejection
 from generation.judge import not_judged
 from generation.method import AcceptedInstruction, InstructionResult, MethodInputs, check_answer, rejection_of_cut
 from generation.methods.base import ExistingInstructions
-from generation.parsing.chat import unframe
+from generation.parsing.chat import REFUSAL, is_refusal, unframe
 from generation.records import (
     GenerationResult,
     Record,
@@ -125,6 +125,8 @@ class EvolInstruct(ExistingInstructions):
             return why
         if not evolved:
             return Rejection("empty")
+        if is_refusal(evolved):
+            return Rejection(REFUSAL)
         if leaked := self._leaked.decide(Draft(evolved)).rejection:
             return leaked
         if evolved == lineage.current:

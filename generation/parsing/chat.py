@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass
 
 SURROUNDING_TEXT = "surrounding_text"  # what a chat model wrote around the text that was asked for
+REFUSAL = "refusal"  # the model says that it cannot do what it was asked for
 TRUNCATED = "truncated_response"  # incomplete, because the response was cut
 
 
@@ -74,6 +75,23 @@ CLOSER = re.compile(
     )""",
     re.IGNORECASE | re.VERBOSE,
 )
+# What follows is about the rewrite, to the end of the text.
+EXPLANATION = re.compile(
+    r"""[*_(\s#]*(?:
+        (?:in\ )?this\ (?:new\ )?(?:version|rewrite|rewritten|revised|revision|modified|updated|evolved)\b
+      | (?:explanation|rationale|changes(?:\ made)?|what\ i\ changed)[*_]*[:：]
+      | (?:the\ )?(?:added|new)\ (?:constraints?|requirements?)\ (?:is|are|here|makes?|ensures?)\b
+      | note(?:\ that|:)\s+(?:i|this\ version)\b
+    )""",
+    re.IGNORECASE | re.VERBOSE,
+)
+REFUSED = re.compile(
+    r"""(?:i['’]m\ (?:so\ |very\ )?|i\ am\ (?:so\ |very\ )?|)sorry,?\ (?:but\b|i\b|as\b)
+      | (?:i\ )?apologi(?:ze|es)\b | i\ (?:cannot|can\ ?not|can['’]t|could\ not|couldn['’]t|am\ not\ able|am\ unable)\b
+      | i['’]m\ (?:unable|not\ able)\b | as\ an?\ (?:ai\ |large\ )?(?:language\ model|assistant)\b
+      | unfortunately,?\ i\b""",
+    re.IGNORECASE | re.VERBOSE,
+)
 RULE = re.compile(r"\s*(?:[-*_=]\s*){3,}|\s*#+\s*")  # a horizontal rule, or a heading without a text
 FENCE = re.compile(r"\s*(`{3,}|~{3,})[^`]*")
 QUOTES = {'"': '"', "“": "”", "«": "»", "„": "“", "「": "」", "'": "'", "‘": "’", "`": "`"}
@@ -93,6 +111,11 @@ def is_opener(line: str) -> bool:
 def is_closer(line: str) -> bool:
     """Whether a chat model takes leave here: "I hope this helps!"."""
     return CLOSER.match(line) is not None
+
+
+def is_refusal(text: str) -> bool:
+    """Whether a text begins as a model that cannot do what it was asked for does."""
+    return REFUSED.match(text.lstrip()) is not None
 
 
 def is_rule(line: str) -> bool:
@@ -136,6 +159,11 @@ def unframe(text: str) -> tuple[str, list[Dropped]]:
         if rest.strip() and (is_rule(last) or is_closer(last)):
             closers += [Dropped(last)] if not is_rule(last) else []
             text = rest
+        lines = text.split("\n")
+        ends = (n for n in range(2, len(lines)) if EXPLANATION.match(lines[n]) and not lines[n - 1].strip(" -*_"))
+        if (end := next(ends, None)) is not None:
+            closers.append(Dropped("\n".join(lines[end:]).strip()))
+            text = "\n".join(lines[:end])
         if text == before:
             return text, [*openers, *reversed(closers)]
 

@@ -14,7 +14,8 @@ from generation.filters.drafts import Draft, Instance
 from generation.parsing.chat import TRUNCATED, Dropped, fenced_lines, is_closer, is_opener, is_rule, unwrap
 
 MALFORMED_TASK, MALFORMED_INSTANCE, NO_INSTANCE = "malformed_task", "malformed_instance", "no_instance"
-SYNONYMS = {"response": "output", "answer": "output", "label": "class label"}  # if the text never uses the word itself
+# If the text never uses the word itself.
+SYNONYMS = {"response": "output", "answer": "output", "label": "class label", "task": "instruction"}
 LABEL = re.compile(
     r"""[ \t]*(?P<bullet>[-*•>]\ +)?(?P<heading>\#{1,6}\ *)?(?P<bold>\*\*|__)?[ \t]*
     (?:(?P<before>\d{1,3})[ ]?[.．、)）:：-]?(?:\*\*|__)?[ \t]*)?(?:\*\*|__)?
@@ -100,7 +101,7 @@ def _parse_tasks(text: str, first_number: int, was_cut: bool) -> Iterator[Draft 
 def _parse_task(piece: str, number: int | None) -> Draft | None:
     """The task after "N. Instruction:".
 
-    None if it has no instruction or no output, if a label with its number is there twice, or one with the next number.
+    None if it has no instruction or no output, if a label is there twice, or if one has the number of the next task.
     """
     labels = _find_labels(piece, ("input", "output"))
     if not any(label.name == "output" for label in labels):
@@ -112,6 +113,8 @@ def _parse_task(piece: str, number: int | None) -> Draft | None:
             return None
         own += [label for label in labels if label.number is None]
     output = next((label for label in own if label.name == "output"), None)
+    if output and output.number is None and sum(label.name == "output" and not label.bullet for label in own) > 1:
+        return None
     given = next((label for label in own if label.name == "input"), None)
     if output is None:
         return None
@@ -300,7 +303,7 @@ def _find_labels(text: str, names: tuple[str, ...]) -> list[_Label]:
             word = found["name"].lower()
             number = found["before"] or found["after"]
             label = _Label(
-                SYNONYMS.get(word, word),
+                word if word in names else SYNONYMS.get(word, word),
                 int(number) if number else None,
                 position,
                 position + found.end(),
@@ -308,7 +311,7 @@ def _find_labels(text: str, names: tuple[str, ...]) -> list[_Label]:
             )
             if label.name in names:
                 labels.append(label)
-                synonyms += [label] if word in SYNONYMS else []
+                synonyms += [label] if label.name != word else []
         position += len(line) + 1
     own = {label.name for label in labels if label not in synonyms}
     return [label for label in labels if label not in synonyms or label.name not in own]

@@ -9,7 +9,17 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from generation.parsing.chat import TRUNCATED, Dropped, fenced_lines, is_closer, is_opener, is_rule, unwrap
+from generation.parsing.chat import (
+    REFUSAL,
+    TRUNCATED,
+    Dropped,
+    fenced_lines,
+    is_closer,
+    is_opener,
+    is_refusal,
+    is_rule,
+    unwrap,
+)
 
 ITEM_NAME = r"(?:task|instruction|request|question|prompt|item|任务|指令)"
 NUMBER_MARK = re.compile(
@@ -83,7 +93,8 @@ def _parse(text: str, first_number: int, was_cut: bool, is_continued: bool, know
         yield Dropped("\n".join(pieces[-1] if pieces else []).strip(), TRUNCATED)
     elif pieces:
         end = _end_of_last(pieces[-1], any(_has_blank_line(piece) for piece in pieces[:-1]))
-        yield _clean(pieces[-1][:end])
+        item = _clean(pieces[-1][:end])
+        yield Dropped(item, REFUSAL) if not tops and is_refusal(item) else item
         yield from _dropped(pieces[-1][end:])
     elif not header:
         yield ""
@@ -185,10 +196,11 @@ def _cost_of_item(number: int, last: int | None, first_number: int, around: _Sur
 
 
 def _cost_inside(number: int, last: int, around: _Surroundings) -> float:
+    upper = 0 if around.before_lower else 0.15
     if last:
-        return (0 if number == last + 1 else 2) + (0.5 if number > 8 else 0)  # such lists are short
+        return upper + (0 if number == last + 1 else 2) + (0.5 if number > 8 else 0)  # such lists are short
     unannounced = 0 if around.after_colon else 2 if around.after_blank else 1
-    return unannounced + (0 if number == 1 else 2)
+    return upper + unannounced + (0 if number == 1 else 2)
 
 
 # -- what is around and inside an item

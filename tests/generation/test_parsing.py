@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from generation.filters.drafts import Draft, Instance
-from generation.parsing.chat import TRUNCATED, Dropped, unframe
+from generation.parsing.chat import REFUSAL, TRUNCATED, Dropped, is_refusal, unframe
 from generation.parsing.labels import parse_input_first, parse_output_first, parse_tasks
 from generation.parsing.lists import parse_list
 
@@ -169,6 +169,13 @@ def test_text_before_a_list_is_an_item_only_where_the_list_goes_on():
     assert kept(parse_list(text, 9, prompt="Ten ways to be kind\n1. Smile.\n9.")) == ["Hold a door.", "Say thanks."]
 
 
+def test_a_list_after_an_unknown_header_is_a_list_if_its_items_are_sentences():
+    items = ["Hold a door.", "Say thanks.", "Call a friend.", "Write a card.", "Plant a tree."]
+    text = "\n".join(f"{number}. {item}" for number, item in enumerate(items, 1))
+    assert kept(parse_list(f"I have thought of five tasks for you.\n{text}", 9)) == items
+    assert kept(parse_list(f" Number these steps:\n{text.lower()}\n10. Next one.", 9))[1:] == ["Next one."]
+
+
 def test_the_last_item_of_a_cut_list_is_dropped():
     assert parse_list(" Name one.\n10. Name tw", 9, was_cut=True) == ["Name one.", Dropped("Name tw", TRUNCATED)]
     assert parse_list(" Name", 9, was_cut=True) == [Dropped("Name", TRUNCATED)]
@@ -217,6 +224,13 @@ def test_tasks_in_any_style_are_given_back(tasks, style, end, separator, none, o
     assert kept(parse_tasks(opener + separator.join(written) + closer, 4)) == tasks
     if not opener and first == 4 and style == "1. Input:":
         assert kept(parse_tasks(separator.join(written).removeprefix("4. Instruction:") + closer, 4)) == tasks
+
+
+def test_tasks_that_share_their_labels_are_malformed_rather_than_one():
+    text = " Name a river.\nInput: none\nOutput: The Elbe.\n5. Name a lake.\nInput: none\nOutput: Como."
+    assert [each.reason for each in parse_tasks(text, 4)] == ["malformed_task"]
+    named = text.replace(" Name a river", "Task 4: Name a river").replace("5. ", "Task 5: ")
+    assert [each.instruction for each in parse_tasks(named, 4)] == ["Name a river.", "Name a lake."]
 
 
 # -- instances
@@ -325,6 +339,8 @@ RIVER = "Name a river that flows north, and say in one sentence why it does."
         f"### New Prompt\n{RIVER}".replace("### New Prompt", "### New Prompt:"),
         f"#Given Prompt#:\nName a river.\n\n#Rewritten Prompt#:\n{RIVER}",
         f"Okay! {RIVER}",
+        f"{RIVER}\n\n**Explanation:**\n- It asks for a reason.\n- It sets a limit.",
+        f"{RIVER}\n\nThis version adds a reason:\n1. why\n2. how",
         f"I'd be happy to help.\n{RIVER}\nFeel free to ask for more.",
     ],
 )
@@ -347,6 +363,15 @@ def test_what_a_chat_writes_around_a_rewrite_is_taken_off(text):
 )
 def test_an_instruction_stays_as_it_is(text):
     assert unframe(text) == (text, [])
+
+
+@pytest.mark.parametrize(
+    "text", ["I'm sorry, but I can't do that.", "I cannot write tasks.", "As an AI language model, I have no tasks."]
+)
+def test_a_refusal_is_no_instruction(text):
+    assert is_refusal(text) and not is_refusal(RIVER)
+    assert parse_list(text, 9) == [Dropped(text, REFUSAL)]
+    assert parse_list(f"9. {text}", 9) == [text]  # somebody's text in a list
 
 
 def test_nothing_is_left_of_a_text_that_is_only_chat():
