@@ -5,9 +5,8 @@ from pathlib import Path
 
 import yaml
 
-from cluster.config import ModelConfig
+from cluster.config import ModelConfig, flatten
 from cluster.errors import InputError
-from cluster.files import sha256_json
 from cluster.model_source import locate_model, model_revision
 from cluster.run.rundir import RunDir
 from trainer.config.data import DataSource
@@ -27,15 +26,20 @@ class TrainJob:
     def sources(self) -> tuple[DataSource, ...]:
         return self.config.data or (DataSource(path=str(self.run.synthesized)),)
 
-    def hash(self, tokens_hash: str) -> str:
-        """Hash of everything that shapes the result. The number of ranks, and when to save or validate, do not.
+    def identity(self, tokens_hash: str) -> dict[str, object]:
+        """Everything that shapes the result, by dotted key. The number of ranks, and when to save or validate, do not.
 
         `tokens_hash`: the hash of the encoded data.
         """
         settings = self.config.model_dump(mode="json", exclude=set(TrainConfig.MAY_CHANGE_ON_RESUME))
-        shares = [[source.epochs, source.weight] for source in self.sources]
         held_out = self.config.validation.fraction if self.config.validation else None
-        return sha256_json([settings, shares, held_out, model_revision(self.model), tokens_hash, self.seed])
+        return flatten({"train": settings}) | {
+            "train.data": [[source.epochs, source.weight] for source in self.sources],
+            "train.validation.fraction": held_out,
+            "model": model_revision(self.model),
+            "the encoded examples": tokens_hash,
+            "seed": self.seed,
+        }
 
 
 def read_job(run_dir: Path) -> TrainJob:

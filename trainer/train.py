@@ -66,7 +66,7 @@ def train(job: TrainJob, stop: StopRequest) -> dict:
     torch.manual_seed(job.seed + rank)
     engine = make_engine(job, tokenizer, num_added_tokens, batches.grad_accum_steps, world_size)
     check_logits(engine, batches)  # packed documents do not see each other; the loss sees the model's real logits
-    state = load_state(engine, job, job.hash(tokens_hash), batches.num_steps)
+    state = load_state(engine, job, job.identity(tokens_hash), batches.num_steps)
 
     # Left in the opposite order: copies of checkpoints end before the last metrics are written and the watchdog stops.
     with (
@@ -102,12 +102,12 @@ def make_batches(tokens: Tokens, job: TrainJob, rank: int, world_size: int) -> B
     return batches
 
 
-def load_state(engine: deepspeed.DeepSpeedEngine, job: TrainJob, job_hash: str, num_steps: int) -> TrainState:
+def load_state(engine: deepspeed.DeepSpeedEngine, job: TrainJob, identity: dict, num_steps: int) -> TrainState:
     """Load the newest checkpoint into `engine`, if there is one. Returns the state to start from. A collective."""
     newest = newest_checkpoint(job.run.checkpoints)
     if newest is None:
-        return TrainState.first(dist.get_world_size(), job_hash)
-    state = load_checkpoint(engine, newest, job_hash, job.seed)
+        return TrainState.first(dist.get_world_size(), identity)
+    state = load_checkpoint(engine, newest, identity, job.seed)
     if dist.get_rank() == 0:
         log.info(f"resuming from {newest}, step {state.step} of {num_steps}")
     return replace(state, world_size=dist.get_world_size())

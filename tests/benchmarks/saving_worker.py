@@ -52,12 +52,12 @@ def main() -> None:
     job = resolve_auto(read_job(run))
     tokenizer, num_added = load_tokenizer(job.model, None)
     tokens, tokens_hash = load_shared_tokens(job, tokenizer, job.sources)
-    job_hash = job.hash(tokens_hash)
+    identity = job.identity(tokens_hash)
     batches = make_batches(tokens, job, dist.get_rank(), dist.get_world_size())
     engine = make_engine(job, tokenizer, num_added, batches.grad_accum_steps, dist.get_world_size())
     train_step(engine, batches.micro_batches(0), 1000, 1e-4)
     found: dict[str, list] = {"alone": [], "ours": [], "held": [], "committed": [], "load": []}
-    state, all_sum = TrainState.first(dist.get_world_size(), job_hash), make_sum_over_ranks(600)
+    state, all_sum = TrainState.first(dist.get_world_size(), identity), make_sum_over_ranks(600)
     watchdog = Watchdog(600, dist.get_rank())
     config = CheckpointConfig(every_steps=1, keep_last=1)
     with Checkpointer(engine, job.run.checkpoints, config, all_sum, watchdog) as checkpointer:
@@ -69,7 +69,7 @@ def main() -> None:
                 shutil.rmtree(folder)
             found["ours"].append(timed(lambda number=number: checkpointer.save(replace(state, step=number))))
             last = newest_checkpoint(job.run.checkpoints)
-            found["load"].append(timed(lambda last=last: load_checkpoint(engine, last, job_hash, job.seed)))
+            found["load"].append(timed(lambda last=last: load_checkpoint(engine, last, identity, job.seed)))
     config = CheckpointConfig(every_steps=1, keep_last=1, local_dir=str(run / "local"))
     with Checkpointer(engine, job.run.checkpoints, config, all_sum, watchdog) as checkpointer:
         for number in range(1, num_rounds + 1):

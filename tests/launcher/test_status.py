@@ -49,7 +49,7 @@ def train(run: RunDir, *lines: str, error: str = "") -> tuple[str, str]:
 def leave_checkpoint(run: RunDir, finished: bool) -> None:
     folder = run.checkpoints / "step_000004"
     folder.mkdir(parents=True, exist_ok=True)
-    values = {"step": 4, "num_rows": 8, "num_tokens": 9, "num_trained_tokens": 5, "world_size": 2, "job_hash": "x"}
+    values = {"step": 4, "num_rows": 8, "num_tokens": 9, "num_trained_tokens": 5, "world_size": 2, "job": {}}
     write_json(folder / "state.json", values | {"finished": finished})
     write_json(folder / "manifest.json", {"files": []})
 

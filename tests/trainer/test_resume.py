@@ -194,19 +194,26 @@ def test_every_file_of_a_checkpoint_is_checked_before_it_is_loaded(unfinished: P
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [{"train": {"learning_rate": 0.5}}, {"train": {"packing": False}}, {"seed": 1}, {"train": {"zero_stage": 3}}],
+    ("changes", "named"),
+    [
+        ({"train": {"learning_rate": 0.5}}, r"train\.learning_rate \(was [0-9.]+, now 0\.5\)"),
+        ({"train": {"packing": False}}, r"train\.packing \(was True, now False\)"),
+        ({"seed": 1}, r"seed \(was 0, now 1\)"),
+        ({"train": {"zero_stage": 3}}, r"train\.zero_stage \(was \d, now 3\)"),
+    ],
 )
-def test_a_checkpoint_of_other_settings_is_refused(unfinished: Path, changes: dict) -> None:
+def test_a_checkpoint_of_other_settings_is_refused(unfinished: Path, changes: dict, named: str) -> None:
     rewrite(unfinished, **changes)
-    with pytest.raises(InputError, match=r"step_000003: saved with other data, another .*--run-dir"):
+    with pytest.raises(
+        InputError, match=rf"step_000003: saved by another job than this recipe's: {named}\. .*--run-dir"
+    ):
         train_here(unfinished)
 
 
 def test_a_checkpoint_of_other_data_is_refused(unfinished: Path, tmp_path: Path) -> None:
     other = write_chats(tmp_path / "other.jsonl", chat_documents(36, seed=1))
     rewrite(unfinished, train={"data": [str(other)]})
-    with pytest.raises(InputError, match="saved with other data"):
+    with pytest.raises(InputError, match=r"saved by another job.*the encoded examples"):
         train_here(unfinished)
 
 
@@ -217,7 +224,7 @@ def test_a_checkpoint_of_another_base_model_is_refused(unfinished: Path, tmp_pat
     tensors = {name: tensor + 1 for name, tensor in load_file(other / "model.safetensors").items()}
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
     rewrite(unfinished, model={"path": str(other)})
-    with pytest.raises(InputError, match="saved with other data, another model"):
+    with pytest.raises(InputError, match=r"saved by another job.*: model \(was"):
         train_here(unfinished)
 
 

@@ -78,7 +78,7 @@ def test_validation_does_not_change_the_training(tmp_path: Path, chat_model: Pat
     assert list(validated(watched)) == [1, 2, 3, 4, 5]
     rows = [json.loads(line) for line in (watched / "metrics.jsonl").read_text().splitlines()]
     assert {row["num_documents"] for row in rows if row["stage"] == "validation"} == {3}
-    assert read_job(plain).hash("tokens") == read_job(watched).hash("tokens")
+    assert read_job(plain).identity("tokens") == read_job(watched).identity("tokens")
 
 
 def test_an_unusable_validation_dataset_is_named_before_training(

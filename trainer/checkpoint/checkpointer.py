@@ -182,7 +182,7 @@ def has_frozen(engine: DeepSpeedEngine) -> bool:
     return any(not parameter.requires_grad for parameter in engine.module.parameters())
 
 
-def load_checkpoint(engine: DeepSpeedEngine, folder: Path, job_hash: str, seed: int) -> TrainState:
+def load_checkpoint(engine: DeepSpeedEngine, folder: Path, job: dict[str, object], seed: int) -> TrainState:
     """Load weights, optimizer and random state into `engine`, whatever number of ranks saved them. A collective.
 
     Raises InputError if the checkpoint is corrupt or belongs to another job.
@@ -192,10 +192,11 @@ def load_checkpoint(engine: DeepSpeedEngine, folder: Path, job_hash: str, seed: 
         verify_manifest(folder)
     dist.barrier()
     state = read_state(folder)
-    if state.job_hash != job_hash:
+    if differing := sorted(key for key in state.job.keys() | job.keys() if state.job.get(key) != job.get(key)):
+        listed = ", ".join(f"{key} (was {state.job.get(key)}, now {job.get(key)})" for key in differing[:5])
         raise InputError(
-            f"{folder}: saved with other data, another model or other settings than this recipe's. "
-            "Choose another run folder with `--run-dir`, or restore the recipe."
+            f"{folder}: saved by another job than this recipe's: {listed}. "
+            "Choose another run folder with `--run-dir`, or restore what it was."
         )
     # Without ZeRO every rank holds the whole state, so any number of ranks can load it.
     if state.world_size != world_size and engine.zero_optimization_stage() > 0:

@@ -19,15 +19,15 @@ class TrainState:
     num_tokens: int
     num_trained_tokens: int  # tokens with a label
     world_size: int
-    job_hash: str  # of everything that shapes the training; the checkpoint of another job is refused
+    job: dict[str, object]  # everything that shapes the training; the checkpoint of another job is refused
     finished: bool = False
     train_loss: float | None = None  # mean over the steps since the previous checkpoint
     validation_loss: float | None = None  # None means that this step was not validated
 
     @classmethod
-    def first(cls, world_size: int, job_hash: str) -> "TrainState":
+    def first(cls, world_size: int, job: dict[str, object]) -> "TrainState":
         """The state before the first step."""
-        return cls(0, 0, 0, 0, world_size, job_hash)
+        return cls(0, 0, 0, 0, world_size, job)
 
     def after_step(self, num_rows: int, num_tokens: int, num_trained_tokens: int, num_steps: int) -> "TrainState":
         """The state after one more step, whose own counts are given. `num_steps`: the steps of the whole training."""
