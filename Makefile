@@ -41,6 +41,8 @@ bench-synthesis: ## Measure synthesis against raw vLLM, ray.data.llm, rouge_scor
 	@$(PYTHON) launcher/bootstrap.py cpu dev bench
 	@$(BIN)/python -m tests.benchmarks.synthesis --sides raw pool stage ray.data.llm "ray.data.llm, defaults"
 	@$(BIN)/python -m tests.benchmarks.synthesis --sides "raw, its own processes" stage
+	@$(BIN)/python -m tests.benchmarks.synthesis --model english --requests 64 --rounds 3 --sides raw pool stage --lengths "mixed (8-160)"
+	@$(BIN)/python -m tests.benchmarks.synthesis --model english --requests 64 --rounds 3 --sides "raw, its own processes" stage --lengths "mixed (8-160)"
 	@$(BIN)/python -m tests.benchmarks.job
 	@$(BIN)/python -m tests.benchmarks.novelty
 	@$(BIN)/python -m tests.benchmarks.storage
@@ -48,6 +50,8 @@ bench-synthesis: ## Measure synthesis against raw vLLM, ray.data.llm, rouge_scor
 bench-training: ## Measure training and saving against TRL and bare PyTorch loops (20 minutes)
 	@$(PYTHON) launcher/bootstrap.py cpu dev bench
 	@$(BIN)/python -m tests.benchmarks.training
+	@for tuning in full lora; do for precision in fp32 bf16; do $(BIN)/python -m tests.benchmarks.training --model english \
+		--max-seq-len 1024 --tuning $$tuning --precision $$precision --sides ours "bare packed" "trl packed" || exit; done; done
 	@$(BIN)/python -m tests.benchmarks.saving
 
 bench-launch: setup ## Measure the time from sbatch to the first step, on a Slurm of two nodes (needs root; 5 minutes)

@@ -15,7 +15,7 @@ import time
 from rich.console import Console
 from rich.table import Table
 
-from tests.benchmarks.sides import LENGTHS, RAW, ROOT, requests_of, sides_of
+from tests.benchmarks.sides import LENGTHS, RAW, ROOT, requests_of, sides_of, work_of
 from tests.benchmarks.synthesis import PEERS
 
 DONE = "rate "  # begins the line that a side prints when it has the last row
@@ -28,9 +28,10 @@ COMMANDS = {
 
 async def run_one(side: str, lengths: str, num_requests: int) -> None:
     """Start one side, let it do its work, and say so."""
-    async with sides_of([side]) as sides:
+    work = work_of("toy")
+    async with sides_of(work, [side]) as sides:
         started = time.perf_counter()
-        rows = await sides[side](requests_of(LENGTHS[lengths], num_requests, 0))
+        rows = await sides[side](requests_of(work.model, LENGTHS[lengths], num_requests, 0))
         rate = sum(tokens for _, tokens in rows) / (time.perf_counter() - started)
         print(f"{DONE}{rate}", flush=True)
 

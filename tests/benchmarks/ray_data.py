@@ -12,7 +12,7 @@ import time
 from cluster.config import ModelConfig
 from cluster.engines.config import EngineConfig, GenerationRequest
 from cluster.engines.engine import set_environment
-from tests.benchmarks.sides import ENGINE, LENGTHS, MODEL, requests_of
+from tests.benchmarks.sides import LENGTHS, requests_of, work_of
 
 # Its documentation advises batches of 64 and more to keep the engine full; 8 batches at once is its default.
 TUNED = {"batch_size": 64, "max_concurrent_batches": 8}
@@ -72,7 +72,9 @@ def main() -> None:
         os.environ["TMPDIR"] = scratch
         # Each of its stages reserves a CPU for itself.
         ray.init(num_cpus=8, include_dashboard=False, _temp_dir=f"{scratch}/ray")
-        rate = rate_of_ray_data(requests_of(LENGTHS[lengths], int(num_requests), 0), ENGINE, MODEL, form == "tuned")
+        work = work_of("toy")
+        requests = requests_of(work.model, LENGTHS[lengths], int(num_requests), 0)
+        rate = rate_of_ray_data(requests, work.engine, work.model, form == "tuned")
         print(f"rate {rate}", flush=True)
         ray.shutdown()
 

@@ -23,26 +23,44 @@ from cluster.config import ModelConfig
 from cluster.engines.config import EngineConfig, GenerationRequest, Sampling
 from cluster.engines.pool import EnginePool
 from cluster.ray.cluster import ray_session
+from english.model import get_model
 from tests.benchmarks.given_requests import synthesize
 
 ROOT = Path(__file__).parents[2]
-MODEL = ModelConfig(path=str(ROOT / "models" / "world-base"))
-# One CPU an engine, as in the demo: scheduler and model share a process, and neither waits for the other in a loop.
-# With two CPUs the scheduler does, and so takes the core that whoever asks the engine needs.
-ENGINE = EngineConfig(dtype="float32", enforce_eager=True, max_num_seqs=256, cpus_per_engine=1)
 LENGTHS = {"equal (64)": [64], "mixed (8-160)": [8, 16, 32, 64, 160]}
 RAW = {"raw": True, "raw, its own processes": False}  # whether it is one process, as our engines are
 TAIL = 0.95  # share of the rows after which the tail begins
 
 
-def requests_of(lengths: Sequence[int], count: int, draw: int) -> list[GenerationRequest]:
-    """Prompts as Self-Instruct's: the model's own seeds, eight in each, so that most completions reach `max_tokens`.
+@dataclass(frozen=True)
+class Work:
+    """A model, the engine that serves it, and raw vLLM's arguments in the place of the engine's."""
+
+    model: ModelConfig
+    engine: EngineConfig
+    raw: dict[str, object]
+
+
+def work_of(model: str) -> Work:
+    """The toy world's base model in an engine of one CPU, as in the demo; or the English model as it comes."""
+    if model == "english":
+        # Raw vLLM's best on CPUs, of compiled and eager, and of float32 and bfloat16: "auto" is the stored bfloat16.
+        return Work(ModelConfig(path=str(get_model())), EngineConfig(), {"dtype": "auto", "enforce_eager": True})
+    # With one CPU scheduler and model share a process, and neither waits for the other in a loop.
+    engine = EngineConfig(dtype="float32", enforce_eager=True, max_num_seqs=256, cpus_per_engine=1)
+    raw = {"dtype": "float32", "enforce_eager": True}
+    return Work(ModelConfig(path=str(ROOT / "models" / "world-base")), engine, raw)
+
+
+def requests_of(model: ModelConfig, lengths: Sequence[int], count: int, draw: int) -> list[GenerationRequest]:
+    """Prompts as Self-Instruct's: the model's seeds, eight in each, so that most completions reach `max_tokens`.
 
     draw: every number gives other prompts and seeds. The same ones again would be no work that anyone has: vLLM would
     find each prompt computed, and, where it also batches them as before, each matrix multiplication compiled.
     """
-    own = Path(MODEL.path) / "tunesmith" / "seed_tasks.jsonl"
-    seeds = [json.loads(line)["instruction"] for line in own.open()]
+    own = Path(model.path) / "tunesmith" / "seed_tasks.jsonl"
+    packaged = ROOT / "generation" / "seeds" / "seed_tasks.jsonl"
+    seeds = [json.loads(line)["instruction"] for line in (own if own.exists() else packaged).open()]
     rng = random.Random(draw)
     requests = []
     for number in range(count):
@@ -83,7 +101,7 @@ async def measured(side: Side, requests: list[GenerationRequest]) -> Pass:
 
 
 @contextlib.contextmanager
-def raw_side(is_one_process: bool) -> Iterator[Side]:
+def raw_side(work: Work, is_one_process: bool) -> Iterator[Side]:
     """`vllm.LLM.generate` on all requests at once, with the settings of our engines, in a process of its own.
 
     is_one_process: the model computes where `generate` is called, which vLLM does not do of itself; otherwise its
@@ -98,7 +116,7 @@ def raw_side(is_one_process: bool) -> Iterator[Side]:
         return [(0.0, await asyncio.to_thread(ours.recv))]
 
     with tempfile.TemporaryDirectory() as scratch:
-        process = context.Process(target=_serve_raw, args=(its, is_one_process, scratch))
+        process = context.Process(target=_serve_raw, args=(its, work, is_one_process, scratch))
         process.start()
         its.close()
         try:
@@ -109,24 +127,23 @@ def raw_side(is_one_process: bool) -> Iterator[Side]:
             process.join()
 
 
-def _serve_raw(pipe: Connection, is_one_process: bool, scratch: str) -> None:
+def _serve_raw(pipe: Connection, work: Work, is_one_process: bool, scratch: str) -> None:
     """Answer every list of requests in the pipe with the number of tokens made of it, until the pipe is closed."""
     os.environ["TMPDIR"] = tempfile.tempdir = scratch  # vLLM leaves its sockets
     from cluster.engines.engine import set_environment, vllm_sampling
 
-    set_environment(ENGINE, MODEL, num_gpus=0)
+    set_environment(work.engine, work.model, num_gpus=0)
     if not is_one_process:
         for name in ("VLLM_CPU_OMP_THREADS_BIND", "VLLM_ENABLE_V1_MULTIPROCESSING", "OMP_NUM_THREADS"):
-            del os.environ[name]
+            os.environ.pop(name, None)
     from vllm import LLM
 
     llm = LLM(
-        MODEL.path,
-        dtype=ENGINE.dtype,
-        enforce_eager=True,
-        max_num_seqs=ENGINE.max_num_seqs,
+        work.model.path,
+        max_num_seqs=work.engine.max_num_seqs,
         generation_config="vllm",
         enable_chunked_prefill=False,  # as our engines on a CPU: with it, seeded requests kill the engine
+        **work.raw,
     )
     pipe.send(True)
     for requests in iter(lambda: _received(pipe), None):
@@ -156,26 +173,26 @@ def pool_side(pool: EnginePool) -> Side:
     return generate
 
 
-def stage_side(pool: EnginePool, folder: Path) -> Side:
+def stage_side(pool: EnginePool, model: ModelConfig, folder: Path) -> Side:
     """Our whole stage: driver, request log, filters (novelty among them), Arrow shards and checkpoints."""
 
     async def generate(requests: list[GenerationRequest]) -> Rows:
-        return await synthesize(requests, pool, MODEL, Path(tempfile.mkdtemp(dir=folder)))
+        return await synthesize(requests, pool, model, Path(tempfile.mkdtemp(dir=folder)))
 
     return generate
 
 
 @contextlib.asynccontextmanager
-async def sides_of(names: Sequence[str]) -> AsyncIterator[dict[str, Side]]:
+async def sides_of(work: Work, names: Sequence[str]) -> AsyncIterator[dict[str, Side]]:
     """The sides by name, their engines up, and none beside them."""
     every: dict[str, Side] = {}
     async with contextlib.AsyncExitStack() as stack:
         if not RAW.keys() >= set(names):
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             stack.enter_context(ray_session(folder / "ray"))
-            pool = await stack.enter_async_context(EnginePool.start(ENGINE, MODEL))
-            every = {"pool": pool_side(pool), "stage": stage_side(pool, folder)}
+            pool = await stack.enter_async_context(EnginePool.start(work.engine, work.model))
+            every = {"pool": pool_side(pool), "stage": stage_side(pool, work.model, folder)}
         for name in RAW.keys() & set(names):
-            every[name] = stack.enter_context(raw_side(RAW[name]))
+            every[name] = stack.enter_context(raw_side(work, RAW[name]))
         gc.freeze()  # as the stage does when its engines are up
         yield {name: every[name] for name in names}

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from rich.console import Console
 from rich.table import Table
 
-from tests.benchmarks.sides import LENGTHS, RAW, ROOT, Pass, measured, requests_of, sides_of
+from tests.benchmarks.sides import LENGTHS, RAW, ROOT, Pass, Work, measured, requests_of, sides_of, work_of
 
 OURS = (*RAW, "pool", "stage")
 PEERS = {"ray.data.llm": "tuned", "ray.data.llm, defaults": "defaults"}
@@ -34,15 +34,17 @@ class Found:
     of_raw: list[float] = field(default_factory=list)  # its speed by raw vLLM's on the same requests, pass by pass
 
 
-async def measure(names: list[str], lengths: list[str], num_requests: int, num_rounds: int) -> dict[str, dict]:
+async def measure(
+    work: Work, names: list[str], lengths: list[str], num_requests: int, num_rounds: int
+) -> dict[str, dict]:
     """What was found by lengths and side, in the order of the rounds."""
     found: dict[str, dict[str, Found]] = {name: {side: Found() for side in names} for name in lengths}
     draws = itertools.count()
-    async with sides_of(names) as sides:
+    async with sides_of(work, names) as sides:
         for name in lengths:
             for number in range(num_rounds + 1):
                 for pair in pairs_of(names):
-                    requests = requests_of(LENGTHS[name], num_requests, next(draws))
+                    requests = requests_of(work.model, LENGTHS[name], num_requests, next(draws))
                     passes = {}
                     for side in pair if number % 2 else reversed(pair):
                         print(f"{name}: round {number}, {side}", file=sys.stderr, flush=True)
@@ -77,17 +79,22 @@ def main() -> None:
     parser.add_argument("--peer-passes", type=int, default=2)
     parser.add_argument("--sides", nargs="+", choices=[*OURS, *PEERS], default=("raw", "pool", "stage"))
     parser.add_argument("--lengths", nargs="+", choices=LENGTHS, default=list(LENGTHS))
+    parser.add_argument("--model", choices=("toy", "english"), default="toy")
     arguments = parser.parse_args()
     if not RAW.keys() & set(arguments.sides):
         parser.error(f"--sides: add what the others are compared with, one of {', '.join(map(repr, RAW))}")
     ours = [side for side in arguments.sides if side in OURS]
-    found = asyncio.run(measure(ours, arguments.lengths, arguments.requests, arguments.rounds))
+    found = asyncio.run(
+        measure(work_of(arguments.model), ours, arguments.lengths, arguments.requests, arguments.rounds)
+    )
     for lengths, sides in found.items():
         for peer in (side for side in arguments.sides if side in PEERS):
             passes = [rate_of_peer(peer, lengths, arguments.requests) for _ in range(arguments.peer_passes)]
             raw = statistics.median(one.tokens_per_second for one in sides[pairs_of(ours)[0][0]].passes)
             sides[peer] = Found(passes, [one.tokens_per_second / raw for one in passes])
-    table = Table(title=f"{arguments.requests} requests: medians (min-max)", title_justify="left")
+    table = Table(
+        title=f"{arguments.model} model, {arguments.requests} requests: medians (min-max)", title_justify="left"
+    )
     for column in ("output lengths", "side", "output tokens/s", "of raw", "CPU s a pass", "tail"):
         table.add_column(column, justify="left" if column in ("output lengths", "side") else "right")
     for lengths, sides in found.items():

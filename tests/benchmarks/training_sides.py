@@ -1,7 +1,7 @@
 """One rank of one side of the training benchmark: `torchrun -m tests.benchmarks.training_sides SIDE FOLDER STEPS`.
 
-Every side takes about the same number of useful tokens a step: four rows of 2,048 tokens, packed, or as many documents
-as make that up, padded to the longest of their micro-batch.
+Every side takes about the same number of useful tokens a step: four rows, packed, or as many documents as make that up,
+padded to the longest of their micro-batch. FOLDER has the model, the texts, and the settings of the work.
 """
 
 import datetime
@@ -13,8 +13,12 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 from trainer.runtime import quieten_libraries, set_accelerator_env
 
@@ -25,10 +29,22 @@ import torch.distributed as dist  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
 NUM_WARM_UP = 4  # steps that are not counted
-MAX_SEQ_LEN = 2048
 PACKED = {"micro_batch_size": 1, "global_batch_size": 4}
 PADDED = {"micro_batch_size": 8, "global_batch_size": 32}
 LEARNING_RATE = 1e-4
+LORA = {"rank": 16, "alpha": 32}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def settings_of(folder: Path) -> dict:
+    """max_seq_len, precision (fp32 or bf16) and tuning (full or lora)."""
+    return json.loads((folder / "settings.json").read_text())
+
+
+def peft_lora() -> "LoraConfig":
+    from peft import LoraConfig
+
+    return LoraConfig(r=LORA["rank"], lora_alpha=LORA["alpha"], target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 def report(marks: list[tuple[float, float]]) -> None:
@@ -55,9 +71,8 @@ def ours(folder: Path, num_steps: int) -> None:
         shutil.rmtree(run, ignore_errors=True)
         run.mkdir()
         settings = {
-            "data": [str(folder / "texts.jsonl")], "objective": "text", "zero_stage": 2, "precision": "fp32",
-            "max_seq_len": MAX_SEQ_LEN, "max_steps": num_steps, "learning_rate": LEARNING_RATE, **PACKED,
-            "batch_unit": "rows",
+            "data": [str(folder / "texts.jsonl")], "objective": "text", "zero_stage": 2, "max_steps": num_steps,
+            "learning_rate": LEARNING_RATE, "batch_unit": "rows", "lora": LORA, **PACKED, **settings_of(folder),
         }  # fmt: skip
         recipe = {"name": "bench", "seed": 0, "model": {"path": str(folder / "model")}, "train": settings}
         (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
@@ -72,15 +87,16 @@ def documents_of(folder: Path) -> list[list[int]]:
 
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     texts = [json.loads(line)["text"] for line in (folder / "texts.jsonl").open()]
-    return [[*ids, tokenizer.eos_token_id] for ids in tokenizer(texts)["input_ids"]]
+    ids = tokenizer(texts, truncation=True, max_length=settings_of(folder)["max_seq_len"] - 1)["input_ids"]
+    return [[*one, tokenizer.eos_token_id] for one in ids]
 
 
-def rows_of(documents: list[list[int]], packed: bool) -> list[list[list[int]]]:
+def rows_of(documents: list[list[int]], max_seq_len: int, packed: bool) -> list[list[list[int]]]:
     from trainer.data.batches import best_fit_decreasing
 
     if not packed:
         return [[document] for document in documents]
-    return [[documents[d] for d in row] for row in best_fit_decreasing([len(d) for d in documents], MAX_SEQ_LEN)]
+    return [[documents[d] for d in row] for row in best_fit_decreasing([len(d) for d in documents], max_seq_len)]
 
 
 def micro_batches(rows: list[list[list[int]]], settings: dict) -> Iterator[tuple[list[torch.Tensor], int]]:
@@ -112,23 +128,33 @@ def collate(rows: list[list[list[int]]]) -> torch.Tensor:
 
 
 def bare(folder: Path, num_steps: int, packed: bool) -> None:
-    """DistributedDataParallel, fused AdamW, and the model's own forward pass: what one writes in an hour."""
+    """DistributedDataParallel, fused AdamW, and the model's own forward pass: what one writes in an hour.
+
+    In bf16 AdamW updates the bf16 weights themselves, which is less work than float32 copies of them.
+    """
+    from peft import get_peft_model
     from torch.nn.parallel import DistributedDataParallel
     from transformers import LlamaForCausalLM
 
     dist.init_process_group("gloo")
-    model = LlamaForCausalLM.from_pretrained(folder / "model", dtype=torch.float32, attn_implementation="sdpa").train()
+    settings = settings_of(folder)
+    dtype = DTYPES[settings["precision"]]
+    model = LlamaForCausalLM.from_pretrained(folder / "model", dtype=dtype, attn_implementation="sdpa").train()
+    if settings["tuning"] == "lora":
+        model = get_peft_model(model, peft_lora(), autocast_adapter_dtype=False)
     parallel = DistributedDataParallel(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, fused=True)
     marks, num_tokens = [], 0
-    steps = micro_batches(rows_of(documents_of(folder), packed), PACKED if packed else PADDED)
+    rows = rows_of(documents_of(folder), settings["max_seq_len"], packed)
+    steps = micro_batches(rows, PACKED if packed else PADDED)
     for _ in range(num_steps):
         batches, useful = next(steps)
         for number, (input_ids, position_ids, labels) in enumerate(batches):
             parallel.require_backward_grad_sync = number == len(batches) - 1
             logits = parallel(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
             (F.cross_entropy(logits.flatten(0, 1), labels.flatten()) / len(batches)).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         num_tokens += useful
@@ -142,7 +168,8 @@ def trl(folder: Path, num_steps: int, packed: bool) -> None:
     from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    sizes = PACKED if packed else PADDED
+    sizes, settings = PACKED if packed else PADDED, settings_of(folder)
+    is_bf16 = settings["precision"] == "bf16"
     accumulated = sizes["global_batch_size"] // (sizes["micro_batch_size"] * int(os.environ["WORLD_SIZE"]))
     marks: list[tuple[float, float]] = []
 
@@ -152,18 +179,22 @@ def trl(folder: Path, num_steps: int, packed: bool) -> None:
                 marks.append((time.time(), logs["num_tokens"]))
 
     config = SFTConfig(
-        output_dir=str(folder / "trl"), max_length=MAX_SEQ_LEN, packing=packed, dataset_text_field="text",
+        output_dir=str(folder / "trl"), max_length=settings["max_seq_len"], packing=packed, dataset_text_field="text",
         per_device_train_batch_size=sizes["micro_batch_size"], gradient_accumulation_steps=accumulated,
         max_steps=num_steps, learning_rate=LEARNING_RATE, logging_steps=1, save_strategy="no", report_to="none",
-        use_cpu=True, bf16=False, gradient_checkpointing=False, disable_tqdm=True, dataset_num_proc=None,
+        use_cpu=True, bf16=is_bf16, gradient_checkpointing=False, disable_tqdm=True, dataset_num_proc=None,
+        model_init_kwargs={"dtype": str(DTYPES[settings["precision"]]).removeprefix("torch.")},
         deepspeed={
-            "zero_optimization": {"stage": 2}, "gradient_clipping": 1.0,
+            "bf16": {"enabled": is_bf16}, "zero_optimization": {"stage": 2}, "gradient_clipping": 1.0,
             "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
             "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto",
         },
     )  # fmt: skip
     data = load_dataset("json", data_files=str(folder / "texts.jsonl"), split="train")
-    trainer = SFTTrainer(str(folder / "model"), args=config, train_dataset=data, callbacks=[Marks()])
+    trainer = SFTTrainer(
+        str(folder / "model"), args=config, train_dataset=data, callbacks=[Marks()],
+        peft_config=peft_lora() if settings["tuning"] == "lora" else None,
+    )  # fmt: skip
     trainer.train()
     report(marks)
 
