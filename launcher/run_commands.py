@@ -116,9 +116,14 @@ def resume(run: RunFolder) -> None:
 
 def run_on_slurm(path: Path, overrides: list[str], recipe: "Recipe") -> None:
     """Submit a recipe, or each run of its sweep, as a chain of jobs."""
+    from launcher.stages import check_data
     from launcher.sweep import members_of, save_index
+    from trainer.checkpoint.state import is_trained
 
     members = members_of(path, overrides, recipe)
+    for _, member in members:
+        if "train" in member.stages and not is_trained(member.run):
+            check_data(member)
     if recipe.sweep:
         save_index(recipe.run, members)
     _submit_all([member for _, member in members], Path.cwd(), recipe.run.code)

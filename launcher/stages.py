@@ -32,6 +32,7 @@ def run_all(recipe: Recipe) -> None:
     from trainer.checkpoint.state import is_trained
 
     if "train" in recipe.stages and not is_trained(recipe.run):
+        check_data(recipe)
         check_model(recipe)  # before data is made for it
     for number, stage in enumerate(recipe.stages, 1):
         stage_logger(stage).info(f"stage {number} of {len(recipe.stages)}")
@@ -60,6 +61,7 @@ def train(recipe: Recipe, run: RunDir) -> None:
         from trainer.model.load import require_four_bits
 
         require_four_bits()
+    check_data(recipe)
     check_model(recipe)
     num_ranks = recipe.train.num_processes
     options = ["--standalone", f"--nproc-per-node={num_ranks}"]
@@ -89,6 +91,18 @@ def check_model(recipe: Recipe) -> None:
     model_revision(model)
     check_tokenizer(model, recipe.train)
     check_shape(model, recipe.train)
+
+
+def check_data(recipe: Recipe) -> None:
+    """Raise InputError for a file of examples that cannot be read or fits no format."""
+    from trainer.config.data import DataSource
+    from trainer.data.sources import check_source
+
+    for source in recipe.train.data:
+        check_source(source, recipe.train.objective)
+    if recipe.train.validation and recipe.train.validation.path:
+        held_out = DataSource(path=recipe.train.validation.path)
+        check_source(held_out, recipe.train.objective, "train.validation.path")
 
 
 def export(recipe: Recipe, run: RunDir) -> None:

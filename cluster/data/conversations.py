@@ -33,7 +33,20 @@ REQUIRED = {
     **{name: pair for pair, name in TASKS.items()},
 }  # fmt: skip
 COLUMNS = frozenset(
-    {*TURNS, *QUESTIONS, *ANSWERS, *INPUTS, *SYSTEMS, *TOOLS, "history", "label", "finish_reason", "text"}
+    {
+        *TURNS,
+        *QUESTIONS,
+        *ANSWERS,
+        *INPUTS,
+        *SYSTEMS,
+        *TOOLS,
+        "history",
+        "label",
+        "chosen",
+        "rejected",
+        "finish_reason",
+        "text",
+    }
 )
 SHAPES = (
     "`messages`, `conversations`, or a question and an answer, such as `instruction` and `output`, or `prompt` and "
@@ -105,6 +118,8 @@ def read_conversation(row: dict, columns: tuple[str, ...] | None = None) -> Conv
     _check_answers(messages, untrained)
     if row.get("label") is False:  # TRL's KTO
         raise UnusableRow("`label` is false: the answer is one to avoid")
+    if row.get("chosen") is not None and row.get("rejected") is not None:
+        raise UnusableRow("`chosen` and `rejected` are preferences, which are not trained")
     tools = next((parse_tools(row[column], column) for column in TOOLS if row.get(column) is not None), [])
     return Conversation(messages, tools, frozenset(untrained), row.get("finish_reason") != "length")
 

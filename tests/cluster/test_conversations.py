@@ -108,6 +108,8 @@ def test_turns_of_a_prompt_are_not_trained_and_those_of_a_history_are() -> None:
         ({"messages": "hello"}, "`messages` is text, but not JSON"),
         ({"messages": []}, "`messages` is not a list of turns"),
         ({"prompt": "q", "completion": "a", "label": False}, "`label` is false: the answer is one to avoid"),
+        ({"conversations": sharegpt(TWICE), "chosen": {}, "rejected": {}},
+         "`chosen` and `rejected` are preferences, which are not trained"),
         ({"instruction": "q", "output": "a", "history": ["p", "o"]}, "`history` is not a list of pairs"),
         ({"messages": chat(TURNS), "tools": "weather"}, "`tools` is text, but not JSON"),
         ({"messages": chat(TURNS), "tools": [7]}, "`tools` is not a list of tools"),

@@ -153,6 +153,11 @@ def test_plan_shows_the_memory_of_every_stage_from_the_config_alone(
             "error: command line: train.pakcing: unknown key; did you mean",
         ),
         (["train", "recipe.yaml", "train.num_epochs=0"], "error: command line: train.num_epochs: Input should be"),
+        (
+            ["run", "recipe.yaml", "train.data=notes.txt", "--on", "slurm"],
+            "error: train.data: notes.txt does not exist",
+        ),
+        (["train", "recipe.yaml", "train.data=recipe.yaml"], "recipe.yaml: the type of the file is unknown"),
         (["export", "recipe.yaml"], "no complete checkpoint. Run `tunesmith train` first."),
     ],
 )

@@ -10,12 +10,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cluster.data.conversations import COLUMNS, REQUIRED, SHAPES, Conversation, find_format, read_conversation
-from cluster.data.rows import Rows
+from cluster.data.rows import Rows, is_dataset
 from cluster.data.turns import UnusableRow, require_text
 from cluster.errors import InputError
 from trainer.config.data import DataSource
 
 PROBED_ROWS = 1000  # if so many rows fit no format, the others are not read
+
+
+def check_source(source: DataSource, objective: str, key: str = "train.data") -> None:
+    """Read a source up to its first example. Raises InputError if that shows that training would refuse the source."""
+    if not is_dataset(Path(source.path).expanduser()):  # opening it would hash all its files
+        next(iter(Examples(source, objective, key)), None)
 
 
 class Examples:
