@@ -52,7 +52,13 @@ ANNOUNCEMENT = re.compile(  # Here are some more tasks:  Here are ten tasks of m
 )
 # Sure! Here is a harder version of it: Explain ...
 INLINE_OPENER = re.compile(
-    rf"(?:{AGREEMENT}\s*[!,.，！]+\s*)?{POINTER}[^:：\n]*?{REWRITE}[^:：\n]*[:：]\s*", re.IGNORECASE | re.VERBOSE
+    rf"""(?:{AGREEMENT}\s*[!,.，！]+\s*)?(?:
+        {POINTER}[^:：\n]*?{REWRITE}[^:：\n]*[:：]
+      | i(?:['’]ve|\ have)\ (?:rewritten|revised|rephrased|made|created)\b[^:：\n]*[:：]
+      | (?:how\ about|what\ about|try)\ (?:this|the\ following)(?:\ one)?\s*[:：?？]
+      | (?:the\ )?(?:{CHANGED}|rewritten|created|final)(?:\ (?:{ASKED_FOR}|version))?\s*[:：]
+    )\s*""",
+    re.IGNORECASE | re.VERBOSE,
 )
 EXCLAMATION = re.compile(rf"{AGREEMENT}\s*[!！]+\s+", re.IGNORECASE | re.VERBOSE)
 CLOSER = re.compile(
@@ -69,7 +75,7 @@ CLOSER = re.compile(
         \ (?:are|cover|should)\b
       | this\ (?:version|rewrite|rewritten|revised|revision|modified|updated)\b
       | i(?:['’]ve|\ have)\ (?:added|made|rewritten|tried|included|changed|kept)\b
-      | note(?:\ that|:)\s+(?:i|this\ version|these\ (?:tasks|instructions|requests))\b
+      | note\b[:*_]*\ (?:that\ )?(?:i|this\ version|these\ (?:tasks|instructions|requests))\b
       | (?:best\ of|good)\ luck\b | happy\ (?:writing|learning|coding)\b
       | 希望(?:这|以上|对你) | 如果(?:你|您)(?:还)?(?:需要|有)
     )""",
@@ -81,7 +87,8 @@ EXPLANATION = re.compile(
         (?:in\ )?this\ (?:new\ )?(?:version|rewrite|rewritten|revised|revision|modified|updated|evolved)\b
       | (?:explanation|rationale|changes(?:\ made)?|what\ i\ changed)[*_]*[:：]
       | (?:the\ )?(?:added|new)\ (?:constraints?|requirements?)\ (?:is|are|here|makes?|ensures?)\b
-      | note(?:\ that|:)\s+(?:i|this\ version)\b
+      | this\ (?:adds|makes|introduces|increases)\b
+      | note\b[:*_]*\ (?:that\ )?(?:i|this\ version)\b
     )""",
     re.IGNORECASE | re.VERBOSE,
 )

@@ -23,19 +23,24 @@ from generation.parsing.chat import (
 
 ITEM_NAME = r"(?:task|instruction|request|question|prompt|item|任务|指令)"
 NUMBER_MARK = re.compile(
-    rf"""(?P<indent>[ \t]*)(?:[-*•]\ +)?(?:\#{{1,6}}\ +)?(?:\*\*|__)?
-    (?:(?:{ITEM_NAME}\ *)?\#?[(\[]?(?P<plain>\d{{1,3}})\s?[.．、)\]）:：]\)?(?!\d)   # 1.  1)  (1)  #1:  **1.**  Task 1:
+    rf"""(?P<indent>[ \t]*)(?:>\ ?)?(?:[-*•]\ +)?(?:\#{{1,6}}\ +)?(?:\*\*|__)?
+    (?:(?:{ITEM_NAME}\ *)?\#?[(\[]?(?P<plain>\d{{1,3}})                             # 1.  1)  (1)  **1.**  Task 1:
+        \s?(?:\\?[.．、)\]）:：]\)?(?!\d)|[-–—]\ )
+      |(?P<circled>[①-⑳])
       |(?:{ITEM_NAME}\ *\#?|\#|№\ ?)(?P<named>\d{{1,3}})(?:\s*[-–—]|(?=\s|$|\*))     # #1  Task 1 -  **Task 1**
     )(?:\*\*|__)?[ \t]*[:：]?[ \t]*""",
     re.IGNORECASE | re.VERBOSE,
 )
 BULLET = re.compile(
-    r"(?P<indent>[ \t]*)(?:[-*+–—‣◦▪●](?:\s+|$)|[•·]\s*|(?:\*\*)?Instruction\s*[:：](?:\*\*)?\s*)(?!-)", re.IGNORECASE
+    rf"""(?P<indent>[ \t]*)
+    (?:[-*+–—‣◦▪●](?:\s+|$) | [•·]\s* | (?:\*\*)?{ITEM_NAME}\s*[:：](?:\*\*)?\s*)(?!-)(?:\[[ x]\]\s+)?""",
+    re.IGNORECASE | re.VERBOSE,
 )
 ITEM_LABEL = re.compile(rf"(?:\*\*|__)?{ITEM_NAME}\s*(?:\*\*|__)?\s*[:：]\s*(?:\*\*|__)?\s*", re.IGNORECASE)
 HEADING = re.compile(r"#{1,6}\s+\S.*|(?:\*\*|__)[^*\n]*[^*.?!。？！\n](?:\*\*|__)[:：]?")
 LEADING_BOLD = re.compile(r"(\*\*|__)(\S[^\n]*?)\1")
 COLONS = (":", "：")
+SENTENCE_ENDS = (".", "?", "!", "。", "？", "！")
 MAX_HEADER_WORDS = 8  # of a line that ends with a colon, directly before the next item
 
 
@@ -74,7 +79,7 @@ def parse_list(
 
 def _parse(text: str, first_number: int, was_cut: bool, is_continued: bool, known: set[str]) -> Iterator[str | Dropped]:
     lines = _without_outer_fence(text.split("\n"), known)
-    marks = _find_marks(lines)
+    marks = _find_marks(lines) or ([] if is_continued else _find_sentences(lines, known))
     first_mark = marks[0].line if marks else len(lines)
     start = next((n for n in range(first_mark) if lines[n].strip() and not _is_header(lines[n], known)), first_mark)
     tops, opening_is_item = _choose(lines, marks, first_number, is_continued, start < first_mark, known)
@@ -110,7 +115,7 @@ def _find_marks(lines: list[str]) -> list[_Mark]:
         if fence:
             continue
         if found := NUMBER_MARK.match(line):
-            number = int(found["plain"] or found["named"])
+            number = int(found["plain"] or found["named"] or ord(found["circled"]) - ord("①") + 1)
             numbers.append(_Mark(position, len(found["indent"]), found.end(), number))
         elif (found := BULLET.match(line)) and not is_rule(line):
             bullets.append(_Mark(position, len(found["indent"]), found.end(), None))
@@ -121,6 +126,15 @@ def _find_marks(lines: list[str]) -> list[_Mark]:
     marks = numbers or bullets
     outermost = min((mark.indent for mark in marks), default=0)
     return [mark for mark in marks if mark.indent <= outermost + 1]
+
+
+def _find_sentences(lines: list[str], known: set[str]) -> list[_Mark]:
+    """A mark of no length for each line of a list without marks, if each of several lines is a sentence."""
+    written = [
+        n for n, line in enumerate(lines) if line.strip() and not _is_header(line, known) and not is_closer(line)
+    ]
+    is_list = len(written) > 1 and all(lines[n].rstrip().endswith(SENTENCE_ENDS) for n in written)
+    return [_Mark(n, 0, 0, None) for n in written] if is_list else []
 
 
 def _choose(

@@ -27,6 +27,10 @@ NUMBERED: dict[str, Callable[[int, str], str]] = {
     "[1]": lambda n, item: f"[{n}] {item}",
     "1:": lambda n, item: f"{n}: {item}",
     "1、": lambda n, item: f"{n}、{item}",
+    "1 -": lambda n, item: f"{n} - {item}",
+    "1\\\\.": lambda n, item: f"{n}\\\\. {item}",
+    "> 1.": lambda n, item: f"> {n}. {item}",
+    "①": lambda n, item: f"{'①②③④⑤⑥⑦⑧⑨⑩⑪⑫⑬⑭⑮⑯⑰⑱⑲⑳'[n - 1]} {item}",
     "**1.**": lambda n, item: f"**{n}.** {item}",
     "**1. item**": lambda n, item: f"**{n}. {item}**",
     "1. **item**": lambda n, item: f"{n}. **{item}**",
@@ -47,6 +51,8 @@ BULLETS: dict[str, Callable[[int, str], str]] = {
     **{mark: lambda _, item, mark=mark: f"{mark} {item}" for mark in ("-", "*", "•", "+", "–", "●")},
     "1. 1. 1.": lambda _, item: f"1. {item}",
     "Instruction:": lambda _, item: f"Instruction: {item}",
+    "Request:": lambda _, item: f"Request: {item}",
+    "- [ ]": lambda _, item: f"- [ ] {item}",
 }
 STYLES = NUMBERED | BULLETS
 WORDS = st.lists(st.sampled_from("amber basil candle dune ember fjord 3.5 16 2016. x-ray NASA's".split()), min_size=2)  # noqa: SIM905
@@ -174,6 +180,13 @@ def test_a_list_after_an_unknown_header_is_a_list_if_its_items_are_sentences():
     text = "\n".join(f"{number}. {item}" for number, item in enumerate(items, 1))
     assert kept(parse_list(f"I have thought of five tasks for you.\n{text}", 9)) == items
     assert kept(parse_list(f" Number these steps:\n{text.lower()}\n10. Next one.", 9))[1:] == ["Next one."]
+
+
+def test_a_chat_may_write_a_sentence_a_line_without_any_mark():
+    text = "Sure! Here they are:\n\nName one.\n\nWhat is two?\nName three!\n\nI hope this helps!"
+    assert kept(parse_list(text, 9, is_continued=False)) == ["Name one.", "What is two?", "Name three!"]
+    letter = "Mend this:\nDear Bob,\nsee you.\nAnn"
+    assert kept(parse_list(letter, 9, is_continued=False)) == [flat(letter)]
 
 
 def test_the_last_item_of_a_cut_list_is_dropped():
@@ -339,6 +352,11 @@ RIVER = "Name a river that flows north, and say in one sentence why it does."
         f"### New Prompt\n{RIVER}".replace("### New Prompt", "### New Prompt:"),
         f"#Given Prompt#:\nName a river.\n\n#Rewritten Prompt#:\n{RIVER}",
         f"Okay! {RIVER}",
+        f"Sure thing! Try this one: {RIVER}",
+        f"I've rewritten the prompt to be harder: {RIVER}",
+        f"Rewritten: {RIVER}",
+        f"New task: {RIVER}",
+        f"The rewritten version: {RIVER}\n\n---\n\n**Note:** I added a limit.",
         f"{RIVER}\n\n**Explanation:**\n- It asks for a reason.\n- It sets a limit.",
         f"{RIVER}\n\nThis version adds a reason:\n1. why\n2. how",
         f"I'd be happy to help.\n{RIVER}\nFeel free to ask for more.",
