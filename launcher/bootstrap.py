@@ -117,8 +117,9 @@ def cpu_options(install: list[str], environ: dict[str, str]) -> list[str]:
     """
     overrides = [f"{name} ; python_version < '3'" for name in LEFT_OUT_ON_CPUS]
     trial = [*install, "--dry-run", "--no-deps"]
-    for options, torch in (([], f"{TORCH}+cpu"), (["--torch-backend", "cpu"], TORCH)):
-        if run([*trial, *options, torch], env=environ, stderr=subprocess.DEVNULL) == 0:
+    for options, torch in (([], [f"{TORCH}+cpu"]), (["--torch-backend", "cpu"], [TORCH, "--reinstall"])):
+        # --reinstall: a torch with CUDA that is there already does not count. One for CPUs does.
+        if run([*trial, *options, *torch], env=environ, stderr=subprocess.DEVNULL) == 0:
             break
     else:
         print("[setup] no torch for CPUs can be reached: it comes with CUDA, which takes 3 GB more on disk", flush=True)

@@ -113,6 +113,14 @@ def test_torch_comes_without_cuda_if_it_can_and_else_set_up_says_so(
     assert "triton ; python_version < '3'" in overrides.read_text()
 
 
+def test_an_installed_torch_with_cuda_is_not_taken_for_one_without(module, monkeypatch):
+    def uv(command: list[str], **_: object) -> int:
+        return 0 if module.TORCH in command and "--reinstall" not in command else 1  # no index answers
+
+    monkeypatch.setattr(module, "run", uv)
+    assert "--torch-backend" not in module.cpu_options(["uv", "pip", "install"], {})
+
+
 def test_an_environment_for_gpus_gets_all_that_vllm_asks_for(module, monkeypatch):
     commands = []
     monkeypatch.setattr(module, "run", lambda command, **_: commands.append(command))
