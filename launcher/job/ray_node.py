@@ -33,6 +33,7 @@ from cluster.processes.signals import STOP_SIGNALS
 from cluster.ray.folder import RAY_FOLDER, keep_logs, private_folder, ray_environment
 from launcher.job.first_node import FirstNode
 from launcher.job.ray_ports import PortBlock, claim_block
+from launcher.slurm.snapshot import check_code_of_step
 
 DONE, KEEP_LOGS, CLOSED = "done", "keep logs", ""  # messages of the supervisor; CLOSED: its pipe has closed
 POLL_SECONDS = 0.2
@@ -67,6 +68,7 @@ class Pipe:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run a Ray node until the supervisor ends it, or Ray ends by itself. Returns the exit code."""
+    check_code_of_step()
     pipe = Pipe()
     token = pipe.read(timeout_seconds=END_SECONDS)
     if not token:
