@@ -140,3 +140,10 @@ def test_holding_out_all_of_a_source_is_an_error() -> None:
     config = make_config(validation=ValidationConfig(fraction=0.9), data=[DataSource(path="a")])
     with pytest.raises(InputError, match=r"train\.validation\.fraction: all of source0 is held out"):
         Mixture(make_tokens([1]), config, 0)
+
+
+def test_reasons_that_differ_in_every_row_are_not_all_shown() -> None:
+    dropped = {"no assistant turn": 40} | {f"the chat template refuses the conversation: {n}": 1 for n in range(20)}
+    shown = SourceFacts("a", "messages", 1, dropped).describe_dropped()
+    assert shown.startswith("no assistant turn: 40, ")
+    assert shown.endswith(", other reasons: 13")

@@ -57,7 +57,7 @@ class SourceShare:
     def describe(self) -> str:
         """A line for the log."""
         source = self.source
-        reasons = ", ".join(f"{reason}: {count}" for reason, count in source.dropped.items())
+        reasons = source.describe_dropped()
         held_out = source.num_documents - len(self.pool)
         times = self.num_per_epoch / len(self.pool)
         return (

@@ -29,6 +29,7 @@ from trainer.data.sources import Examples
 from trainer.data.template import ChatTemplate
 
 TOKENIZER_BATCH = 1000  # texts
+MAX_REASONS = 8  # shown in a message; the result of the stage has all of them
 ENCODING = 4  # increment it if the same rows give other tokens or labels, so that older caches are not used
 
 
@@ -41,6 +42,12 @@ class SourceFacts:
     num_documents: int
     dropped: dict[str, int]  # reason -> number of rows
     notes: dict[str, int] = field(default_factory=dict)  # what is special about rows that are kept -> number of rows
+
+    def describe_dropped(self) -> str:
+        """The most frequent reasons with their numbers. A template's error may have the text of a row in it."""
+        shown = Counter(self.dropped).most_common(MAX_REASONS)
+        rest = sum(self.dropped.values()) - sum(count for _, count in shown)
+        return ", ".join(f"{reason}: {count}" for reason, count in [*shown, ("other reasons", rest)] if count)
 
 
 @dataclass(frozen=True)
@@ -158,7 +165,7 @@ def refuse_untrainable(source: SourceFacts, max_seq_len: int, key: str) -> None:
     """Raise InputError if no row of a source could be encoded."""
     if source.num_documents:
         return
-    reasons = ", ".join(f"{reason}: {count}" for reason, count in Counter(source.dropped).most_common())
+    reasons = source.describe_dropped()
     fix = "Use another dataset, or another train.chat_template."
     if set(source.dropped) == {TOO_LONG}:
         fix = f"Its prompts alone fill {max_seq_len} tokens. Raise train.max_seq_len."
