@@ -65,8 +65,10 @@ class ChatTemplate:
             messages = _fold_system_turns(messages)
         for role in {message["role"] for message in messages} - {"user", "assistant"}:
             if not self._shows_role(role):
-                fix = " (train.fold_system=true puts its text into the user's turn)" if role == "system" else ""
-                raise Unmaskable(f"the chat template has no {role} turn{fix}")
+                fix = f"train.chat_template={CHATML} writes it"
+                if role == "system":
+                    fix = "train.fold_system=true puts its text into the user's turn"
+                raise Unmaskable(f"the chat template has no {role} turn ({fix})")
         if any("tool_calls" in message for message in messages):
             if self.call_form is None:
                 raise Unmaskable(f"the chat template leaves out tool calls (train.chat_template={CHATML} writes them)")
