@@ -36,7 +36,9 @@ CHANGED = (
 )
 ASKED_FOR = r"(?:prompts?|instructions?|tasks?|questions?|requests?|challenges?|problems?|queries|query|examples?)"
 # A version, or a new task: what a rewrite is announced as. "Here is a list of numbers:" belongs to an instruction.
-REWRITE = rf"(?:\b(?:version|variation|variant|rewr\w+|revis\w+|rephras\w+)\b|\b{CHANGED}\b[^:：\n]*\b{ASKED_FOR}\b)"
+REWRITE = (
+    rf"(?:\b(?:version|variation|variant|rewr\w+|revis\w+|rephras\w+)\b|\b{CHANGED}\b[^:：\n]{{0,60}}\b{ASKED_FOR}\b)"
+)
 
 CHAT_LINE = re.compile(
     rf"""[*_\s]*(?:
@@ -48,13 +50,14 @@ CHAT_LINE = re.compile(
     re.IGNORECASE | re.VERBOSE,
 )
 ANNOUNCEMENT = re.compile(  # Here are some more tasks:  Here are ten tasks of many kinds.
-    rf"[*_\s]*{POINTER}(?:[^\n]*[:：]|[^\n]*\b{ASKED_FOR}\b[^\n]*\.)[*_\s]*", re.IGNORECASE | re.VERBOSE
+    rf"[*_\s]*{POINTER}(?:[^\n]{{0,300}}[:：]|[^\n]{{0,150}}\b{ASKED_FOR}\b[^\n]{{0,150}}\.)[*_\s]*",
+    re.IGNORECASE | re.VERBOSE,
 )
 # Sure! Here is a harder version of it: Explain ...
 INLINE_OPENER = re.compile(
     rf"""(?:{AGREEMENT}\s*[!,.，！]+\s*)?(?:
-        {POINTER}[^:：\n]*?{REWRITE}[^:：\n]*[:：]
-      | i(?:['’]ve|\ have)\ (?:rewritten|revised|rephrased|made|created)\b[^:：\n]*[:：]
+        {POINTER}[^:：\n]{{0,80}}?{REWRITE}[^:：\n]{{0,80}}[:：]
+      | i(?:['’]ve|\ have)\ (?:rewritten|revised|rephrased|made|created)\b[^:：\n]{{0,80}}[:：]
       | (?:how\ about|what\ about|try)\ (?:this|the\ following)(?:\ one)?\s*[:：?？]
       | (?:the\ )?(?:{CHANGED}|rewritten|created|final)(?:\ (?:{ASKED_FOR}|version))?\s*[:：]
     )\s*""",

@@ -41,6 +41,7 @@ HEADING = re.compile(r"#{1,6}\s+\S.*|(?:\*\*|__)[^*\n]*[^*.?!。？！\n](?:\*\*
 LEADING_BOLD = re.compile(r"(\*\*|__)(\S[^\n]*?)\1")
 COLONS = (":", "：")
 SENTENCE_ENDS = (".", "?", "!", "。", "？", "！")
+MAX_PATHS = 16  # readings of a list to go on with; garbage has thousands
 MAX_HEADER_WORDS = 8  # of a line that ends with a colon, directly before the next item
 
 
@@ -179,7 +180,7 @@ class _Surroundings:
 def _extend(
     paths: dict[tuple[int | None, int], _Path], mark: _Mark, around: _Surroundings, first_number: int
 ) -> dict[tuple[int | None, int], _Path]:
-    """Read one more mark as an item or as part of a list inside an item. Of equal readings, keep the cheapest.
+    """Read one more mark as an item or as part of a list inside an item. Keep the cheapest readings.
 
     The keys are the numbers of the last item and of the last mark inside it (0: none).
     """
@@ -196,7 +197,8 @@ def _extend(
         if top is not None:
             cost = path.cost + _cost_inside(mark.number, inner, around)
             offer((top, mark.number), _Path(cost, path.opening_is_item, path.num_items, path.last))
-    return extended
+    best = sorted(extended, key=lambda key: (extended[key].cost, -extended[key].num_items))[:MAX_PATHS]
+    return {key: extended[key] for key in best}
 
 
 def _cost_of_item(number: int, last: int | None, first_number: int, around: _Surroundings) -> float:

@@ -149,7 +149,7 @@ def test_a_stop_string_ends_the_text_before_it(complete, reference):
     sampling = Sampling(temperature=0, max_tokens=16, stop=(stop,))
     (completion,) = complete([GenerationRequest("stop", PROMPTS[0], sampling)])
     assert completion.text == text[: text.index(stop)]
-    assert completion.finish_reason == "stop"
+    assert (completion.finish_reason, completion.samples[0].stop_reason) == ("stop", stop)
 
 
 def test_an_adapter_answers_as_its_merged_model_and_not_as_the_base(complete, reference, adapter):

@@ -394,3 +394,15 @@ def test_a_refusal_is_no_instruction(text):
 
 def test_nothing_is_left_of_a_text_that_is_only_chat():
     assert unframe("Sure! I can help you with that.")[0] == ""
+
+
+LOOPS = ("Here is a new prompt ", "1. a\n", "Example 1\n", "Output: ", "- a\n\n", "**#((")
+COUNTING = "".join(f"{number % 400}. a\n" for number in range(1000))
+
+
+@pytest.mark.parametrize("text", [COUNTING, *(loop * 1000 for loop in LOOPS)], ids=lambda text: text[:9])
+def test_a_text_that_goes_round_in_circles_is_read_in_a_moment(text):
+    for parse in (unframe, parse_input_first, parse_output_first):
+        parse(text)
+    parse_tasks(text, 4)
+    parse_list(text, 9)
