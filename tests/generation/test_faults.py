@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cluster.config import ModelConfig
-from cluster.engines.config import EngineConfig, GenerationRequest
+from cluster.engines.config import GenerationRequest
 from cluster.errors import InputError
 from cluster.files import sha256_file
 from cluster.run.manifest import is_sealed, verify_manifest
@@ -235,8 +235,8 @@ def test_another_seed_model_or_prompt_is_refused(recorded, tmp_path):
 def test_what_does_not_decide_the_data_may_change(recorded):
     run, model = recorded
     changed = CONFIG.model_copy(update={"budget": BudgetConfig(max_rows=7), "checkpoint_seconds": 1.0})
-    check_inputs(run, load_inputs(changed, model, EngineConfig(num_replicas=3), seed=1))
+    check_inputs(run, load_inputs(changed, model, scripted(num_replicas=3), seed=1))
     with pytest.raises(InputError, match="max_model_len: was None, is 9"):
-        check_inputs(run, load_inputs(changed, model, EngineConfig(max_model_len=9), seed=1))
+        check_inputs(run, load_inputs(changed, model, scripted(max_model_len=9), seed=1))
     with pytest.raises(InputError, match="dtype: was auto, is float16"):
-        check_inputs(run, load_inputs(changed, model, EngineConfig(dtype="float16"), seed=1))
+        check_inputs(run, load_inputs(changed, model, scripted(dtype="float16"), seed=1))
