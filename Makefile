@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 THEN := $(addprefix make ,$(firstword $(filter-out setup,$(MAKECMDGOALS))))
 
-.PHONY: help setup demo english-model test test-all chaos reference lint base-model chat-model bench bench-synthesis bench-training bench-launch clean-demo
+.PHONY: help setup demo demo-english english-model test test-all chaos reference lint base-model chat-model bench bench-synthesis bench-training bench-launch clean-demo
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -14,6 +14,12 @@ setup: ## Make .venv and install everything for a machine without a GPU
 
 demo: setup ## Run the demo: a small model instructs itself and is tuned (minutes); ARGS="key=value --run-dir DIR"
 	@$(BIN)/tunesmith run recipes/demo/self_instruct.yaml $(ARGS)
+
+RUN ?= runs/english
+demo-english: setup ## Run the demo with a real model, in English: SmolLM2 (93 MB, got once); RUN=DIR ARGS="key=value"
+	@model="$$($(BIN)/python -m english.model)" && \
+		$(BIN)/tunesmith run recipes/english.yaml model.path="$$model" --run-dir $(RUN) $(ARGS)
+	@$(BIN)/tunesmith show $(RUN)
 
 english-model: setup ## Get SmolLM2, the real model of the tests and of the English demo (93 MB, once)
 	@$(BIN)/python -m english.model
