@@ -37,6 +37,7 @@ OWN_SIZES = {
     "mamba": OLD | {"state_size": 4, "num_attention_heads": None},
     "gpt_oss": SIZES | {"num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 16},
     "gemma2": SIZES | {"sliding_window": 16, "final_logit_softcapping": None, "attn_logit_softcapping": 0.5},
+    "mixtral": SIZES | {"num_local_experts": 4},
     "lfm2": SIZES | {"layer_types": ["conv", "full_attention"], "conv_L_cache": 3},
     "llama4_text": SIZES | {
         "intermediate_size_mlp": 64, "num_local_experts": 2, "attention_chunk_size": 16, "num_experts_per_tok": 1,
@@ -44,6 +45,7 @@ OWN_SIZES = {
 }  # fmt: skip
 # Family -> the attention that auto chooses, and whether rows are packed.
 CHOSEN = {
+    "mixtral": ("sdpa_by_document", True),
     "gpt2": ("sdpa_by_document", True), "gpt_neox": ("sdpa_by_document", True), "opt": ("sdpa_by_document", True),
     "falcon": ("sdpa", False), "gptj": ("eager", True), "gpt_neo": ("eager", True), "bloom": ("eager", False),
     "mpt": ("eager", False), "mamba": ("eager", False), "gpt_oss": ("eager", False), "gemma2": ("eager", True),

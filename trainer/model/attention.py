@@ -21,7 +21,7 @@ VARLEN = "varlen"
 HARMLESS = frozenset(
     {
         "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "dropout", "is_causal", "max_length_k", "max_length_q",
-        "output_attentions", "output_hidden_states", "position_ids", "scaling", "use_cache",
+        "output_attentions", "output_hidden_states", "output_router_logits", "position_ids", "scaling", "use_cache",
     }
 )  # fmt: skip
 
@@ -121,7 +121,8 @@ def _refuse_unknown(
     is_causal: bool | None, others: dict[str, object],
 ) -> None:  # fmt: skip
     """Raise InputError for what would make the model's attention another one than this implementation's."""
-    unknown = sorted(name for name, value in others.items() if value is not None and name not in HARMLESS)
+    given = {name for name, value in others.items() if value is not None and value is not False}
+    unknown = sorted(given - HARMLESS)
     if attention_mask is not None or key.shape[2] != query.shape[2] or is_causal is False:
         unknown.append("a mask or a cache")
     if unknown:

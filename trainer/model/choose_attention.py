@@ -149,7 +149,7 @@ def read_attention(lm: PreTrainedModel) -> AttentionFacts:
     def record(
         module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *masks: object, **others: object
     ) -> tuple[torch.Tensor, None]:
-        arguments.update(name for name, value in others.items() if value is not None)
+        arguments.update(name for name, value in others.items() if value is not None and value is not False)
         if others.get("dropout"):
             arguments.add(DROPOUT)
         if any(mask is not None for mask in masks):
