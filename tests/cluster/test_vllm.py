@@ -220,7 +220,10 @@ def test_an_answer_has_its_structure(complete):
 
 
 def test_an_invalid_structure_is_an_error_of_its_caller_only(serving):
-    bad = Sampling(max_tokens=4, structured=StructuredOutput(regex="[unclosed"))
+    unchecked = StructuredOutput.model_construct(
+        choice=None, regex="[unclosed", json_schema=None
+    )  # a recipe is checked
+    bad = Sampling.model_construct(**dict(Sampling(max_tokens=4)) | {"structured": unchecked})
     good = GenerationRequest("good", PROMPTS[0], Sampling(max_tokens=4))
 
     async def both() -> list:
