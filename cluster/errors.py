@@ -8,6 +8,7 @@ TunesmithError            1   something went wrong while running
 EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
+EXIT_LIVE = 3  # of a question about a run that has not ended
 EXIT_RETRY = 75  # EX_TEMPFAIL of sysexits.h: ended early, by a request or a crash, and the same command continues
 
 

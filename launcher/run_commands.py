@@ -1,4 +1,4 @@
-"""The commands that need Slurm or ask it: run and plan `--on slurm`, status, logs, cancel, resume, list.
+"""The commands that need Slurm or ask it: run and plan `--on slurm`, status, logs, wait, cancel, resume, list.
 
 Nothing heavy is imported here, so that `--help` answers at once. Each command imports what it needs.
 """
@@ -14,6 +14,7 @@ from cluster.run.rundir import RunDir
 
 if TYPE_CHECKING:
     from launcher.recipe import Recipe
+    from launcher.status import RunStatus
 
 RunFolder = Annotated[
     Path, typer.Argument(metavar="RUN", help="a run or sweep folder, such as runs/demo", show_default=False)
@@ -22,13 +23,23 @@ RunFolder = Annotated[
 
 def add_to(app: typer.Typer) -> None:
     """Add the commands about runs to the command line."""
-    for command in (status, logs, cancel, resume):
+    for command in (status, logs, wait, cancel, resume):
         app.command()(command)
     app.command("list")(list_runs)
 
 
-def status(run: RunFolder) -> None:
+def status(
+    run: RunFolder,
+    exit_code: Annotated[
+        bool,
+        typer.Option(
+            "--exit-code",
+            help="end with what the run came to: 0 done, 1 failed, 2 bad input, 3 not ended yet, 75 `resume` continues",
+        ),
+    ] = False,
+) -> None:
     """Show the state of a run or a sweep, stage by stage. Asks squeue if the run has Slurm jobs."""
+    from launcher.outcome import exit_code_of
     from launcher.print_status import print_status
     from launcher.slurm.client import Slurm
     from launcher.status import read_statuses
@@ -36,11 +47,24 @@ def status(run: RunFolder) -> None:
 
     if members := read_index(run):
         existing = [(folder, values) for folder, values in members if RunDir(folder).recipe.is_file()]
-        _print_runs(existing)
+        states = _print_runs(existing)
         if missing := len(members) - len(existing):
             typer.echo(f"{missing} of the sweep's {len(members)} runs were not started.")
-        return
-    print_status(read_statuses([run], Slurm())[0], Console())
+    else:
+        states = read_statuses([run], Slurm())
+        print_status(states[0], Console())
+    if exit_code:
+        raise typer.Exit(exit_code_of(run, states))
+
+
+def wait(run: RunFolder) -> None:
+    """Wait until a run or a sweep has ended. Exit codes: 0 done, 1 failed, 2 bad input, 75 `resume` continues it."""
+    from launcher.outcome import wait_for_end
+    from launcher.slurm.client import Slurm
+
+    code = wait_for_end(run, Slurm())
+    status(run)
+    raise typer.Exit(code)
 
 
 def list_runs(
@@ -56,14 +80,15 @@ def list_runs(
         typer.echo(f"{len(hidden)} folders may not be read and are left out: {', '.join(hidden)}")
 
 
-def _print_runs(found: list[tuple[Path, dict[str, object]]]) -> None:
-    """Print the states of runs: (folder, values of a sweep)."""
+def _print_runs(found: list[tuple[Path, dict[str, object]]]) -> list["RunStatus"]:
+    """Print and return the states of runs: (folder, values of a sweep)."""
     from launcher.print_status import print_runs
     from launcher.slurm.client import Slurm
     from launcher.status import read_statuses
 
     states = read_statuses([folder for folder, _ in found], Slurm())
     print_runs([(state, values) for state, (_, values) in zip(states, found, strict=True)], Console())
+    return states
 
 
 def logs(
@@ -73,7 +98,8 @@ def logs(
         str | None, typer.Option("--stage", help="only this stage: synthesize, train, export or evaluate")
     ] = None,
 ) -> None:
-    """Show the output of a run's Slurm jobs, in all their attempts."""
+    """Show the output of a run's Slurm jobs, in all their attempts. With -f, the exit codes are those of `wait`."""
+    from launcher.outcome import wait_for_end
     from launcher.slurm.client import Slurm
     from launcher.slurm.logs import print_logs
     from launcher.status import may_still_run, read_run
@@ -81,6 +107,8 @@ def logs(
     slurm = Slurm()
     _, folder = read_run(run)
     print_logs(folder, stage, follow, lambda: may_still_run(run, stage, slurm), typer.echo)
+    if follow:
+        raise typer.Exit(wait_for_end(run, slurm, stage))
 
 
 def cancel(run: RunFolder) -> None:

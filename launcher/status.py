@@ -19,7 +19,7 @@ from cluster.run.fence import Claim, claims
 from cluster.run.rundir import RunDir
 from launcher.done import is_done
 from launcher.recipe import Recipe, read_resolved, refuse_older_layout
-from launcher.slurm.client import QueuedJob, Slurm, SlurmError
+from launcher.slurm.client import NoSlurm, QueuedJob, Slurm, SlurmError
 from launcher.slurm.submitted import SubmittedJob, live_jobs, queue_of, read_jobs
 from launcher.sweep import read_index
 
@@ -45,6 +45,7 @@ class RunStatus:
     run: RunDir
     name: str
     stages: tuple[StageStatus, ...]
+    is_unanswered: bool = False  # Slurm did not answer, so the run may go on
 
     @property
     def current(self) -> StageStatus | None:
@@ -63,6 +64,7 @@ class QueueAnswer:
 
     jobs: Mapping[SubmittedJob, QueuedJob]
     error: str = ""
+    may_answer_later: bool = True
 
 
 def read_run(folder: Path) -> tuple[Recipe, RunDir]:
@@ -83,7 +85,7 @@ def read_statuses(folders: list[Path], slurm: Slurm) -> list[RunStatus]:
     try:
         answer = QueueAnswer(queue_of([job for submitted in jobs.values() for job in submitted], slurm))
     except SlurmError as error:
-        answer = QueueAnswer({}, str(error))
+        answer = QueueAnswer({}, str(error), may_answer_later=not isinstance(error, NoSlurm))
     return [status_of_run(recipe, run, jobs[run], answer) for recipe, run in runs]
 
 
@@ -102,7 +104,8 @@ def status_of_run(recipe: Recipe, run: RunDir, jobs: list[SubmittedJob], answer:
         else:
             stages.append(status_without_jobs(stage, run, is_locked))
             is_locked = False  # a run on this machine is at its first stage that is not done
-    return RunStatus(run, recipe.name, tuple(stages))
+    is_unanswered = bool(jobs and answer.error and answer.may_answer_later)
+    return RunStatus(run, recipe.name, tuple(stages), is_unanswered)
 
 
 def status_without_jobs(stage: str, run: RunDir, is_running: bool) -> StageStatus:

@@ -78,6 +78,7 @@ assert not loaded, loaded
         "inspect",
         "status",
         "logs",
+        "wait",
         "cancel",
         "resume",
         "list",

@@ -112,7 +112,9 @@ def test_each_run_of_a_sweep_is_a_chain_and_the_folder_stands_for_all(tmp_path: 
     slurm = FakeSlurm()
     monkeypatch.setattr("launcher.slurm.client.Slurm", lambda: slurm)
     monkeypatch.setenv("COLUMNS", "200")
-    recipe, run = write(tmp_path, sweep={"train.learning_rate": [0.1, 0.2]}), tmp_path / "run"
+    (tmp_path / "rows.jsonl").write_text('{"instruction": "Say a.", "output": "a"}\n')
+    train = VALUES["train"] | {"data": [str(tmp_path / "rows.jsonl")]}
+    recipe, run = write(tmp_path, train=train, sweep={"train.learning_rate": [0.1, 0.2]}), tmp_path / "run"
 
     def tunesmith(*arguments: str) -> str:
         done = CliRunner().invoke(app, list(arguments))
