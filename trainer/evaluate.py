@@ -167,7 +167,7 @@ def read_set(path: Path) -> list[dict]:
             raise InputError(f"{place}: `references` is not a list of texts. Fix or remove this row.")
         rows.append({**row, **texts, "references": references})
     if not rows:
-        raise InputError(f"evaluate.sets: {path} is empty.")
+        raise InputError(f"evaluate.sets: {path} is empty. Give a file with at least one task, or leave it out.")
     return rows
 
 

@@ -129,12 +129,12 @@ def check_heads(facts: ModelFacts, config: TrainConfig) -> None:
     if facts.num_heads % parts:
         raise InputError(
             f"train.sequence_parallel_size={parts} does not divide the model's {facts.num_heads} attention heads. "
-            "Every rank of a group takes the same number of heads."
+            "Every rank of a group takes the same number of heads. Set a divisor."
         )
     if facts.num_kv_heads % parts and parts % facts.num_kv_heads:
         raise InputError(
             f"train.sequence_parallel_size={parts} and the model's {facts.num_kv_heads} key-value heads do not fit: "
-            "one of the two numbers has to divide the other."
+            "one of the two numbers has to divide the other. Set train.sequence_parallel_size to a divisor."
         )
 
 

@@ -121,6 +121,6 @@ def check_num_ranks(job: TrainJob, world_size: int) -> None:
         from deepspeed.ops.op_builder import AsyncIOBuilder  # slow to import, and few recipes use an NVMe disk
 
         if not Path(folder).is_dir():
-            raise InputError(f"train.zero.nvme_path: this node has no folder {folder}.")
+            raise InputError(f"train.zero.nvme_path: this node has no folder {folder}. Create it, or name another.")
         if not AsyncIOBuilder().is_compatible():
             raise InputError("train.zero.nvme_path: DeepSpeed needs libaio for it (apt install libaio-dev).")

@@ -274,5 +274,8 @@ def _weight_files(base: PreTrainedModel, revision: str | None) -> list[Path]:
         folder = Path(snapshot_download(base.name_or_path, revision=revision, local_files_only=True))
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
-        raise InputError(f"{folder}: there is no model*.safetensors, which identifies the base of an adapter.")
+        raise InputError(
+            f"{folder}: there is no model*.safetensors, which identifies the base of an adapter. Use a base "
+            "with safetensors."
+        )
     return files
