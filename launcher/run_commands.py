@@ -125,14 +125,24 @@ def cancel(run: RunFolder) -> None:
     typer.echo(f"To continue: tunesmith resume {run}")
 
 
-def resume(run: RunFolder) -> None:
+def resume(
+    run: RunFolder,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="values that may change on resume, such as slurm.time=600"),
+    ] = None,
+) -> None:
     """Continue a run or a sweep where it began: on Slurm or on this machine. Finished stages are skipped."""
+    from launcher.changes import changed_recipe
     from launcher.slurm.submitted import read_jobs
     from launcher.status import read_run
-    from launcher.sweep import folders_of
+    from launcher.sweep import folders_of, read_index
 
-    for folder in folders_of(run):
-        recipe, place = read_run(folder)
+    members = read_index(run)
+    swept = {"name"} | {key for _, values in members for key in values} if members else set()
+    found = [changed_recipe(*read_run(folder), overrides or [], swept) for folder in folders_of(run)]
+    for recipe in found:
+        place = recipe.run
         jobs = read_jobs(place)
         if not jobs:
             from launcher.stages import run_all
