@@ -200,6 +200,7 @@ def generation_settings(job: ExportJob, tokenizer: PreTrainedTokenizerFast) -> d
         _raise_exceptions_for_connection_errors=False,
     )
     settings = json.loads(Path(file).read_text()) if file else {}
+    settings.pop("_from_model_config", None)  # transformers may replace such settings by those of config.json
     known = settings.get("eos_token_id")
     ends = {tokenizer.eos_token_id, *(known if isinstance(known, list) else [known])}
     if job.train.objective == "chat":

@@ -161,11 +161,13 @@ def test_the_bases_stop_tokens_and_sampling_are_kept(runs, tmp_path: Path) -> No
     run, _ = runs["full"]
     folder = shutil.copytree(read_job(run).model.path, tmp_path / "model")
     settings = {"eos_token_id": [0, 7], "temperature": 0.6, "top_p": 0.9, "do_sample": False, "bos_token_id": 5}
-    (folder / "generation_config.json").write_text(json.dumps(settings))
+    derived = {"_from_model_config": True}
+    (folder / "generation_config.json").write_text(json.dumps(settings | derived))
     job = export_job(run, max_shard_size="2GB")
     export.run(replace(job, model=ModelConfig(path=str(folder))))
     found = json.loads((run / "export" / "generation_config.json").read_text())
     end = AutoTokenizer.from_pretrained(run / "export").convert_tokens_to_ids(IM_END)
+    assert not derived.keys() & found.keys()
     assert found.pop("eos_token_id") == sorted({0, 7, end})
     assert {name: found[name] for name in ("temperature", "top_p", "do_sample", "bos_token_id")} == {
         name: settings[name] for name in ("temperature", "top_p", "do_sample", "bos_token_id")
