@@ -42,6 +42,7 @@ def status(
     from launcher.outcome import exit_code_of
     from launcher.print_status import print_status
     from launcher.slurm.client import Slurm
+    from launcher.slurm.live import describe_live_jobs
     from launcher.status import read_statuses
     from launcher.sweep import read_index
 
@@ -51,8 +52,11 @@ def status(
         if missing := len(members) - len(existing):
             typer.echo(f"{missing} of the sweep's {len(members)} runs were not started.")
     else:
-        states = read_statuses([run], Slurm())
+        slurm = Slurm()
+        states = read_statuses([run], slurm)
         print_status(states[0], Console())
+        for line in describe_live_jobs(states[0], slurm):
+            typer.echo(line)
     if exit_code:
         raise typer.Exit(exit_code_of(run, states))
 

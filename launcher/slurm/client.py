@@ -31,11 +31,13 @@ _NO_ANSWER = re.compile(
 _NO_CLUSTER = "Could not establish a configuration source"
 _UNKNOWN_JOB = "Invalid job id specified"
 _QUEUE_FIELDS = "%i|%T|%M|%D|%N|%E|%r|%V|%j"
+_TIME_FIELDS, _PLACE_FIELDS = "%i|%S|%L|%l|%P", "%i|%Q|%r"
 _JOB_ID = re.compile(r"^([0-9]+)(?:;\S*)?$", re.MULTILINE)  # with the cluster's name where there are several
 COMMAND_SECONDS = 60
 FIND_SECONDS, POLL_SECONDS = 10.0, 1.0  # until a job is in the queue whose sbatch got no answer
 JOBS_PER_CALL = 500  # a command line has a limit
 CONFIRMED_JOBS = 8  # the newest ones: two chains of four jobs
+_WAITS_FOR_RESOURCES = ("Priority", "Resources", "None")  # None: Slurm has not looked at the job yet
 USABLE_NODES = "idle,allocated,mixed,completing"
 
 
@@ -72,6 +74,16 @@ class QueuedJob:
     @property
     def is_over(self) -> bool:
         return self.state in FINAL_STATES
+
+
+@dataclass(frozen=True)
+class JobTimes:
+    """When a job starts and ends, in Slurm's own notation."""
+
+    start: str  # of a job that waits, what Slurm expects; N/A if it expects nothing yet
+    left: str
+    limit: str
+    partition: str  # several with commas between them if the job takes any of them
 
 
 @dataclass(frozen=True)
@@ -170,6 +182,26 @@ class Slurm:
                 self._confirm_unknown(ids[-CONFIRMED_JOBS:])
             found |= {job.job_id: job for job in jobs}
         return {job_id: found[job_id] for job_id in wanted if job_id in found}
+
+    def times(self, job_id: str) -> JobTimes | None:
+        """None means that Slurm has forgotten the job."""
+        found = self._lines("--states=all", f"--jobs={job_id}", f"--format={_TIME_FIELDS}")
+        return JobTimes(*found[0][1:]) if found else None
+
+    def place(self, job_id: str, partition: str) -> tuple[int, int] | None:
+        """(place, number) among the jobs that wait for resources of a partition. None if the job does not.
+
+        Slurm may hide other users' jobs (PrivateData), and may start a job before those ahead of it (backfill).
+        """
+        found = self._lines("--states=PENDING", f"--partition={partition}", f"--format={_PLACE_FIELDS}")
+        waiting = [(-int(priority), number) for number, priority, reason in found if reason in _WAITS_FOR_RESOURCES]
+        order = [number for _, number in sorted(waiting, key=lambda job: (job[0], int(re.match(r"\d+", job[1])[0])))]
+        return (order.index(job_id) + 1, len(order)) if job_id in order else None
+
+    def _lines(self, *options: str) -> list[list[str]]:
+        """The fields of each line that squeue prints. The last option is the format."""
+        lines = self.call(["squeue", "--noheader", *options]).splitlines()
+        return [line.split("|") for line in lines if line.count("|") == options[-1].count("|")]
 
     def find(self, names: Iterable[str]) -> list[QueuedJob]:
         """The jobs with these names that wait or run."""
