@@ -99,14 +99,27 @@ def check_with_slurm(submission: Submission, slurm: Slurm) -> None:
     """Raise InputError if a job of the chain could never run here, with the recipe's key for it."""
     partitions = slurm.partitions()
     for job in submission.jobs:
-        check_request(job.stage, job.config, partitions)
+        try:
+            check_request(job.stage, job.config, partitions)
+        except InputError as error:
+            raise InputError(f"{error} Here are: {list_partitions(partitions)}.") from error
         try:
             slurm.test(job.argv(dict.fromkeys(job.parents, FAKE_ID)))
         except InputError as error:
             raise InputError(
                 f"Slurm would never run {job.stage}: {error} Asked with: {' '.join(job.options)}. "
-                f"Change slurm.{job.stage} or slurm in the recipe; `sinfo -l` shows what there is."
+                f"Change slurm.{job.stage} or slurm in the recipe. Here are: {list_partitions(partitions)}."
             ) from error
+
+
+def list_partitions(partitions: list[Partition]) -> str:
+    """`gpu (default, 8 nodes, at most 1-00:00:00), long (2 nodes, no time limit), old (down)`."""
+    described = []
+    for each in partitions:
+        limit = f"at most {each.time_limit}" if seconds_of(each.time_limit) else "no time limit"
+        facts = [f"{each.num_nodes} node{'' if each.num_nodes == 1 else 's'}", limit] if each.is_up else ["down"]
+        described.append(f"{each.name} ({', '.join(['default'] * each.is_default + facts)})")
+    return ", ".join(described)
 
 
 def check_request(stage: str, config: JobConfig, partitions: list[Partition]) -> None:
@@ -118,14 +131,14 @@ def check_request(stage: str, config: JobConfig, partitions: list[Partition]) ->
         for name in config.partition.split(","):
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1)
-                hint = f"did you mean `{near[0]}`?" if near else f"there are {', '.join(sorted(known))}."
-                raise InputError(f"slurm.partition of {stage}: there is no partition {name} here; {hint}")
+                hint = f" Did you mean `{near[0]}`?" if near else ""
+                raise InputError(f"slurm.partition of {stage}: there is no partition {name} here.{hint}")
         chosen = [known[name] for name in config.partition.split(",")]
     if not chosen:
         return
     names = " or ".join(partition.name for partition in chosen)
     if not any(partition.is_up for partition in chosen):
-        raise InputError(f"slurm.partition of {stage}: {names} is down. Choose another one; see `sinfo`.")
+        raise InputError(f"slurm.partition of {stage}: {names} is down. Choose another one.")
     nodes, most = config.nodes or 1, max(partition.num_nodes for partition in chosen)
     if nodes > most:
         raise InputError(f"slurm.nodes={nodes} of {stage}: partition {names} has {most}. Lower slurm.{stage}.nodes.")

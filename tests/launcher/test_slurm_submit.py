@@ -11,7 +11,7 @@ from cluster.files import append_jsonl, read_jsonl
 from cluster.run.rundir import RunDir
 from launcher.slurm.client import Partition, SlurmNoAnswer, SlurmRefused, clean_environment
 from launcher.slurm.sbatch import Submission
-from launcher.slurm.submit import check_request, submit
+from launcher.slurm.submit import check_request, check_with_slurm, submit
 from launcher.slurm.submitted import cancel_run, read_jobs
 from launcher.slurm_config import JobConfig
 from launcher.status import read_statuses
@@ -185,8 +185,8 @@ PARTITIONS = [
 @pytest.mark.parametrize(
     ("wanted", "message"),
     [
-        ({"partition": "gpuu"}, "slurm.partition of train: there is no partition gpuu here; did you mean `gpu`?"),
-        ({"partition": "qqq"}, "there are gpu, long, old."),
+        ({"partition": "gpuu"}, "slurm.partition of train: there is no partition gpuu here. Did you mean `gpu`?"),
+        ({"partition": "qqq"}, "there is no partition qqq here."),
         ({"nodes": 5}, "slurm.nodes=5 of train: partition gpu has 4."),
         ({"nodes": 3, "partition": "long"}, "partition long has 2"),
         ({"time": "1:00:01"}, "slurm.time=1:00:01 of train is 3601 s, and partition gpu allows 3600 s"),
@@ -196,6 +196,17 @@ PARTITIONS = [
 def test_what_no_partition_has_is_refused_by_its_key(wanted: dict, message: str) -> None:
     with pytest.raises(InputError, match=re.escape(message)):
         check_request("train", JobConfig(**wanted), PARTITIONS)
+
+
+@pytest.mark.parametrize("refuse", [(), ("sbatch", "--test-only")])
+def test_a_refusal_lists_the_partitions_and_their_limits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refuse: tuple[str, ...]
+) -> None:
+    listed = "gpu (default, 4 nodes, at most 1:00:00), long (2 nodes, no time limit), old (down)."
+    monkeypatch.setattr(FakeSlurm, "partitions", lambda self: PARTITIONS)
+    chain = submission_of(recipe_of(tmp_path, {} if refuse else {"partition": "qqq"}))
+    with pytest.raises(InputError, match=re.escape(f"Here are: {listed}")):
+        check_with_slurm(chain, FakeSlurm(refuse=refuse))
 
 
 @pytest.mark.parametrize("wanted", [{}, {"partition": "gpu,long", "time": "2:00:00"}, {"nodes": 4, "time": "60"}])

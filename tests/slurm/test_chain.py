@@ -175,7 +175,7 @@ def test_bad_input_is_one_refusal_before_anything_is_submitted(user: User) -> No
     values = yaml.safe_load((user.folder / "recipe.yaml").read_text()) | {"seed": 7}
     (other / "recipe.yaml").write_text(yaml.safe_dump(values))
     cases = {
-        ("slurm.partition=hgih",): "there is no partition hgih here; did you mean `high`?",
+        ("slurm.partition=hgih",): "there is no partition hgih here. Did you mean `high`?",
         ("slurm.train.nodes=4",): "slurm.nodes=4 of train: partition low has 3. Lower slurm.train.nodes.",
         ("slurm.export.gpus_per_node=7",): "Slurm would never run export: sbatch: allocation failure: Requested node",
         ("--run-dir", "other"): "holds results of another recipe: seed (was 7, now 0)",
