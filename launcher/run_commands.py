@@ -153,6 +153,8 @@ def resume(
 
             run_all(recipe)
             continue
+        if jobs[-1].is_by_hand:
+            typer.echo(f"{place.root}: sbatch was called by hand. The new jobs ask for what the recipe's `slurm` says.")
         _submit_all([recipe], Path(jobs[-1].option("chdir")), place.code)
 
 

@@ -31,8 +31,9 @@ from launcher.job import node_health
 from launcher.job.hang import WATCHED, HangWatch, StepWatch
 from launcher.job.preflight import OnAllNodes, check_nodes
 from launcher.recipe import Recipe, load
+from launcher.slurm.client import Slurm, SlurmError
 from launcher.slurm.snapshot import PROJECT, code_hash
-from launcher.slurm.submitted import SubmittedJob, own_job, read_jobs
+from launcher.slurm.submitted import SubmittedJob, note_job_by_hand, own_job, read_jobs
 
 FENCE_CHECK_SECONDS = 5.0
 
@@ -190,11 +191,15 @@ class Attempt:
 
 
 def open_attempt(stage: str, recipe_argv: list[str], hosts: tuple[str, ...]) -> Attempt | None:
-    """This attempt of this job. None if the jobs.jsonl of its run does not list the job."""
+    """This attempt of this job. None if a user has submitted the job with sbatch. Then it is noted in jobs.jsonl."""
     recipe = load(Path(recipe_argv[0]), recipe_argv[1:])
     run = RunDir(recipe.run_dir.resolve())
     own = own_job(run)
     if own is None:
+        try:
+            note_job_by_hand(run, stage, recipe_argv, Slurm())
+        except SlurmError as error:
+            print(f"`tunesmith status` will not know this job: {error}", file=sys.stderr, flush=True)
         return None
     if own.stage != stage:
         raise InputError(

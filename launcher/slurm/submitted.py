@@ -8,13 +8,14 @@ A job that was cancelled is not requeued: see launcher/job/requeue.py.
 
 import contextlib
 import os
+import re
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from cluster.errors import InputError, TunesmithError
-from cluster.files import read_records
+from cluster.files import append_jsonl, read_records
 from cluster.run.fence import Claim
 from cluster.run.rundir import RunDir
 from launcher.slurm.client import QueuedJob, Slurm
@@ -23,6 +24,7 @@ DEADLINE_SECONDS = 30.0
 POLL_SECONDS = 0.5
 # Clocks of machines differ, and an hour comes twice when summer time ends.
 CLOCK_SECONDS = 3 * 3600.0
+_SLURM_TIME = "%Y-%m-%dT%H:%M:%S"  # local time
 
 
 @dataclass(frozen=True)
@@ -51,13 +53,18 @@ class SubmittedJob:
         script = next((Path(word) for word in self.argv if word.endswith(".sbatch")), Path())
         return script.parents[1] if script.parts[-4:-3] == (RunDir(Path()).code.name,) else None
 
+    @property
+    def is_by_hand(self) -> bool:
+        """Whether a user submitted it with sbatch. Then its attempts do not own the run, and nothing follows it."""
+        return "--parsable" not in self.argv
+
     def is_named(self, name: str | None) -> bool:
         return self.option("job-name") in (None, name)
 
     def is_same(self, queued: QueuedJob) -> bool:
         """Whether a queued job with this id is this job. A job that is requeued gets a later submit time."""
         try:
-            submitted = time.mktime(time.strptime(queued.submit_time, "%Y-%m-%dT%H:%M:%S"))
+            submitted = time.mktime(time.strptime(queued.submit_time, _SLURM_TIME))
         except ValueError:  # N/A
             submitted = self.time
         return self.is_named(queued.name) and submitted >= self.time - CLOCK_SECONDS
@@ -84,7 +91,21 @@ def read_jobs(run: RunDir) -> list[SubmittedJob]:
 def own_job(run: RunDir) -> SubmittedJob | None:
     """The job that this process belongs to. None means that it was submitted by hand."""
     job_id, name = os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_JOB_NAME")
-    return next((job for job in reversed(read_jobs(run)) if job.job_id == job_id and job.is_named(name)), None)
+    jobs = [job for job in reversed(read_jobs(run)) if not job.is_by_hand]
+    return next((job for job in jobs if job.job_id == job_id and job.is_named(name)), None)
+
+
+def note_job_by_hand(run: RunDir, stage: str, arguments: Sequence[str], slurm: Slurm) -> None:
+    """Add this job, which a user submitted with sbatch, to the run's list, so that status, logs and cancel know it."""
+    job_id = os.environ["SLURM_JOB_ID"]
+    shown = dict(line.strip().split("=", 1) for line in slurm.show_job(job_id).splitlines() if "=" in line)
+    times = re.search(r"\bSubmitTime=(\S+)", " ".join(f"{name}={value}" for name, value in shown.items()))
+    submitted = time.mktime(time.strptime(times[1], _SLURM_TIME)) if times else time.time()
+    options = {"job-name": os.environ.get("SLURM_JOB_NAME"), "chdir": shown["WorkDir"], "output": shown["StdOut"]}
+    argv = ["sbatch", *(f"--{name}={value}" for name, value in options.items() if value is not None)]
+    job = SubmittedJob(submitted, stage, job_id, (), (*argv, f"slurm/{stage}.sbatch", *arguments))
+    if all((each.job_id, each.argv) != (job_id, job.argv) for each in read_jobs(run.create())):  # not started again
+        append_jsonl(run.jobs, asdict(job))
 
 
 def queue_of(jobs: Sequence[SubmittedJob], slurm: Slurm) -> dict[SubmittedJob, QueuedJob]:

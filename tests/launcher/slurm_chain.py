@@ -40,7 +40,7 @@ class FakeSlurm(Slurm):
 
     said: list[list[str]] = field(default_factory=list)
     queue_lines: dict[str, str] = field(default_factory=dict)
-    answers: dict[str, str] = field(default_factory=dict)  # of squeue, by its last option
+    answers: dict[str, str] = field(default_factory=dict)  # of squeue and scontrol, by the last word of the command
     refuse: tuple[str, ...] = ()
     refuse_at: int = 1  # which of these commands
     sbatch: Callable[[str], str] = "{}\n".format
@@ -64,7 +64,7 @@ class FakeSlurm(Slurm):
                 line = queue_line(job_id, name=name, rest=f"0:00|1||{waits}|Dependency")
                 self.queue_lines.setdefault(job_id, line)
                 return self.sbatch(job_id)
-            case "squeue" if argv[-1] in self.answers:
+            case "squeue" | "scontrol" if argv[-1] in self.answers:
                 return self.answers[argv[-1]]
             case "squeue" if self.num_silent[0]:
                 self.num_silent[0] -= 1
