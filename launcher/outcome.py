@@ -6,7 +6,8 @@
     3   the run has not ended: it runs or waits
     75  it was stopped, cancelled or not begun: `tunesmith resume` continues it
 
-A sweep comes to the gravest of what its runs came to. It has not ended before all of them have.
+A run comes to the gravest of what its stages came to, and a sweep to that of its runs. It has not ended before all of
+them have.
 """
 
 import time
@@ -41,16 +42,11 @@ def wait_for_end(root: Path, slurm: Slurm, stage: str | None = None) -> int:
 
 def exit_code_of(root: Path, statuses: list[RunStatus], stage: str | None = None) -> int:
     """The exit code of a run or a sweep with these statuses. `stage` limits it to one stage of each run."""
-    codes = {_code_of(status.run, current) for status in statuses for current in _stages_that_decide(status, stage)}
+    stages = [(status.run, each) for status in statuses for each in status.stages if stage in (None, each.stage)]
+    codes = {_code_of(run, each) for run, each in stages}
     if len(read_index(root)) > len(statuses):  # runs of the sweep that were not begun
         codes.add(EXIT_RETRY)
     return next(code for code in _GRAVEST_FIRST if code in codes | {EXIT_DONE})
-
-
-def _stages_that_decide(status: RunStatus, stage: str | None) -> list[StageStatus]:
-    if stage is None:
-        return [status.current] if status.current else []
-    return [each for each in status.stages if each.stage == stage]
 
 
 def _code_of(run: RunDir, stage: StageStatus) -> int:

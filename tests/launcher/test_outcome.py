@@ -42,8 +42,9 @@ def code_of(*arguments: object) -> int:
 
 
 def end(slurm: FakeSlurm, state: str) -> None:
+    """The first job ends so, and Slurm cancels those that wait for it."""
     for job_id, line in slurm.queue_lines.items():
-        slurm.queue_lines[job_id] = line.replace("PENDING", state)
+        slurm.queue_lines[job_id] = line.replace("PENDING", state if job_id == "101" else "CANCELLED")
 
 
 def finish(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,6 +72,13 @@ def test_each_end_has_its_code(run: RunDir, slurm: FakeSlurm, last: str, result:
     assert code_of("status", run.root, "--exit-code") == expected
     looks.append(lambda: None)
     assert code_of("logs", "-f", run.root) == expected
+
+
+def test_a_stage_that_failed_counts_although_one_before_it_was_not_begun(tmp_path: Path, slurm: FakeSlurm) -> None:
+    recipe = recipe_of(tmp_path, train=DATA)
+    recipe.save(recipe.run.create())
+    write_json(recipe.run.result("export"), {"status": "failed", "exit_code": 1})
+    assert code_of("status", recipe.run_dir, "--exit-code") == 1
 
 
 def test_waiting_ends_when_all_is_done(run: RunDir, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> None:
