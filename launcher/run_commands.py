@@ -145,6 +145,7 @@ def resume(
     members = read_index(run)
     swept = {"name"} | {key for _, values in members for key in values} if members else set()
     found = [changed_recipe(*read_run(folder), overrides or [], swept) for folder in folders_of(run)]
+    to_submit = []
     for recipe in found:
         place = recipe.run
         jobs = read_jobs(place)
@@ -155,7 +156,9 @@ def resume(
             continue
         if jobs[-1].is_by_hand:
             typer.echo(f"{place.root}: sbatch was called by hand. The new jobs ask for what the recipe's `slurm` says.")
-        _submit_all([recipe], Path(jobs[-1].option("chdir")), place.code)
+        to_submit.append((recipe, Path(jobs[-1].option("chdir")), place.code))
+    if to_submit:
+        _submit_all(to_submit)
 
 
 def run_on_slurm(path: Path, overrides: list[str], recipe: "Recipe") -> None:
@@ -170,12 +173,12 @@ def run_on_slurm(path: Path, overrides: list[str], recipe: "Recipe") -> None:
             check_data(member)
     if recipe.sweep:
         save_index(recipe.run, members)
-    _submit_all([member for _, member in members], Path.cwd(), recipe.run.code)
+    _submit_all([(member, Path.cwd(), recipe.run.code) for _, member in members])
     typer.echo(f"\nNext: tunesmith status {recipe.run_dir}    # or: logs -f, cancel, resume")
 
 
-def _submit_all(recipes: list["Recipe"], folder: Path, code: Path) -> None:
-    """Check all recipes, then submit them one by one."""
+def _submit_all(runs: list[tuple["Recipe", Path, Path]]) -> None:
+    """Check all recipes, then submit them one by one. Each comes with the folder of its jobs and that of its code."""
     import shlex
 
     from launcher.done import resume_point
@@ -184,12 +187,13 @@ def _submit_all(recipes: list["Recipe"], folder: Path, code: Path) -> None:
     from launcher.slurm.submitted import read_jobs
 
     slurm = Slurm()
-    submissions = [prepare(recipe, folder, Path(os.path.abspath(code))) for recipe in recipes]
+    submissions = [prepare(recipe, folder, Path(os.path.abspath(code))) for recipe, folder, code in runs]
     for submission in submissions:
         refuse_live_jobs(submission.recipe, slurm)
         check_with_slurm(submission, slurm)
+    last_jobs: list[str] = []  # of the runs so far
     for submission in submissions:
-        run = submission.recipe.run
+        run, limit = submission.recipe.run, submission.recipe.slurm.max_runs_at_once
         for stage in sorted(submission.skip):
             typer.echo(f"{stage}: done already, skipped")
         earlier = {job.stage for job in read_jobs(run)}
@@ -199,7 +203,9 @@ def _submit_all(recipes: list["Recipe"], folder: Path, code: Path) -> None:
         if not submission.jobs:
             typer.echo(f"{run.root}: everything is done, so nothing was submitted")
             continue
-        ids = submit(submission, slurm, lambda argv: typer.echo(f"$ {shlex.join(argv)}"))
+        after_run = last_jobs[-limit] if limit and len(last_jobs) >= limit else None
+        ids = submit(submission, slurm, lambda argv: typer.echo(f"$ {shlex.join(argv)}"), after_run)
+        last_jobs.append(ids[submission.jobs[-1].stage])
         typer.echo(f"$ scontrol release {ids[submission.jobs[0].stage]}")
         listed = ", ".join(f"{stage} {job_id}" for stage, job_id in ids.items())
         typer.echo(f"{run.root}: submitted {listed}")

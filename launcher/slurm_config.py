@@ -157,6 +157,9 @@ class SlurmConfig(JobConfig):
     max_attempts_without_progress: int = Field(
         3, ge=1, description="attempts in a row without progress after which a stage and those after it are given up"
     )
+    max_runs_at_once: int | None = Field(
+        None, ge=1, description="runs of a sweep that have jobs running at once; `null` means all of them"
+    )
     preflight: bool | None = Field(
         None, description="check the nodes before a stage; `null` means only if it has several"
     )

@@ -74,9 +74,12 @@ class PlannedJob:
     recipe: str  # the script's argument
     log: str  # with %j for the job's id
 
-    def argv(self, job_ids: Mapping[str, str]) -> list[str]:
-        """The command that submits the job after those with these ids, by stage. A job without parents is held."""
-        place = ["--hold"]
+    def argv(self, job_ids: Mapping[str, str], after_run: str | None = None) -> list[str]:
+        """The command that submits the job after those with these ids, by stage. A job without parents is held.
+
+        `after_run` is the last job of another run of a sweep. The job waits for its end, whatever it came to.
+        """
+        place = ["--hold", *([f"--dependency=afterany:{after_run}"] if after_run else [])]
         if self.parents:
             after = ":".join(job_ids[parent] for parent in self.parents)
             # A parent that is requeued has not ended. If it fails, Slurm cancels this job.

@@ -160,8 +160,13 @@ def refuse_live_jobs(recipe: Recipe, slurm: Slurm) -> None:
         )
 
 
-def submit(submission: Submission, slurm: Slurm, on_submit: Callable[[list[str]], None]) -> dict[str, str]:
-    """Submit the chain and return the jobs' ids by stage. Calls `on_submit` with every sbatch command that was run."""
+def submit(
+    submission: Submission, slurm: Slurm, on_submit: Callable[[list[str]], None], after_run: str | None = None
+) -> dict[str, str]:
+    """Submit the chain and return the jobs' ids by stage. Calls `on_submit` with every sbatch command that was run.
+
+    The chain waits for the end of the job `after_run`.
+    """
     recipe = submission.recipe
     run = recipe.run.create()
     with exclusive_lock(run.submission_lock, f"submission of {run.root}"):
@@ -173,13 +178,15 @@ def submit(submission: Submission, slurm: Slurm, on_submit: Callable[[list[str]]
         ids: dict[str, str] = {}
         try:
             for job in submission.jobs:
-                argv = job.argv(ids)
+                argv = job.argv(ids, after_run)
                 ids[job.stage] = slurm.submit(argv, job.name)
                 on_submit(argv)
             check_chain(submission.jobs, ids, slurm)
             for job in submission.jobs:
                 parents = tuple(ids[parent] for parent in job.parents)
-                own = SubmittedJob(round(time.time(), 3), job.stage, ids[job.stage], parents, tuple(job.argv(ids)))
+                own = SubmittedJob(
+                    round(time.time(), 3), job.stage, ids[job.stage], parents, tuple(job.argv(ids, after_run))
+                )
                 append_jsonl(run.jobs, asdict(own))
             slurm.release(ids[submission.jobs[0].stage])
         except BaseException:

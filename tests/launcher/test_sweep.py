@@ -136,3 +136,28 @@ def test_each_run_of_a_sweep_is_a_chain_and_the_folder_stands_for_all(tmp_path: 
     output = tunesmith("resume", str(run))
     assert output.count("$ sbatch") == 6 and "train: starts from the beginning" in output
     assert "logs/train-%j.log" in output and f"--chdir={Path.cwd()}" in output
+
+
+def test_a_sweep_runs_no_more_at_once_than_its_recipe_says(tmp_path: Path, monkeypatch) -> None:
+    slurm = FakeSlurm()
+    monkeypatch.setattr("launcher.slurm.client.Slurm", lambda: slurm)
+    (tmp_path / "rows.jsonl").write_text('{"instruction": "Say a.", "output": "a"}\n')
+    train = VALUES["train"] | {"data": [str(tmp_path / "rows.jsonl")]}
+    recipe = write(tmp_path, train=train, sweep={"seed": [1, 2, 3, 4, 5]}, slurm={"max_runs_at_once": 2})
+
+    def places(*command: object) -> list[str]:
+        """What the first job of each run waits for."""
+        slurm.said.clear()
+        done = CliRunner().invoke(app, list(map(str, command)))
+        assert done.exit_code == 0, done.output + str(done.exception)
+        held = [words for words in slurm.said if "--hold" in words and "--test-only" not in words]
+        return [next((word for word in words if word.startswith("--dependency=")), "") for words in held]
+
+    ended = [f"--dependency=afterany:{job_id}" for job_id in (103, 106, 109)]
+    assert places("run", recipe, "--on", "slurm") == ["", "", *ended]
+    status = CliRunner().invoke(app, ["status", str(tmp_path / "run" / "sweep" / "003_seed-3")]).output
+    assert "for job 103" in status
+    places("cancel", tmp_path / "run")
+    slurm.queue_lines.clear()
+    again = places("resume", tmp_path / "run", "slurm.max_runs_at_once=1")
+    assert again[0] == "" and len(set(again)) == 5
