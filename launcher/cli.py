@@ -6,6 +6,7 @@ The commands about a run that was started, such as `tunesmith status RUN`, are i
 Nothing heavy is imported here, so that `--help` answers at once. Each stage imports what it needs.
 """
 
+import faulthandler
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -171,6 +172,7 @@ def _one_stage(stage: str, recipe: Path, overrides: list[str] | None, run_dir: P
 
 def main() -> None:
     """Entry point: errors meant for the user are one line each, and decide the exit code."""
+    faulthandler.enable(sys.__stderr__)  # a crash of a library shows where it was
     try:
         app()
     except TunesmithError as error:
