@@ -123,7 +123,7 @@ def cancel(run: RunFolder) -> None:
     from launcher.sweep import folders_of
 
     slurm = Slurm()
-    for folder in folders_of(run):
+    for folder in reversed(folders_of(run)):  # the end of a run may let a later one of its sweep start
         cancelled = cancel_run(read_run(folder)[1], slurm)
         typer.echo(f"{folder}: " + (f"cancelled {', '.join(cancelled)}" if cancelled else "no jobs in the queue"))
     typer.echo(f"To continue: tunesmith resume {run}")

@@ -158,6 +158,8 @@ def test_a_sweep_runs_no_more_at_once_than_its_recipe_says(tmp_path: Path, monke
     status = CliRunner().invoke(app, ["status", str(tmp_path / "run" / "sweep" / "003_seed-3")]).output
     assert "for job 103" in status
     places("cancel", tmp_path / "run")
+    cancelled = [int(words[1]) for words in slurm.said if words[0] == "scancel"]
+    assert cancelled == sorted(cancelled, reverse=True)  # so that no run starts because another is cancelled
     slurm.queue_lines.clear()
     again = places("resume", tmp_path / "run", "slurm.max_runs_at_once=1")
     assert again[0] == "" and len(set(again)) == 5
