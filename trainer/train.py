@@ -123,6 +123,7 @@ def make_result(job: TrainJob, state: TrainState, batches: Batches, metrics: Ste
         "tuning": job.config.tuning,
         "num_documents": batches.tokens.num_documents,
         "dropped": batches.tokens.dropped,
+        "notes": batches.tokens.notes,
         "num_tokens": state.num_tokens,
         "num_trained_tokens": state.num_trained_tokens,
         "tokens_per_second": metrics.tokens_per_second,

@@ -15,6 +15,7 @@ from tests.trainer.tools import chat_documents, make_tokenizer, write_chats
 from trainer.config.data import DataSource
 from trainer.config.train import TrainConfig
 from trainer.data import tokens as data
+from trainer.data.mixture import Mixture
 from trainer.data.sources import Examples
 from trainer.data.tokens import Tokens, load_tokens
 
@@ -140,6 +141,22 @@ def test_rows_that_cannot_be_masked_are_left_out_and_counted(chatml, tmp_path: P
     tokens = encode(chatml, tmp_path / "cache", path)
     assert tokens.num_documents == 3
     assert tokens.dropped == {"no assistant turn": 2, "an answer is empty": 1, NOT_TURNS: 1}
+
+
+@pytest.mark.parametrize("objective", ["chat", "text"])
+def test_examples_that_are_cut_are_counted(chatml, tmp_path: Path, objective: str) -> None:
+    texts = ["fig", "apple brook " * 100, "plum " * 100]
+    turns = [[{"role": "user", "content": "Say"}, {"role": "assistant", "content": text}] for text in texts]
+    column, cells = ("text", texts) if objective == "text" else ("messages", turns)
+    path = tmp_path / "long.jsonl"
+    path.write_text("".join(json.dumps({column: cell}) + "\n" for cell in cells))
+    tokens = encode(chatml, tmp_path / "cache", path, config=TrainConfig(objective=objective, max_seq_len=64))
+    assert tokens.lengths.max() == 64
+    assert tokens.notes == {"cut at train.max_seq_len=64": 2}
+    assert (
+        "long.jsonl: 3 examples, 2 cut at train.max_seq_len=64"
+        in Mixture(tokens, TrainConfig(), 0).shares[0].describe()
+    )
 
 
 NOT_TURNS = "`messages` is not a list of turns"

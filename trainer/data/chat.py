@@ -6,7 +6,7 @@ difference between two renderings of the conversation, one that stops before the
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -24,6 +24,7 @@ class Encoded:
 
     input_ids: np.ndarray  # int32 [T]
     labels: np.ndarray  # int32 [T]
+    is_cut: bool = False  # whether max_seq_len cut off tokens that would have been trained
 
 
 def check_template(template: ChatTemplate) -> list[Encoded]:
@@ -91,14 +92,16 @@ def encode_chat(template: ChatTemplate, conversation: Conversation, max_seq_len:
             if turn < length and _goes_on(text, answered[turn], template.ends)
         }
         if spans:
-            documents += _encode_spans(template, messages[:length], text, spans, max_seq_len, conversation.is_finished)
+            is_finished = conversation.is_finished
+            documents.append(_encode_spans(template, messages[:length], text, spans, max_seq_len, is_finished))
         elif length == pending[-1] + 1:
             raise Unmaskable("an assistant turn has no end token")
         pending = [turn for turn in pending if turn not in spans]
         length = pending[-1] + 1 if pending else 0
-    if not documents:
+    kept = [document for document in documents if (document.labels != IGNORE).any()]
+    if not kept:
         raise Unmaskable(TOO_LONG)
-    return documents
+    return [replace(kept[0], is_cut=any(document.is_cut for document in documents)), *kept[1:]]
 
 
 def encode_text(ids: Sequence[int], end_id: int, max_seq_len: int) -> Encoded:
@@ -107,15 +110,16 @@ def encode_text(ids: Sequence[int], end_id: int, max_seq_len: int) -> Encoded:
     ids: as the tokenizer encodes a text, with a token for its begin if the model has one, and perhaps with `end_id`.
     """
     ids = ids[:-1] if len(ids) and ids[-1] == end_id else ids
-    whole = np.asarray([*ids, end_id], dtype=np.int32)[:max_seq_len]
-    return Encoded(whole, _shift(whole, np.ones(len(whole), dtype=bool)))
+    whole = np.asarray([*ids, end_id], dtype=np.int32)
+    kept = whole[:max_seq_len]
+    return Encoded(kept, _shift(kept, np.ones(len(kept), dtype=bool)), is_cut=len(kept) < len(whole))
 
 
 def _encode_spans(
     template: ChatTemplate, messages: Sequence[dict], text: str, spans: dict[int, slice], max_seq_len: int,
     is_finished: bool,
-) -> list[Encoded]:  # fmt: skip
-    """The document of a rendered `text`, or none if the cut leaves no label.
+) -> Encoded:  # fmt: skip
+    """The document of a rendered `text`. The cut may leave no label.
 
     spans: turn -> its characters without the token that ends it.
     """
@@ -131,8 +135,8 @@ def _encode_spans(
         trained[np.searchsorted(starts, span.start) : ends[0] + 1] = True
         if turn == len(messages) - 1 and not is_finished:
             ids, trained = ids[: ends[0]], trained[: ends[0]]
-    ids, labels = ids[:max_seq_len], _shift(ids[:max_seq_len], trained[:max_seq_len])
-    return [] if (labels == IGNORE).all() else [Encoded(ids.astype(np.int32), labels)]
+    ids, is_cut = ids[:max_seq_len].astype(np.int32), bool(trained[max_seq_len:].any())
+    return Encoded(ids, _shift(ids, trained[:max_seq_len]), is_cut)
 
 
 def _goes_on(text: str, answered: str, ends: Iterable[str]) -> bool:

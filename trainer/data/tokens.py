@@ -82,6 +82,14 @@ class Tokens:
         return dict(total)
 
     @property
+    def notes(self) -> dict[str, int]:
+        """What is special about examples that are kept -> number of examples, over all sources."""
+        total: Counter[str] = Counter()
+        for source in self.sources:
+            total.update(source.notes)
+        return dict(total)
+
+    @property
     def num_trained(self) -> int:
         """Number of tokens with a label."""
         return int((self.labels != IGNORE).sum())
@@ -144,6 +152,8 @@ def prepare_tokens(
             notes: Counter[str] = Counter()
             before = len(offsets)
             for documents in _encode(config, tokenizer, examples, notes):
+                if any(encoded.is_cut for encoded in documents):
+                    notes[f"cut at train.max_seq_len={config.max_seq_len}"] += 1
                 rows += [len(offsets) - 1] * len(documents)
                 for encoded in documents:
                     refuse_unembedded(tokenizer, encoded, f"{key}: {source.path}")
