@@ -3,15 +3,17 @@
     with StopRequest(interrupts=True) as stop:
         code = run_torchrun(["--standalone", "--nproc-per-node=2"], ["-m", "trainer.train", "runs/demo"], stop)
 
-`run_torchrun` starts `python -m launcher.torchrun`, which is `main` below: torchrun itself, but for three things.
+`run_torchrun` starts `python -m launcher.torchrun`, which is `main` below: torchrun itself, but for four things.
 - It ends with the exit code of the rank that failed first, so that "preempted, start me again" (75) and "bad input" (2)
   arrive. torchrun ends with 1 whatever happened.
 - It survives the signals that mean "save and stop". torchrun dies of SIGUSR1 and SIGUSR2, and gives the ranks 30 s on
   SIGTERM. Here the ranks decide how long they need.
+- It prints no report of a rank that ended with 75 or 2. What that rank itself reports is all that there is to know.
 - It removes the folder in which the ranks describe their failures. torchrun leaves one in /tmp each time.
 """
 
 import contextlib
+import logging
 import os
 import signal
 import subprocess
@@ -23,7 +25,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from cluster.errors import EXIT_DONE, EXIT_FAILED, EXIT_RETRY
+from cluster.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_RETRY
 from cluster.processes.descendants import die_with_parent
 from cluster.processes.signals import StopRequest
 
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 HANDLED_BY_TORCH = "SIGINT,SIGQUIT"  # not SIGTERM
+EXPLAINED = (EXIT_RETRY, EXIT_BAD_INPUT)  # the exit codes of ranks that report why they end
 POLL_SECONDS = 0.5
 
 
@@ -138,12 +141,14 @@ def main() -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
+    torch_log = logging.getLogger("torch.distributed.elastic.multiprocessing.api")
+    torch_log.addFilter(lambda record: not (record.args and record.args[0] in EXPLAINED))  # "failed (exitcode: 2) ..."
     try:
         with tempfile.TemporaryDirectory(prefix="tunesmith-ranks-") as failures:
             run(parse_args(["--signals-to-handle", HANDLED_BY_TORCH, "--log-dir", failures, *sys.argv[1:]]))
     except ChildFailedError as error:
         code = exit_code_of(error.failures.values()) if error.failures else EXIT_FAILED
-        if code != EXIT_RETRY:  # which is no failure
+        if code not in EXPLAINED:
             print(error, file=sys.stderr)
         return code
     finally:

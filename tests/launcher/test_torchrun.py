@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 
@@ -22,6 +23,19 @@ def test_the_first_failure_decides_and_not_those_it_caused() -> None:
     assert exit_code_of([Failure(-signal.SIGTERM, 10), Failure(2, 10)]) == 2
     assert exit_code_of([Failure(-signal.SIGKILL, 10), Failure(-signal.SIGTERM, 11)]) == 128 + signal.SIGKILL
     assert exit_code_of([Failure(-signal.SIGSEGV, 10)]) == 128 + signal.SIGSEGV
+
+
+def test_a_rank_that_reports_bad_input_gets_no_report_of_a_crash_beside_it(tmp_path: Path) -> None:
+    rank = tmp_path / "rank.py"
+    rank.write_text("import sys; print('the reason', file=sys.stderr); sys.exit(int(sys.argv[1]))")
+    outputs = []
+    for code in (2, 1):
+        command = [sys.executable, "-m", "launcher.torchrun", "--standalone", "--nproc-per-node=1", rank, str(code)]
+        ended = subprocess.run(command, capture_output=True, text=True)
+        assert ended.returncode == code
+        outputs.append(ended.stdout + ended.stderr)
+    assert outputs[0] == "the reason\n"
+    assert "Root Cause" in outputs[1]
 
 
 def test_a_process_without_a_handler_is_not_sent_the_signal_that_would_kill_it_or_be_lost() -> None:
