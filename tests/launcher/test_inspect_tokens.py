@@ -57,7 +57,7 @@ def test_what_is_trained_is_marked_with_its_end_and_documents_have_borders(recip
 def test_the_counts_say_what_was_dropped_and_how_full_rows_are(recipe: Path) -> None:
     text = shown(recipe, 0)
     assert "document 0" not in text
-    assert "chats.jsonl: 2 examples, 1 dropped (no assistant turn: 1)" in text
+    assert "chats.jsonl: 2 examples, 1 dropped (no assistant turn: 1, in chats.jsonl:3)" in text
     assert "an epoch: 2 examples in 1 rows of up to 256 tokens, " in text
     assert "% full; " in text
     assert "of them with a loss (" in text

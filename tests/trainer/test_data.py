@@ -164,7 +164,9 @@ NOT_TURNS = "`messages` is not a list of turns"
 
 def test_a_dataset_of_which_nothing_is_left_is_an_error_with_the_reasons(chatml, tmp_path: Path) -> None:
     path = write_chats(tmp_path / "chats.jsonl", [[{"role": "user", "content": "fig"}]] * 3)
-    with pytest.raises(InputError, match=r"no row of .*chats\.jsonl can be trained on \(no assistant turn: 3\)"):
+    with pytest.raises(
+        InputError, match=r"no row of .*chats\.jsonl can be trained on \(no assistant turn: 3, .*chats\.jsonl:1\)"
+    ):
         encode(chatml, tmp_path / "cache", path)
 
 

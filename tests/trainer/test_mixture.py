@@ -14,6 +14,7 @@ from trainer.config.data import DataSource, ValidationConfig
 from trainer.config.train import TrainConfig
 from trainer.data.batches import Batches
 from trainer.data.chat import IGNORE
+from trainer.data.dropped import DroppedRows
 from trainer.data.mixture import Mixture, held_out_documents
 from trainer.data.tokens import SourceFacts, Tokens
 
@@ -144,6 +145,6 @@ def test_holding_out_all_of_a_source_is_an_error() -> None:
 
 def test_reasons_that_differ_in_every_row_are_not_all_shown() -> None:
     dropped = {"no assistant turn": 40} | {f"the chat template refuses the conversation: {n}": 1 for n in range(20)}
-    shown = SourceFacts("a", "messages", 1, dropped).describe_dropped()
-    assert shown.startswith("no assistant turn: 40, ")
-    assert shown.endswith(", other reasons: 13")
+    shown = DroppedRows(Counter(dropped)).describe()
+    assert shown.startswith("no assistant turn: 40; ")
+    assert shown.endswith("; other reasons: 13")

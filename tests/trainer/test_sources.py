@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from cluster.errors import InputError
 from tests.trainer.tools import write_chats
 from trainer.config.data import DataSource
 from trainer.config.train import TrainConfig
-from trainer.data.sources import Examples
+from trainer.data.mixture import Mixture
+from trainer.data.sources import Examples, check_source
 from trainer.data.tokens import Tokens, load_tokens, prepare_tokens
 
 REAL = Path(__file__).parents[3] / "shared" / "data"
@@ -128,16 +130,36 @@ def test_what_cannot_be_used_is_counted_with_its_source(chatml, tmp_path: Path, 
     assert tokens.dropped == dropped
 
 
+def test_what_cannot_be_used_is_named_with_its_line_and_a_fix_before_any_rank_starts(chatml, tmp_path: Path) -> None:
+    bad = [{"instruction": "a", "output": 3}, {"instruction": "a", "output": " "}, {"instruction": "b", "output": 4}]
+    good = {"instruction": "Say fig", "output": "fig"}
+    mixed = str(write_rows(tmp_path / "mixed.jsonl", [good, *bad]))
+    check_source(DataSource(path=mixed), "chat")
+    tokens = encode(chatml, tmp_path / "cache", DataSource(path=mixed))
+    reasons = (
+        r"`output` is a number, not text: 2, the first in mixed\.jsonl:2; an answer is empty: 1, in mixed\.jsonl:3"
+    )
+    assert re.search(reasons, Mixture(tokens, TrainConfig(), 0).shares[0].describe())
+    useless = DataSource(path=str(write_rows(tmp_path / "useless.jsonl", bad)))
+    with pytest.raises(InputError, match=r"train\.data: no row .* 2, the first in useless\.jsonl:1; .*in quotes"):
+        check_source(useless, "chat")
+
+
 def test_a_source_without_a_trainable_row_is_an_error_even_beside_a_good_one(chatml, tmp_path: Path) -> None:
     clean = str(write_chats(tmp_path / "clean.jsonl", [chat(CONVERSATION)]))
     empty = str(write_rows(tmp_path / "empty.jsonl", [{"instruction": "a", "output": ""}] * 3))
-    with pytest.raises(InputError, match=r"train\.data: no row of .*empty\.jsonl .*\(an answer is empty: 3\)"):
+    with pytest.raises(
+        InputError,
+        match=r"train\.data: no row of .*empty\.jsonl .*\(an answer is empty: 3, the first in empty\.jsonl:1\)",
+    ):
         encode(chatml, tmp_path / "cache", DataSource(path=clean), DataSource(path=empty))
 
 
 def test_a_source_of_rows_that_are_all_too_long_is_an_error_with_the_fix(chatml, tmp_path: Path) -> None:
     long = write_chats(tmp_path / "long.jsonl", [chat([("user", "fig " * 600), ("assistant", "fig")])] * 2)
-    with pytest.raises(InputError, match=r"long\.jsonl .*max_seq_len: 2.* 512 tokens\. Raise train\.max_seq_len"):
+    with pytest.raises(
+        InputError, match=r"long\.jsonl .*max_seq_len: 2, .*long\.jsonl:1\)\. .* Raise train\.max_seq_len"
+    ):
         encode(chatml, tmp_path / "cache", DataSource(path=str(long)))
 
 

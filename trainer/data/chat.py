@@ -12,10 +12,10 @@ import numpy as np
 
 from cluster.data.conversations import Conversation
 from cluster.errors import InputError
+from trainer.data.dropped import TOO_LONG
 from trainer.data.template import ANSWER, FIX, QUESTION, THOUGHT, ChatTemplate, Unmaskable
 
 IGNORE = -100  # the label that cross-entropy ignores
-TOO_LONG = "no label within max_seq_len"
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ of times, in every epoch and over any number of epochs: the choice walks in a ci
 
 import hashlib
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,7 @@ import numpy as np
 from cluster.errors import InputError
 from trainer.config.data import DataSource
 from trainer.config.train import TrainConfig
+from trainer.data.dropped import DroppedRows
 from trainer.data.tokens import SourceFacts, Tokens
 
 
@@ -57,7 +59,7 @@ class SourceShare:
     def describe(self) -> str:
         """A line for the log."""
         source = self.source
-        reasons = source.describe_dropped()
+        reasons = DroppedRows(Counter(source.dropped), source.first_dropped).describe()
         held_out = source.num_documents - len(self.pool)
         times = self.num_per_epoch / len(self.pool)
         return (

@@ -2,7 +2,7 @@
 
 examples = Examples(DataSource(path="alpaca_data.json"), "chat", "train.data")
 for conversation in examples: ...              # Conversation(messages=[{"role": "user", ...}, ...], ...)
-examples.dropped                               # {"an answer is empty": 3}
+examples.dropped.counts                        # {"an answer is empty": 3}
 """
 
 from collections import Counter
@@ -14,6 +14,7 @@ from cluster.data.rows import Rows, is_dataset
 from cluster.data.turns import UnusableRow, require_text
 from cluster.errors import InputError
 from trainer.config.data import DataSource
+from trainer.data.dropped import DroppedRows
 
 PROBED_ROWS = 1000  # if so many rows fit no format, the others are not read
 
@@ -21,7 +22,9 @@ PROBED_ROWS = 1000  # if so many rows fit no format, the others are not read
 def check_source(source: DataSource, objective: str, key: str = "train.data") -> None:
     """Read a source up to its first example. Raises InputError if that shows that training would refuse the source."""
     if not is_dataset(Path(source.path).expanduser()):  # opening it would hash all its files
-        next(iter(Examples(source, objective, key)), None)
+        examples = Examples(source, objective, key)
+        if next(iter(examples), None) is None:
+            raise examples.dropped.untrainable(source.path, key)
 
 
 class Examples:
@@ -33,7 +36,8 @@ class Examples:
     """
 
     def __init__(self, source: DataSource, objective: str, key: str = "train.data") -> None:
-        self.dropped: Counter[str] = Counter()
+        self.dropped = DroppedRows()
+        self.place = ""  # of the row that was read last
         self.formats: Counter[str] = Counter()  # format -> number of rows that have its columns
         self._source = source
         self._format = "text" if objective == "text" else source.format
@@ -41,11 +45,12 @@ class Examples:
 
     def __iter__(self) -> Iterator[Conversation | str]:
         num_rows = 0
-        for num_rows, (_, row) in enumerate(self._rows, 1):
+        for num_rows, (place, row) in enumerate(self._rows, 1):
+            self.place = place
             try:
                 yield self._example(self._renamed(row))
             except UnusableRow as reason:
-                self.dropped[str(reason)] += 1
+                self.dropped.add(str(reason), self.place)
             if num_rows == PROBED_ROWS and not self.formats:
                 break
         if num_rows == 0:

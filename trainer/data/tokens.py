@@ -24,12 +24,11 @@ from cluster.files import explain_full_disk, sha256_file, sha256_json, write_jso
 from cluster.run.fence import own_token, verify
 from trainer.config.data import DataSource
 from trainer.config.train import TrainConfig
-from trainer.data.chat import IGNORE, TOO_LONG, Encoded, check_template, encode_chat, encode_text
+from trainer.data.chat import IGNORE, Encoded, check_template, encode_chat, encode_text
 from trainer.data.sources import Examples
 from trainer.data.template import ChatTemplate
 
 TOKENIZER_BATCH = 1000  # texts
-MAX_REASONS = 8  # shown in a message; the result of the stage has all of them
 ENCODING = 4  # increment it if the same rows give other tokens or labels, so that older caches are not used
 
 
@@ -42,12 +41,7 @@ class SourceFacts:
     num_documents: int
     dropped: dict[str, int]  # reason -> number of rows
     notes: dict[str, int] = field(default_factory=dict)  # what is special about rows that are kept -> number of rows
-
-    def describe_dropped(self) -> str:
-        """The most frequent reasons with their numbers. A template's error may have the text of a row in it."""
-        shown = Counter(self.dropped).most_common(MAX_REASONS)
-        rest = sum(self.dropped.values()) - sum(count for _, count in shown)
-        return ", ".join(f"{reason}: {count}" for reason, count in [*shown, ("other reasons", rest)] if count)
+    first_dropped: dict[str, str] = field(default_factory=dict)  # reason -> place of the first such row
 
 
 @dataclass(frozen=True)
@@ -161,25 +155,16 @@ def prepare_tokens(
                     labels.write(encoded.labels.tobytes())
                     offsets.append(offsets[-1] + len(encoded.input_ids))
             num_documents, formats = len(offsets) - before, ", ".join(examples.formats)
-            facts.append(SourceFacts(source.path, formats, num_documents, dict(examples.dropped), dict(notes)))
-            refuse_untrainable(facts[-1], config.max_seq_len, key)
+            if not num_documents:
+                raise examples.dropped.untrainable(source.path, key)
+            counts, first = dict(examples.dropped.counts), examples.dropped.first
+            facts.append(SourceFacts(source.path, formats, num_documents, counts, dict(notes), first))
         (partial / "offsets.bin").write_bytes(np.asarray(offsets, dtype=np.int64).tobytes())
         (partial / "rows.bin").write_bytes(np.asarray(rows, dtype=np.int64).tobytes())
     write_json(partial / "tokens.json", {"num_tokens": offsets[-1], "sources": [asdict(source) for source in facts]})
     verify(cache_folder.parent)
     os.rename(partial, folder)
     return folder
-
-
-def refuse_untrainable(source: SourceFacts, max_seq_len: int, key: str) -> None:
-    """Raise InputError if no row of a source could be encoded."""
-    if source.num_documents:
-        return
-    reasons = source.describe_dropped()
-    fix = "Use another dataset, or another train.chat_template."
-    if set(source.dropped) == {TOO_LONG}:
-        fix = f"Its prompts alone fill {max_seq_len} tokens. Raise train.max_seq_len."
-    raise InputError(f"{key}: no row of {source.path} can be trained on ({reasons}). {fix}")
 
 
 def refuse_unembedded(tokenizer: PreTrainedTokenizerFast, encoded: Encoded, place: str) -> None:
@@ -226,7 +211,7 @@ def _encode(
         try:
             documents = encode_chat(template, conversation, config.max_seq_len)
         except UnusableRow as reason:
-            examples.dropped[str(reason)] += 1
+            examples.dropped.add(str(reason), examples.place)
             continue
         notes.update(f"with {part} that the chat template leaves out" for part in template.left_out(conversation))
         if len(documents) > 1:
@@ -238,11 +223,12 @@ def _encode_texts(
     config: TrainConfig, tokenizer: PreTrainedTokenizerFast, examples: Examples
 ) -> Iterator[list[Encoded]]:
     require_eos(tokenizer)
-    texts = iter(examples)
+    texts = ((text, examples.place) for text in examples)
     while batch := list(itertools.islice(texts, TOKENIZER_BATCH)):
-        encoded = tokenizer(batch, return_special_tokens_mask=True, verbose=False)
-        for ids, is_added in zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True):
+        encoded = tokenizer([text for text, _ in batch], return_special_tokens_mask=True, verbose=False)
+        masks = encoded["special_tokens_mask"]
+        for ids, is_added, (_, place) in zip(encoded["input_ids"], masks, batch, strict=True):
             if all(is_added):
-                examples.dropped["no text"] += 1  # such as spaces that the tokenizer drops
+                examples.dropped.add("no text", place)  # such as spaces that the tokenizer drops
             else:
                 yield [encode_text(ids, tokenizer.eos_token_id, config.max_seq_len)]
