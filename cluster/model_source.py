@@ -64,10 +64,12 @@ def model_revision(model: ModelConfig) -> str:
         # One small file is enough to resolve a branch to its commit, and offline it comes from the cache.
         snapshot = snapshot_download(model.path, revision=model.revision, allow_patterns=["config.json"])
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        refusal = "does not answer" if isinstance(error, LocalEntryNotFoundError) else "does not give it"
         raise InputError(
-            f"model.path: cannot find {model.path} (revision {model.revision or 'main'}) on the hub: {reason} "
-            "Check the name, log in with `hf auth login` if the model is gated, or give a folder."
+            f"model.path: there is no folder {model.path}, and the hub {refusal} (revision "
+            f"{model.revision or 'main'}: {reason}). Check the path or the name. If the model is gated, log in with "
+            "`hf auth login`."
         ) from error
     return Path(snapshot).name
 

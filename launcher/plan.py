@@ -87,7 +87,12 @@ def _count(number: int, noun: str) -> str:
 
 
 def print_plan(recipe: Recipe, path: Path, console: Console, command: str = "") -> None:
-    """`command` runs the recipe with the same overrides; empty means without overrides."""
+    """Print the plan. Raises InputError, after the tables, for what training would refuse at its start.
+
+    `command` runs the recipe with the same overrides; empty means without overrides.
+    """
+    from launcher.stages import check_inputs
+
     table = Table(title=f"{recipe.name}: {path}", title_justify="left", show_lines=True)
     for heading in ("stage", "what", "result"):
         table.add_column(heading, overflow="fold")
@@ -95,6 +100,7 @@ def print_plan(recipe: Recipe, path: Path, console: Console, command: str = "") 
         table.add_row(*row)
     console.print(table)
     print_memory(recipe, console, lambda: usable_bytes(recipe.train, recipe.train.num_processes))
+    check_inputs(recipe)
     command = command or command_line(path)
     console.print(f"Nothing was started. To run it: {command}", markup=False, highlight=False, soft_wrap=True)
 

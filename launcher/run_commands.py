@@ -216,6 +216,7 @@ def plan_on_slurm(path: Path, overrides: list[str], recipe: "Recipe", command: s
     from launcher.slurm.client import NoSlurm, Slurm
     from launcher.slurm.plan import print_slurm_plan
     from launcher.slurm.submit import check_with_slurm, prepare
+    from launcher.stages import check_inputs
     from launcher.sweep import members_of
 
     code = RunDir(Path(os.path.abspath(recipe.run_dir))).code
@@ -223,6 +224,7 @@ def plan_on_slurm(path: Path, overrides: list[str], recipe: "Recipe", command: s
     for _, member in members_of(path, overrides, recipe):
         submission = prepare(member, Path.cwd(), code)
         print_slurm_plan(submission, path, command, Console())
+        check_inputs(member)
         try:
             check_with_slurm(submission, slurm)
         except NoSlurm:

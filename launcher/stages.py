@@ -81,6 +81,18 @@ def train(recipe: Recipe, run: RunDir) -> None:
         raise (InputError if code == EXIT_BAD_INPUT else TunesmithError)(message)
 
 
+def check_inputs(recipe: Recipe) -> None:
+    """Raise InputError if the recipe's data cannot be read, or its model is nowhere. Loads no model."""
+    from cluster.model_source import find_config, model_revision
+    from trainer.checkpoint.state import is_trained
+
+    if "train" in recipe.stages and recipe.train.data and not is_trained(recipe.run):
+        check_data(recipe)
+    organization, slash, _ = recipe.model.path.rpartition("/")
+    if find_config(recipe.model) is None and slash and Path(organization).is_dir():  # so it may be meant as a folder
+        model_revision(recipe.model)
+
+
 def check_model(recipe: Recipe) -> None:
     """Raise InputError for a model, tokenizer or chat template that cannot be trained as the recipe says."""
     from cluster.model_source import locate_model, model_revision

@@ -40,5 +40,5 @@ def test_a_model_that_the_hub_does_not_have_is_bad_input(tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(InputError, match=r"cannot find org/no-such-model \(revision main\) on the hub"):
+    with pytest.raises(InputError, match=r"there is no folder org/no-such-model, and the hub does not answer \("):
         model_revision(ModelConfig(path="org/no-such-model"))

@@ -32,6 +32,7 @@ def tunesmith(*arguments: object, cwd: Path) -> subprocess.CompletedProcess:
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
     (tmp_path / "recipe.yaml").write_text(RECIPE)
+    (tmp_path / "chats.jsonl").write_text('{"instruction": "Say fig", "output": "fig"}\n')
     return tmp_path / "recipe.yaml"
 
 
@@ -41,9 +42,9 @@ def recipe(tmp_path: Path) -> Path:
         ["--help"],
         ["train", "--help"],
         ["inspect", "tokens", "--help"],
-        ["plan", "recipe.yaml"],
+        ["plan", "recipe.yaml", "train.data=[]"],
         ["run", "absent.yaml"],
-        ["plan", "recipe.yaml", "--on", "slurm"],
+        ["plan", "recipe.yaml", "train.data=[]", "--on", "slurm"],
         ["status", "."],
         ["list", "."],
     ],
@@ -104,7 +105,15 @@ def test_plan_shows_the_stages_and_their_arithmetic_and_writes_nothing(recipe: P
     ):
         assert text in " ".join(done.stdout.split()), text
     assert "synthesize" not in done.stdout
-    assert sorted(path.name for path in recipe.parent.iterdir()) == ["recipe.yaml"]
+    assert sorted(path.name for path in recipe.parent.iterdir()) == ["chats.jsonl", "recipe.yaml"]
+
+
+def test_plan_refuses_a_model_that_is_neither_a_folder_nor_on_the_hub(recipe: Path, monkeypatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (recipe.parent / "models").mkdir()
+    done = tunesmith("plan", recipe, "model.path=models/nope", cwd=recipe.parent)
+    assert done.returncode == 2
+    assert "error: model.path: there is no folder models/nope, and the hub does not answer (" in done.stderr
 
 
 @pytest.mark.parametrize("where", [(), ("--on", "slurm")])
@@ -158,6 +167,8 @@ def test_plan_shows_the_memory_of_every_stage_from_the_config_alone(
             ["run", "recipe.yaml", "train.data=notes.txt", "--on", "slurm"],
             "error: train.data: notes.txt does not exist",
         ),
+        (["plan", "recipe.yaml", "train.data=notes.txt"], "error: train.data: notes.txt does not exist"),
+        (["plan", "recipe.yaml", "train.data=notes.txt", "--on", "slurm"], "notes.txt does not exist"),
         (["train", "recipe.yaml", "train.data=recipe.yaml"], "recipe.yaml: the type of the file is unknown"),
         (["export", "recipe.yaml"], "no complete checkpoint. Run `tunesmith train` first."),
     ],
