@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from cluster.errors import InputError
 
+NUMBER_REST = re.compile(r"[-+.eE\d]*")  # a number that goes on in the next chunk, "0" of "0.5" or "1" of "1e5"
 WHITESPACE = re.compile(r"[ \t\r\n]*")
 # Keys under which an object holds its file's rows, as in many published datasets: {"version": "1.1", "data": [...]}.
 ROW_LISTS = ("data", "train", "rows")
@@ -171,7 +172,7 @@ class JsonRows:
             except RecursionError:
                 self._fail("values are nested too deeply")
             else:
-                if end < len(self._text) or not self._read_more():  # else a number may go on
+                if not NUMBER_REST.fullmatch(self._text, end) or not self._read_more():
                     break
         if "\\ud" in (text := self._text[self._at : end]) or "\\uD" in text:
             self._refuse_half_characters(value)

@@ -72,6 +72,14 @@ VALUES = st.recursive(
 OBJECTS = st.lists(st.dictionaries(TEXTS.filter(lambda key: key not in ROW_LISTS), VALUES, max_size=3), max_size=3)
 
 
+@pytest.mark.parametrize("number", [0.0, -1.5, 1e300, 2.5e-7, 12345678901234567890, -0.0])
+def test_a_number_in_two_pieces_is_one_number(number: float) -> None:
+    content = json.dumps({"a": number, "b": [number]})
+    for size in range(1, len(content)):
+        pieces = iter([content[begin : begin + size] for begin in range(0, len(content), size)])
+        assert [row for _, row in JsonRows(Path("rows"), pieces)] == [{"a": number, "b": [number]}]
+
+
 @settings(max_examples=50)
 @given(OBJECTS, st.sampled_from([None, 2]), st.booleans(), st.integers(1, 9), st.booleans())
 def test_any_rows_in_pieces_of_any_size_are_read(rows, indent, is_list, size, ensure_ascii) -> None:
