@@ -147,20 +147,40 @@ def read_resolved(path: Path) -> Recipe:
 
 
 def read_mapping(path: Path) -> tuple[str, dict]:
-    """Text and content of a YAML file. Raises InputError if it does not hold a mapping with names as keys."""
+    """Text and content of a YAML file. Raises InputError if it is no mapping with names as keys, each once."""
     try:
         text = path.read_text(encoding="utf-8")
         content = yaml.safe_load(text) if text.strip() else {}
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 (byte {error.start}).") from error
     except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        if mark is not None and (mark.get_snippet() or "").lstrip(" ").startswith("\t"):
+            raise InputError(f"{path}:{mark.line + 1}: a tab. Indent with spaces.") from error
         raise InputError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    refuse_repeated_keys(path, yaml.compose(text))
     if not isinstance(content, dict):
         raise InputError(f"{path}: a recipe is a mapping of keys to values, found {type(content).__name__}.")
     for key in content:
         if not isinstance(key, str):
             raise InputError(f"{path}: YAML reads the key {key!r} as {type(key).__name__}. Keys are names: quote it.")
     return text, content
+
+
+def refuse_repeated_keys(path: Path, node: yaml.Node | None) -> None:
+    """Raise InputError if a key occurs twice in a mapping. YAML would take its last value."""
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            refuse_repeated_keys(path, item)
+    lines: dict[str, int] = {}
+    for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+        line = key.start_mark.line + 1
+        if isinstance(key, yaml.ScalarNode) and key.value in lines:
+            raise InputError(
+                f"{path}:{line}: the key `{key.value}` is already in line {lines[key.value]}. Remove one of them."
+            )
+        lines[str(key.value)] = line
+        refuse_repeated_keys(path, value)
 
 
 def explain(error: ValidationError, path: Path, text: str, written: dict, overrides: list[str]) -> str:

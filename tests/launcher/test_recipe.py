@@ -162,6 +162,12 @@ def test_an_error_of_the_file_is_not_put_down_to_an_override_of_another_key(writ
         ("- a\n- b\n", "a recipe is a mapping of keys to values"),
         ("", ": name: Field required"),
         ("name: test\n", ": model: Field required"),
+        (
+            "name: test\ntrain:\n  seed: 1\nname: other\n",
+            ":4: the key `name` is already in line 1. Remove one of them.",
+        ),
+        ("train:\n  data:\n  - path: a\n    path: b\n", ":4: the key `path` is already in line 3"),
+        ("name: a\nmodel:\n\tpath: b\n", ":3: a tab. Indent with spaces."),
         ("name: ${nowhere}\nmodel: {path: a}\n", "Interpolation key 'nowhere' not found"),
     ],
 )
