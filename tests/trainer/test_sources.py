@@ -10,6 +10,7 @@ from datasets import Dataset
 from pydantic import ValidationError
 
 from cluster.errors import InputError
+from launcher.recipe import load
 from tests.trainer.tools import write_chats
 from trainer.config.data import DataSource
 from trainer.config.train import TrainConfig
@@ -105,6 +106,32 @@ def test_columns_of_other_names_are_read_as_the_formats(chatml, tmp_path: Path) 
         InputError, match=r"rows\.jsonl: there is no column `messages`, which the format messages requires"
     ):
         list(Examples(DataSource(path=path, format="messages"), "chat"))
+
+
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        ({"prompt": "Say fig", "chosen": "fig", "rejected": "pear"}, "completion: chosen"),
+        ({"chosen": chat([("user", "a"), ("assistant", "b")]), "rejected": []}, "messages: chosen"),
+        ({"Instruction": "Say fig", "Output": "fig"}, "instruction: Instruction, output: Output"),
+        ({"ask": "Say fig", "reply": "fig"}, "instruction: ask, output: reply"),
+    ],
+)
+def test_the_error_about_columns_shows_what_to_write(tmp_path: Path, row: dict, columns: str) -> None:
+    path = str(write_rows(tmp_path / "rows.jsonl", [row]))
+    with pytest.raises(InputError) as error:
+        check_source(DataSource(path=path), "chat")
+    override = re.search(r"'(train\.data=.*)'", str(error.value)).group(1)
+    assert override == f"train.data={{path: {path}, columns: {{{columns}}}}}"
+    (tmp_path / "recipe.yaml").write_text("name: test\nmodel: {path: a}\n")
+    (source,) = load(tmp_path / "recipe.yaml", [override]).train.data
+    check_source(source, "chat")
+
+
+def test_a_column_that_differs_in_case_is_suggested(tmp_path: Path) -> None:
+    path = str(write_rows(tmp_path / "rows.jsonl", [{"ask": "a", "Reply": "b"}]))
+    with pytest.raises(InputError, match=r"no column `reply`.* Did you mean `Reply`\?"):
+        check_source(DataSource(path=path, columns={"instruction": "ask", "output": "reply"}), "chat")
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ FIXES = {
     "weights are 0": "Give one answer of each row the weight 1.",
     "is not a list of turns": 'Write turns as [{"role": "user", "content": "..."}, ...].',
     "the speaker": "Name the speakers user, assistant, system and tool.",
+    "are preferences": "To train on `chosen`, set 'train.data={path: FILE, columns: {completion: chosen}}'.",
     "an end token": "Remove end tokens from the answers, or set another train.chat_template.",
     "a token crosses": "Set another train.chat_template.",
 }
