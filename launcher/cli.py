@@ -7,6 +7,7 @@ Nothing heavy is imported here, so that `--help` answers at once. Each stage imp
 """
 
 import faulthandler
+import re
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from cluster.errors import EXIT_BAD_INPUT, TunesmithError
+from cluster.errors import EXIT_BAD_INPUT, InputError, TunesmithError
 from cluster.files import describe_os_error
 from cluster.processes.signals import StopRequest
 from cluster.run.rundir import RunDir
@@ -170,10 +171,19 @@ def _one_stage(stage: str, recipe: Path, overrides: list[str] | None, run_dir: P
     run_stage(stage, resolved)
 
 
+def refuse_keys_as_options(arguments: list[str]) -> None:
+    """Raise InputError if a recipe's key is written like an option: `--train.max_steps=2`."""
+    for argument in arguments:
+        if re.match(r"--\w+\.[\w.]+(=|$)", argument):
+            key, _, value = argument[2:].partition("=")
+            raise InputError(f"{argument}: keys of a recipe are no options. Write {key}={value or 'VALUE'}.")
+
+
 def main() -> None:
     """Entry point: errors meant for the user are one line each, and decide the exit code."""
     faulthandler.enable(sys.__stderr__)  # a crash of a library shows where it was
     try:
+        refuse_keys_as_options(sys.argv[1:])
         app()
     except TunesmithError as error:
         for line in str(error).splitlines():

@@ -196,6 +196,10 @@ def explain(error: ValidationError, path: Path, text: str, written: dict, overri
         message = fault["msg"].removeprefix("Value error, ")
         if fault["type"] == "extra_forbidden":
             message = f"unknown key; {nearest(keys[-1], known_keys(keys[:-1], method))}"
+            if len(keys) == 1 and (dotted_key := find_key(keys[0], method)) is not None:
+                message = f"unknown key; did you mean `{dotted_key}`?"
+        elif fault["type"] == "model_type" and dotted == "model":
+            message = f"a section of keys. Write `model: {{path: {fault['input']}}}`, or `model.path={fault['input']}`"
         elif fault["type"] == "union_tag_invalid":
             tag, known = fault["ctx"]["tag"], fault["ctx"]["expected_tags"].replace("'", "").split(", ")
             message = f"unknown {'method' if keys == ['synthesize'] else 'type'} {tag}; {nearest(tag, known)}"
@@ -254,6 +258,11 @@ def known_keys(keys: list[str], method: str) -> list[str]:
                 return []
             model = sections[0] if sections else model
     return list(model.model_fields)
+
+
+def find_key(name: str, method: str) -> str | None:
+    """The first dotted key of a section that ends with `name`, such as `train.max_steps` for `max_steps`."""
+    return next((f"{section}.{name}" for section in Recipe.model_fields if name in known_keys([section], method)), None)
 
 
 def refuse_older_layout(run: RunDir) -> None:

@@ -157,6 +157,7 @@ def test_plan_shows_the_memory_of_every_stage_from_the_config_alone(
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
+        (["run", "recipe.yaml", "--train.max_steps=2"], "Write train.max_steps=2."),
         (["plan", "absent.yaml"], "error: absent.yaml: there is no such recipe. See recipes/ for examples."),
         (
             ["train", "recipe.yaml", "train.pakcing=false"],
