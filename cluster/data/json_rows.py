@@ -130,7 +130,11 @@ class JsonRows:
         self._peek()
         self._row_of_line = self._row_of_line + 1 if self._line == self._last_line else 1
         self._last_line = self._line
-        return f"{self._path}:{self._line}" + (f" (row {self._row_of_line})" if self._row_of_line > 1 else "")
+        return self._row_place()
+
+    def _row_place(self) -> str:
+        is_later = self._line == self._last_line and self._row_of_line > 1
+        return f"{self._path}:{self._line}" + (f" (row {self._row_of_line})" if is_later else "")
 
     # -- the text
 
@@ -188,9 +192,13 @@ class JsonRows:
             self._fail(f"{half} is half of a character, whose other half is missing")
 
     def _fail(self, reason: str, position: int | None = None) -> NoReturn:
-        """Raise InputError naming the line at which the value begins, and `position`, an index of the text."""
+        """Raise InputError naming the row at which the value begins, and `position`, an index of the text."""
         where = ""
         if position is not None:
             num_lines = self._text.count("\n", self._at, position)
             where = f" at line {self._line + num_lines}" if num_lines else f" at character {position - self._at + 1}"
-        raise InputError(f"{self._path}:{self._line}: not JSON ({reason}{where}). Fix or remove this row.")
+        is_cut = (
+            reason.startswith("Unterminated") or not self._text[self._at if position is None else position :].strip()
+        )
+        cut = " The file seems cut off: get it again." if is_cut and not self._read_more() else ""
+        raise InputError(f"{self._row_place()}: not JSON ({reason}{where}).{cut} Fix or remove this row.")
