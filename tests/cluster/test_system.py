@@ -76,7 +76,8 @@ def test_engines_find_the_programs_of_their_environment(monkeypatch, tmp_path):
 
 
 def test_caches_move_into_the_environment_if_home_cannot_be_written(monkeypatch, tmp_path):
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", "")  # so that the one which is set here is removed at the end
+    monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     system.use_writable_cache(tmp_path / "venv")
     assert "XDG_CACHE_HOME" not in os.environ  # the folder can be made

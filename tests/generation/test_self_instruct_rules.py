@@ -169,8 +169,11 @@ def test_what_the_filters_say_of_the_published_seeds():
 def test_a_run_over_the_published_seeds(tmp_path):
     pool, seeds = CoroutinePool(0), published_seeds()
     made = drive(tmp_path, pool, SelfInstructConfig(num_instructions=40, max_concurrent_proposals=4), seeds=seeds)
-    assert [row["task"] for row in made.rows if row["method"] == "seed"] == [task.id for task in seeds]
-    assert {row["messages"][1]["content"] for row in made.rows[:175]} == {t.instances[0].output for t in seeds}
+    answered = [
+        task for task in seeds if task.id != "seed_task_115"
+    ]  # its answer is a refusal, which a filter takes out
+    assert [row["task"] for row in made.rows if row["method"] == "seed"] == [task.id for task in answered]
+    assert {row["messages"][1]["content"] for row in made.rows[:174]} == {t.instances[0].output for t in answered}
     assert len(made.instructions) == 40
     lists = [request.prompt for request in pool.requests if request.prompt.endswith("\n9.")]
     assert all(prompt.count("\n") == 9 for prompt in lists)  # the seed of several lines too

@@ -59,7 +59,8 @@ from cluster.errors import TunesmithError
 from launcher.slurm.client import Slurm
 from launcher.slurm.submit import check_chain
 parent, script = sys.argv[1:]
-job = Slurm().submit(["sbatch", "--parsable", "--hold", f"--dependency=afterok:{parent}", script])
+options = ["--parsable", "--hold", "--job-name=child", f"--dependency=afterok:{parent}"]
+job = Slurm().submit(["sbatch", *options, script], "child")
 try:
     chain = SimpleNamespace(stage="synthesize", parents=()), SimpleNamespace(stage="train", parents=("synthesize",))
     check_chain(chain, {"synthesize": parent, "train": job}, Slurm())
