@@ -32,10 +32,7 @@ def quieten_libraries() -> None:
     deepspeed.setLevel(logging.WARNING)
     # Every rank that loads a universal checkpoint logs this; we have no tensor parallelism.
     deepspeed.addFilter(lambda record: not record.getMessage().startswith("MPU is not provided"))
-    logging.getLogger("torch.utils.flop_counter").setLevel(logging.ERROR)  # warns about triton on a machine without GPU
-    logging.getLogger("accelerate.big_modeling").setLevel(
-        logging.ERROR
-    )  # an export keeps weights on the disk on purpose
+    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # on purpose an export keeps weights on disk
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     transformers.utils.logging.disable_progress_bar()
     os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"  # `datasets` is imported later, and only by some ranks
