@@ -74,7 +74,7 @@ def _private(run_root: Path) -> Iterator[None]:
 
         try:
             yield
-        except BaseException:
+        except BaseException:  # Ctrl-C too; it is raised again
             keep_logs(folder, RunDir(run_root).ray_logs)
             raise
         finally:

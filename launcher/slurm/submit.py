@@ -189,7 +189,7 @@ def submit(
                 )
                 append_jsonl(run.jobs, asdict(own))
             slurm.release(ids[submission.jobs[0].stage])
-        except BaseException:
+        except BaseException:  # Ctrl-C too: no part of a chain stays in the queue. It is raised again
             undo_submission(submission.jobs, ids, slurm)
             # A cancelled job in the list would hide the state that an earlier job has left its stage in.
             if size is None:

@@ -18,13 +18,6 @@ TRAIN = {"precision": "fp32", "data": ["rows.jsonl"], "global_batch_size": 8}
 
 
 @pytest.fixture
-def slurm(monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
-    slurm = FakeSlurm()
-    monkeypatch.setattr("launcher.slurm.client.Slurm", lambda: slurm)
-    return slurm
-
-
-@pytest.fixture
 def run(tmp_path: Path, slurm: FakeSlurm) -> RunDir:
     """A cancelled run of jobs 101 to 103, with a checkpoint."""
     chain = submission_of(recipe_of(tmp_path, train=TRAIN))

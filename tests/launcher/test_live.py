@@ -14,13 +14,6 @@ TIMES, PLACES = "--format=%i|%S|%L|%l|%P", "--format=%i|%Q|%r"
 
 
 @pytest.fixture
-def slurm(monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
-    slurm = FakeSlurm()
-    monkeypatch.setattr("launcher.slurm.client.Slurm", lambda: slurm)
-    return slurm
-
-
-@pytest.fixture
 def run(tmp_path: Path, slurm: FakeSlurm) -> RunDir:
     """A run whose jobs 101 (train), 102 and 103 wait."""
     chain = submission_of(recipe_of(tmp_path, train={"precision": "fp32", "data": ["rows.jsonl"]}))
